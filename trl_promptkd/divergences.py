@@ -1,0 +1,101 @@
+"""Divergences between next-token distributions, on log-probabilities.
+
+Everything here is a pure function of tensors. The direction stands in the name: `forward_kl` is KL(teacher || student),
+`reverse_kl` is KL(student || teacher). All values are in nats per token; sums over the vocabulary are taken in the dtype
+of the inputs, which the trainers make float32.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+__all__ = ["chunked_sums", "entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl"]
+
+
+def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum_v a_v (log a_v - log b_v), in nats.
+
+    Args:
+        log_a (`Tensor` of shape `(..., vocab)`): Log-probabilities of the first distribution.
+        log_b (`Tensor` of shape `(..., vocab)`): Log-probabilities of the second distribution.
+
+    Returns:
+        `Tensor` of shape `(...)`. Not negative up to rounding, and 0 where both are equal.
+
+    Source: Kullback and Leibler (1951). The arguments stand in the order of the formula, which is not that of
+    `torch.nn.functional.kl_div`.
+    """
+    return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
+
+
+def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """KL(teacher || student) of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats per token."""
+    return kl_divergence(teacher_log_probs, student_log_probs)
+
+
+def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    """KL(student || teacher) of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats per token."""
+    return kl_divergence(student_log_probs, teacher_log_probs)
+
+
+def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
+    """Generalized Jensen-Shannon divergence, with the two Kullback-Leibler divergences at its ends.
+
+    For 0 < beta < 1: `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`.
+    `beta = 0` is the forward KL and `beta = 1` the reverse KL. The ends are *not* the limits: the divergence itself goes
+    to 0 there, so `beta = 0.99` is not nearly the reverse KL.
+
+    Args:
+        student_log_probs (`Tensor` of shape `(..., vocab)`): Log-probabilities of the student.
+        teacher_log_probs (`Tensor` of shape `(..., vocab)`): Log-probabilities of the teacher.
+        beta (`float`): Between 0 and 1.
+
+    Returns:
+        `Tensor` of shape `(...)`, nats per token.
+
+    Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), Eq. 1, with the meaning that
+    TRL gives to `beta`.
+    """
+    if beta == 0.0:
+        return forward_kl(student_log_probs, teacher_log_probs)
+    if beta == 1.0:
+        return reverse_kl(student_log_probs, teacher_log_probs)
+    mixture = torch.logaddexp(student_log_probs + math.log1p(-beta), teacher_log_probs + math.log(beta))
+    return beta * kl_divergence(teacher_log_probs, mixture) + (1 - beta) * kl_divergence(student_log_probs, mixture)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy -sum_v p_v log p_v of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats."""
+    return -(log_probs.exp() * log_probs).sum(dim=-1)
+
+
+def chunked_sums(
+    sums: Callable[..., tuple[Tensor, ...]], chunk_size: int | None, *logits: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Add up `sums(*logits)` over chunks of tokens, so that its temporaries exist for one chunk at a time.
+
+    With more than one chunk, what `sums` computes is recomputed in the backward pass instead of being kept: values and
+    gradients stay those of one call on all tokens.
+
+    Args:
+        sums: Takes the chunks of `logits` and returns a tuple of scalar tensors, each a sum over the chunk's tokens.
+        chunk_size: Tokens a chunk; `None` for all at once.
+        logits: Tensors of shape `(num_tokens, vocab)`, all with the same `num_tokens`; `None` is passed on.
+
+    Returns:
+        A tuple of scalar tensors.
+    """
+    num_tokens = next(tensor.size(0) for tensor in logits if tensor is not None)
+    if chunk_size is None or num_tokens <= chunk_size:
+        return sums(*logits)
+    totals: tuple[Tensor, ...] | None = None
+    for start in range(0, num_tokens, chunk_size):
+        chunk = [None if tensor is None else tensor[start : start + chunk_size] for tensor in logits]
+        part = checkpoint(sums, *chunk, use_reentrant=False)
+        totals = part if totals is None else tuple(total + value for total, value in zip(totals, part, strict=True))
+    assert totals is not None
+    return totals

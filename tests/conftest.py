@@ -1,0 +1,53 @@
+import os
+
+
+os.environ.setdefault("CI", "1")  # no telemetry from tests
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import tiny_tokenizer
+
+from trl_promptkd import PromptKDConfig
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """PromptKD settings for a short run on tiny models."""
+
+    def make(**overrides):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 2,
+            "per_device_eval_batch_size": 4,
+            "max_steps": 1,
+            "learning_rate": 1e-3,
+            "max_new_tokens": 6,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return PromptKDConfig(**{**settings, **overrides})
+
+    return make
+
+
+@pytest.fixture
+def propagate(monkeypatch):
+    """Lets `caplog` see what transformers' loggers say."""
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("trl_promptkd"), "propagate", True)

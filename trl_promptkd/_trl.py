@@ -1,0 +1,63 @@
+"""The only module that imports what TRL, PEFT, transformers or bitsandbytes do not promise to keep.
+
+Each name has its reason. `tests/test_trl.py` names what is relied on, so that an upgrade fails there first.
+"""
+
+import warnings
+
+
+with warnings.catch_warnings():
+    # TRL warns on import that experimental classes may change; the tested range in pyproject.toml is the answer to that.
+    warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # the trainer that PromptKDTrainer extends
+
+from peft.tuners.p_tuning import PromptEncoder as PTuningEncoder  # the MLP and LSTM reparameterization
+from peft.tuners.prompt_tuning import (
+    PromptEmbedding,  # builds the soft prompt without wrapping the teacher
+    PromptTuningInit,
+)
+from peft.utils.other import (
+    _prepare_prompt_learning_config as fill_prompt_learning_config,  # hidden size from a config
+)
+from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
+from trl.models.utils import unwrap_model_for_generation  # gathers ZeRO-3 parameters; switches checkpointing off
+from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
+
+
+__all__ = [
+    "GKDConfig",
+    "GKDTrainer",
+    "PTuningEncoder",
+    "PromptEmbedding",
+    "PromptTuningInit",
+    "disable_dropout_in_model",
+    "fill_prompt_learning_config",
+    "keep_four_bit_weights_differentiable",
+    "prepare_deepspeed",
+    "print_prompt_completions_sample",
+    "unwrap_model_for_generation",
+]
+
+
+def keep_four_bit_weights_differentiable(model) -> int:
+    """Stop bitsandbytes from repacking 4-bit weights for its inference-only CPU kernel; undo it where it has happened.
+
+    On a CPU with AVX512-BF16, the first forward pass without gradients rewrites the weights of every `Linear4bit` into a
+    layout whose kernel has no backward: from then on gradients through the layer are silently wrong, by a factor of
+    thousands. Nothing happens on a GPU, on other CPUs or to other layers.
+
+    Returns:
+        `int`: The number of 4-bit layers found.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    if not layers:
+        return 0
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                layer.weight.data, layer.weight.quant_state
+            )
+    return len(layers)

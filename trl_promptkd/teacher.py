@@ -1,0 +1,250 @@
+"""The frozen teacher: loading, the proof that both vocabularies are one, and the forward pass.
+
+`forward_logits` is the one way in which this package asks a model (teacher or student, with or without a soft prompt)
+for its logits. Positions are counted from the attention mask, and a soft prompt stands directly before a row's first
+token, so padding on either side changes nothing: for rotary, learned and sliding-window positions alike.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ._trl import disable_dropout_in_model, keep_four_bit_weights_differentiable
+
+
+__all__ = [
+    "check_same_tokenizer",
+    "completion_logits",
+    "disable_dropout",
+    "forward_logits",
+    "freeze",
+    "input_embeddings",
+    "load_teacher",
+    "load_teacher_tokenizer",
+    "position_limit",
+    "shared_vocab_size",
+]
+
+logger = logging.get_logger(__name__)
+
+
+def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False):
+    """Load a causal language model to be the teacher.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such as
+            `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
+        trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
+    """
+    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+    dtype = kwargs.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto":
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(
+                f"`teacher_model_init_kwargs['dtype']` is {dtype!r}; it must be the name of a torch dtype, such as "
+                "'bfloat16' or 'float32', or 'auto'."
+            )
+        kwargs["dtype"] = getattr(torch, dtype)
+    if isinstance(kwargs.get("quantization_config"), Mapping):
+        from transformers import BitsAndBytesConfig
+
+        kwargs["quantization_config"] = BitsAndBytesConfig(**kwargs["quantization_config"])
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
+
+def load_teacher_tokenizer(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> Any | None:
+    """The tokenizer that stands beside the teacher, or `None` where there is none to compare with."""
+    if not name_or_path:
+        return None
+    kwargs = {
+        key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "subfolder", "gguf_file")
+    }
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def check_same_tokenizer(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a teacher whose token ids mean something else.
+
+    Raises:
+        ValueError: naming the first id at which the vocabularies differ.
+    """
+    student_tokens = {index: token for token, index in student_tokenizer.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        if student_tokens.get(index) != teacher_tokens.get(index):
+            raise ValueError(
+                "The student and the teacher have different tokenizers: the first token that differs has id "
+                f"{index}, which is {student_tokens.get(index)!r} for the student ({len(student_tokens)} tokens) and "
+                f"{teacher_tokens.get(index)!r} for the teacher ({len(teacher_tokens)} tokens). Their distributions "
+                "cannot be compared token by token. Choose two models of one family; if only a pad token was added to "
+                "one of them, use the end-of-text token for padding instead."
+            )
+
+
+def shared_vocab_size(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """How many token ids both models are compared on.
+
+    Models of one family may pad their vocabularies to different sizes (Qwen2.5: 151,936 and 152,064). The padding means
+    nothing, so both are then compared, and normalised, on the tokenizer's real ids only.
+
+    Returns:
+        `int` or `None`: the number of real ids; `None` where both vocabularies have one size and all of it is compared.
+
+    Raises:
+        ValueError: where a model has fewer entries than the tokenizer has tokens.
+    """
+    student_size = student.config.get_text_config().vocab_size
+    teacher_size = teacher.config.get_text_config().vocab_size
+    real_size = max(tokenizer.get_vocab().values()) + 1
+    for role, size in (("student", student_size), ("teacher", teacher_size)):
+        if size < real_size:
+            raise ValueError(
+                f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens. Student, teacher "
+                "and `processing_class` must share one tokenizer."
+            )
+    return None if student_size == teacher_size else real_size
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make `model` a teacher: evaluation mode, no gradient for any weight, gradients through 4-bit weights kept right."""
+    keep_four_bit_weights_differentiable(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: that of modules, and the numbers that some models (OPT) keep for functional calls."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The module that turns token ids into the model's input embeddings.
+
+    Raises:
+        ValueError: where the model has none: a soft prompt has nothing to stand beside.
+    """
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if embeddings is None:
+        raise ValueError(
+            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put before its "
+            "input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
+        )
+    return embeddings
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
+    names = ("wpe", "embed_positions", "position_embeddings")
+    learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
+
+
+def forward_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    soft_prompt: Tensor | None = None,
+    num_columns: int = 0,
+) -> Tensor:
+    """Next-token logits, equal to those of every row alone, without padding.
+
+    Args:
+        model: A causal language model, plain, PEFT or wrapped for data parallelism.
+        input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on the left, on the right or on both sides.
+        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are contiguous.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first token
+            of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own dtype.
+        num_columns (`int`): Only the logits of the last `num_columns` columns are computed; 0 for all.
+
+    Returns:
+        `Tensor` of shape `(batch, num_columns or seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`,
+        with or without a soft prompt. Entries at padding mean nothing.
+    """
+    bare = extract_model_from_parallel(model)
+    base = bare.get_base_model() if isinstance(bare, PeftModel) else bare
+    accepted = inspect.signature(base.forward).parameters
+    inputs: dict[str, Any] = {"use_cache": False}
+    if soft_prompt is None:
+        inputs["input_ids"] = input_ids
+    else:
+        with torch.no_grad():
+            token_embeds = input_embeddings(bare)(input_ids)
+        inputs["inputs_embeds"], attention_mask = _prepend_soft_prompt(token_embeds, attention_mask, soft_prompt)
+    inputs["attention_mask"] = attention_mask
+    if "position_ids" in accepted:  # models without it (BLOOM, MPT) count positions from the mask themselves
+        inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    num_columns = num_columns or input_ids.size(1)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = num_columns
+    return model(**inputs).logits[:, -num_columns:]
+
+
+def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the soft prompt between a row's left padding and its first token.
+
+    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:
+    the token at column `i` is found at column `i + num_virtual_tokens` in every row.
+
+    Returns:
+        Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.
+    """
+    seq, hidden = token_embeds.shape[1:]
+    virtual = soft_prompt.size(0)
+    columns = torch.arange(virtual + seq, device=token_embeds.device)  # (virtual + seq)
+    start = attention_mask.to(torch.long).argmax(dim=1, keepdim=True)  # (batch, 1): first token of the row
+    is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
+    source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
+    prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
+    prompt_embeds = soft_prompt.to(token_embeds.dtype)[prompt_index]
+    text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
+    embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
+    return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))
+
+
+def completion_logits(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    soft_prompt: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """The logits that predict the trained tokens, and no others.
+
+    Args:
+        model, input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
+        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has nothing
+            before it and is left out.
+        vocab_size (`int`, *optional*): Keep only the first `vocab_size` entries, where vocabularies are padded differently.
+
+    Returns:
+        `Tensor` of shape `(num_trained_tokens, vocab)` in float32, in the order of `labels[:, 1:] != -100`.
+    """
+    trained = labels[:, 1:] != -100  # (batch, seq - 1)
+    columns = trained.any(dim=0).nonzero()
+    first = int(columns[0]) if len(columns) else trained.size(1) - 1
+    # The logits of columns first .. seq - 2 predict the labels of columns first + 1 .. seq - 1
+    logits = forward_logits(model, input_ids, attention_mask, soft_prompt, num_columns=input_ids.size(1) - first)
+    return logits[:, :-1][trained[:, first:]][:, :vocab_size].float()

@@ -1,0 +1,147 @@
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
+
+from trl_promptkd.data import DataCollatorForPromptCompletion, check_columns, pad_rows, tokenize_dataset, tokenize_row
+
+
+CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
+THE, CAT, SAT, ON, MAT = 12, 13, 15, 16, 17
+USER, ASSISTANT, EOS = 2, 3, 0
+
+
+class TestTokenizeRow:
+    def test_ids_are_those_of_the_test_vocabulary(self, tokenizer):
+        assert tokenizer("the cat sat on mat")["input_ids"] == [THE, CAT, SAT, ON, MAT]
+
+    def test_messages_are_split_before_the_answer(self, tokenizer):
+        row = tokenize_row({"messages": CHAT}, tokenizer)
+        assert row == {"prompt_ids": [USER, THE, CAT, ASSISTANT], "completion_ids": [SAT, ON, EOS]}
+
+    def test_prompt_and_completion_as_conversations(self, tokenizer):
+        row = tokenize_row({"prompt": CHAT[:1], "completion": CHAT[1:]}, tokenizer)
+        assert row == tokenize_row({"messages": CHAT}, tokenizer)
+
+    def test_texts_get_an_end_of_text_token(self, tokenizer):
+        row = tokenize_row({"prompt": "the cat", "completion": " sat on"}, tokenizer)
+        assert row == {"prompt_ids": [THE, CAT], "completion_ids": [SAT, ON, EOS]}
+
+    def test_prompt_alone_has_no_completion(self, tokenizer):
+        assert tokenize_row({"prompt": "the cat"}, tokenizer) == {"prompt_ids": [THE, CAT], "completion_ids": []}
+        assert tokenize_row({"prompt": CHAT[:1]}, tokenizer)["prompt_ids"] == [USER, THE, CAT, ASSISTANT]
+
+    def test_tokens_that_would_merge_over_the_border_are_kept_apart(self, tokenizer):
+        row = tokenize_row({"prompt": "the cat", "completion": "sat on"}, tokenizer)  # "catsat" is one unknown word
+        assert row == {"prompt_ids": [THE, CAT], "completion_ids": [SAT, ON, EOS]}
+
+    def test_what_the_template_writes_after_the_end_is_dropped(self, tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<eos> . ")
+        assert tokenize_row({"messages": CHAT}, tokenizer)["completion_ids"] == [SAT, ON, EOS]
+
+    def test_tokenized_rows_are_taken_as_they_are(self, tokenizer):
+        row = {"prompt_ids": [5], "completion_ids": [6, 7]}
+        assert tokenize_row(row, tokenizer) == row
+
+    def test_a_template_that_rewrites_the_prompt_is_refused(self, tokenizer):
+        tokenizer.chat_template = "{% if messages|length > 1 %}<system> {% endif %}" + tokenizer.chat_template
+        with pytest.raises(ValueError, match="writes a prompt differently once an answer follows"):
+            tokenize_row({"messages": CHAT}, tokenizer)
+
+    def test_messages_without_an_answer_are_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="must end with an assistant message"):
+            tokenize_row({"messages": CHAT[:1]}, tokenizer)
+
+    def test_conversations_need_a_template(self, tokenizer):
+        tokenizer.chat_template = None
+        with pytest.raises(ValueError, match="no chat template"):
+            tokenize_row({"messages": CHAT}, tokenizer)
+
+
+class TestPadRows:
+    def test_literal_tensors_with_pad_equal_to_eos(self):
+        batch = pad_rows([[7, 8, 9], [10]], [[11, EOS], [12, 13, EOS]], pad_token_id=EOS)
+        assert batch["input_ids"].tolist() == [[7, 8, 9, 11, 0, 0], [0, 0, 10, 12, 13, 0]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
+        assert batch["labels"].tolist() == [[-100, -100, -100, 11, 0, -100], [-100, -100, -100, 12, 13, 0]]
+        assert batch["prompts"].tolist() == [[7, 8, 9], [0, 0, 10]]
+        assert batch["prompt_attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+    def test_collator(self):
+        rows = [{"prompt_ids": [7, 8], "completion_ids": [9]}, {"prompt_ids": [7], "completion_ids": []}]
+        batch = DataCollatorForPromptCompletion(pad_token_id=5)(rows)
+        assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 7, 5]]
+        assert (batch["labels"] != -100).sum() == 1
+        assert batch["input_ids"].dtype == torch.int64
+
+
+class TestTokenizeDataset:
+    @pytest.mark.parametrize("make", [answered_dataset, chat_dataset])
+    def test_columns_are_replaced(self, make, tokenizer):
+        dataset = tokenize_dataset(make(4), "train_dataset", tokenizer, 64, needs_completions=True)
+        assert sorted(dataset.column_names) == ["completion_ids", "prompt_ids"]
+        assert all(ids[-1] == EOS for ids in dataset["completion_ids"])
+
+    def test_streamed_rows_come_out_the_same(self, tokenizer):
+        whole = tokenize_dataset(answered_dataset(4), "train_dataset", tokenizer, 64, True)
+        streamed = tokenize_dataset(answered_dataset(4).to_iterable_dataset(), "train_dataset", tokenizer, 64, True)
+        assert isinstance(streamed, IterableDataset)
+        assert list(streamed) == whole.to_list()
+
+    def test_long_prompts_are_counted_and_refused(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt": "the " * n} for n in (3, 9, 12)])
+        with pytest.raises(ValueError, match=r"2 of 3 prompts in `train_dataset` .* longest has 12 .* at least 13"):
+            tokenize_dataset(dataset, "train_dataset", tokenizer, 8, needs_completions=False)
+        with pytest.raises(ValueError, match="A prompt has 9 tokens"):
+            list(tokenize_dataset(dataset.to_iterable_dataset(), "train_dataset", tokenizer, 8, False))
+
+    def test_long_prompts_are_left_out_and_counted_on_request(self, tokenizer, caplog, propagate):
+        dataset = Dataset.from_list([{"prompt": "the " * n} for n in (3, 9, 12)])
+        with caplog.at_level(logging.WARNING):
+            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 8, False, overlong="drop")
+            streamed = list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, False, overlong="drop"))
+        assert rows.to_list() == streamed == [{"prompt_ids": [THE] * 3, "completion_ids": []}]
+        assert "2 of 3 prompts in `train_dataset`" in caplog.text
+        assert "They are left out" in caplog.text
+        with pytest.raises(ValueError, match="some must remain"):
+            tokenize_dataset(dataset, "x", tokenizer, 2, False, overlong="drop")
+
+    def test_a_prompt_may_fill_max_length_where_no_answer_follows_it(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt": "the " * 8, "completion": " cat"}])
+        assert len(tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=False)) == 1
+        with pytest.raises(ValueError, match="1 of 1 prompts"):
+            tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=True)
+
+    def test_long_answers_are_cut_and_reported_and_the_prompt_stays(self, tokenizer, caplog, propagate):
+        dataset = Dataset.from_list(
+            [{"prompt": "the cat", "completion": " sat" * 9}, {"prompt": "the", "completion": " sat"}]
+        )
+        with caplog.at_level(logging.WARNING):
+            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 6, needs_completions=True).to_list()
+        assert rows[0] == {"prompt_ids": [THE, CAT], "completion_ids": [SAT] * 4}
+        assert rows[1]["completion_ids"] == [SAT, EOS]
+        assert "1 of 2 answers in `train_dataset` are cut at `max_length=6`" in caplog.text
+
+
+class TestCheckColumns:
+    def test_an_empty_dataset_is_refused(self):
+        with pytest.raises(ValueError, match="`train_dataset` is empty"):
+            check_columns(Dataset.from_dict({"prompt": []}), "train_dataset", needs_completions=False)
+
+    def test_unknown_columns_are_named(self):
+        with pytest.raises(
+            ValueError, match=r"neither a `messages` nor a `prompt` column; its columns are \['text'\]"
+        ):
+            check_columns(Dataset.from_dict({"text": ["x"]}), "train_dataset", needs_completions=False)
+
+    def test_prompts_alone_are_for_on_policy_training(self):
+        check_columns(prompt_dataset(2), "train_dataset", needs_completions=False)
+        with pytest.raises(ValueError, match="prompts without answers, but `lmbda` is below 1"):
+            check_columns(prompt_dataset(2), "train_dataset", needs_completions=True)
+
+
+def test_the_tiny_tokenizer_pads_with_its_end_of_text_token():
+    tokenizer = tiny_tokenizer()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS

@@ -1,0 +1,85 @@
+"""PromptKD written a second time: row by row, without padding, cache, chunks or any code of the package."""
+
+import torch
+
+
+def log_probs(model, ids, first, soft_prompt=None):
+    """Log-probabilities (len(ids) - first, vocab) of the tokens from position `first` on."""
+    ids = torch.tensor([ids])
+    if soft_prompt is None:
+        logits = model(input_ids=ids).logits[0]
+    else:
+        embeds = torch.cat([soft_prompt.unsqueeze(0), model.get_input_embeddings()(ids).detach()], dim=1)
+        logits = model(inputs_embeds=embeds).logits[0, soft_prompt.size(0) :]
+    return torch.log_softmax(logits[first - 1 : -1], dim=-1)
+
+
+def kl(log_a, log_b):
+    return (log_a.exp() * (log_a - log_b)).sum()
+
+
+@torch.no_grad()
+def greedy(model, prompt, max_new_tokens, eos):
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids[len(prompt) :]
+
+
+def promptkd_step(
+    student,
+    teacher,
+    soft_prompt,
+    micro_batches,
+    learning_rate,
+    prompt_learning_rate,
+    prompt_update="sequential",
+    direction="reverse",
+    weight=1.0,
+    max_grad_norm=1.0,
+):
+    """One step on a window; changes `student` (by SGD) and `soft_prompt` (by AdamW) in place.
+
+    `micro_batches`: lists of (prompt ids, completion ids). Returns the student's loss and the prompt's gradient norm.
+    """
+    rows = [row for batch in micro_batches for row in batch]
+    num_tokens = sum(len(completion) for _, completion in rows)
+    student.requires_grad_(True).zero_grad()
+    teacher.requires_grad_(False)
+    soft_prompt.requires_grad_(True)
+
+    prompt_loss = 0
+    for prompt, completion in rows:
+        ids, first = prompt + completion, len(prompt)
+        with torch.no_grad():
+            q, p = log_probs(student, ids, first), log_probs(teacher, ids, first)
+        prompted = log_probs(teacher, ids, first, soft_prompt)
+        if direction == "reverse":
+            prompt_loss = prompt_loss + kl(prompted, q) + weight * kl(prompted, p)
+        else:
+            prompt_loss = prompt_loss + kl(q, prompted) + weight * kl(p, prompted)
+    (gradient,) = torch.autograd.grad(prompt_loss / num_tokens, [soft_prompt])
+    before = soft_prompt.detach().clone()
+    prompt_norm = float(gradient.norm())
+    soft_prompt.grad = gradient * min(1.0, max_grad_norm / (prompt_norm + 1e-6))
+    torch.optim.AdamW([soft_prompt], lr=prompt_learning_rate, weight_decay=0.01).step()
+    after = soft_prompt.detach()
+
+    student_loss = 0
+    for index, batch in enumerate(micro_batches):
+        sees_new = prompt_update == "sequential" and index == len(micro_batches) - 1
+        for prompt, completion in batch:
+            ids, first = prompt + completion, len(prompt)
+            with torch.no_grad():
+                prompted = log_probs(teacher, ids, first, after if sees_new else before)
+            student_loss = student_loss + kl(log_probs(student, ids, first), prompted)
+    student_loss = student_loss / num_tokens
+    student_loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.grad is not None:
+                parameter -= learning_rate * parameter.grad
+    return float(student_loss.detach()), prompt_norm, float(norm)

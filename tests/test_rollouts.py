@@ -1,0 +1,98 @@
+import pytest
+import torch
+from reference import greedy
+from tiny import tiny_model
+from transformers import GenerationConfig
+
+from trl_promptkd.rollouts import generate_completions, own_random_state, rollout_seed
+
+
+PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
+EOS = 0
+
+
+def config(**settings):
+    defaults = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "pad_token_id": EOS, "eos_token_id": [EOS]}
+    return GenerationConfig(**{**defaults, **settings})
+
+
+def sample(model, seed=0, **settings):
+    with own_random_state(seed, torch.device("cpu")):
+        return generate_completions(model, PROMPTS, config(**settings))
+
+
+class TestGenerateCompletions:
+    @pytest.mark.parametrize("batch_size", [None, 1, 2])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+    def test_greedy_equals_each_prompt_alone_without_cache(self, family, batch_size):
+        model = tiny_model(family)
+        got = generate_completions(model, PROMPTS, config(do_sample=False), batch_size)
+        assert got == [greedy(model, prompt, 8, EOS) for prompt in PROMPTS]
+
+    def test_a_completion_ends_with_its_first_end_of_text(self):
+        completions = [ids for seed in range(20) for ids in sample(tiny_model(), seed)]
+        ended = [ids for ids in completions if EOS in ids]
+        assert ended
+        assert all(ids.index(EOS) == len(ids) - 1 for ids in ended)
+        assert all(len(ids) == 8 for ids in completions if EOS not in ids)
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_the_cache_is_used(self, checkpointing):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        widths = []
+        model.model.layers[0].register_forward_hook(lambda m, args, out: widths.append(args[0].shape[1]))
+        sample(model)
+        assert widths[0] == 5
+        assert len(widths) > 1
+        assert set(widths[1:]) == {1}
+        assert model.training
+
+    def test_the_published_generation_config_plays_no_part(self):
+        model = tiny_model()
+        expected = sample(model)
+        model.generation_config.update(repetition_penalty=5.0, top_k=1, temperature=0.1, min_p=0.9)
+        published = model.generation_config
+        assert sample(model) == expected
+        assert model.generation_config is published
+
+    def test_ids_beyond_the_vocabulary_are_never_sampled(self):
+        model = tiny_model()
+        free = {token for seed in range(5) for ids in sample(model, seed) for token in ids}
+        assert max(free) >= 30
+        bound = set()
+        for seed in range(5):
+            with own_random_state(seed, torch.device("cpu")):
+                bound |= {t for ids in generate_completions(model, PROMPTS, config(), vocab_size=30) for t in ids}
+        assert max(bound) < 30
+
+
+class TestOwnRandomState:
+    def test_the_global_state_is_left_alone(self):
+        torch.manual_seed(1)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        with own_random_state(5, torch.device("cpu")):
+            first = torch.rand(3)
+        torch.testing.assert_close(torch.rand(3), expected)
+        with own_random_state(5, torch.device("cpu")):
+            torch.testing.assert_close(torch.rand(3), first)
+
+    def test_what_was_drawn_before_does_not_matter(self):
+        model = tiny_model()
+        first = sample(model, 3)
+        torch.rand(100)
+        assert sample(model, 3) == first
+        assert sample(model, 4) != first
+
+    def test_seeds_differ_in_every_part(self):
+        seeds = {
+            rollout_seed(s, p, t, r)
+            for s in (0, 1)
+            for p in ("student", "teacher")
+            for t in (-1, 0, 1)
+            for r in (0, 1)
+        }
+        assert len(seeds) == 24
+        assert all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,117 @@
+"""Completions sampled for a whole accumulation window at once, each from a random state of its own.
+
+The random state of a rollout depends on the seed, the step and the rank, and on nothing else: a resumed run samples what
+the uninterrupted one would have, and sampling leaves the global state as it was.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .data import pad_rows
+
+
+__all__ = ["generate_completions", "own_random_state", "rollout_config", "rollout_seed"]
+
+
+def rollout_config(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any) -> GenerationConfig:
+    """How completions are sampled: what `args` say, stopping at every end-of-text token that the model or its tokenizer has."""
+    published = model.generation_config.eos_token_id
+    stop_ids = {processing_class.eos_token_id, *(published if isinstance(published, list) else [published])}
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "use_cache": True,
+        "pad_token_id": processing_class.pad_token_id,
+        "eos_token_id": sorted(stop_ids - {None}) or None,
+    }
+    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
+
+
+def rollout_seed(seed: int, purpose: str, step: int, rank: int) -> int:
+    """A seed for one use of randomness, far from those of its neighbours."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device):
+    """Inside, torch draws from `seed`; afterwards its global state is what it was."""
+    forked = device.type in ("cuda", "xpu")
+    with torch.random.fork_rng(devices=[device] if forked else [], device_type=device.type if forked else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+class _RealIdsOnly(LogitsProcessor):
+    """Keeps a model whose vocabulary is padded from sampling an id that stands for no token."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(scores.size(-1), device=scores.device) >= self.vocab_size
+        return scores.masked_fill(padding, float("-inf"))
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    batch_size: int | None = None,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """Sample one completion for each prompt, with a KV cache, in evaluation mode.
+
+    Args:
+        model: A model with `generate`, not wrapped for data parallelism. Its own `generation_config` plays no part: a
+            repetition penalty or a top-k that it was published with would sample from another distribution than the one
+            that is trained.
+        prompt_ids: One list of token ids a prompt.
+        generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
+        batch_size: Prompts generated at once; `None` for all.
+        vocab_size: Number of ids that stand for tokens, where the model has more.
+
+    Returns:
+        One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
+    """
+    eos = generation_config.eos_token_id
+    stop_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
+    batch_size = batch_size or len(prompt_ids)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    published, was_training = base.generation_config, model.training
+    completions: list[list[int]] = []
+    try:
+        base.generation_config = generation_config
+        model.eval()
+        for start in range(0, len(prompt_ids), batch_size):
+            prompts = prompt_ids[start : start + batch_size]
+            batch = pad_rows(prompts, [[]] * len(prompts), generation_config.pad_token_id)
+            sequences = model.generate(
+                input_ids=batch["prompts"].to(model.device),
+                attention_mask=batch["prompt_attention_mask"].to(model.device),
+                generation_config=generation_config,
+                logits_processor=processors,
+            )
+            for ids in sequences[:, batch["prompts"].size(1) :].tolist():
+                end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+                completions.append(ids[:end])
+    finally:
+        base.generation_config = published
+        model.train(was_training)
+    return completions

@@ -1,0 +1,121 @@
+"""Everything private or experimental that this package relies on: an upgrade that changes it fails here first."""
+
+import ast
+import inspect
+import textwrap
+from pathlib import Path
+
+import torch
+import trl
+from packaging.version import Version
+from transformers import Trainer
+from trl import SFTTrainer
+
+import trl_promptkd
+from trl_promptkd import PromptKDConfig, PromptKDTrainer, _trl
+
+
+PACKAGE = Path(trl_promptkd.__file__).parent
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+class TestWhatWeRelyOn:
+    def test_names_of_the_compatibility_module(self):
+        assert all(hasattr(_trl, name) for name in _trl.__all__)
+
+    def test_the_tested_version(self):
+        assert Version("1.16") <= Version(trl.__version__) < Version("1.17")
+
+    def test_base_classes(self):
+        assert issubclass(PromptKDTrainer, _trl.GKDTrainer)
+        assert issubclass(PromptKDConfig, _trl.GKDConfig)
+        assert _trl.GKDTrainer.__mro__[1] is SFTTrainer
+
+    def test_gkds_arguments_are_ours_in_the_same_order(self):
+        gkd = parameters(_trl.GKDTrainer.__init__)
+        assert parameters(PromptKDTrainer.__init__)[: len(gkd)] == gkd
+
+    def test_gkds_own_init_sets_nothing_that_we_leave_out(self):
+        """We call SFTTrainer.__init__ past it; whatever it sets on itself, our __init__ must set too."""
+
+        def attributes(cls):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls.__init__)))
+            targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AnnAssign) for t in ast.walk(n)]
+            return {
+                t.attr
+                for t in targets
+                if isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store) and getattr(t.value, "id", "") == "self"
+            }
+
+        assert attributes(_trl.GKDTrainer) <= attributes(PromptKDTrainer)
+
+    def test_hooks_of_the_trainer_that_we_override(self):
+        expected = {
+            "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
+            "create_scheduler": ["self", "num_training_steps", "optimizer"],
+            "_save_optimizer_and_scheduler": ["self", "output_dir"],
+            "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+            "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+            "_load_best_model": ["self"],
+            "save_model": ["self", "output_dir", "_internal_call"],
+        }
+        for name, names in expected.items():
+            assert parameters(getattr(Trainer, name)) == names
+        assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
+
+    def test_the_fused_forward_is_an_instance_attribute(self):
+        """Self-distillation drops it from its copy of the student."""
+        assert "model.forward = " in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+
+
+class TestImports:
+    def test_only_one_module_imports_what_is_private(self):
+        for path in PACKAGE.rglob("*.py"):
+            if path.name == "_trl.py":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                for name in names:
+                    assert not name.startswith(("trl.", "peft.tuners", "peft.utils")), f"{path.name} imports {name}"
+
+    def test_imports_point_up_the_readmes_list(self):
+        order = [
+            "_trl",
+            "divergences",
+            "teacher",
+            "prompt_encoder",
+            "data",
+            "rollouts",
+            "promptkd_config",
+            "checks",
+            "promptkd_loss",
+            "prompt_optimizer",
+            "telemetry",
+            "model_card",
+            "promptkd_trainer",
+        ]
+        modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+        assert modules == set(order)
+        for name in modules:
+            for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                    assert order.index(node.module) < order.index(name), f"{name} imports {node.module}"
+
+    def test_tensor_code_imports_neither_trl_nor_trainers(self):
+        for name in ("divergences", "promptkd_loss"):
+            assert "_trl" not in (PACKAGE / f"{name}.py").read_text()
+
+    def test_no_pickle(self):
+        for path in PACKAGE.rglob("*.py"):
+            text = path.read_text()
+            assert "pickle" not in text, path
+            assert "torch.load" not in text, path
+            assert "torch.save" not in text, path
+
+
+def test_torch_is_the_tested_one_or_newer():
+    assert Version(torch.__version__.split("+")[0]) >= Version("2.9")

@@ -1,0 +1,147 @@
+"""What is refused before any weights are loaded, and what the tokenizer must be for both models."""
+
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .prompt_encoder import PromptEncoderConfig, check_peft_config, text_token_ids
+from .promptkd_config import PromptKDConfig
+from .teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
+
+
+__all__ = ["check_arguments", "check_positions", "prepare_tokenizer"]
+
+logger = logging.get_logger(__name__)
+
+
+def check_arguments(
+    model, teacher_model, args, train_dataset, peft_config, formatting_func, prompt_encoder_config
+) -> None:
+    """Refuse arguments of `PromptKDTrainer` that do not go together.
+
+    Raises:
+        TypeError or ValueError: naming the argument, what it is, and what to pass instead.
+    """
+    if not isinstance(args, PromptKDConfig):
+        raise TypeError(f"`args` is a {type(args).__name__}; PromptKDTrainer needs a `trl_promptkd.PromptKDConfig`.")
+    if model is None:
+        raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required.")
+    if formatting_func is not None:
+        raise ValueError(
+            "`formatting_func` is not supported: it makes plain texts, and PromptKD needs to know where a prompt ends. "
+            "Build `prompt` and `completion` columns with `dataset.map` instead."
+        )
+    if not isinstance(prompt_encoder_config, PromptEncoderConfig):
+        check_peft_config(prompt_encoder_config)
+    if teacher_model is model and not isinstance(model, str):
+        raise ValueError(
+            "`teacher_model` is the very object that is trained as `model`: the teacher would change with its student. "
+            "For self-distillation leave `teacher_model=None`; the student's starting weights are then kept as the teacher."
+        )
+    if isinstance(teacher_model, PeftModel) and teacher_model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "`teacher_model` already carries a soft prompt (PEFT prompt learning). Pass the model below it: "
+            "`teacher_model.get_base_model()`."
+        )
+    student_peft_config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    if student_peft_config is not None and student_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The student is to be trained with a {type(student_peft_config).__name__}, prompt learning for the *student*, "
+            "whose forward pass is not exact under padding. Use LoRA or another weight adapter; the teacher's soft prompt is "
+            "`prompt_encoder_config`."
+        )
+    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+        raise ValueError(
+            "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
+            "name, or leave `teacher_model_init_kwargs` away."
+        )
+    if args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"`chat_template_path` is {args.chat_template_path!r}; only a .jinja or .j2 file is supported, as a template "
+            "taken from another model may add tokens that the teacher does not know."
+        )
+
+
+def prepare_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
+    args: PromptKDConfig,
+    prompt_encoder_config: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models, with a pad token and what `args` say about it.
+
+    Raises:
+        TypeError: for a processor of images or sound.
+        ValueError: where there is none, it has nothing to pad with, the soft prompt's initial text has no tokens, or the
+            teacher's tokenizer is another one.
+    """
+    if processing_class is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if not name:
+            raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
+        revision = (args.model_init_kwargs or {}).get("revision") or "main"
+        processing_class = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"`processing_class` is a {type(processing_class).__name__}; only tokenizers are supported.")
+    if args.eos_token is not None:
+        processing_class.eos_token = args.eos_token
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token  # masks come from lengths, so this is safe
+    if processing_class.pad_token is None:
+        raise ValueError("The tokenizer has neither a pad token nor an end-of-text token. Set `tokenizer.pad_token`.")
+    if args.chat_template_path is not None:
+        with open(args.chat_template_path, encoding="utf-8") as file:
+            processing_class.chat_template = file.read()
+    if isinstance(prompt_encoder_config, PromptEncoderConfig) and prompt_encoder_config.prompt_init == "text":
+        text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+    if teacher_model is not None:
+        name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
+        teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs)
+        if teacher_tokenizer is not None:
+            check_same_tokenizer(processing_class, teacher_tokenizer)
+        elif isinstance(teacher_model, str):
+            logger.warning(
+                f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both models "
+                "share one. If they do not, training compares unrelated tokens."
+            )
+    return processing_class
+
+
+def check_positions(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    num_virtual_tokens: int,
+    train_dataset: Any,
+    max_new_tokens: int,
+) -> None:
+    """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
+
+    Args:
+        train_dataset: A tokenized data set; streams are not looked into.
+
+    Raises:
+        ValueError: with the number of positions there are and that are needed.
+    """
+    limits = [limit for limit in (position_limit(student), position_limit(teacher)) if limit is not None]
+    if not limits or not isinstance(train_dataset, Dataset) or "prompt_ids" not in train_dataset.column_names:
+        return
+    prompts, completions = train_dataset["prompt_ids"], train_dataset["completion_ids"]
+    longest = max(
+        len(prompt) + max(len(completion), max_new_tokens)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    )
+    if longest + num_virtual_tokens > min(limits):
+        raise ValueError(
+            f"The models have {min(limits)} positions, but the longest row ({longest} tokens, of which `max_new_tokens` is "
+            f"{max_new_tokens}) with {num_virtual_tokens} virtual tokens needs {longest + num_virtual_tokens}. Lower "
+            "`max_new_tokens` or `max_length`, or filter the longest rows out."
+        )

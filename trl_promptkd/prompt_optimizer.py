@@ -1,0 +1,183 @@
+"""Training the soft prompt: its gradient, optimizer, schedule, and the file a checkpoint keeps them in."""
+
+import json
+import os
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch import Tensor
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+from .prompt_encoder import PromptEncoderConfig, SoftPrompt, write_safetensors
+
+
+__all__ = ["PromptOptimizer"]
+
+logger = logging.get_logger(__name__)
+
+_STATE_FILE = "prompt_training_state.safetensors"
+_MAX_SKIPPED_IN_A_ROW = 5
+_NEED_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+class PromptOptimizer:
+    """
+    AdamW for the soft prompt, with its own schedule and clipping.
+
+    The prompt is replicated: gradients are summed over ranks, and the loss they come from is divided by the token count of
+    all ranks, so every rank takes the same step.
+
+    Args:
+        soft_prompt ([`SoftPrompt`]): What is trained.
+        config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping; `None` there means `args`.
+        args ([`PromptKDConfig`]): The student's settings, whose Adam coefficients are the prompt's too.
+        num_training_steps (`int`): Length of the schedule.
+        accelerator ([`~accelerate.Accelerator`]): Sums gradients over ranks.
+    """
+
+    def __init__(
+        self,
+        soft_prompt: SoftPrompt,
+        config: PromptEncoderConfig,
+        args,
+        num_training_steps: int,
+        accelerator: Accelerator,
+    ):
+        self.soft_prompt = soft_prompt
+        self.accelerator = accelerator
+        self.max_grad_norm = config.prompt_max_grad_norm
+        self.skipped_in_a_row = 0
+        learning_rate = args.learning_rate if config.prompt_learning_rate is None else config.prompt_learning_rate
+        self.optimizer = torch.optim.AdamW(
+            soft_prompt.parameters(),
+            lr=learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=config.prompt_weight_decay,
+        )
+        own_schedule = config.prompt_lr_scheduler_type is not None
+        schedule = SchedulerType(config.prompt_lr_scheduler_type if own_schedule else args.lr_scheduler_type)
+        if schedule in _NEED_METRICS:
+            raise ValueError(
+                f"The soft prompt cannot follow the schedule {schedule.value!r}, which waits for metrics. Set "
+                "`prompt_lr_scheduler_type` to another one, such as 'constant_with_warmup'."
+            )
+        warmup_steps = config.prompt_warmup_steps
+        self.scheduler = get_scheduler(
+            schedule,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(num_training_steps) if warmup_steps is None else warmup_steps,
+            num_training_steps=num_training_steps,
+            scheduler_specific_kwargs=None if own_schedule else args.lr_scheduler_kwargs,
+        )
+
+    @property
+    def learning_rate(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def accumulate(self, loss: Tensor) -> None:
+        """Add the gradient of `loss` to the prompt's; nothing else gets one."""
+        # Under float16, small gradients through the teacher would vanish without the scaler's factor
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        parameters = list(self.soft_prompt.parameters())
+        gradients = torch.autograd.grad(loss * scale, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            gradient = gradient / scale
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def step(self) -> float:
+        """One step with what has been accumulated on all ranks.
+
+        Returns:
+            `float`: the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: after five steps in a row whose gradient is not finite; each of them is skipped.
+        """
+        for parameter in self.soft_prompt.parameters():
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+        limit = self.max_grad_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.soft_prompt.parameters(), limit))
+        if norm == norm and norm != float("inf"):
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            self.scheduler.step()
+        else:
+            self.skipped_in_a_row += 1
+            logger.warning(f"The soft prompt's gradient is {norm}; this step of the prompt is skipped.")
+            if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+                raise FloatingPointError(
+                    f"The soft prompt's gradient was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row. Check the teacher's "
+                    "logits for NaN or infinities; load it in bfloat16 or float32 if it is in float16."
+                )
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, checkpoint: str) -> None:
+        """Write parameters, Adam's moments and the schedule to `checkpoint`, as safetensors."""
+        tensors = {f"prompt.{name}": tensor for name, tensor in self.soft_prompt.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
+        metadata = {"scheduler": json.dumps(schedule)}
+        write_safetensors(tensors, os.path.join(checkpoint, _STATE_FILE), metadata)
+
+    def load(self, checkpoint: str) -> None:
+        """Go on from what [`~PromptOptimizer.save`] wrote.
+
+        Raises:
+            FileNotFoundError: where the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
+        """
+        path = _state_path(checkpoint)
+        tensors, metadata = _read(path)
+        load_prompt_parameters(self.soft_prompt, checkpoint)
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state["state"].setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict(state)
+        # The lambdas are functions of this run's settings and stay
+        self.scheduler.load_state_dict(json.loads(metadata["scheduler"]) | {"lr_lambdas": [None]})
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+
+def load_prompt_parameters(soft_prompt: SoftPrompt, checkpoint: str) -> None:
+    """Set the prompt, with its encoder, to what a checkpoint holds.
+
+    Raises:
+        FileNotFoundError: where it holds none.
+        ValueError: where it holds a prompt of another shape.
+    """
+    path = _state_path(checkpoint)
+    tensors, _ = _read(path)
+    state = {name.removeprefix("prompt."): t for name, t in tensors.items() if name.startswith("prompt.")}
+    have = {name: tuple(tensor.shape) for name, tensor in soft_prompt.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if have != found:
+        raise ValueError(
+            f"{path} holds another soft prompt than this run's: found {found}, expected {have}. Resume with the "
+            "`PromptEncoderConfig` the run was started with."
+        )
+    soft_prompt.load_state_dict(state)
+
+
+def _state_path(checkpoint: str) -> str:
+    path = os.path.join(checkpoint, _STATE_FILE)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{checkpoint} has no {_STATE_FILE}: it was not written by PromptKDTrainer, or not completely. Resume from "
+            "another checkpoint, or start afresh without `resume_from_checkpoint`."
+        )
+    return path
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}

@@ -1,0 +1,171 @@
+"""Settings of [`PromptKDTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ._trl import GKDConfig
+
+
+__all__ = ["PromptKDConfig"]
+
+# Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
+_UNSUPPORTED = {
+    "packing": (False, "rows are distilled one by one; sequences hold sampled completions of unknown length"),
+    "padding_free": (False, "batches are padded"),
+    "assistant_only_loss": (False, "the loss covers the last answer of a conversation"),
+    "loss_type": ("nll", "the loss is the divergence that `beta` selects"),
+    "label_smoothing_factor": (0.0, "there are no hard labels"),
+}
+
+
+@dataclass
+class PromptKDConfig(GKDConfig):
+    """
+    Configuration class for [`PromptKDTrainer`].
+
+    This class includes only what is specific to PromptKD. For the rest, see [`~transformers.TrainingArguments`],
+    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; the soft prompt's own settings are
+    in [`PromptEncoderConfig`]. The defaults are the paper's.
+
+    Args:
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of rows whose completion the student samples; the others are trained on the data's answers, or on the
+            teacher's with `seq_kd`. Drawn row by row.
+        beta (`float`, *optional*, defaults to `1.0`):
+            Divergence of the student's loss: `1.0` the reverse KL(student || teacher), `0.0` the forward KL, between them the
+            generalized Jensen-Shannon divergence, which goes to 0 towards both ends and does not turn into either KL there.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling.
+        loss_temperature (`float`, *optional*, defaults to `1.0`):
+            Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
+            temperature, without a factor of its square.
+        prompt_divergence (`str`, *optional*, defaults to `"reverse"`):
+            Loss of the soft prompt: `"reverse"`, KL(prompted || student) + w KL(prompted || plain); `"forward"`, both the
+            other way round.
+        regularization_coef (`float`, *optional*, defaults to `1.0`):
+            `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain teacher
+            is only asked on steps that are logged.
+        regularization_schedule (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` lets `w` fall to 0 at the end of training, `"constant"` keeps it.
+        prompt_update (`str`, *optional*, defaults to `"sequential"`):
+            `"sequential"`, the paper's: at the end of an accumulation window the prompt is stepped first and the student
+            learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns from the prompt
+            as it was before the step in all micro-batches; one teacher pass less, and how a window is split into
+            micro-batches makes no difference at all.
+        top_k (`int`, *optional*, defaults to `0`):
+            Sample among the `top_k` likeliest tokens; `0` for all.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Sample among the likeliest tokens that hold this probability together.
+        generation_kwargs (`dict`, *optional*):
+            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the data; a
+            sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
+            `"drop"` leaves them out and reports how many.
+        rollout_batch_size (`int`, *optional*):
+            Rows sampled at once on one device. `None` samples a whole accumulation window at once.
+        loss_chunk_size (`int`, *optional*, defaults to `1024`):
+            Tokens whose divergences are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print prompts and sampled completions at every logging step, and keep them as parquet files in
+            `output_dir/completions`.
+        num_completions_to_print (`int`, *optional*):
+            How many of them to print; `None` for all.
+    """
+
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "The collator needs columns that the model's forward does not know."}
+    )
+    lmbda: float = field(
+        default=1.0, metadata={"help": "Share of rows whose completion the student samples; drawn row by row."}
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={"help": "1.0: reverse KL(student || teacher). 0.0: forward KL. Between: generalized JSD."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Both models' logits are divided by it in every divergence."}
+    )
+    prompt_divergence: str = field(
+        default="reverse",
+        metadata={"help": "Direction of the soft prompt's loss.", "choices": ["reverse", "forward"]},
+    )
+    regularization_coef: float = field(
+        default=1.0, metadata={"help": "Weight of KL(prompted || plain) in the soft prompt's loss at the first step."}
+    )
+    regularization_schedule: str = field(
+        default="linear",
+        metadata={"help": "Whether that weight falls to 0 over the training.", "choices": ["linear", "constant"]},
+    )
+    prompt_update: str = field(
+        default="sequential",
+        metadata={
+            "help": "Whether the student learns from the prompt after or before its update.",
+            "choices": ["sequential", "simultaneous"],
+        },
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens; 0 for all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "More settings for transformers' GenerationConfig."}
+    )
+    overlong: str = field(
+        default="error",
+        metadata={"help": "Refuse or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows sampled at once on one device; None: a whole accumulation window."}
+    )
+    loss_chunk_size: int | None = field(
+        default=1024, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print and keep sampled completions at every logging step."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "How many completions to print; None: all."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, choices in (
+            ("prompt_divergence", ("reverse", "forward")),
+            ("regularization_schedule", ("linear", "constant")),
+            ("prompt_update", ("sequential", "simultaneous")),
+            ("overlong", ("error", "drop")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {choices[0]!r} or {choices[1]!r}.")
+        for name in ("temperature", "loss_temperature", "max_new_tokens", "rollout_batch_size", "loss_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                hint = (
+                    " For greedy decoding set generation_kwargs={'do_sample': False}." if name == "temperature" else ""
+                )
+                raise ValueError(f"`{name}` is {value}; it must be above 0.{hint}")
+        if self.regularization_coef < 0:
+            raise ValueError(f"`regularization_coef` is {self.regularization_coef}; it must not be negative.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` is {self.top_k}; it must be 0 (all tokens) or above.")
+        for name, (supported, why) in _UNSUPPORTED.items():
+            if getattr(self, name) != supported:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` has no meaning in PromptKD: {why}. Leave it at {supported!r}."
+                )
+        if self.completion_only_loss is False:
+            raise ValueError(
+                "`completion_only_loss=False` has no meaning in PromptKD: only completions are distilled."
+            )
+        # Rows are tokenized by this package, for conversations and plain texts alike
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

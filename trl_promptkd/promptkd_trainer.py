@@ -1,0 +1,555 @@
+"""PromptKD: on-policy distillation from a frozen teacher whose soft prompt is tuned with the student's guidance."""
+
+import copy
+import os
+import random
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast, is_peft_model
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import (
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+from transformers.utils import logging
+
+from ._trl import (
+    GKDTrainer,
+    keep_four_bit_weights_differentiable,
+    prepare_deepspeed,
+    unwrap_model_for_generation,
+)
+from .checks import check_arguments, check_positions, prepare_tokenizer
+from .data import DataCollatorForPromptCompletion, check_columns, masked_rows, pad_rows, tokenize_dataset
+from .divergences import chunked_sums
+from .model_card import add_prompt_section
+from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
+from .prompt_optimizer import PromptOptimizer, load_prompt_parameters
+from .promptkd_config import PromptKDConfig
+from .promptkd_loss import prompt_loss_sums, regularization_weight, student_loss_sums
+from .rollouts import generate_completions, own_random_state, rollout_config, rollout_seed
+from .teacher import (
+    completion_logits,
+    disable_dropout,
+    forward_logits,
+    freeze,
+    load_teacher,
+    shared_vocab_size,
+)
+from .telemetry import CollusionCallback, Means, keep_completions
+
+
+__all__ = ["PromptKDTrainer"]
+
+logger = logging.get_logger(__name__)
+
+
+class PromptKDTrainer(GKDTrainer):
+    """
+    Trainer for PromptKD: a few embeddings before a frozen teacher's input are tuned with the student's guidance, so that
+    the teacher becomes student-friendly; the student learns from that teacher on its own samples.
+
+    One optimizer step, with `q` the student, `p` the plain teacher and `pP` the teacher behind the soft prompt `P`:
+
+    1. the student samples a completion for every prompt of the accumulation window;
+    2. `P` is stepped on KL(pP || q) + w KL(pP || p);
+    3. the student is stepped on KL(q || pP).
+
+    Losses are sums over completion tokens, end of text included, divided by the number of those tokens in the whole window
+    on all ranks: nats per token. Source: Kim et al., PromptKD (arXiv 2402.12842).
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
+            `args.teacher_model_name_or_path`; where that is `None` too, the student's own starting weights: the student
+            with its adapter switched off if it is a PEFT model (no second copy is held), else a frozen copy.
+        args ([`PromptKDConfig`], *optional*):
+            Training arguments.
+        data_collator ([`~transformers.DataCollator`], *optional*):
+            A collator of your own gets the rows as they are and must return `input_ids`, `attention_mask`, `labels`,
+            `prompts` and `prompt_attention_mask`, as `GKDTrainer`'s does.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows with `messages`, with `prompt` and `completion`, or (fully on-policy only) with `prompt` alone; texts or
+            conversations.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
+            The same formats. Where rows have no answer, the plain teacher writes one.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer of both models; by default loaded with the student.
+        compute_metrics (`Callable`, *optional*):
+            Gets the student's logits on the evaluation rows, as in the base class.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            More callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            The student's optimizer and scheduler.
+        preprocess_logits_for_metrics (`Callable`, *optional*):
+            As in the base class.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains an adapter of the student instead of all its weights.
+        formatting_func (`Callable`, *optional*):
+            Not supported; kept for the base class's signature.
+        prompt_encoder_config ([`PromptEncoderConfig`], `peft.PromptTuningConfig` or `peft.PromptEncoderConfig`, *optional*):
+            The teacher's soft prompt; by default the paper's.
+
+    Raises:
+        ValueError: for settings, data or models that cannot be trained together. Whatever can be checked without weights is
+            checked before they are loaded.
+    """
+
+    _tag_names = ["trl", "promptkd"]
+    _name = "PromptKD"
+    _paper = {
+        "title": "PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning",
+        "id": "2402.12842",
+        "citation": textwrap.dedent("""\
+            @inproceedings{kim2024promptkd,
+                title     = {{PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning}},
+                author    = {Gyeongman Kim and Doohyuk Jang and Eunho Yang},
+                year      = 2024,
+                booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2024},
+            }"""),
+    }
+
+    prompt_optimizer: PromptOptimizer  # made when the number of steps is known
+
+    # `compute_loss` divides by the token count of the whole window itself
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
+        teacher_model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
+        args: PromptKDConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable | None = None,
+        prompt_encoder_config: Any = None,
+    ):
+        # 1. What can be checked without weights
+        args = PromptKDConfig(output_dir="PromptKD") if args is None else args
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+        prompt_encoder_config = PromptEncoderConfig() if prompt_encoder_config is None else prompt_encoder_config
+        check_arguments(model, teacher_model, args, train_dataset, peft_config, formatting_func, prompt_encoder_config)
+        self._tokenizes = data_collator is None
+        needs_completions = args.lmbda < 1 and not args.seq_kd
+        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        if self._tokenizes:
+            check_columns(train_dataset, "train_dataset", needs_completions)
+            for name, dataset in eval_datasets.items():
+                if dataset is not None:
+                    check_columns(dataset, name, needs_completions=False)
+        processing_class = prepare_tokenizer(processing_class, model, teacher_model, args, prompt_encoder_config)
+        if self._tokenizes:
+            data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
+            train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, needs_completions)
+            eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
+
+        # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
+        # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
+        super(GKDTrainer, self).__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            peft_config=peft_config,
+        )
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        keep_four_bit_weights_differentiable(self.model)
+        self.lmbda, self.beta, self.seq_kd = args.lmbda, args.beta, args.seq_kd
+        self.temperature = args.temperature
+
+        # 3. The teacher and its soft prompt
+        self._teacher_is_student_base = teacher_model is None and is_peft_model(self.model)
+        teacher = self._build_teacher(teacher_model)
+        self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
+        self.prompt_encoder_config = prompt_encoder_config
+        self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class).to(self.accelerator.device)
+        for tensor in self.soft_prompt.state_dict().values():
+            tensor.copy_(broadcast(tensor))  # equal on every rank from the start
+        if self._tokenizes:
+            num_virtual_tokens = self.soft_prompt.peft_config.num_virtual_tokens
+            check_positions(self.model, teacher, num_virtual_tokens, train_dataset, args.max_new_tokens)
+        self.teacher_model: Any = None if self._teacher_is_student_base else self._place_teacher(teacher)
+
+        # 4. Sampling and logging
+        self.generation_config = rollout_config(self.model, processing_class, args)
+        self.generation_kwargs = self.generation_config.to_dict()
+        self._train_means, self._eval_means = Means(), Means()
+        self._eval_batches = 0
+        self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
+        self._last_rollouts: tuple[list[list[int]], ...] = ()
+        self.add_callback(CollusionCallback())
+
+    # ------------------------------------------------------------------------------------------------ setting up
+
+    @staticmethod
+    def _tokenize(dataset, name: str, processing_class, args: PromptKDConfig, needs_completions: bool = False):
+        if isinstance(dataset, dict):
+            return {
+                key: PromptKDTrainer._tokenize(value, f"{name}[{key!r}]", processing_class, args)
+                for key, value in dataset.items()
+            }
+        if dataset is None:
+            return None
+        return tokenize_dataset(
+            dataset,
+            name,
+            processing_class,
+            args.max_length,
+            needs_completions,
+            args.overlong,
+            args.dataset_num_proc,
+        )
+
+    def _build_teacher(self, teacher_model) -> nn.Module:
+        if self._teacher_is_student_base:
+            return self.model  # frozen by PEFT below its adapter; must not be frozen as a whole
+        if teacher_model is None:
+            teacher_model = copy.deepcopy(self.model)
+            # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
+            teacher_model.__dict__.pop("forward", None)
+        elif isinstance(teacher_model, str):
+            teacher_model = load_teacher(
+                teacher_model, self.args.teacher_model_init_kwargs, self.args.trust_remote_code
+            )
+        return freeze(teacher_model)
+
+    def _place_teacher(self, teacher: nn.Module) -> nn.Module:
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher, self.accelerator)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        config = self.prompt_encoder_config
+        config = config if isinstance(config, PromptEncoderConfig) else PromptEncoderConfig()
+        self.prompt_optimizer = PromptOptimizer(
+            self.soft_prompt, config, self.args, num_training_steps, self.accelerator
+        )
+        return scheduler
+
+    # ------------------------------------------------------------------------------------------------ the teacher
+
+    @contextmanager
+    def _teacher(self) -> Iterator[nn.Module]:
+        """The plain teacher, in evaluation mode."""
+        if not self._teacher_is_student_base:
+            yield self.teacher_model
+            return
+        student = self.accelerator.unwrap_model(self.model_wrapped)
+        was_training = student.training
+        student.eval()
+        try:
+            with student.disable_adapter():
+                yield student
+        finally:
+            student.train(was_training)
+
+    def prompt_embeddings(self) -> Tensor:
+        """The soft prompt: `(num_virtual_tokens, hidden)` in float32, without gradient."""
+        return self.soft_prompt().detach()
+
+    @torch.no_grad()
+    def prompted_teacher_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The teacher's logits behind the soft prompt.
+
+        Args:
+            input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on either side, or not at all.
+            attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding.
+
+        Returns:
+            `Tensor` of shape `(batch, seq, vocab)` in float32; position `i` follows `input_ids[:, i]`. What stands at padding
+            means nothing.
+        """
+        device = self.accelerator.device
+        with self._teacher() as teacher:
+            return forward_logits(teacher, input_ids.to(device), attention_mask.to(device), self.soft_prompt()).float()
+
+    def _logits(self, model: nn.Module, inputs: dict[str, Tensor], soft_prompt: Tensor | None = None) -> Tensor:
+        return completion_logits(
+            model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], soft_prompt, self.shared_vocab_size
+        )
+
+    # ------------------------------------------------------------------------------------------------ sampling
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """Collect a window's micro-batches, sample their completions, and count the tokens that will be trained on."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        batches = self._sample_window([self._prepare_inputs(batch) for batch in batches])
+        num_tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+        return batches, self.accelerator.gather(num_tokens.reshape(1)).sum()
+
+    def _sample_window(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        step, rank = self.state.global_step, self.accelerator.process_index
+        draw = random.Random(rollout_seed(self.args.seed, "mixture", step, rank))
+        prompts = [masked_rows(batch["prompts"], batch["prompt_attention_mask"]) for batch in batches]
+        answers = [masked_rows(batch["input_ids"], batch["labels"] != -100) for batch in batches]
+        rows = [(i, j) for i, batch in enumerate(prompts) for j in range(len(batch))]
+        from_student = {row for row in rows if draw.random() < self.lmbda}
+        sources = {"student": from_student, "teacher": set(rows) - from_student if self.seq_kd else set()}
+        for source, chosen in sources.items():
+            chosen_rows = [row for row in rows if row in chosen]
+            start = time.perf_counter()
+            sampled = self._sample([prompts[i][j] for i, j in chosen_rows], source, step, rank)
+            if source == "student" and sampled:
+                self._log_rollouts([prompts[i][j] for i, j in chosen_rows], sampled, time.perf_counter() - start)
+            for (i, j), completion in zip(chosen_rows, sampled, strict=True):
+                answers[i][j] = completion
+        replaced = {i for chosen in sources.values() for i, _ in chosen}
+        pad, device = self.processing_class.pad_token_id, self.accelerator.device
+        return [
+            {key: value.to(device) for key, value in pad_rows(prompts[i], answers[i], pad).items()}
+            if i in replaced
+            else batch
+            for i, batch in enumerate(batches)
+        ]
+
+    def _sample(self, prompts: list[list[int]], source: str, step: int, rank: int) -> list[list[int]]:
+        """Completions by the student or by the plain teacher, from a random state of their own."""
+        if not prompts:
+            return []
+        generate = partial(
+            generate_completions,
+            prompt_ids=prompts,
+            generation_config=self.generation_config,
+            batch_size=self.args.rollout_batch_size,
+            vocab_size=self.shared_vocab_size,
+        )
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with own_random_state(rollout_seed(self.args.seed, source, step, rank), self.accelerator.device):
+            if source == "student":
+                with unwrap_model_for_generation(
+                    self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+                ) as model:
+                    return generate(model)
+            with (
+                self._teacher() as teacher,
+                unwrap_model_for_generation(
+                    teacher, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+                ) as model,
+            ):
+                return generate(model)
+
+    # ------------------------------------------------------------------------------------------------ training
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # Past GKDTrainer, which would sample here, one micro-batch at a time
+        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """One micro-batch: the prompt's gradient, its step at the window's end, and the student's loss.
+
+        Returns:
+            Scalar: the divergence summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those of the
+            whole window on all ranks), times the number of ranks, over which data parallelism averages gradients.
+        """
+        num_local = (inputs["labels"][:, 1:] != -100).sum()
+        num_tokens = num_local if num_items_in_batch is None else num_items_in_batch
+        num_tokens = torch.as_tensor(num_tokens, device=num_local.device).clamp(min=1)
+        weight = regularization_weight(
+            self.args.regularization_coef,
+            self.args.regularization_schedule,
+            self.state.global_step,
+            self.state.max_steps,
+        )
+        window_ends = self.accelerator.sync_gradients
+        student_logits = self._logits(model, inputs)  # (num_local, vocab)
+
+        with self._teacher() as teacher:
+            plain_logits = None
+            if weight > 0 or self._is_logged_step():
+                with torch.no_grad():
+                    plain_logits = self._logits(teacher, inputs)
+            prompted_logits = self._logits(teacher, inputs, self.soft_prompt())
+            sums = partial(
+                prompt_loss_sums,
+                direction=self.args.prompt_divergence,
+                weight=weight,
+                temperature=self.args.loss_temperature,
+            )
+            prompt_loss, prompted_student, *prompted_plain = chunked_sums(
+                sums, self.args.loss_chunk_size, prompted_logits, student_logits.detach(), plain_logits
+            )
+            self.prompt_optimizer.accumulate(prompt_loss / num_tokens)
+            prompted_logits = prompted_logits.detach()
+            if window_ends:
+                self._train_means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
+                self._train_means.add("prompt/grad_norm", self.prompt_optimizer.step())
+                if self.args.prompt_update == "sequential":
+                    with torch.no_grad():
+                        prompted_logits = self._logits(teacher, inputs, self.soft_prompt())
+
+        sums = partial(student_loss_sums, beta=self.beta, temperature=self.args.loss_temperature)
+        loss, student_prompted, student_entropy, teacher_entropy, *student_plain = chunked_sums(
+            sums, self.args.loss_chunk_size, student_logits, prompted_logits, plain_logits
+        )
+        if not torch.isfinite(loss):
+            # The Trainer's log would show a made-up number instead, and the student's weights would be lost
+            raise FloatingPointError(
+                f"The student's loss is {loss.item()} at step {self.state.global_step + 1}. Check both models' logits for NaN or "
+                "infinities; load the teacher in bfloat16 or float32 if it is in float16."
+            )
+
+        means = self._train_means
+        means.add("kl/student_prompted", student_prompted, num_local)
+        means.add("kl/prompted_student", prompted_student, num_local)
+        means.add("entropy/student", student_entropy, num_local)
+        means.add("entropy/teacher", teacher_entropy, num_local)
+        if plain_logits is not None:
+            means.add("kl/student_plain", student_plain[0], num_local)
+            means.add("kl/prompt_gain", student_plain[0] - student_prompted, num_local)
+            means.add("kl/prompted_plain", prompted_plain[0], num_local)
+        means.add("regularization_weight", weight)
+
+        loss = loss / num_tokens * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _is_logged_step(self) -> bool:
+        step = self.state.global_step + 1
+        if self.args.logging_strategy == IntervalStrategy.STEPS:
+            return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        return self.args.logging_strategy == IntervalStrategy.EPOCH
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
+        """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
+        if isinstance(eval_dataset, Dataset | IterableDataset) and self._tokenizes:
+            check_columns(eval_dataset, "eval_dataset", needs_completions=False)
+            eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        self._eval_means, self._eval_batches = Means(), 0
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Means over the tokens of the whole set, where the base class has means of batch means
+        means = self._eval_means.report(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        prompts = masked_rows(inputs["prompts"], inputs["prompt_attention_mask"])
+        answers = masked_rows(inputs["input_ids"], inputs["labels"] != -100)
+        pad, rank = self.processing_class.pad_token_id, self.accelerator.process_index
+        # The same random numbers at every evaluation, so that values differ by what was learned
+        samples = self._sample(prompts, "student", -1 - self._eval_batches, rank)
+        new = [
+            prompt
+            for prompt, answer in zip(prompts, answers, strict=True)
+            if not answer and tuple(prompt) not in self._teacher_answers
+        ]
+        for prompt, answer in zip(new, self._sample(new, "teacher", -1 - self._eval_batches, rank), strict=True):
+            self._teacher_answers[tuple(prompt)] = answer
+        answers = [
+            answer or self._teacher_answers[tuple(prompt)] for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        self._eval_batches += 1
+
+        device = self.accelerator.device
+        means, temperature = self._eval_means, self.args.loss_temperature
+        for source, completions in (("student", samples), ("answers", answers)):
+            batch = {key: value.to(device) for key, value in pad_rows(prompts, completions, pad).items()}
+            count = (batch["labels"][:, 1:] != -100).sum()
+            student_logits = self._logits(model, batch)
+            with self._teacher() as teacher:
+                plain_logits = self._logits(teacher, batch)
+                if source == ("student" if self.lmbda > 0 else "answers"):
+                    prompted_logits = self._logits(teacher, batch, self.soft_prompt())
+                    sums = partial(student_loss_sums, beta=self.beta, temperature=temperature)
+                    loss, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, prompted_logits, None)
+                    means.add("loss", loss, count)
+                    batch_loss = loss / count
+            sums = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0, temperature=temperature)
+            divergence, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, plain_logits, None)
+            means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
+        if prediction_loss_only:
+            return batch_loss, None, None
+        return batch_loss, forward_logits(model, inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
+
+    # ------------------------------------------------------------------------------------------------ logging
+
+    def _log_rollouts(self, prompts: list[list[int]], completions: list[list[int]], seconds: float) -> None:
+        eos = self.generation_config.eos_token_id or []
+        stop_ids = eos if isinstance(eos, list) else [eos]
+        num_tokens = sum(map(len, completions))
+        means = self._train_means
+        means.add("rollout/mean_length", num_tokens, len(completions))
+        means.add("rollout/terminated_share", sum(ids[-1] in stop_ids for ids in completions), len(completions))
+        means.add("rollout/tokens_per_second", num_tokens, seconds)
+        self._last_rollouts = (prompts, completions)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._train_means.report(self.accelerator))
+            logs["prompt/drift"] = self.soft_prompt.drift()
+            if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
+                prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
+                shown = self.args.num_completions_to_print
+                keep_completions(prompts, completions, self.state.global_step, self.args.output_dir, shown)
+        super().log(logs, start_time)
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
+        """TRL's model card, and a section on the teacher, its prompt, and how to load both."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            add_prompt_section(os.path.join(self.args.output_dir, "README.md"), self)
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student as usual, and the teacher's soft prompt to `teacher_prompt/` beside it."""
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        if self.args.should_save:
+            self.soft_prompt.save_adapter(os.path.join(output_dir, ADAPTER_FOLDER))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.prompt_optimizer.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.prompt_optimizer.load(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_peft_model(self.model) and not self.is_fsdp_enabled:
+            # The base class would take `teacher_prompt/` for a second adapter of the student
+            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapters[0], is_trainable=True)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_prompt_parameters(self.soft_prompt, self.state.best_model_checkpoint)

@@ -1,0 +1,109 @@
+"""What a run tells about itself: means over tokens of all ranks, and the warning that a prompt follows its student."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ._trl import print_prompt_completions_sample
+
+
+__all__ = ["CollusionCallback", "Means", "keep_completions"]
+
+logger = logging.get_logger(__name__)
+
+
+class Means:
+    """Sums and counts since the last report, kept on the device so that adding to them never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        total, count = (torch.as_tensor(value).detach().float() for value in (total, count))
+        self._sums[name] = self._sums.get(name, 0) + total
+        self._counts[name] = self._counts.get(name, 0) + count
+
+    def report(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks, which must have added the same names; starts anew."""
+        if not self._sums:
+            return {}
+        pairs = [torch.stack([self._sums[name].cpu(), self._counts[name].cpu()]) for name in self._sums]
+        totals = accelerator.reduce(torch.stack(pairs).to(accelerator.device), reduction="sum").cpu()
+        means = {
+            name: float(total / count) for name, (total, count) in zip(self._sums, totals, strict=True) if count > 0
+        }
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def keep_completions(
+    prompts: list[str], completions: list[str], step: int, output_dir: str, num_to_print: int | None
+) -> None:
+    """Print sampled completions, and write all of them to `output_dir/completions/completions_<step>.parquet`."""
+    print_prompt_completions_sample(prompts, completions, {}, None, step, num_to_print)
+    folder = os.path.join(output_dir, "completions")
+    os.makedirs(folder, exist_ok=True)
+    table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
+    table.to_parquet(os.path.join(folder, f"completions_{step:05d}.parquet"))
+
+
+class CollusionCallback(TrainerCallback):
+    """
+    Warns once when the soft prompt seems to follow the student instead of leading it.
+
+    A prompt that learns too fast moves to wherever the student is: the loss KL(student || prompted teacher) looks
+    wonderful while the student collapses onto a few answers. The sign is a prompt gain, KL(student || plain) minus
+    KL(student || prompted), that has grown to a large share of KL(student || plain), while the student's entropy has fallen
+    or KL(plain teacher || student) on neutral answers has risen.
+
+    Args:
+        gain_share (`float`, *optional*, defaults to `0.25`): Share of KL(student || plain) that the gain must have reached.
+        gain_growth (`float`, *optional*, defaults to `0.05`): Nats a token by which it must have grown since the first log.
+        entropy_drop (`float`, *optional*, defaults to `0.2`): Share by which the student's entropy must have fallen.
+        forward_kl_rise (`float`, *optional*, defaults to `0.05`): Or the share by which `eval_forward_kl` must have risen.
+    """
+
+    def __init__(
+        self,
+        gain_share: float = 0.25,
+        gain_growth: float = 0.05,
+        entropy_drop: float = 0.2,
+        forward_kl_rise: float = 0.05,
+    ):
+        self.gain_share, self.gain_growth = gain_share, gain_growth
+        self.entropy_drop, self.forward_kl_rise = entropy_drop, forward_kl_rise
+        self.warned = False
+
+    def on_log(self, args, state, control, **kwargs):
+        training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
+        if self.warned or len(training) < 2:
+            return
+        first, last = training[0], training[-1]
+        gain, plain = last["kl/prompt_gain"], last["kl/student_plain"]
+        if gain < self.gain_share * plain or gain - first["kl/prompt_gain"] < self.gain_growth:
+            return
+        signs = []
+        if last["entropy/student"] < (1 - self.entropy_drop) * first["entropy/student"]:
+            signs.append(
+                f"the student's entropy fell from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
+            )
+        forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
+        if len(forward) > 1 and forward[-1] > (1 + self.forward_kl_rise) * forward[0]:
+            signs.append(
+                f"KL(plain teacher || student) on neutral answers rose from {forward[0]:.2f} to {forward[-1]:.2f} nats"
+            )
+        if signs:
+            self.warned = True
+            logger.warning(
+                f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. The prompt gain "
+                f"is {gain:.2f} of {plain:.2f} nats a token, up from {first['kl/prompt_gain']:.2f}, while {' and '.join(signs)}. "
+                "A falling loss does not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), "
+                "raise `regularization_coef`, or warm the student up with supervised fine-tuning first."
+            )

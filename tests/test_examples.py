@@ -1,11 +1,17 @@
 """The scripts' command lines, and every recipe."""
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from peft import PeftModel
+from tiny import WORDS, tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +100,53 @@ class TestScript:
         targets = re.findall(r"^([a-z-]+):", text, re.M)
         assert all(re.search(rf"^{target}:.*## \w", text, re.M) for target in targets)
         assert {"install", "style", "check", "test", "test-slow", "quickstart", "ci"} <= set(targets)
+
+
+@pytest.mark.slow
+def test_the_script_trains_under_accelerate_launch(tmp_path):
+    """Models and rows from local files, LoRA and a quantized teacher from one YAML file and one flag."""
+    pytest.importorskip("bitsandbytes")
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(seed=seed, **size).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"instruction": " ".join(WORDS[i : i + 3]), "input": "", "output": WORDS[i]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {
+        "model_name_or_path": str(tmp_path / "student"),
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        "teacher_model_init_kwargs": {"dtype": "float32", "quantization_config": {"load_in_4bit": True}},
+        "dataset_name": "json",
+        "data_files": str(tmp_path / "rows.jsonl"),
+        "eval_data_files": str(tmp_path / "rows.jsonl"),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "instruction_template": True,
+        "output_dir": str(tmp_path / "out"),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "max_steps": 9,
+        "max_new_tokens": 4,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "prompt_init_text": "suppose you are a student .",
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / "promptkd.py")]
+    result = subprocess.run(
+        [*launch, "--config", str(tmp_path / "run.yaml"), "--max_steps", "2"],
+        env={**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "eval_forward_kl" in result.stdout
+    student = PeftModel.from_pretrained(tiny_model(seed=1, **size), tmp_path / "out")
+    assert student.peft_config["default"].r == 4
+    prompt = PeftModel.from_pretrained(tiny_model(seed=2, **size), tmp_path / "out", subfolder="teacher_prompt")
+    assert prompt.peft_config["default"].num_virtual_tokens == 7

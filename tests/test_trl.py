@@ -47,7 +47,9 @@ class TestWhatWeRelyOn:
             return {
                 t.attr
                 for t in targets
-                if isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store) and getattr(t.value, "id", "") == "self"
+                if isinstance(t, ast.Attribute)
+                and isinstance(t.ctx, ast.Store)
+                and getattr(t.value, "id", "") == "self"
             }
 
         assert attributes(_trl.GKDTrainer) <= attributes(PromptKDTrainer)

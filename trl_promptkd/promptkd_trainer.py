@@ -151,17 +151,11 @@ class PromptKDTrainer(GKDTrainer):
         check_arguments(model, teacher_model, args, train_dataset, peft_config, formatting_func, prompt_encoder_config)
         self._tokenizes = data_collator is None
         needs_completions = args.lmbda < 1 and not args.seq_kd
-        eval_datasets = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        if self._tokenizes:
-            check_columns(train_dataset, "train_dataset", needs_completions)
-            for name, dataset in eval_datasets.items():
-                if dataset is not None:
-                    check_columns(dataset, name, needs_completions=False)
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args, prompt_encoder_config)
+        train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, needs_completions)
+        eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
-            train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, needs_completions)
-            eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
 
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
@@ -208,23 +202,17 @@ class PromptKDTrainer(GKDTrainer):
 
     # ------------------------------------------------------------------------------------------------ setting up
 
-    @staticmethod
-    def _tokenize(dataset, name: str, processing_class, args: PromptKDConfig, needs_completions: bool = False):
+    def _tokenize(self, dataset, name: str, processing_class, args: PromptKDConfig, needs_completions: bool = False):
+        """Check and tokenize a data set or a `dict` of them; a collator of the user's own gets the rows as they are."""
+        if dataset is None or not self._tokenizes:
+            return dataset
         if isinstance(dataset, dict):
             return {
-                key: PromptKDTrainer._tokenize(value, f"{name}[{key!r}]", processing_class, args)
-                for key, value in dataset.items()
+                key: self._tokenize(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()
             }
-        if dataset is None:
-            return None
+        check_columns(dataset, name, needs_completions)
         return tokenize_dataset(
-            dataset,
-            name,
-            processing_class,
-            args.max_length,
-            needs_completions,
-            args.overlong,
-            args.dataset_num_proc,
+            dataset, name, processing_class, args.max_length, needs_completions, args.overlong, args.dataset_num_proc
         )
 
     def _build_teacher(self, teacher_model) -> nn.Module:
@@ -442,8 +430,7 @@ class PromptKDTrainer(GKDTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
-        if isinstance(eval_dataset, Dataset | IterableDataset) and self._tokenizes:
-            check_columns(eval_dataset, "eval_dataset", needs_completions=False)
+        if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 

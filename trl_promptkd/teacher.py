@@ -184,7 +184,7 @@ def forward_logits(
     """
     bare = extract_model_from_parallel(model)
     base = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-    accepted = inspect.signature(base.forward).parameters
+    accepted = inspect.signature(type(base).forward).parameters  # the class: wrappers may hide it
     inputs: dict[str, Any] = {"use_cache": False}
     if soft_prompt is None:
         inputs["input_ids"] = input_ids
@@ -217,7 +217,7 @@ def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prom
     is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
     source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
     prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
-    prompt_embeds = soft_prompt.to(token_embeds.dtype)[prompt_index]
+    prompt_embeds = soft_prompt.to(token_embeds)[prompt_index]
     text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
     embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
     return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))

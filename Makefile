@@ -36,7 +36,7 @@ test: $(STAMP) ## Fast tests: tiny models, no network
 test-slow: $(STAMP) ## Tests on a real model, of the scripts, and of several processes
 	$(BIN)/pytest -m slow --durations 10
 
-quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into an 11-layer student with PromptKD, in minutes on two cores
+quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
 
 build: $(STAMP) ## Wheel and source distribution in dist/

@@ -1,11 +1,19 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
 
-from trl_promptkd.data import DataCollatorForPromptCompletion, check_columns, pad_rows, tokenize_dataset, tokenize_row
+from trl_promptkd.data import (
+    DataCollatorForPromptCompletion,
+    _without_blank_tail,
+    check_columns,
+    pad_rows,
+    tokenize_dataset,
+    tokenize_row,
+)
 
 
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
@@ -40,6 +48,21 @@ class TestTokenizeRow:
     def test_what_the_template_writes_after_the_end_is_dropped(self, tokenizer):
         tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<eos> . ")
         assert tokenize_row({"messages": CHAT}, tokenizer)["completion_ids"] == [SAT, ON, EOS]
+
+    def test_white_space_after_a_turns_own_end_token_is_dropped(self):
+        special = SimpleNamespace(special=True)
+        gemma = SimpleNamespace(
+            added_tokens_decoder={7: special}, decode=lambda ids: "".join(" x"[i % 2] for i in ids)
+        )
+        assert _without_blank_tail([1, 7, 4], gemma) == [1, 7]  # 4 is a line break
+        assert _without_blank_tail([1, 7, 3], gemma) == [1, 7, 3]  # 3 is text
+        assert _without_blank_tail([1, 4], gemma) == [1, 4]
+
+    def test_tools_may_be_json(self, tokenizer):
+        tokenizer.chat_template = "{% if tools %}red {{ tools[0]['name'] }} {% endif %}" + tokenizer.chat_template
+        row = {"messages": CHAT, "tools": '[{"name": "cat"}]'}
+        assert tokenize_row(row, tokenizer)["prompt_ids"][1:] == [CAT, USER, THE, CAT, ASSISTANT]
+        assert tokenize_row({"messages": CHAT, "tools": []}, tokenizer)["prompt_ids"] == [USER, THE, CAT, ASSISTANT]
 
     def test_tokenized_rows_are_taken_as_they_are(self, tokenizer):
         row = {"prompt_ids": [5], "completion_ids": [6, 7]}
@@ -107,6 +130,12 @@ class TestTokenizeDataset:
         assert "They are left out" in caplog.text
         with pytest.raises(ValueError, match="some must remain"):
             tokenize_dataset(dataset, "x", tokenizer, 2, False, overlong="drop")
+
+    def test_rows_without_an_answer_are_counted_where_answers_are_needed(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt": "the", "completion": " cat"}, {"prompt": "the", "completion": None}])
+        assert len(tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=False)) == 2
+        with pytest.raises(ValueError, match="1 of 2 rows in `x` have no answer"):
+            tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=True)
 
     def test_a_prompt_may_fill_max_length_where_no_answer_follows_it(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the " * 8, "completion": " cat"}])

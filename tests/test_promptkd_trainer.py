@@ -1,5 +1,6 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from reference import greedy, log_probs, promptkd_step
 from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from trl_promptkd import PromptEncoderConfig, PromptKDTrainer
+from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
+from trl_promptkd.prompt_optimizer import PromptOptimizer
 
 
 PROMPT_TEXT = "suppose you are a student ."
@@ -225,6 +227,13 @@ class TestDataSources:
         assert len(rows) == 2
         assert trainer.state.log_history[0]["loss"] > 0
 
+    def test_rollouts_stop_at_the_teachers_end_of_turn_too(self, make_args):
+        teacher = tiny_model(seed=2)
+        teacher.generation_config.eos_token_id = [0, 11]
+        trainer, rows = self.run(make_args(max_steps=4), prompt_dataset(), teacher=teacher)
+        assert trainer.generation_config.eos_token_id == [0, 11]
+        assert all(11 not in completion[:-1] for _, completion in rows)
+
     def test_rollout_batch_size_bounds_what_is_generated_at_once(self, make_args, monkeypatch):
         sizes = []
         original = type(tiny_model()).generate
@@ -389,6 +398,34 @@ class TestResume:
         student = AutoModelForCausalLM.from_pretrained(best)
         assert difference(weights(student), weights(trainer.model)) == 0
 
+    @pytest.mark.parametrize("encoder", ["embedding", "mlp"])
+    def test_the_best_checkpoint_may_be_saved_without_optimizers(self, make_args, encoder):
+        args = make_args(
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            save_only_model=True,
+        )
+        config = PromptEncoderConfig(prompt_init_text=PROMPT_TEXT, encoder=encoder)
+        trainer = make_trainer(args, eval_dataset=answered_dataset(4), prompt_encoder_config=config)
+        trainer.train()
+        folder = f"{trainer.state.best_model_checkpoint}/teacher_prompt"
+        loaded = PeftModel.from_pretrained(tiny_model(seed=2, num_hidden_layers=3), folder)
+        torch.testing.assert_close(loaded.prompt_encoder["default"].embedding.weight, trainer.prompt_embeddings())
+
+    def test_an_adapter_of_another_name(self, make_args, tmp_path):
+        results = []
+        for resume in (None, str(tmp_path / "run" / "checkpoint-1")):
+            torch.manual_seed(0)
+            student = get_peft_model(tiny_model(seed=1), LoraConfig(task_type="CAUSAL_LM", r=4), adapter_name="mine")
+            trainer = make_trainer(make_args(max_steps=2, save_strategy="steps", save_steps=1), student)
+            trainer.train(resume_from_checkpoint=resume)
+            results.append(weights(trainer.model))
+        assert difference(*results) <= 1e-6
+
 
 class TestStudents:
     def test_lora_trains_the_adapter_only(self, make_args):
@@ -534,6 +571,22 @@ class TestSelfDistillation:
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
         assert difference(results[0][1], results[1][1]) < 1e-5
         assert (results[0][2] - results[1][2]).abs().max() < 1e-4
+
+    def test_evaluating_first_leaves_the_student_to_be_prepared_for_training(self, make_args):
+        """accelerate marks what it has prepared for evaluation, and would then leave it out of data parallelism."""
+        trainer = PromptKDTrainer(
+            model=tiny_model(seed=1),
+            args=make_args(),
+            train_dataset=prompt_dataset(),
+            eval_dataset=prompt_dataset(4),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
+            prompt_encoder_config=PromptEncoderConfig(prompt_init_text=PROMPT_TEXT),
+        )
+        trainer.evaluate()
+        assert not getattr(trainer.model, "_is_accelerate_prepared", False)
+        trainer.train()
+        assert trainer.state.log_history[-2]["loss"] > 0
 
 
 class TestEvaluation:
@@ -685,6 +738,21 @@ class TestOutputs:
         assert json.dumps(args.to_dict(), default=str) == before
 
 
+class TestLossScale:
+    def test_under_float16_the_prompt_has_its_own_which_falls_on_a_skipped_step(self, make_args):
+        soft_prompt = SoftPrompt(PromptEncoderConfig(prompt_init_text=PROMPT_TEXT), tiny_model(), tiny_tokenizer())
+        accelerator = SimpleNamespace(scaler=object(), reduce=lambda tensor, reduction: tensor)
+        optimizer = PromptOptimizer(soft_prompt, PromptEncoderConfig(), make_args(), 4, accelerator)
+        optimizer.accumulate(soft_prompt().square().sum())
+        (parameter,) = soft_prompt.parameters()
+        torch.testing.assert_close(parameter.grad, 2 * parameter.detach())
+        optimizer.step()
+        assert optimizer.loss_scale == 1024
+        optimizer.accumulate(soft_prompt().sum() * float("nan"))
+        optimizer.step()
+        assert optimizer.loss_scale == 512
+
+
 class TestNonFinite:
     @staticmethod
     def spoil(trainer, hook):
@@ -792,6 +860,11 @@ class TestRefusals:
         student = tiny_model()
         with pytest.raises(ValueError, match="the very object that is trained"):
             make_trainer(make_args(), student, student)
+
+    def test_the_model_below_the_students_adapter_as_teacher(self, make_args):
+        base = tiny_model()
+        with pytest.raises(ValueError, match="the very object that is trained"):
+            make_trainer(make_args(), get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")), base)
 
     def test_a_teacher_with_a_soft_prompt(self, make_args):
         teacher = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

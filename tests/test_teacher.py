@@ -187,8 +187,16 @@ class TestSharedVocabSize:
         teacher = tiny_model(vocab_size=64)
         assert shared_vocab_size(tiny_model(), teacher, tokenizer) == len(tokenizer)
 
+    def test_special_tokens_beyond_both_vocabularies_are_no_obstacle(self):
+        tokenizer = tiny_tokenizer()  # as Gemma 3's text models, whose tokenizer knows an image token
+        size = len(tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        assert len(tokenizer) == size + 1
+        assert shared_vocab_size(tiny_model(vocab_size=size), tiny_model(vocab_size=size), tokenizer) is None
+        assert shared_vocab_size(tiny_model(vocab_size=size), tiny_model(vocab_size=64), tokenizer) == size
+
     def test_too_small_a_vocabulary_is_refused(self):
-        with pytest.raises(ValueError, match="teacher's vocabulary has 20 entries"):
+        with pytest.raises(ValueError, match=r"teacher's vocabulary has 20 entries.* with id 20"):
             shared_vocab_size(tiny_model(), tiny_model(vocab_size=20), tiny_tokenizer())
 
 

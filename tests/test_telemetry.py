@@ -18,6 +18,24 @@ class TestMeans:
         assert means.report(Accelerator(cpu=True)) == {"kl": 1.5, "weight": 0.5}
         assert means.report(Accelerator(cpu=True)) == {}
 
+    def test_ranks_may_add_in_any_order(self):
+        """With `lmbda < 1` a rank may have sampled nothing yet when it adds its first divergence."""
+        sent = []
+
+        class Rank:
+            device = torch.device("cpu")
+
+            def reduce(self, totals, reduction):
+                sent.append(totals)
+                return totals
+
+        for names in (("a", "b"), ("b", "a")):
+            means = Means()
+            for name in names:
+                means.add(name, {"a": 1.0, "b": 2.0}[name], 4.0)
+            assert means.report(Rank()) == {"a": 0.25, "b": 0.5}
+        assert torch.equal(*sent)
+
 
 def entry(gain, plain, entropy):
     return {"kl/prompt_gain": gain, "kl/student_plain": plain, "entropy/student": entropy}

@@ -38,9 +38,10 @@ def check_arguments(
         )
     if not isinstance(prompt_encoder_config, PromptEncoderConfig):
         check_peft_config(prompt_encoder_config)
-    if teacher_model is model and not isinstance(model, str):
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(model, str) and (teacher_model is model or teacher_model is base):
         raise ValueError(
-            "`teacher_model` is the very object that is trained as `model`: the teacher would change with its student. "
+            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher would change with its student. "
             "For self-distillation leave `teacher_model=None`; the student's starting weights are then kept as the teacher."
         )
     if isinstance(teacher_model, PeftModel) and teacher_model.active_peft_config.is_prompt_learning:
@@ -105,7 +106,7 @@ def prepare_tokenizer(
 
     if teacher_model is not None:
         name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
-        teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs)
+        teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
         if teacher_tokenizer is not None:
             check_same_tokenizer(processing_class, teacher_tokenizer)
         elif isinstance(teacher_model, str):

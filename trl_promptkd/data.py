@@ -5,6 +5,7 @@ left and the completions on the right, so that both start at the same column in 
 lengths and never from ids, as many models pad with their end-of-text token.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,9 +111,19 @@ def tokenize_row(row: dict[str, Any], processing_class: PreTrainedTokenizerBase)
     if eos is not None:
         if eos in completion_ids:  # templates may write a line break after it, which is never generated
             completion_ids = completion_ids[: len(completion_ids) - completion_ids[::-1].index(eos)]
-        elif not conversational:
+        elif conversational:
+            completion_ids = _without_blank_tail(completion_ids, processing_class)
+        else:
             completion_ids = [*completion_ids, eos]
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+
+def _without_blank_tail(ids: list[int], processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """Without white space after the last special token: turns may end with one that is not the end of text (Gemma), and a
+    line break."""
+    special = {index for index, token in processing_class.added_tokens_decoder.items() if token.special}
+    end = max((i + 1 for i, token in enumerate(ids) if token in special), default=0)
+    return ids[:end] if end and not processing_class.decode(ids[end:]).strip() else ids
 
 
 def _apply_chat_template(prompt, completion, row, processing_class) -> tuple[str, str | None]:
@@ -121,7 +132,9 @@ def _apply_chat_template(prompt, completion, row, processing_class) -> tuple[str
             "The data holds conversations, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, "
             "set `chat_template_path`, or give the prompts as texts."
         )
-    kwargs = {"tools": row.get("tools"), "tokenize": False, **(row.get("chat_template_kwargs") or {})}
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools  # data sets may keep them as JSON
+    kwargs = {"tools": tools or None, "tokenize": False, **(row.get("chat_template_kwargs") or {})}
     prompt_text = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
     if completion is None:
         return prompt_text, None
@@ -186,6 +199,12 @@ def tokenize_dataset(
             raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
         logger.warning(f"{found} They are left out. {remedy} to keep them.")
         dataset = dataset.select([index for index, length in enumerate(lengths) if not length])
+    empty = sum(not ids for ids in dataset["completion_ids"]) if needs_completions else 0
+    if empty:
+        raise ValueError(
+            f"{empty} of {len(dataset)} rows in `{name}` have no answer, but `lmbda` is below 1, so that part of the training uses "
+            "the data's own answers. Filter these rows out, or set `lmbda=1.0` or `seq_kd=True`."
+        )
     cut = sum(num_tokens > 0 for num_tokens in dataset["cut_tokens"])
     if cut:
         logger.warning(

@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import torch
 from peft import PromptTuningConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SchedulerType
@@ -25,6 +25,7 @@ from .teacher import input_embeddings
 __all__ = ["ADAPTER_FOLDER", "PromptEncoderConfig", "SoftPrompt", "check_peft_config"]
 
 ADAPTER_FOLDER = "teacher_prompt"  # beside the student's files, in checkpoints and on the Hub
+_PARAMETERS_FILE = "prompt_encoder.safetensors"
 _INITS = {"text": "TEXT", "random": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 _ENCODERS = ("embedding", "mlp", "lstm")
 
@@ -205,6 +206,7 @@ class SoftPrompt(nn.Module):
             self.encoder = PromptEmbedding(blank, embeddings).float()
             self.encoder.embedding.weight.data.copy_(start)
         else:
+            self.peft_config.encoder_dropout = 0.0  # the prompt must be the same in every pass
             self.encoder = PTuningEncoder(self.peft_config).float()
             if init != PromptTuningInit.RANDOM:
                 self._start_encoder_at(start)
@@ -236,13 +238,37 @@ class SoftPrompt(nn.Module):
         last.weight += change.solution.T.to(last.weight.dtype)
 
     def save_adapter(self, folder: str) -> None:
-        """Write a standard PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`."""
+        """Write a standard PEFT adapter, `adapter_config.json` and `adapter_model.safetensors`, and `prompt_encoder.safetensors`:
+        the parameters that training goes on from, of which the adapter holds the outcome."""
         os.makedirs(folder, exist_ok=True)
         config = copy.copy(self.peft_config)
         config.inference_mode = True
         config.save_pretrained(folder)
         # P-tuning adapters hold the network's output, which is all that is needed to use the prompt
         write_safetensors({"prompt_embeddings": self().detach()}, os.path.join(folder, "adapter_model.safetensors"))
+        write_safetensors(self.state_dict(), os.path.join(folder, _PARAMETERS_FILE))
+
+    def load_parameters(self, folder: str) -> None:
+        """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`.
+
+        Raises:
+            FileNotFoundError: where there is nothing.
+            ValueError: where there is a prompt of another shape.
+        """
+        path = os.path.join(folder, _PARAMETERS_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely."
+            )
+        state = load_file(path)
+        have = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if have != found:
+            raise ValueError(
+                f"{path} holds another soft prompt than this run's: found {found}, expected {have}. Resume with the "
+                "`PromptEncoderConfig` the run was started with."
+            )
+        self.load_state_dict(state)
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str] | None = None) -> None:

@@ -50,6 +50,9 @@ class PromptOptimizer:
         self.accelerator = accelerator
         self.max_grad_norm = config.prompt_max_grad_norm
         self.skipped_in_a_row = 0
+        # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too large for
+        # the prompt's gradient, and only falls when the student's overflow.
+        self.loss_scale = 1.0 if accelerator.scaler is None else 1024.0
         learning_rate = args.learning_rate if config.prompt_learning_rate is None else config.prompt_learning_rate
         self.optimizer = torch.optim.AdamW(
             soft_prompt.parameters(),
@@ -80,12 +83,10 @@ class PromptOptimizer:
 
     def accumulate(self, loss: Tensor) -> None:
         """Add the gradient of `loss` to the prompt's; nothing else gets one."""
-        # Under float16, small gradients through the teacher would vanish without the scaler's factor
-        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         parameters = list(self.soft_prompt.parameters())
-        gradients = torch.autograd.grad(loss * scale, parameters)
+        gradients = torch.autograd.grad(loss * self.loss_scale, parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            gradient = gradient / scale
+            gradient = gradient / self.loss_scale
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def step(self) -> float:
@@ -107,6 +108,7 @@ class PromptOptimizer:
             self.scheduler.step()
         else:
             self.skipped_in_a_row += 1
+            self.loss_scale = max(1.0, self.loss_scale / 2)
             logger.warning(f"The soft prompt's gradient is {norm}; this step of the prompt is skipped.")
             if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
@@ -117,12 +119,12 @@ class PromptOptimizer:
         return norm
 
     def save(self, checkpoint: str) -> None:
-        """Write parameters, Adam's moments and the schedule to `checkpoint`, as safetensors."""
-        tensors = {f"prompt.{name}": tensor for name, tensor in self.soft_prompt.state_dict().items()}
+        """Write Adam's moments, the schedule and the loss scale to `checkpoint`, as safetensors."""
+        tensors: dict[str, Tensor] = {}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
-        metadata = {"scheduler": json.dumps(schedule)}
+        metadata = {"scheduler": json.dumps(schedule), "loss_scale": json.dumps(self.loss_scale)}
         write_safetensors(tensors, os.path.join(checkpoint, _STATE_FILE), metadata)
 
     def load(self, checkpoint: str) -> None:
@@ -133,7 +135,6 @@ class PromptOptimizer:
         """
         path = _state_path(checkpoint)
         tensors, metadata = _read(path)
-        load_prompt_parameters(self.soft_prompt, checkpoint)
         state = self.optimizer.state_dict()
         state["state"] = {}
         for name, tensor in tensors.items():
@@ -142,29 +143,10 @@ class PromptOptimizer:
                 state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
         # The lambdas are functions of this run's settings and stay
+        self.loss_scale = json.loads(metadata["loss_scale"])
         self.scheduler.load_state_dict(json.loads(metadata["scheduler"]) | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-
-
-def load_prompt_parameters(soft_prompt: SoftPrompt, checkpoint: str) -> None:
-    """Set the prompt, with its encoder, to what a checkpoint holds.
-
-    Raises:
-        FileNotFoundError: where it holds none.
-        ValueError: where it holds a prompt of another shape.
-    """
-    path = _state_path(checkpoint)
-    tensors, _ = _read(path)
-    state = {name.removeprefix("prompt."): t for name, t in tensors.items() if name.startswith("prompt.")}
-    have = {name: tuple(tensor.shape) for name, tensor in soft_prompt.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if have != found:
-        raise ValueError(
-            f"{path} holds another soft prompt than this run's: found {found}, expected {have}. Resume with the "
-            "`PromptEncoderConfig` the run was started with."
-        )
-    soft_prompt.load_state_dict(state)
 
 
 def _state_path(checkpoint: str) -> str:

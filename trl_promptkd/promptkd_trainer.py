@@ -35,7 +35,7 @@ from .data import DataCollatorForPromptCompletion, check_columns, masked_rows, p
 from .divergences import chunked_sums
 from .model_card import add_prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
-from .prompt_optimizer import PromptOptimizer, load_prompt_parameters
+from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 from .promptkd_loss import prompt_loss_sums, regularization_weight, student_loss_sums
 from .rollouts import generate_completions, own_random_state, rollout_config, rollout_seed
@@ -192,7 +192,7 @@ class PromptKDTrainer(GKDTrainer):
         self.teacher_model: Any = None if self._teacher_is_student_base else self._place_teacher(teacher)
 
         # 4. Sampling and logging
-        self.generation_config = rollout_config(self.model, processing_class, args)
+        self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self.generation_kwargs = self.generation_config.to_dict()
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
@@ -222,6 +222,7 @@ class PromptKDTrainer(GKDTrainer):
             teacher_model = copy.deepcopy(self.model)
             # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
             teacher_model.__dict__.pop("forward", None)
+            teacher_model.__dict__.pop("_is_accelerate_prepared", None)
         elif isinstance(teacher_model, str):
             teacher_model = load_teacher(
                 teacher_model, self.args.teacher_model_init_kwargs, self.args.trust_remote_code
@@ -307,7 +308,7 @@ class PromptKDTrainer(GKDTrainer):
             chosen_rows = [row for row in rows if row in chosen]
             start = time.perf_counter()
             sampled = self._sample([prompts[i][j] for i, j in chosen_rows], source, step, rank)
-            if source == "student" and sampled:
+            if source == "student":
                 self._log_rollouts([prompts[i][j] for i, j in chosen_rows], sampled, time.perf_counter() - start)
             for (i, j), completion in zip(chosen_rows, sampled, strict=True):
                 answers[i][j] = completion
@@ -332,7 +333,9 @@ class PromptKDTrainer(GKDTrainer):
             vocab_size=self.shared_vocab_size,
         )
         checkpointing = self.args.gradient_checkpointing_kwargs
-        with own_random_state(rollout_seed(self.args.seed, source, step, rank), self.accelerator.device):
+        seed = rollout_seed(self.args.seed, source, step, rank)
+        # `PeftModel.generate` goes past the forward that accelerate has wrapped in autocast
+        with own_random_state(seed, self.accelerator.device), self.accelerator.autocast():
             if source == "student":
                 with unwrap_model_for_generation(
                     self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
@@ -437,6 +440,9 @@ class PromptKDTrainer(GKDTrainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not self.is_in_train and self.model_wrapped is self.model:
+            # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         # Means over the tokens of the whole set, where the base class has means of batch means
         means = self._eval_means.report(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -444,7 +450,10 @@ class PromptKDTrainer(GKDTrainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
+        with self.accelerator.autocast():  # before training, nobody has wrapped the student in it
+            return self._evaluate_batch(model, self._prepare_inputs(inputs), prediction_loss_only)
+
+    def _evaluate_batch(self, model, inputs, prediction_loss_only: bool):
         prompts = masked_rows(inputs["prompts"], inputs["prompt_attention_mask"])
         answers = masked_rows(inputs["input_ids"], inputs["labels"] != -100)
         pad, rank = self.processing_class.pad_token_id, self.accelerator.process_index
@@ -493,7 +502,8 @@ class PromptKDTrainer(GKDTrainer):
         means.add("rollout/mean_length", num_tokens, len(completions))
         means.add("rollout/terminated_share", sum(ids[-1] in stop_ids for ids in completions), len(completions))
         means.add("rollout/tokens_per_second", num_tokens, seconds)
-        self._last_rollouts = (prompts, completions)
+        if completions:
+            self._last_rollouts = (prompts, completions)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -529,14 +539,17 @@ class PromptKDTrainer(GKDTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.prompt_optimizer.load(checkpoint)
+            self.soft_prompt.load_parameters(os.path.join(checkpoint, ADAPTER_FOLDER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if is_peft_model(self.model) and not self.is_fsdp_enabled:
             # The base class would take `teacher_prompt/` for a second adapter of the student
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapters[0], is_trainable=True)
+            name = self.model.active_adapters[0]
+            folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
+            self.model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        load_prompt_parameters(self.soft_prompt, self.state.best_model_checkpoint)
+        self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))

@@ -24,10 +24,17 @@ from .data import pad_rows
 __all__ = ["generate_completions", "own_random_state", "rollout_config", "rollout_seed"]
 
 
-def rollout_config(model: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any) -> GenerationConfig:
-    """How completions are sampled: what `args` say, stopping at every end-of-text token that the model or its tokenizer has."""
-    published = model.generation_config.eos_token_id
-    stop_ids = {processing_class.eos_token_id, *(published if isinstance(published, list) else [published])}
+def rollout_config(
+    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any
+) -> GenerationConfig:
+    """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the tokenizer.
+
+    The teacher's belong to them: an instruction-tuned teacher ends a turn with a token that a base student does not stop at.
+    """
+    stop_ids = {processing_class.eos_token_id}
+    for model in (student, teacher):
+        published = model.generation_config.eos_token_id
+        stop_ids |= set(published if isinstance(published, list) else [published])
     settings = {
         "max_new_tokens": args.max_new_tokens,
         "do_sample": True,

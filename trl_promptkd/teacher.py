@@ -53,20 +53,23 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
                 "'bfloat16' or 'float32', or 'auto'."
             )
         kwargs["dtype"] = getattr(torch, dtype)
-    if isinstance(kwargs.get("quantization_config"), Mapping):
+    quantization = kwargs.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
         from transformers import BitsAndBytesConfig
 
-        kwargs["quantization_config"] = BitsAndBytesConfig(**kwargs["quantization_config"])
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
-def load_teacher_tokenizer(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None) -> Any | None:
+def load_teacher_tokenizer(
+    name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any | None:
     """The tokenizer that stands beside the teacher, or `None` where there is none to compare with."""
     if not name_or_path:
         return None
-    kwargs = {
-        key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "subfolder", "gguf_file")
-    }
+    known = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known}
     try:
         return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError):
@@ -110,14 +113,18 @@ def shared_vocab_size(
     """
     student_size = student.config.get_text_config().vocab_size
     teacher_size = teacher.config.get_text_config().vocab_size
-    real_size = max(tokenizer.get_vocab().values()) + 1
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    real_size = max(tokens) + 1
     for role, size in (("student", student_size), ("teacher", teacher_size)):
-        if size < real_size:
+        missing = [index for index in tokens if index >= size and index not in added]
+        if missing:
             raise ValueError(
-                f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens. Student, teacher "
-                "and `processing_class` must share one tokenizer."
+                f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens, such as "
+                f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share one tokenizer."
             )
-    return None if student_size == teacher_size else real_size
+    # Special tokens beyond both vocabularies (images in Gemma 3's text models) cannot occur in text
+    return None if student_size == teacher_size else min(real_size, student_size, teacher_size)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -217,7 +224,8 @@ def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prom
     is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
     source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
     prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
-    prompt_embeds = soft_prompt.to(token_embeds)[prompt_index]
+    # Cast after the lookup, so that the gradient of the rows adds up in the prompt's own precision
+    prompt_embeds = soft_prompt.to(token_embeds.device)[prompt_index].to(token_embeds.dtype)
     text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
     embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
     return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))

@@ -30,14 +30,13 @@ class Means:
         self._counts[name] = self._counts.get(name, 0) + count
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks, which must have added the same names; starts anew."""
+        """The means over all ranks, which must have added the same names, in any order; starts anew."""
         if not self._sums:
             return {}
-        pairs = [torch.stack([self._sums[name].cpu(), self._counts[name].cpu()]) for name in self._sums]
+        names = sorted(self._sums)  # ranks may have added them in different orders
+        pairs = [torch.stack([self._sums[name].cpu(), self._counts[name].cpu()]) for name in names]
         totals = accelerator.reduce(torch.stack(pairs).to(accelerator.device), reduction="sum").cpu()
-        means = {
-            name: float(total / count) for name, (total, count) in zip(self._sums, totals, strict=True) if count > 0
-        }
+        means = {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True) if count > 0}
         self._sums.clear()
         self._counts.clear()
         return means

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 
 
@@ -25,7 +26,7 @@ import torch
 from datasets import Dataset
 from rouge_score import rouge_scorer
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
@@ -191,6 +192,20 @@ def plot(results, history, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+class LossOnTheBar(ProgressCallback):
+    """A progress bar that shows the loss, instead of a line with all metrics at every step; the plot has them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.2f}")
+
+
+def with_quiet_bar(trainer):
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossOnTheBar)
+    return trainer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="quickstart", help="where models, report and plot go")
@@ -206,6 +221,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=10)
     args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` allows one thread only, unless told otherwise
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' on their own names
     started = time.perf_counter()
     set_seed(args.seed)
     output = Path(args.output_dir)
@@ -254,7 +271,7 @@ def main() -> None:
     }
 
     def distiller(model) -> PromptKDTrainer:
-        return PromptKDTrainer(
+        trainer = PromptKDTrainer(
             model=model,
             teacher_model=teacher,
             args=PromptKDConfig(
@@ -269,6 +286,7 @@ def main() -> None:
             eval_dataset=test,
             processing_class=tokenizer,
         )
+        return with_quiet_bar(trainer)
 
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[str]] = {}
@@ -307,7 +325,7 @@ def main() -> None:
         ),
         processing_class=tokenizer,
     )
-    warm_start.train()
+    with_quiet_bar(warm_start).train()
     warm_start.save_model()
     student = AutoModelForCausalLM.from_pretrained(output / "warm_start", dtype=torch.float32)
     student.get_input_embeddings().requires_grad_(False)
@@ -325,7 +343,8 @@ def main() -> None:
 
     table = report(results, samples, questions, references)
     plot(results, trainer.state.log_history, output / "run.png")
-    (output / "report.md").write_text(f"{table}\n\n{verdict(results)}\n\n![The run](run.png)\n", encoding="utf-8")
+    page = f"{table}\n\n{verdict(results)}\n\n![The run](run.png)\n".replace("||", "\\|\\|")  # no column marks
+    (output / "report.md").write_text(page, encoding="utf-8")
     record = {"results": results, "history": trainer.state.log_history, "settings": vars(args)}
     (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     print(f"\n{table}\n\n{verdict(results)}")

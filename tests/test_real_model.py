@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import log_probs
+from tiny import dequantized
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
 from trl_promptkd.data import pad_rows, tokenize_row
@@ -129,27 +130,12 @@ class TestQuantizedTeachers:
         torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0).step()
         return gradient, (parameter - soft_prompt).detach()
 
-    @staticmethod
-    def dequantized(model):
-        from bitsandbytes.functional import dequantize_4bit
-        from bitsandbytes.nn import Linear4bit
-
-        model = copy.deepcopy(model)
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, Linear4bit):
-                    weight = dequantize_4bit(child.weight.data, child.weight.quant_state).float()
-                    linear = torch.nn.Linear(weight.size(1), weight.size(0), bias=False)
-                    linear.weight.data = weight
-                    setattr(module, name, linear)
-        return model
-
     @pytest.mark.parametrize(("bits", "limit"), [(4, 0.9), (8, 0.6)])
     def test_gradient(self, smollm2, rows, student_logits, bits, limit):
         pytest.importorskip("bitsandbytes")
         model, tokenizer, folder = smollm2
         quantized = load_teacher(folder, {"quantization_config": {f"load_in_{bits}bit": True}, "dtype": "float32"})
-        plain = freeze(self.dequantized(quantized)) if bits == 4 else model
+        plain = freeze(dequantized(quantized)) if bits == 4 else model
         quantized = freeze(quantized)
         soft_prompt = SoftPrompt(PromptEncoderConfig(), model, tokenizer)().detach()
         got, update = self.gradient_and_update(quantized, tokenizer, rows, student_logits, soft_prompt)

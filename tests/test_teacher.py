@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import CONFIGS, VOCAB_SIZE, WORDS, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, VOCAB_SIZE, WORDS, dequantized, tiny_model, tiny_tokenizer
 
 from trl_promptkd.teacher import (
     check_same_tokenizer,
@@ -261,23 +261,8 @@ class TestFourBit:
         (gradient,) = torch.autograd.grad(forward_logits(model, ids, mask, soft_prompt).square().mean(), soft_prompt)
         return gradient
 
-    @staticmethod
-    def dequantized(model):
-        from bitsandbytes.functional import dequantize_4bit
-        from bitsandbytes.nn import Linear4bit
-
-        model = copy.deepcopy(model)
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, Linear4bit):
-                    weight = dequantize_4bit(child.weight.data, child.weight.quant_state).float()
-                    linear = torch.nn.Linear(weight.size(1), weight.size(0), bias=False)
-                    linear.weight.data = weight
-                    setattr(module, name, linear)
-        return model
-
     def test_the_gradient_is_that_through_the_dequantized_copy(self, four_bit):
-        expected = self.gradient(self.dequantized(four_bit))
+        expected = self.gradient(dequantized(four_bit))
         got = self.gradient(freeze(four_bit))
         assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
         assert 0.8 < got.norm() / expected.norm() < 1.25
@@ -285,7 +270,7 @@ class TestFourBit:
     def test_weights_that_were_packed_before_are_unpacked(self, four_bit):
         if not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in four_bit.modules()):
             pytest.skip("this CPU has no AVX512-BF16: nothing is ever packed")
-        expected = self.gradient(self.dequantized(four_bit))
+        expected = self.gradient(dequantized(four_bit))
         with torch.no_grad():
             four_bit.eval()(input_ids=torch.tensor([[7, 8, 9]]))
         got = self.gradient(freeze(four_bit))

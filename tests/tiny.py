@@ -1,5 +1,7 @@
 """Tiny models and a tiny tokenizer, built in-process: no test needs a network."""
 
+import copy
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -98,6 +100,22 @@ def tiny_model(family="llama", seed=0, vocab_size=VOCAB_SIZE, dtype=torch.float3
     model.generation_config.eos_token_id = 0
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def dequantized(model):
+    """A copy of a 4-bit model whose layers hold the same weights in float32."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, Linear4bit):
+                weight = dequantize_4bit(child.weight.data, child.weight.quant_state).float()
+                linear = torch.nn.Linear(weight.size(1), weight.size(0), bias=False)
+                linear.weight.data = weight
+                setattr(module, name, linear)
+    return model
 
 
 def prompt_dataset(size=8) -> Dataset:

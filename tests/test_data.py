@@ -136,6 +136,8 @@ class TestTokenizeDataset:
         assert len(tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=False)) == 2
         with pytest.raises(ValueError, match="1 of 2 rows in `x` have no answer"):
             tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=True)
+        with pytest.raises(ValueError, match="A row has no answer"):
+            list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, needs_completions=True))
 
     def test_a_prompt_may_fill_max_length_where_no_answer_follows_it(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the " * 8, "completion": " cat"}])

@@ -92,8 +92,10 @@ class TestInitialization:
         table = teacher.get_input_embeddings().weight[: len(tiny_tokenizer())]
         assert (torch.cdist(prompt(), table).min(dim=1).values < 1e-3).all()
 
-    def test_random_has_the_scale_of_the_embeddings(self):
-        prompt, teacher = build(prompt_init="random", num_virtual_tokens=64)
+    @pytest.mark.parametrize(("encoder", "tokens"), [("embedding", 64), ("mlp", 24)])
+    def test_random_has_the_scale_of_the_embeddings(self, encoder, tokens):
+        torch.manual_seed(0)
+        prompt, teacher = build(prompt_init="random", num_virtual_tokens=tokens, encoder=encoder)
         assert prompt().std().item() == pytest.approx(teacher.get_input_embeddings().weight.std().item(), rel=0.1)
 
     def test_a_text_without_tokens_is_refused(self):

@@ -177,7 +177,7 @@ def tokenize_dataset(
             logger.warning(
                 f"`{name}` is streamed: rows whose prompt is longer than {max_length} tokens are left out uncounted."
             )
-        fits = partial(_fits, raises=overlong == "error", max_length=max_length)
+        fits = partial(_fits, raises=overlong == "error", max_length=max_length, needs_completions=needs_completions)
         return tokenized.filter(fits).remove_columns(_REPORTED)
     with PartialState().main_process_first():
         dataset = dataset.map(
@@ -233,7 +233,12 @@ def _tokenize_and_cut(
     }
 
 
-def _fits(row: dict[str, Any], raises: bool, max_length: int | None) -> bool:
+def _fits(row: dict[str, Any], raises: bool, max_length: int | None, needs_completions: bool) -> bool:
+    if needs_completions and not row["completion_ids"] and not row["overlong_prompt"]:
+        raise ValueError(
+            "A row has no answer, but `lmbda` is below 1, so that part of the training uses the data's own answers. Filter such "
+            "rows out, or set `lmbda=1.0` or `seq_kd=True`."
+        )
     if row["overlong_prompt"] and raises:
         raise ValueError(
             f"A prompt has {row['overlong_prompt']} tokens and does not fit into `max_length={max_length}`. Raise "

@@ -208,7 +208,7 @@ class SoftPrompt(nn.Module):
         else:
             self.peft_config.encoder_dropout = 0.0  # the prompt must be the same in every pass
             self.encoder = PTuningEncoder(self.peft_config).float()
-            if init != PromptTuningInit.RANDOM:
+            if isinstance(config, PromptEncoderConfig):  # PEFT's own configuration says nothing of where to start
                 self._start_encoder_at(start)
         self.to(start.device)
         self.initial: Tensor

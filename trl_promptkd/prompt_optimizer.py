@@ -1,6 +1,7 @@
 """Training the soft prompt: its gradient, optimizer, schedule, and the file a checkpoint keeps them in."""
 
 import json
+import math
 import os
 
 import torch
@@ -102,7 +103,7 @@ class PromptOptimizer:
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         limit = self.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.soft_prompt.parameters(), limit))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             self.skipped_in_a_row = 0
             self.optimizer.step()
             self.scheduler.step()
@@ -122,7 +123,7 @@ class PromptOptimizer:
         """Write Adam's moments, the schedule and the loss scale to `checkpoint`, as safetensors."""
         tensors: dict[str, Tensor] = {}
         for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+            tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
         schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
         metadata = {"scheduler": json.dumps(schedule), "loss_scale": json.dumps(self.loss_scale)}
         write_safetensors(tensors, os.path.join(checkpoint, _STATE_FILE), metadata)
@@ -133,17 +134,15 @@ class PromptOptimizer:
         Raises:
             FileNotFoundError: where the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
         """
-        path = _state_path(checkpoint)
-        tensors, metadata = _read(path)
+        tensors, metadata = _read(_state_path(checkpoint))
         state = self.optimizer.state_dict()
         state["state"] = {}
         for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state["state"].setdefault(int(index), {})[key] = tensor
+            index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
-        # The lambdas are functions of this run's settings and stay
         self.loss_scale = json.loads(metadata["loss_scale"])
+        # The lambdas are functions of this run's settings and stay
         self.scheduler.load_state_dict(json.loads(metadata["scheduler"]) | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -19,6 +19,7 @@ from trl_promptkd.data import (
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
 THE, CAT, SAT, ON, MAT = 12, 13, 15, 16, 17
 USER, ASSISTANT, EOS = 2, 3, 0
+NEEDED = "`lmbda` is below 1."
 
 
 class TestTokenizeRow:
@@ -103,54 +104,56 @@ class TestPadRows:
 class TestTokenizeDataset:
     @pytest.mark.parametrize("make", [answered_dataset, chat_dataset])
     def test_columns_are_replaced(self, make, tokenizer):
-        dataset = tokenize_dataset(make(4), "train_dataset", tokenizer, 64, needs_completions=True)
+        dataset = tokenize_dataset(make(4), "train_dataset", tokenizer, 64, NEEDED)
         assert sorted(dataset.column_names) == ["completion_ids", "prompt_ids"]
         assert all(ids[-1] == EOS for ids in dataset["completion_ids"])
 
     def test_streamed_rows_come_out_the_same(self, tokenizer):
-        whole = tokenize_dataset(answered_dataset(4), "train_dataset", tokenizer, 64, True)
-        streamed = tokenize_dataset(answered_dataset(4).to_iterable_dataset(), "train_dataset", tokenizer, 64, True)
+        whole = tokenize_dataset(answered_dataset(4), "train_dataset", tokenizer, 64, NEEDED)
+        streamed = tokenize_dataset(answered_dataset(4).to_iterable_dataset(), "train_dataset", tokenizer, 64, NEEDED)
         assert isinstance(streamed, IterableDataset)
         assert list(streamed) == whole.to_list()
 
     def test_long_prompts_are_counted_and_refused(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the " * n} for n in (3, 9, 12)])
-        with pytest.raises(ValueError, match=r"2 of 3 prompts in `train_dataset` .* longest has 12 .* at least 13"):
-            tokenize_dataset(dataset, "train_dataset", tokenizer, 8, needs_completions=False)
-        with pytest.raises(ValueError, match="A prompt has 9 tokens"):
-            list(tokenize_dataset(dataset.to_iterable_dataset(), "train_dataset", tokenizer, 8, False))
+        with pytest.raises(
+            ValueError, match=r"2 of 3 prompts in `train_dataset` do not fit into `max_length=8`. .* at least 13"
+        ):
+            tokenize_dataset(dataset, "train_dataset", tokenizer, 8)
+        with pytest.raises(ValueError, match="One of the prompts does not fit"):
+            list(tokenize_dataset(dataset.to_iterable_dataset(), "train_dataset", tokenizer, 8))
 
     def test_long_prompts_are_left_out_and_counted_on_request(self, tokenizer, caplog, propagate):
         dataset = Dataset.from_list([{"prompt": "the " * n} for n in (3, 9, 12)])
         with caplog.at_level(logging.WARNING):
-            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 8, False, overlong="drop")
-            streamed = list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, False, overlong="drop"))
+            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 8, overlong="drop")
+            streamed = list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, overlong="drop"))
         assert rows.to_list() == streamed == [{"prompt_ids": [THE] * 3, "completion_ids": []}]
         assert "2 of 3 prompts in `train_dataset`" in caplog.text
         assert "They are left out" in caplog.text
         with pytest.raises(ValueError, match="some must remain"):
-            tokenize_dataset(dataset, "x", tokenizer, 2, False, overlong="drop")
+            tokenize_dataset(dataset, "x", tokenizer, 2, overlong="drop")
 
     def test_rows_without_an_answer_are_counted_where_answers_are_needed(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the", "completion": " cat"}, {"prompt": "the", "completion": None}])
-        assert len(tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=False)) == 2
+        assert len(tokenize_dataset(dataset, "x", tokenizer, 8)) == 2
         with pytest.raises(ValueError, match="1 of 2 rows in `x` have no answer"):
-            tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=True)
-        with pytest.raises(ValueError, match="A row has no answer"):
-            list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, needs_completions=True))
+            tokenize_dataset(dataset, "x", tokenizer, 8, NEEDED)
+        with pytest.raises(ValueError, match="A row in `x` has no answer"):
+            list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, NEEDED))
 
     def test_a_prompt_may_fill_max_length_where_no_answer_follows_it(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the " * 8, "completion": " cat"}])
-        assert len(tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=False)) == 1
+        assert len(tokenize_dataset(dataset, "x", tokenizer, 8)) == 1
         with pytest.raises(ValueError, match="1 of 1 prompts"):
-            tokenize_dataset(dataset, "x", tokenizer, 8, needs_completions=True)
+            tokenize_dataset(dataset, "x", tokenizer, 8, NEEDED)
 
     def test_long_answers_are_cut_and_reported_and_the_prompt_stays(self, tokenizer, caplog, propagate):
         dataset = Dataset.from_list(
             [{"prompt": "the cat", "completion": " sat" * 9}, {"prompt": "the", "completion": " sat"}]
         )
         with caplog.at_level(logging.WARNING):
-            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 6, needs_completions=True).to_list()
+            rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 6, NEEDED).to_list()
         assert rows[0] == {"prompt_ids": [THE, CAT], "completion_ids": [SAT] * 4}
         assert rows[1]["completion_ids"] == [SAT, EOS]
         assert "1 of 2 answers in `train_dataset` are cut at `max_length=6`" in caplog.text
@@ -159,18 +162,18 @@ class TestTokenizeDataset:
 class TestCheckColumns:
     def test_an_empty_dataset_is_refused(self):
         with pytest.raises(ValueError, match="`train_dataset` is empty"):
-            check_columns(Dataset.from_dict({"prompt": []}), "train_dataset", needs_completions=False)
+            check_columns(Dataset.from_dict({"prompt": []}), "train_dataset")
 
     def test_unknown_columns_are_named(self):
         with pytest.raises(
             ValueError, match=r"neither a `messages` nor a `prompt` column; its columns are \['text'\]"
         ):
-            check_columns(Dataset.from_dict({"text": ["x"]}), "train_dataset", needs_completions=False)
+            check_columns(Dataset.from_dict({"text": ["x"]}), "train_dataset")
 
     def test_prompts_alone_are_for_on_policy_training(self):
-        check_columns(prompt_dataset(2), "train_dataset", needs_completions=False)
-        with pytest.raises(ValueError, match="prompts without answers, but `lmbda` is below 1"):
-            check_columns(prompt_dataset(2), "train_dataset", needs_completions=True)
+        check_columns(prompt_dataset(2), "train_dataset")
+        with pytest.raises(ValueError, match="prompts without answers.*`lmbda` is below 1"):
+            check_columns(prompt_dataset(2), "train_dataset", NEEDED)
 
 
 def test_the_tiny_tokenizer_pads_with_its_end_of_text_token():

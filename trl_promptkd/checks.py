@@ -2,42 +2,38 @@
 
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .prompt_encoder import PromptEncoderConfig, check_peft_config, text_token_ids
-from .promptkd_config import PromptKDConfig
 from .teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
 
 
-__all__ = ["check_arguments", "check_positions", "prepare_tokenizer"]
+__all__ = ["check_arguments", "check_positions", "check_soft_prompt", "prepare_tokenizer"]
 
 logger = logging.get_logger(__name__)
 
 
 def check_arguments(
-    model, teacher_model, args, train_dataset, peft_config, formatting_func, prompt_encoder_config
+    trainer: str, args_class: Any, model, teacher_model, args: Any, train_dataset, peft_config, formatting_func
 ) -> None:
-    """Refuse arguments of `PromptKDTrainer` that do not go together.
+    """Refuse arguments of a trainer that do not go together.
 
     Raises:
         TypeError or ValueError: naming the argument, what it is, and what to pass instead.
     """
-    if not isinstance(args, PromptKDConfig):
-        raise TypeError(f"`args` is a {type(args).__name__}; PromptKDTrainer needs a `trl_promptkd.PromptKDConfig`.")
+    if not isinstance(args, args_class):
+        raise TypeError(f"`args` is a {type(args).__name__}; {trainer} needs a `trl_promptkd.{args_class.__name__}`.")
     if model is None:
         raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
     if train_dataset is None:
         raise ValueError("`train_dataset` is required.")
     if formatting_func is not None:
         raise ValueError(
-            "`formatting_func` is not supported: it makes plain texts, and PromptKD needs to know where a prompt ends. "
+            "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt ends. "
             "Build `prompt` and `completion` columns with `dataset.map` instead."
         )
-    if not isinstance(prompt_encoder_config, PromptEncoderConfig):
-        check_peft_config(prompt_encoder_config)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(model, str) and (teacher_model is model or teacher_model is base):
         raise ValueError(
@@ -53,8 +49,8 @@ def check_arguments(
     if student_peft_config is not None and student_peft_config.is_prompt_learning:
         raise ValueError(
             f"The student is to be trained with a {type(student_peft_config).__name__}, prompt learning for the *student*, "
-            "whose forward pass is not exact under padding. Use LoRA or another weight adapter; the teacher's soft prompt is "
-            "`prompt_encoder_config`."
+            "whose forward pass is not exact under padding. Use LoRA or another weight adapter. (A soft prompt for the teacher "
+            "is `prompt_encoder_config` of PromptKDTrainer.)"
         )
     if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
         raise ValueError(
@@ -72,15 +68,13 @@ def prepare_tokenizer(
     processing_class: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | str,
     teacher_model: PreTrainedModel | str | None,
-    args: PromptKDConfig,
-    prompt_encoder_config: Any,
+    args: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of both models, with a pad token and what `args` say about it.
 
     Raises:
         TypeError: for a processor of images or sound.
-        ValueError: where there is none, it has nothing to pad with, the soft prompt's initial text has no tokens, or the
-            teacher's tokenizer is another one.
+        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one.
     """
     if processing_class is None:
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -101,9 +95,6 @@ def prepare_tokenizer(
     if args.chat_template_path is not None:
         with open(args.chat_template_path, encoding="utf-8") as file:
             processing_class.chat_template = file.read()
-    if isinstance(prompt_encoder_config, PromptEncoderConfig) and prompt_encoder_config.prompt_init == "text":
-        text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
-
     if teacher_model is not None:
         name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
         teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
@@ -117,32 +108,25 @@ def prepare_tokenizer(
     return processing_class
 
 
-def check_positions(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    num_virtual_tokens: int,
-    train_dataset: Any,
-    max_new_tokens: int,
-) -> None:
+def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTokenizerBase) -> None:
+    """Refuse a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
+    if not isinstance(prompt_encoder_config, PromptEncoderConfig):
+        check_peft_config(prompt_encoder_config)
+    elif prompt_encoder_config.prompt_init == "text":
+        text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+
+def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
     """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
 
     Args:
-        train_dataset: A tokenized data set; streams are not looked into.
+        role: "student" or "teacher", for the message.
+        longest: Positions that the longest row needs.
+        remedy: What to do about it.
 
     Raises:
         ValueError: with the number of positions there are and that are needed.
     """
-    limits = [limit for limit in (position_limit(student), position_limit(teacher)) if limit is not None]
-    if not limits or not isinstance(train_dataset, Dataset) or "prompt_ids" not in train_dataset.column_names:
-        return
-    prompts, completions = train_dataset["prompt_ids"], train_dataset["completion_ids"]
-    longest = max(
-        len(prompt) + max(len(completion), max_new_tokens)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    )
-    if longest + num_virtual_tokens > min(limits):
-        raise ValueError(
-            f"The models have {min(limits)} positions, but the longest row ({longest} tokens, of which `max_new_tokens` is "
-            f"{max_new_tokens}) with {num_virtual_tokens} virtual tokens needs {longest + num_virtual_tokens}. Lower "
-            "`max_new_tokens` or `max_length`, or filter the longest rows out."
-        )
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

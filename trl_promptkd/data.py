@@ -6,13 +6,13 @@ lengths and never from ids, as many models pad with their end-of-text token.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,25 +21,28 @@ from transformers.utils import logging
 
 __all__ = [
     "DataCollatorForPromptCompletion",
+    "check_answers",
     "check_columns",
+    "count_trained_tokens",
+    "map_rows",
     "masked_rows",
     "pad_rows",
+    "sift_overlong",
+    "split_row",
     "tokenize_dataset",
     "tokenize_row",
 ]
 
 logger = logging.get_logger(__name__)
 
-_REPORTED = ["overlong_prompt", "cut_tokens"]  # columns that say what did not fit, for the report
 
-
-def check_columns(dataset: Dataset | IterableDataset, name: str, needs_completions: bool) -> None:
+def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed: str | None = None) -> None:
     """Refuse a data set that cannot be trained on, before any weights are loaded.
 
     Args:
         dataset: What the user passed.
         name: Argument it was passed as, for messages.
-        needs_completions: Whether answers in the data are trained on (`lmbda < 1` without `seq_kd`).
+        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not.
 
     Raises:
         ValueError: for an empty data set, one without `messages` or `prompt`, and one without answers where they are needed.
@@ -55,12 +58,27 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, needs_completio
             f"`{name}` has neither a `messages` nor a `prompt` column; its columns are {columns}. Rename a column with "
             "`dataset.rename_column`, or build `messages` (a list of {'role', 'content'}) or `prompt` with `dataset.map`."
         )
-    if needs_completions and not {"messages", "completion", "completion_ids"} & set(columns):
+    if answers_needed is not None and not {"messages", "completion", "completion_ids"} & set(columns):
         raise ValueError(
-            f"`{name}` holds prompts without answers, but `lmbda` is below 1, so that part of the training uses the data's "
-            "own answers. Set `lmbda=1.0` (train on the student's samples only), set `seq_kd=True` (the teacher writes the "
-            "answers), or add a `completion` column."
+            f"`{name}` holds prompts without answers; its columns are {columns}. {answers_needed} Or add a `completion` column."
         )
+
+
+def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
+    """A row's prompt and its answer: texts or lists of messages; the answer is `None` where there is none.
+
+    Raises:
+        ValueError: where `messages` do not end with an assistant message.
+    """
+    messages = row.get("messages")
+    if messages is None:
+        return row.get("prompt"), row.get("completion")
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(
+            "A row's `messages` must end with an assistant message, the answer. Rows without an answer go into a "
+            f"`prompt` column. The row's roles are {[message['role'] for message in messages]}."
+        )
+    return messages[:-1], messages[-1:]
 
 
 def tokenize_row(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -78,15 +96,7 @@ def tokenize_row(row: dict[str, Any], processing_class: PreTrainedTokenizerBase)
     """
     if row.get("prompt_ids") is not None:
         return {"prompt_ids": row["prompt_ids"], "completion_ids": row.get("completion_ids") or []}
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if row.get("messages") is not None:
-        if not row["messages"] or row["messages"][-1]["role"] != "assistant":
-            raise ValueError(
-                "A row's `messages` must end with an assistant message, the answer. Rows without an answer go into a "
-                f"`prompt` column. The row's roles are {[message['role'] for message in row['messages']]}."
-            )
-        prompt, completion = row["messages"][:-1], row["messages"][-1:]
-
+    prompt, completion = split_row(row)
     conversational = not isinstance(prompt, str)
     prompt_text: str
     completion_text: str | None
@@ -151,12 +161,91 @@ def _apply_chat_template(prompt, completion, row, processing_class) -> tuple[str
     return prompt_text, full_text[len(prompt_text) :]
 
 
+def map_rows(
+    dataset: Dataset | IterableDataset, name: str, function: Callable[..., dict], num_proc: int | None, **fn_kwargs
+) -> Dataset | IterableDataset:
+    """Replace a data set's columns by what `function` makes of each row: once, cached; a stream's as they come."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(function, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
+    with PartialState().main_process_first():
+        return dataset.map(
+            function,
+            fn_kwargs=fn_kwargs,
+            remove_columns=dataset.column_names,
+            num_proc=num_proc,
+            desc=f"Tokenizing {name}",
+        )
+
+
+def sift_overlong(
+    dataset: Dataset | IterableDataset, name: str, what: str, column: str, limit: str, overlong: str
+) -> Dataset | IterableDataset:
+    """Leave out (`overlong="drop"`) or refuse (`"error"`) rows that are too long, and drop the column that says so.
+
+    Args:
+        what: What is too long, for messages.
+        column: Holds the length that a row's limit would have to be raised to, or 0 where it fits.
+        limit: The setting that bounds it, with its value, such as `"max_length=512"`.
+
+    Raises:
+        ValueError: with the number of rows and the limit that would do; also where no row would be left. Streamed data is
+            checked row by row as it comes.
+    """
+    field = limit.split("=")[0]
+    if isinstance(dataset, IterableDataset):
+        if overlong == "drop":
+            logger.warning(f"`{name}` is streamed: {what} that do not fit into `{limit}` are left out uncounted.")
+        fits = partial(_fits, column=column, what=what, limit=limit, raises=overlong == "error")
+        return dataset.filter(fits).remove_columns(column)
+    lengths = dataset[column]
+    too_long = [length for length in lengths if length]
+    if too_long:
+        found = f"{len(too_long)} of {len(dataset)} {what} in `{name}` do not fit into `{limit}`."
+        remedy = f"Set `{field}` to at least {max(too_long)}"
+        if overlong == "error" or len(too_long) == len(dataset):
+            raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
+        logger.warning(f"{found} They are left out. {remedy} to keep them.")
+        dataset = dataset.select([index for index, length in enumerate(lengths) if not length])
+    return dataset.remove_columns(column)
+
+
+def _fits(row: dict[str, Any], column: str, what: str, limit: str, raises: bool) -> bool:
+    if row[column] and raises:
+        raise ValueError(
+            f"One of the {what} does not fit into `{limit}`. Set `{limit.split('=')[0]}` to at least {row[column]}, or set "
+            "`overlong='drop'` to leave such rows out."
+        )
+    return not row[column]
+
+
+def check_answers(
+    dataset: Dataset | IterableDataset, name: str, answers_needed: str | None
+) -> Dataset | IterableDataset:
+    """Refuse rows whose answer is missing, where answers are needed; a stream's as they come."""
+    if answers_needed is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(partial(_has_answer, name=name, answers_needed=answers_needed))
+    empty = sum(not ids for ids in dataset["completion_ids"])
+    if empty:
+        raise ValueError(
+            f"{empty} of {len(dataset)} rows in `{name}` have no answer. {answers_needed} Or filter these rows out."
+        )
+    return dataset
+
+
+def _has_answer(row: dict[str, Any], name: str, answers_needed: str) -> bool:
+    if not row["completion_ids"]:
+        raise ValueError(f"A row in `{name}` has no answer. {answers_needed} Or filter such rows out.")
+    return True
+
+
 def tokenize_dataset(
     dataset: Dataset | IterableDataset,
     name: str,
     processing_class: PreTrainedTokenizerBase,
     max_length: int | None,
-    needs_completions: bool,
+    answers_needed: str | None = None,
     overlong: str = "error",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
@@ -167,51 +256,26 @@ def tokenize_dataset(
 
     Raises:
         ValueError: where prompts leave no room in `max_length`, with their number and what length would do; where no row is
-            left. Streamed data is checked row by row as it comes.
+            left; where an answer is missing and needed. Streamed data is checked row by row as it comes.
     """
-    kwargs = {"processing_class": processing_class, "max_length": max_length, "needs_completions": needs_completions}
-    if isinstance(dataset, IterableDataset):
-        columns = list(next(iter(dataset)))
-        tokenized = dataset.map(_tokenize_and_cut, fn_kwargs=kwargs, remove_columns=columns)
-        if overlong == "drop":
-            logger.warning(
-                f"`{name}` is streamed: rows whose prompt is longer than {max_length} tokens are left out uncounted."
-            )
-        fits = partial(_fits, raises=overlong == "error", max_length=max_length, needs_completions=needs_completions)
-        return tokenized.filter(fits).remove_columns(_REPORTED)
-    with PartialState().main_process_first():
-        dataset = dataset.map(
-            _tokenize_and_cut,
-            fn_kwargs=kwargs,
-            remove_columns=dataset.column_names,
-            num_proc=num_proc,
-            desc=f"Tokenizing {name}",
-        )
-    lengths = dataset["overlong_prompt"]
-    too_long = [length for length in lengths if length]
-    if too_long:
-        found = (
-            f"{len(too_long)} of {len(dataset)} prompts in `{name}` do not fit into `max_length={max_length}`; the longest has "
-            f"{max(too_long)} tokens."
-        )
-        remedy = f"Set `max_length` to at least {max(too_long) + 1}"
-        if overlong == "error" or len(too_long) == len(dataset):
-            raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
-        logger.warning(f"{found} They are left out. {remedy} to keep them.")
-        dataset = dataset.select([index for index, length in enumerate(lengths) if not length])
-    empty = sum(not ids for ids in dataset["completion_ids"]) if needs_completions else 0
-    if empty:
-        raise ValueError(
-            f"{empty} of {len(dataset)} rows in `{name}` have no answer, but `lmbda` is below 1, so that part of the training uses "
-            "the data's own answers. Filter these rows out, or set `lmbda=1.0` or `seq_kd=True`."
-        )
-    cut = sum(num_tokens > 0 for num_tokens in dataset["cut_tokens"])
+    dataset = map_rows(
+        dataset,
+        name,
+        _tokenize_and_cut,
+        num_proc,
+        processing_class=processing_class,
+        max_length=max_length,
+        needs_completions=answers_needed is not None,
+    )
+    dataset = sift_overlong(dataset, name, "prompts", "overlong_prompt", f"max_length={max_length}", overlong)
+    dataset = check_answers(dataset, name, answers_needed)
+    cut = 0 if isinstance(dataset, IterableDataset) else sum(tokens > 0 for tokens in dataset["cut_tokens"])
     if cut:
         logger.warning(
             f"{cut} of {len(dataset)} answers in `{name}` are cut at `max_length={max_length}` and so do not end with an "
             "end-of-text token. Raise `max_length` to train on them whole."
         )
-    return dataset.remove_columns(_REPORTED)
+    return dataset.remove_columns("cut_tokens")
 
 
 def _tokenize_and_cut(
@@ -229,28 +293,17 @@ def _tokenize_and_cut(
         "prompt_ids": ids["prompt_ids"],
         "completion_ids": ids["completion_ids"][:room],
         "cut_tokens": len(ids["completion_ids"][room:]),
-        "overlong_prompt": length if overlong else 0,
+        "overlong_prompt": length + 1 if overlong else 0,
     }
 
 
-def _fits(row: dict[str, Any], raises: bool, max_length: int | None, needs_completions: bool) -> bool:
-    if needs_completions and not row["completion_ids"] and not row["overlong_prompt"]:
-        raise ValueError(
-            "A row has no answer, but `lmbda` is below 1, so that part of the training uses the data's own answers. Filter such "
-            "rows out, or set `lmbda=1.0` or `seq_kd=True`."
-        )
-    if row["overlong_prompt"] and raises:
-        raise ValueError(
-            f"A prompt has {row['overlong_prompt']} tokens and does not fit into `max_length={max_length}`. Raise "
-            "`max_length`, or set `overlong='drop'` to leave such rows out."
-        )
-    return not row["overlong_prompt"]
-
-
 def pad_rows(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], pad_token_id: int
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """Rows of ids to one batch: prompts padded on the left, completions on the right.
+    """Rows of ids to one batch: prompts padded on the left, completions on the right (there also up to a multiple).
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label -100 for
@@ -258,6 +311,7 @@ def pad_rows(
     """
     left = max(map(len, prompt_ids))
     width = left + max(map(len, completion_ids))
+    width += -width % (pad_to_multiple_of or 1)
     input_ids = torch.full((len(prompt_ids), width), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, -100)
@@ -274,6 +328,12 @@ def pad_rows(
         "prompts": input_ids[:, :left],
         "prompt_attention_mask": attention_mask[:, :left],
     }
+
+
+def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> Tensor:
+    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
+    local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    return accelerator.gather(local.to(accelerator.device).reshape(1)).sum()
 
 
 def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -1,12 +1,10 @@
 """PromptKD: on-policy distillation from a frozen teacher whose soft prompt is tuned with the student's guidance."""
 
-import copy
 import os
 import random
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,27 +22,30 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from transformers.utils import logging
 
-from ._trl import (
-    GKDTrainer,
-    keep_four_bit_weights_differentiable,
-    prepare_deepspeed,
-    unwrap_model_for_generation,
+from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
+from .checks import check_arguments, check_positions, check_soft_prompt, prepare_tokenizer
+from .data import (
+    DataCollatorForPromptCompletion,
+    check_columns,
+    count_trained_tokens,
+    masked_rows,
+    pad_rows,
+    tokenize_dataset,
 )
-from .checks import check_arguments, check_positions, prepare_tokenizer
-from .data import DataCollatorForPromptCompletion, check_columns, masked_rows, pad_rows, tokenize_dataset
 from .divergences import chunked_sums
 from .model_card import add_prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 from .promptkd_loss import prompt_loss_sums, regularization_weight, student_loss_sums
-from .rollouts import generate_completions, own_random_state, rollout_config, rollout_seed
+from .rollouts import rollout_config, rollout_seed, sample_completions
 from .teacher import (
+    asked_teacher,
+    build_teacher,
     completion_logits,
     disable_dropout,
     forward_logits,
-    freeze,
-    load_teacher,
+    place_teacher,
     shared_vocab_size,
 )
 from .telemetry import CollusionCallback, Means, keep_completions
@@ -53,6 +54,11 @@ from .telemetry import CollusionCallback, Means, keep_completions
 __all__ = ["PromptKDTrainer"]
 
 logger = logging.get_logger(__name__)
+
+_ANSWERS_NEEDED = (
+    "`lmbda` is below 1, so that part of the training uses the data's own answers. Set `lmbda=1.0` (train on the student's "
+    "samples only) or `seq_kd=True` (the teacher writes the answers)."
+)
 
 
 class PromptKDTrainer(GKDTrainer):
@@ -148,11 +154,21 @@ class PromptKDTrainer(GKDTrainer):
         args = PromptKDConfig(output_dir="PromptKD") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         prompt_encoder_config = PromptEncoderConfig() if prompt_encoder_config is None else prompt_encoder_config
-        check_arguments(model, teacher_model, args, train_dataset, peft_config, formatting_func, prompt_encoder_config)
+        check_arguments(
+            "PromptKDTrainer",
+            PromptKDConfig,
+            model,
+            teacher_model,
+            args,
+            train_dataset,
+            peft_config,
+            formatting_func,
+        )
         self._tokenizes = data_collator is None
-        needs_completions = args.lmbda < 1 and not args.seq_kd
-        processing_class = prepare_tokenizer(processing_class, model, teacher_model, args, prompt_encoder_config)
-        train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, needs_completions)
+        processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
+        check_soft_prompt(prompt_encoder_config, processing_class)
+        answers_needed = _ANSWERS_NEEDED if args.lmbda < 1 and not args.seq_kd else None
+        train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, answers_needed)
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
@@ -179,17 +195,15 @@ class PromptKDTrainer(GKDTrainer):
         self.temperature = args.temperature
 
         # 3. The teacher and its soft prompt
-        self._teacher_is_student_base = teacher_model is None and is_peft_model(self.model)
-        teacher = self._build_teacher(teacher_model)
+        teacher = build_teacher(self.model, teacher_model, args)
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
         self.prompt_encoder_config = prompt_encoder_config
         self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class).to(self.accelerator.device)
         for tensor in self.soft_prompt.state_dict().values():
             tensor.copy_(broadcast(tensor))  # equal on every rank from the start
-        if self._tokenizes:
-            num_virtual_tokens = self.soft_prompt.peft_config.num_virtual_tokens
-            check_positions(self.model, teacher, num_virtual_tokens, train_dataset, args.max_new_tokens)
-        self.teacher_model: Any = None if self._teacher_is_student_base else self._place_teacher(teacher)
+        if self._tokenizes and isinstance(train_dataset, Dataset):
+            self._check_positions(teacher, train_dataset)
+        self.teacher_model: Any = place_teacher(teacher, self.model, self.accelerator)
 
         # 4. Sampling and logging
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
@@ -202,7 +216,7 @@ class PromptKDTrainer(GKDTrainer):
 
     # ------------------------------------------------------------------------------------------------ setting up
 
-    def _tokenize(self, dataset, name: str, processing_class, args: PromptKDConfig, needs_completions: bool = False):
+    def _tokenize(self, dataset, name: str, processing_class, args: PromptKDConfig, answers_needed=None):
         """Check and tokenize a data set or a `dict` of them; a collator of the user's own gets the rows as they are."""
         if dataset is None or not self._tokenizes:
             return dataset
@@ -210,29 +224,23 @@ class PromptKDTrainer(GKDTrainer):
             return {
                 key: self._tokenize(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()
             }
-        check_columns(dataset, name, needs_completions)
+        check_columns(dataset, name, answers_needed)
         return tokenize_dataset(
-            dataset, name, processing_class, args.max_length, needs_completions, args.overlong, args.dataset_num_proc
+            dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
         )
 
-    def _build_teacher(self, teacher_model) -> nn.Module:
-        if self._teacher_is_student_base:
-            return self.model  # frozen by PEFT below its adapter; must not be frozen as a whole
-        if teacher_model is None:
-            teacher_model = copy.deepcopy(self.model)
-            # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
-            teacher_model.__dict__.pop("forward", None)
-            teacher_model.__dict__.pop("_is_accelerate_prepared", None)
-        elif isinstance(teacher_model, str):
-            teacher_model = load_teacher(
-                teacher_model, self.args.teacher_model_init_kwargs, self.args.trust_remote_code
-            )
-        return freeze(teacher_model)
-
-    def _place_teacher(self, teacher: nn.Module) -> nn.Module:
-        if self.is_deepspeed_enabled:
-            return prepare_deepspeed(teacher, self.accelerator)
-        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
+    def _check_positions(self, teacher: nn.Module, train_dataset: Dataset) -> None:
+        virtual = self.soft_prompt.peft_config.num_virtual_tokens
+        longest = max(
+            len(prompt) + max(len(completion), self.args.max_new_tokens)
+            for prompt, completion in zip(train_dataset["prompt_ids"], train_dataset["completion_ids"], strict=True)
+        )
+        remedy = (
+            f"That is {longest} tokens, of which `max_new_tokens` is {self.args.max_new_tokens}, and for the teacher {virtual} "
+            "virtual tokens more. Lower `max_new_tokens` or `max_length`, or filter the longest rows out."
+        )
+        check_positions("student", self.model, longest, remedy)
+        check_positions("teacher", teacher, longest + virtual, remedy)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)
@@ -245,20 +253,9 @@ class PromptKDTrainer(GKDTrainer):
 
     # ------------------------------------------------------------------------------------------------ the teacher
 
-    @contextmanager
-    def _teacher(self) -> Iterator[nn.Module]:
-        """The plain teacher, in evaluation mode."""
-        if not self._teacher_is_student_base:
-            yield self.teacher_model
-            return
-        student = self.accelerator.unwrap_model(self.model_wrapped)
-        was_training = student.training
-        student.eval()
-        try:
-            with student.disable_adapter():
-                yield student
-        finally:
-            student.train(was_training)
+    def _teacher(self):
+        """The plain teacher, in evaluation mode, as a context."""
+        return asked_teacher(self.teacher_model, self.accelerator.unwrap_model(self.model_wrapped))
 
     def prompt_embeddings(self) -> Tensor:
         """The soft prompt: `(num_virtual_tokens, hidden)` in float32, without gradient."""
@@ -293,8 +290,7 @@ class PromptKDTrainer(GKDTrainer):
         if not batches:
             return batches, None
         batches = self._sample_window([self._prepare_inputs(batch) for batch in batches])
-        num_tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
-        return batches, self.accelerator.gather(num_tokens.reshape(1)).sum()
+        return batches, count_trained_tokens(batches, self.accelerator)
 
     def _sample_window(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         step, rank = self.state.global_step, self.accelerator.process_index
@@ -323,31 +319,13 @@ class PromptKDTrainer(GKDTrainer):
 
     def _sample(self, prompts: list[list[int]], source: str, step: int, rank: int) -> list[list[int]]:
         """Completions by the student or by the plain teacher, from a random state of their own."""
-        if not prompts:
-            return []
-        generate = partial(
-            generate_completions,
-            prompt_ids=prompts,
-            generation_config=self.generation_config,
-            batch_size=self.args.rollout_batch_size,
-            vocab_size=self.shared_vocab_size,
-        )
-        checkpointing = self.args.gradient_checkpointing_kwargs
-        seed = rollout_seed(self.args.seed, source, step, rank)
-        # `PeftModel.generate` goes past the forward that accelerate has wrapped in autocast
-        with own_random_state(seed, self.accelerator.device), self.accelerator.autocast():
-            if source == "student":
-                with unwrap_model_for_generation(
-                    self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-                ) as model:
-                    return generate(model)
-            with (
-                self._teacher() as teacher,
-                unwrap_model_for_generation(
-                    teacher, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-                ) as model,
-            ):
-                return generate(model)
+        settings = (self.generation_config, rollout_seed(self.args.seed, source, step, rank), self.args)
+        if source == "student":
+            return sample_completions(
+                self.model_wrapped, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size
+            )
+        with self._teacher() as teacher:
+            return sample_completions(teacher, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size)
 
     # ------------------------------------------------------------------------------------------------ training
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -18,10 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ._trl import unwrap_model_for_generation
 from .data import pad_rows
 
 
-__all__ = ["generate_completions", "own_random_state", "rollout_config", "rollout_seed"]
+__all__ = ["generate_completions", "own_random_state", "rollout_config", "rollout_seed", "sample_completions"]
 
 
 def rollout_config(
@@ -122,3 +125,30 @@ def generate_completions(
         base.generation_config = published
         model.train(was_training)
     return completions
+
+
+def sample_completions(
+    model: nn.Module,
+    accelerator: Accelerator,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    seed: int,
+    args: Any,
+    vocab_size: int | None = None,
+) -> list[list[int]]:
+    """[`generate_completions`] for a model as a trainer holds it: wrapped, under checkpointing, in mixed precision.
+
+    Args:
+        seed: The completions' own random state; see [`rollout_seed`].
+        args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
+    """
+    if not prompt_ids:
+        return []
+    checkpointing = args.gradient_checkpointing_kwargs
+    # `PeftModel.generate` goes past the forward that accelerate has wrapped in autocast
+    with (
+        own_random_state(seed, accelerator.device),
+        accelerator.autocast(),
+        unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=checkpointing) as unwrapped,
+    ):
+        return generate_completions(unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size)

@@ -5,21 +5,26 @@ for its logits. Positions are counted from the attention mask, and a soft prompt
 token, so padding on either side changes nothing: for rotary, learned and sliding-window positions alike.
 """
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ._trl import disable_dropout_in_model, keep_four_bit_weights_differentiable
+from ._trl import disable_dropout_in_model, keep_four_bit_weights_differentiable, prepare_deepspeed
 
 
 __all__ = [
+    "asked_teacher",
+    "build_teacher",
     "check_same_tokenizer",
     "completion_logits",
     "disable_dropout",
@@ -28,6 +33,7 @@ __all__ = [
     "input_embeddings",
     "load_teacher",
     "load_teacher_tokenizer",
+    "place_teacher",
     "position_limit",
     "shared_vocab_size",
 ]
@@ -132,6 +138,54 @@ def freeze(model: nn.Module) -> nn.Module:
     keep_four_bit_weights_differentiable(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Module:
+    """The frozen teacher of a trainer.
+
+    Args:
+        student: The trainer's student, as it starts.
+        teacher_model: A model, a name, or `None` for the student's own starting weights.
+        args: Has `teacher_model_init_kwargs` and `trust_remote_code`.
+
+    Returns:
+        The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`asked_teacher`], and no
+        second copy is held), else a frozen copy of the student.
+    """
+    if teacher_model is None and isinstance(student, PeftModel):
+        return student  # frozen by PEFT below its adapter; must not be frozen as a whole
+    if teacher_model is None:
+        teacher_model = copy.deepcopy(student)
+        # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
+        teacher_model.__dict__.pop("forward", None)
+        teacher_model.__dict__.pop("_is_accelerate_prepared", None)
+    elif isinstance(teacher_model, str):
+        teacher_model = load_teacher(teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+    return freeze(teacher_model)
+
+
+def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
+    """The teacher on its device, sharded under ZeRO-3; `None` where it is the student below its adapter."""
+    if teacher is student:
+        return None
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(teacher, accelerator)
+    return accelerator.prepare_model(teacher, evaluation_mode=True)
+
+
+@contextmanager
+def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
+    """The teacher in evaluation mode: `teacher`, or `student` with its adapter switched off where that is `None`."""
+    if teacher is not None:
+        yield teacher
+        return
+    was_training = student.training
+    student.eval()
+    try:
+        with student.disable_adapter():
+            yield student
+    finally:
+        student.train(was_training)
 
 
 def disable_dropout(model: nn.Module) -> None:

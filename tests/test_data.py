@@ -172,7 +172,7 @@ class TestCheckColumns:
 
     def test_prompts_alone_are_for_on_policy_training(self):
         check_columns(prompt_dataset(2), "train_dataset")
-        with pytest.raises(ValueError, match="prompts without answers.*`lmbda` is below 1"):
+        with pytest.raises(ValueError, match=r"prompts without answers.*`lmbda` is below 1"):
             check_columns(prompt_dataset(2), "train_dataset", NEEDED)
 
 

@@ -99,6 +99,8 @@ class TestImports:
             "telemetry",
             "model_card",
             "promptkd_trainer",
+            "priming",
+            "primed_collator",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
         assert modules == set(order)

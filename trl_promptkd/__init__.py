@@ -1,9 +1,18 @@
 """Prompt-shaped knowledge distillation for Hugging Face TRL."""
 
+from .primed_collator import DataCollatorForPrimedDistillation
+from .priming import PrimingTemplate
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt
 from .promptkd_config import PromptKDConfig
 from .promptkd_trainer import PromptKDTrainer
 
 
-__all__ = ["PromptEncoderConfig", "PromptKDConfig", "PromptKDTrainer", "SoftPrompt"]
+__all__ = [
+    "DataCollatorForPrimedDistillation",
+    "PrimingTemplate",
+    "PromptEncoderConfig",
+    "PromptKDConfig",
+    "PromptKDTrainer",
+    "SoftPrompt",
+]
 __version__ = "0.1.0.dev0"

@@ -1,0 +1,236 @@
+"""Priming: what the teacher sees instead of the plain prompt.
+
+A priming text stands before, after or above the question of a row. Only the teacher sees it; the student learns to answer
+the bare question from what the teacher says behind it. Texts are Jinja templates over the row's columns, rendered in a
+sandbox: they come from users, files and the Hub.
+"""
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .data import split_row
+
+
+__all__ = ["PRIMING_TEMPLATES", "PrimingTemplate", "resolve_priming"]
+
+_PLACEMENTS = ("prefix", "suffix", "system")
+_MAX_LENGTH = 1_000_000  # characters of one rendered text: more is a mistake or an attack
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """No Python internals, no changes to the row, and no repetition that fills the memory."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
+            raise jinja2.exceptions.SecurityError(f"the operator {operator} is allowed between plain numbers only")
+        return super().call_binop(context, operator, left, right)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(text: str) -> jinja2.Template:
+    environment = _Sandbox(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _variables(text: str) -> frozenset[str]:
+    return frozenset(find_undeclared_variables(_Sandbox().parse(text))) - set(_Sandbox().globals)
+
+
+@dataclass(frozen=True)
+class PrimingTemplate:
+    """
+    A text that the teacher sees beside a row's question, and the student does not.
+
+    Args:
+        text (`str`):
+            A Jinja template; a row's columns are its variables, and `reference_answer` is the row's answer as a text.
+            White space is kept as it is written, so a prefix needs a space or a line break at its end.
+        placement (`str`, *optional*, defaults to `"prefix"`):
+            `"prefix"` puts the text directly before the question, `"suffix"` directly after it, `"system"` makes it the
+            system message (below one that the row has). In a conversation the question is the last user message; in a row of
+            plain texts it is the whole prompt, and `"system"` is not possible.
+
+    Raises:
+        ValueError: for another placement, or a text that is not a valid template.
+
+    Example:
+
+    ```python
+    >>> template = PrimingTemplate("Think of {{ topic }}. ")
+    >>> template.prime({"prompt": "How far is it?", "topic": "the moon"})
+    'Think of the moon. How far is it?'
+    ```
+    """
+
+    text: str
+    placement: str = "prefix"
+
+    def __post_init__(self):
+        if not isinstance(self.text, str):
+            raise TypeError(f"`text` of a PrimingTemplate is a {type(self.text).__name__}; it must be a string.")
+        if self.placement not in _PLACEMENTS:
+            raise ValueError(
+                f"`placement` is {self.placement!r}; it must be one of {', '.join(map(repr, _PLACEMENTS))}."
+            )
+        try:
+            _compile(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"The priming text is not a valid Jinja template: {error.message} (line {error.lineno}). Text that contains "
+                "'{{' or '{%' literally goes between {% raw %} and {% endraw %}."
+            ) from error
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The priming text is not a valid Jinja template: {error}") from error
+
+    @classmethod
+    def from_file(cls, path: str | Path, placement: str = "prefix") -> "PrimingTemplate":
+        """The template in a UTF-8 file, taken as it is: a line break at its end stays."""
+        with open(path, encoding="utf-8", newline="") as file:
+            return cls(file.read(), placement)
+
+    def check_columns(self, columns: Collection[str], name: str) -> None:
+        """Refuse a template that uses what a data set does not have, before anything is trained.
+
+        Args:
+            columns: The data set's columns.
+            name: The data set's name, for the message.
+
+        Raises:
+            ValueError: naming the unknown variables and the columns there are.
+        """
+        known = set(columns)
+        if known & {"messages", "completion"}:
+            known.add("reference_answer")
+        unknown = sorted(_variables(self.text) - known)
+        if unknown:
+            raise ValueError(
+                f"The priming template uses {', '.join(map(repr, unknown))}, which `{name}` does not have. Its columns are "
+                f"{sorted(columns)}"
+                + (", and `reference_answer` is the row's answer." if "reference_answer" in known else ".")
+                + " Rename or add a column, or change the template."
+            )
+
+    def render(self, row: Mapping[str, Any]) -> str:
+        """The text for one row.
+
+        Raises:
+            ValueError: for an unknown variable, naming it and the row's columns; for a template that reaches for Python
+                internals; and for anything else that goes wrong in it.
+        """
+        self.check_columns(list(row), "the row")
+        variables = dict(row)
+        if "reference_answer" in _variables(self.text):
+            variables.setdefault("reference_answer", _reference_answer(row))
+        try:
+            text = _compile(self.text).render(variables)
+        except jinja2.exceptions.SecurityError as error:
+            raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
+        except Exception as error:  # whatever a template does with the values of a row
+            raise ValueError(
+                f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: {error}."
+            ) from error
+        if len(text) > _MAX_LENGTH:
+            raise ValueError(f"The priming template made {len(text)} characters; at most {_MAX_LENGTH} are allowed.")
+        return text
+
+    def prime(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+        """What the teacher sees as the prompt of a row, in the row's own form: a text, or a list of messages.
+
+        Args:
+            row: With `messages`, or with `prompt` and perhaps `completion`; it is not changed.
+
+        Raises:
+            ValueError: where the text cannot be placed: no user message, or a system message in a plain text.
+        """
+        text = self.render(row)
+        prompt, _ = split_row(dict(row))
+        if isinstance(prompt, str):
+            if self.placement == "system":
+                raise ValueError(
+                    "`placement='system'` needs conversations, but the row's prompt is a plain text. Use 'prefix' or 'suffix', or "
+                    "make the prompt a list of messages."
+                )
+            return text + prompt if self.placement == "prefix" else prompt + text
+        messages = [dict(message) for message in prompt]
+        if self.placement == "system":
+            if messages and messages[0]["role"] == "system":
+                return [_with_text(messages[0], after=f"\n\n{text}"), *messages[1:]]
+            return [{"role": "system", "content": text}, *messages]
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        if not users:
+            raise ValueError(
+                "There is no user message to prime; the row's roles are "
+                f"{[message['role'] for message in messages]}. Use `placement='system'`."
+            )
+        before, after = (text, "") if self.placement == "prefix" else ("", text)
+        messages[users[-1]] = _with_text(messages[users[-1]], before, after)
+        return messages
+
+
+def _with_text(message: dict[str, Any], before: str = "", after: str = "") -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": before + content + after}
+    parts = [{"type": "text", "text": text} for text in (before, after)]  # content as a list of parts
+    return {**message, "content": [*(parts[:1] if before else []), *content, *(parts[1:] if after else [])]}
+
+
+def _reference_answer(row: Mapping[str, Any]) -> str:
+    _, completion = split_row(dict(row))
+    if isinstance(completion, list):
+        completion = completion[-1]["content"] if completion else None
+    if isinstance(completion, list):
+        completion = "".join(part.get("text") or "" for part in completion)
+    if not completion:
+        raise ValueError("The priming template shows the teacher the row's answer, but a row has none.")
+    return completion
+
+
+PRIMING_TEMPLATES = {
+    # The texts of the paper (arXiv 2412.17846), word for word; they stand before the question
+    "teacher": PrimingTemplate(
+        "As a teacher, guide your student through solving the question below. Provide a clear, simple explanation for someone "
+        "unfamiliar with the problem. "
+    ),
+    "ground_truth": PrimingTemplate(  # despite its name it holds no gold answer
+        "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to understand and "
+        "learn from without losing too much detail. "
+    ),
+    "confidence": PrimingTemplate(
+        "(At the end of the question) Briefly double-check that your answer is correct once done. "
+    ),
+    # Ours: privileged context
+    "reference_answer": PrimingTemplate(
+        "Here is a correct answer to the question below, for your eyes only:\n\n{{ reference_answer }}\n\nAnswer the question in "
+        "your own words, step by step, as if you had not seen it. Question: "
+    ),
+}
+
+
+def resolve_priming(priming: str | PrimingTemplate | None) -> PrimingTemplate | None:
+    """A name of [`PRIMING_TEMPLATES`], a template, or `None`, as a template or `None`.
+
+    Raises:
+        ValueError: for a name that there is not, with those that there are.
+        TypeError: for anything else.
+    """
+    if priming is None or isinstance(priming, PrimingTemplate):
+        return priming
+    if not isinstance(priming, str):
+        raise TypeError(f"`priming` is a {type(priming).__name__}; it must be a name, a PrimingTemplate or None.")
+    if priming not in PRIMING_TEMPLATES:
+        raise ValueError(
+            f"`priming` is {priming!r}; the names are {', '.join(map(repr, PRIMING_TEMPLATES))}. For a text of your own pass "
+            "`PrimingTemplate(text)`, for one in a file `PrimingTemplate.from_file(path)`."
+        )
+    return PRIMING_TEMPLATES[priming]

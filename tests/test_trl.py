@@ -101,6 +101,7 @@ class TestImports:
             "promptkd_trainer",
             "priming",
             "primed_collator",
+            "primed_distill_loss",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
         assert modules == set(order)
@@ -110,7 +111,7 @@ class TestImports:
                     assert order.index(node.module) < order.index(name), f"{name} imports {node.module}"
 
     def test_tensor_code_imports_neither_trl_nor_trainers(self):
-        for name in ("divergences", "promptkd_loss"):
+        for name in ("divergences", "promptkd_loss", "primed_distill_loss"):
             assert "_trl" not in (PACKAGE / f"{name}.py").read_text()
 
     def test_no_pickle(self):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-__all__ = ["chunked_sums", "entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl"]
+__all__ = ["chunked_sums", "entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl", "skewed_kl"]
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -66,6 +66,26 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: 
         return reverse_kl(student_log_probs, teacher_log_probs)
     mixture = torch.logaddexp(student_log_probs + math.log1p(-beta), teacher_log_probs + math.log(beta))
     return beta * kl_divergence(teacher_log_probs, mixture) + (1 - beta) * kl_divergence(student_log_probs, mixture)
+
+
+def skewed_kl(log_a: Tensor, log_b: Tensor, skew: float) -> Tensor:
+    """KL(a || skew a + (1 - skew) b): bounded by -log(skew), and KL(a || b) for `skew = 0`.
+
+    With `a` the teacher and `b` the student it is the skewed forward KL, the other way round the skewed reverse KL.
+
+    Args:
+        log_a (`Tensor` of shape `(..., vocab)`): Log-probabilities of the first distribution.
+        log_b (`Tensor` of shape `(..., vocab)`): Log-probabilities of the second distribution.
+        skew (`float`): At least 0 and below 1.
+
+    Returns:
+        `Tensor` of shape `(...)`, nats per token.
+
+    Source: Ko et al., DistiLLM (arXiv 2402.03898).
+    """
+    if skew == 0.0:
+        return kl_divergence(log_a, log_b)
+    return kl_divergence(log_a, torch.logaddexp(log_a + math.log(skew), log_b + math.log1p(-skew)))
 
 
 def entropy(log_probs: Tensor) -> Tensor:

@@ -1,0 +1,91 @@
+"""The loss of response priming, as sums over tokens.
+
+`q` is the student behind the plain prompt, `p` the teacher behind the primed one, both at the same completion tokens. Logits
+have shape `(num_tokens, vocab)`; all sums are in nats.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergences import entropy, generalized_jsd, kl_divergence, skewed_kl
+
+
+__all__ = ["PrimedLossSums", "primed_loss_sums"]
+
+
+class PrimedLossSums(NamedTuple):
+    """Sums over tokens: scalars. Only `loss` has a gradient, to the student."""
+
+    loss: Tensor
+    """alpha CE + (1 - alpha) tau^2 D."""
+    cross_entropy: Tensor
+    """-log q(token), at temperature 1."""
+    divergence: Tensor
+    """D, at temperature tau, without its square."""
+    student_teacher: Tensor
+    """KL(q || p), at temperature tau."""
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    """Tokens at which both models' likeliest token is the same."""
+    accuracy: Tensor
+    """Tokens at which the student's likeliest token is the completion's."""
+    teacher_log_prob: Tensor
+    """log p(token)."""
+
+
+def primed_loss_sums(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    tokens: Tensor,
+    alpha: float,
+    temperature: float,
+    beta: float = 1.0,
+    skew: float = 0.0,
+) -> PrimedLossSums:
+    """The loss, and what is logged about it, summed over tokens.
+
+    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence of both
+    distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton et al., arXiv
+    1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
+
+    Args:
+        student_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the student, with gradient.
+        teacher_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the teacher at the same tokens.
+        tokens (`Tensor` of shape `(num_tokens,)`): Ids of the completion's tokens.
+        beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon divergence.
+        skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
+    """
+    log_q = student_logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        log_p = teacher_logits.log_softmax(dim=-1)
+    cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
+    if temperature == 1.0:
+        tempered_q, tempered_p = log_q, log_p
+    else:
+        tempered_q = (student_logits / temperature).log_softmax(dim=-1)
+        with torch.no_grad():
+            tempered_p = (teacher_logits / temperature).log_softmax(dim=-1)
+    if beta == 1.0:
+        divergence = skewed_kl(tempered_q, tempered_p, skew).sum()
+    elif beta == 0.0:
+        divergence = skewed_kl(tempered_p, tempered_q, skew).sum()
+    else:
+        divergence = generalized_jsd(tempered_q, tempered_p, beta).sum()
+    loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
+    with torch.no_grad():
+        plain_reverse = beta == 1.0 and skew == 0.0
+        best = log_q.argmax(dim=-1)
+        return PrimedLossSums(
+            loss,
+            cross_entropy.detach(),
+            divergence.detach(),
+            divergence.detach() if plain_reverse else kl_divergence(tempered_q, tempered_p).sum(),
+            entropy(log_q).sum(),
+            entropy(log_p).sum(),
+            (best == log_p.argmax(dim=-1)).sum(),
+            (best == tokens).sum(),
+            log_p.gather(-1, tokens.unsqueeze(-1)).sum(),
+        )

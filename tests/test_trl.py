@@ -88,6 +88,7 @@ class TestImports:
         order = [
             "_trl",
             "divergences",
+            "files",
             "teacher",
             "prompt_encoder",
             "data",

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder, fill_prompt_learning_config
+from .files import whole_file
 from .teacher import input_embeddings
 
 
@@ -273,9 +274,8 @@ class SoftPrompt(nn.Module):
 
 def write_safetensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str] | None = None) -> None:
     """Write `tensors` so that `path` holds either what it held before or all of them."""
-    temporary = f"{path}.incomplete"
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
 
 @torch.no_grad()

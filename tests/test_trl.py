@@ -93,6 +93,7 @@ class TestImports:
             "prompt_encoder",
             "data",
             "rollouts",
+            "config_checks",
             "promptkd_config",
             "checks",
             "promptkd_loss",

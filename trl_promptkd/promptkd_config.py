@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._trl import GKDConfig
+from .config_checks import check_choice, check_ignored, check_positive, check_sampling
 
 
 __all__ = ["PromptKDConfig"]
 
 # Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
-_UNSUPPORTED = {
+_IGNORED = {
     "packing": (False, "rows are distilled one by one; sequences hold sampled completions of unknown length"),
     "padding_free": (False, "batches are padded"),
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation"),
@@ -136,36 +137,15 @@ class PromptKDConfig(GKDConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, choices in (
-            ("prompt_divergence", ("reverse", "forward")),
-            ("regularization_schedule", ("linear", "constant")),
-            ("prompt_update", ("sequential", "simultaneous")),
-            ("overlong", ("error", "drop")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be {choices[0]!r} or {choices[1]!r}.")
-        for name in ("temperature", "loss_temperature", "max_new_tokens", "rollout_batch_size", "loss_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                hint = (
-                    " For greedy decoding set generation_kwargs={'do_sample': False}." if name == "temperature" else ""
-                )
-                raise ValueError(f"`{name}` is {value}; it must be above 0.{hint}")
+        check_choice(self, "prompt_divergence", ("reverse", "forward"))
+        check_choice(self, "regularization_schedule", ("linear", "constant"))
+        check_choice(self, "prompt_update", ("sequential", "simultaneous"))
+        check_choice(self, "overlong", ("error", "drop"))
+        check_positive(self, "loss_temperature", "loss_chunk_size")
+        check_sampling(self)
+        check_ignored(self, "PromptKD", _IGNORED)
         if self.regularization_coef < 0:
             raise ValueError(f"`regularization_coef` is {self.regularization_coef}; it must not be negative.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1.")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}; it must be 0 (all tokens) or above.")
-        for name, (supported, why) in _UNSUPPORTED.items():
-            if getattr(self, name) != supported:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` has no meaning in PromptKD: {why}. Leave it at {supported!r}."
-                )
-        if self.completion_only_loss is False:
-            raise ValueError(
-                "`completion_only_loss=False` has no meaning in PromptKD: only completions are distilled."
-            )
         # Rows are tokenized by this package, for conversations and plain texts alike
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

@@ -104,6 +104,8 @@ class TestImports:
             "priming",
             "primed_collator",
             "primed_distill_loss",
+            "teacher_answers",
+            "quantization_receipt",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
         assert modules == set(order)

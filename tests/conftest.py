@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_tokenizer
 
-from trl_promptkd import PromptKDConfig
+from trl_promptkd import PrimedDistillConfig, PromptKDConfig
 
 
 torch.set_num_threads(1)
@@ -20,28 +20,34 @@ def tokenizer():
     return tiny_tokenizer()
 
 
+def _short_run(config_class, folder, overrides):
+    settings = {
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "max_new_tokens": 6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return config_class(**{**settings, **overrides})
+
+
 @pytest.fixture
 def make_args(tmp_path):
     """PromptKD settings for a short run on tiny models."""
+    return lambda **overrides: _short_run(PromptKDConfig, tmp_path, overrides)
 
-    def make(**overrides):
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 2,
-            "per_device_eval_batch_size": 4,
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            "max_new_tokens": 6,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return PromptKDConfig(**{**settings, **overrides})
 
-    return make
+@pytest.fixture
+def make_primed_args(tmp_path):
+    """Response priming's settings for a short run on tiny models."""
+    return lambda **overrides: _short_run(PrimedDistillConfig, tmp_path, overrides)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""PromptKD written a second time: row by row, without padding, cache, chunks or any code of the package."""
+"""Both methods written a second time: row by row, without padding, cache, chunks or any code of the package."""
 
 import torch
 
@@ -76,10 +76,49 @@ def promptkd_step(
                 prompted = log_probs(teacher, ids, first, after if sees_new else before)
             student_loss = student_loss + kl(log_probs(student, ids, first), prompted)
     student_loss = student_loss / num_tokens
-    student_loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)
+    norm = sgd_step(student, student_loss, learning_rate, max_grad_norm)
+    return float(student_loss.detach()), prompt_norm, norm
+
+
+def primed_loss(student, teacher, rows, alpha, temperature, beta=1.0, skew=0.0):
+    """Sums over the tokens of `rows`: (prompt ids, teacher prompt ids, completion ids). The loss has a gradient."""
+    total = dict.fromkeys(
+        ("loss", "ce", "kd", "kl", "student_entropy", "teacher_entropy", "agree", "right", "gain"), 0.0
+    )
+    for prompt, teacher_prompt, completion in rows:
+        q = log_probs(student, prompt + completion, len(prompt))
+        with torch.no_grad():
+            p = log_probs(teacher, teacher_prompt + completion, len(teacher_prompt))
+            plain = log_probs(teacher, prompt + completion, len(prompt))
+        at = (torch.arange(len(completion)), torch.tensor(completion))
+        tq, tp = torch.log_softmax(q / temperature, -1), torch.log_softmax(p / temperature, -1)
+        if beta == 1.0:
+            divergence = kl(tq, (skew * tq.exp() + (1 - skew) * tp.exp()).log())
+        elif beta == 0.0:
+            divergence = kl(tp, (skew * tp.exp() + (1 - skew) * tq.exp()).log())
+        else:
+            mixed = (beta * tp.exp() + (1 - beta) * tq.exp()).log()
+            divergence = beta * kl(tp, mixed) + (1 - beta) * kl(tq, mixed)
+        cross_entropy = -q[at].sum()
+        total["loss"] = total["loss"] + alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
+        total["ce"] += cross_entropy.item()
+        total["kd"] += divergence.item()
+        total["kl"] += kl(tq, tp).item()
+        total["student_entropy"] -= (q.exp() * q).sum().item()
+        total["teacher_entropy"] -= (p.exp() * p).sum().item()
+        total["agree"] += (q.argmax(-1) == p.argmax(-1)).sum().item()
+        total["right"] += (q.argmax(-1) == at[1]).sum().item()
+        total["gain"] += (p[at].sum() - plain[at].sum()).item()
+    return total
+
+
+def sgd_step(model, loss, learning_rate, max_grad_norm=1.0):
+    """One step in place; returns the gradient's norm before clipping."""
+    model.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     with torch.no_grad():
-        for parameter in student.parameters():
+        for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter -= learning_rate * parameter.grad
-    return float(student_loss.detach()), prompt_norm, float(norm)
+    return float(norm)

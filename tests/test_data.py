@@ -78,6 +78,10 @@ class TestTokenizeRow:
         with pytest.raises(ValueError, match="must end with an assistant message"):
             tokenize_row({"messages": CHAT[:1]}, tokenizer)
 
+    def test_a_row_without_a_prompt_is_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="neither a prompt nor messages"):
+            tokenize_row({"prompt": None, "completion": "x"}, tokenizer)
+
     def test_conversations_need_a_template(self, tokenizer):
         tokenizer.chat_template = None
         with pytest.raises(ValueError, match="no chat template"):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+PRIMED_RECIPES = [path for path in RECIPES if path.stem.startswith("primed_")]
 # methods.md of the paper's scripts: student size -> (learning rate, batch, accumulation, epochs)
 PAPER = {
     "promptkd_gpt2_120m": (5e-5, 2, 16, 20),
@@ -38,17 +40,23 @@ def promptkd():
     return load_script("promptkd")
 
 
+@pytest.fixture(scope="module")
+def primed():
+    return load_script("primed_distill")
+
+
 def parse(script, path, *flags):
     return script.make_parser().parse_args_and_config(["--config", str(path), "--use_cpu", "--bf16", "false", *flags])
 
 
 class TestRecipes:
     @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-    def test_parses_without_an_unknown_key(self, promptkd, path, tmp_path):
-        script_args, training_args, model_args, prompt_args = parse(promptkd, path, "--output_dir", str(tmp_path))
+    def test_parses_without_an_unknown_key(self, promptkd, primed, path, tmp_path):
+        script = primed if path in PRIMED_RECIPES else promptkd
+        parsed = parse(script, path, "--output_dir", str(tmp_path))
         given = yaml.safe_load(path.read_text())
         for name, value in given.items():
-            owners = [a for a in (script_args, training_args, model_args, prompt_args) if hasattr(a, name)]
+            owners = [arguments for arguments in parsed if hasattr(arguments, name)]
             assert owners, name
             if name not in ("output_dir", "bf16", "teacher_model_init_kwargs"):
                 assert any(getattr(owner, name) == value for owner in owners), name
@@ -75,6 +83,21 @@ class TestRecipes:
         assert (prompt.num_virtual_tokens, prompt.prompt_init_text) == (7, "Suppose you are a student.")
         assert (prompt.prompt_learning_rate, prompt.prompt_weight_decay) == (None, 1e-2)
 
+    def test_the_priming_papers_settings(self, primed, tmp_path):
+        path = ROOT / "examples" / "configs" / "primed_llama3.1_405b_8b_gsm8k.yaml"
+        script, args, model = parse(primed, path, "--output_dir", str(tmp_path))
+        assert (args.alpha, args.kd_temperature, args.kd_beta) == (0.6093348343631224, 5.942267335064758, 1.0)
+        assert (args.learning_rate, args.weight_decay, args.optim, args.optim_args) == (
+            5e-6,
+            1e-2,
+            "sgd",
+            "momentum=0.9",
+        )
+        assert (args.lr_scheduler_type, args.num_train_epochs, args.per_device_train_batch_size) == ("cosine", 2, 1)
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (4, 8, 0.1)
+        assert model.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+        assert (script.dataset_train_split, script.priming) == ("train[:2638]", "ground_truth")
+
     def test_flags_win_over_the_file(self, promptkd, tmp_path):
         path = ROOT / "examples" / "configs" / "quickstart.yaml"
         _, args, model, prompt = parse(
@@ -100,6 +123,97 @@ class TestScript:
         targets = re.findall(r"^([a-z-]+):", text, re.M)
         assert all(re.search(rf"^{target}:.*## \w", text, re.M) for target in targets)
         assert {"install", "style", "check", "test", "test-slow", "quickstart", "ci"} <= set(targets)
+
+
+class TestPrimedScript:
+    def arguments(self, primed, **settings):
+        return primed.PrimedScriptArguments(**{"dataset_name": "json", **settings})
+
+    def test_columns_become_a_conversation_and_the_others_stay(self, primed):
+        dataset = Dataset.from_dict({"question": ["the cat"], "answer": ["sat"], "topic": ["mat"]})
+        args = self.arguments(primed, prompt_column="question", completion_column="answer", conversational=True)
+        assert primed.in_trls_format(dataset, args).to_list() == [
+            {
+                "prompt": [{"role": "user", "content": "the cat"}],
+                "completion": [{"role": "assistant", "content": "sat"}],
+                "topic": "mat",
+            }
+        ]
+        same = self.arguments(primed, prompt_column="prompt")
+        assert primed.in_trls_format(Dataset.from_dict({"prompt": ["a"]}), same)["prompt"][:] == ["a"]
+        with pytest.raises(
+            ValueError, match=r"`prompt_column` is 'quest'; the columns are \['answer', 'question', 'topic'\]"
+        ):
+            primed.in_trls_format(dataset, self.arguments(primed, prompt_column="quest"))
+
+    def test_one_priming_text(self, primed, tmp_path):
+        (tmp_path / "x.txt").write_text("red ")
+        assert primed.choose_priming(self.arguments(primed, priming="teacher")) == "teacher"
+        assert primed.choose_priming(self.arguments(primed)) is None
+        own = primed.choose_priming(self.arguments(primed, priming_text="blue", priming_placement="suffix"))
+        assert (own.text, own.placement) == ("blue", "suffix")
+        assert primed.choose_priming(self.arguments(primed, priming_file=str(tmp_path / "x.txt"))).text == "red "
+        with pytest.raises(ValueError, match="`priming` and `priming_text` are set; choose one"):
+            primed.choose_priming(self.arguments(primed, priming="teacher", priming_text="blue"))
+
+    def test_parts_of_local_files(self, primed, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / name).write_text("\n".join(json.dumps({"prompt": f"{name}{i}"}) for i in range(6)))
+        args = self.arguments(
+            primed,
+            data_files=str(tmp_path / "a"),
+            eval_data_files=str(tmp_path / "b"),
+            dataset_train_split="train[:4]",
+            dataset_test_split="test[:2]",
+        )
+        train, test = primed.load_splits(args, wants_eval=True)
+        assert (len(train), test["prompt"][:]) == (4, ["b0", "b1"])
+        assert primed.load_splits(args, wants_eval=False)[1] is None
+
+
+def launch(script, folder, settings, *flags):
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / script)]
+    result = subprocess.run(
+        [*command, "--config", str(folder / "run.yaml"), *flags],
+        env={**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_primed_script_trains_under_accelerate_launch(tmp_path):
+    """A 4-bit teacher by a recipe's own lines, rows from local files, answers by the teacher, and the receipt."""
+    pytest.importorskip("bitsandbytes")
+    size = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
+    for name, seed in (("student", 1), ("teacher", 2)):
+        tiny_model(seed=seed, **size).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"question": " ".join(WORDS[i : i + 3]), "answer": WORDS[i]} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = yaml.safe_load((ROOT / "examples" / "configs" / "primed_smollm2_gsm8k_cpu.yaml").read_text()) | {
+        "model_name_or_path": str(tmp_path / "student"),
+        "teacher_model_name_or_path": str(tmp_path / "teacher"),
+        "dataset_name": "json",
+        "data_files": str(tmp_path / "rows.jsonl"),
+        "eval_data_files": str(tmp_path / "rows.jsonl"),
+        "response_source": "teacher",
+        "output_dir": str(tmp_path / "out"),
+        "max_new_tokens": 4,
+        "logging_steps": 1,
+        "bf16": False,
+        "quantization_receipt_rows": 4,
+    }
+    output = launch("primed_distill.py", tmp_path, settings, "--num_train_epochs", "1")
+    assert "kl_full_quantized" in output
+    assert "eval_kl/student_teacher" in output
+    assert list((tmp_path / "out" / "_teacher_answers").iterdir())
+    assert "As a smart language model" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow
@@ -134,18 +248,8 @@ def test_the_script_trains_under_accelerate_launch(tmp_path):
         "use_cpu": True,
         "prompt_init_text": "suppose you are a student .",
     }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "examples" / "promptkd.py")]
-    result = subprocess.run(
-        [*launch, "--config", str(tmp_path / "run.yaml"), "--max_steps", "2"],
-        env={**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "eval_forward_kl" in result.stdout
+    output = launch("promptkd.py", tmp_path, settings, "--max_steps", "2")
+    assert "eval_forward_kl" in output
     student = PeftModel.from_pretrained(tiny_model(seed=1, **size), tmp_path / "out")
     assert student.peft_config["default"].r == 4
     prompt = PeftModel.from_pretrained(tiny_model(seed=2, **size), tmp_path / "out", subfolder="teacher_prompt")

@@ -213,6 +213,13 @@ class TestTokenizePrimedDataset:
         rows = tokenize_primed_dataset(answered_dataset(4), "x", tokenizer, None, max_length=5, overlong="error")
         assert all(row["completion_ids"] == [] for row in rows)
 
+    def test_tokenized_rows_are_taken_as_they_are(self, tokenizer):
+        rows = [{"prompt_ids": [5], "teacher_prompt_ids": [6, 5], "completion_ids": [7]}]
+        got = tokenize_primed_dataset(
+            Dataset.from_list(rows), "x", tokenizer, PrimingTemplate("{{ gold }}"), answers_needed=NEEDED
+        )
+        assert got.to_list() == [{**rows[0], "length": 3}]
+
     def test_unknown_variables_and_missing_answers_are_refused(self, tokenizer):
         with pytest.raises(
             ValueError, match=r"'gold', which `x` does not have. Its columns are \['completion', 'prompt'\]"

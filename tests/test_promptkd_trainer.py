@@ -640,6 +640,7 @@ class TestEvaluation:
         metrics = trainer.evaluate()
         assert {"eval_a_forward_kl", "eval_b_forward_kl", "eval_a_reverse_kl", "eval_b_loss"} <= metrics.keys()
         assert "eval_forward_kl" in trainer.evaluate(chat_dataset(4))
+        assert "test_reverse_kl" in trainer.predict(chat_dataset(4)).metrics
 
     def test_compute_metrics_gets_the_students_logits(self, make_args):
         shapes = []

@@ -2,15 +2,26 @@
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from reference import log_probs
 from tiny import dequantized
 
-from trl_promptkd import PromptEncoderConfig, SoftPrompt
+from trl_promptkd import (
+    DataCollatorForPrimedDistillation,
+    PrimedDistillConfig,
+    PrimedDistillTrainer,
+    PrimingTemplate,
+    PromptEncoderConfig,
+    SoftPrompt,
+)
 from trl_promptkd.data import pad_rows, tokenize_row
+from trl_promptkd.priming import PRIMING_TEMPLATES
 from trl_promptkd.promptkd_loss import prompt_loss_sums
 from trl_promptkd.teacher import completion_logits, forward_logits, freeze, load_teacher
 
@@ -103,6 +114,69 @@ class TestTraining:
         assert tokenizer.pad_token_id == tokenizer.eos_token_id
         labels = pad_rows(*rows, tokenizer.pad_token_id)["labels"]
         assert (labels == tokenizer.eos_token_id).sum(dim=1).tolist() == [1, 1, 1]
+
+
+class TestPriming:
+    @pytest.mark.parametrize("name", ["teacher", "ground_truth", "confidence"])
+    def test_the_teachers_view_decoded_is_the_chat_template_of_the_primed_conversation(self, smollm2, name):
+        tokenizer = smollm2[1]
+        turns = [
+            {"role": "user", "content": QUESTIONS[0]},
+            {"role": "assistant", "content": ANSWERS[0]},
+            {"role": "user", "content": QUESTIONS[2]},
+            {"role": "assistant", "content": ANSWERS[2]},
+        ]
+        batch = DataCollatorForPrimedDistillation(tokenizer, name)([{"messages": turns}, {"messages": turns[:2]}])
+        primed = [*turns[:2], {"role": "user", "content": PRIMING_TEMPLATES[name].text + QUESTIONS[2]}, turns[3]]
+        for view, conversation in (("", turns), ("teacher_", primed)):
+            ids = batch[view + "input_ids"][0][batch[view + "attention_mask"][0].bool()]
+            expected = tokenizer.apply_chat_template(conversation, tokenize=False)
+            assert expected.endswith("<|im_end|>\n")  # the line break after the end of text is never generated
+            assert tokenizer.decode(ids) == expected.removesuffix("\n")
+            trained = batch[view + "input_ids"][0][batch[view + "labels"][0] != -100]
+            assert tokenizer.decode(trained) == ANSWERS[2] + "<|im_end|>"
+
+    def test_an_instruction_moves_into_an_adapter(self, smollm2, tmp_path):
+        """Prompt internalisation on held-out questions: the teacher is the student below its adapter."""
+        model, tokenizer, _ = smollm2
+        lines = (Path(__file__).parent.parent / "examples/data/quickstart_prompts.jsonl").read_text().splitlines()
+        prompts = [{"prompt": json.loads(line)["prompt"]} for line in lines[:40]]
+        trainer = PrimedDistillTrainer(
+            model=copy.deepcopy(model).requires_grad_(True),
+            args=PrimedDistillConfig(
+                output_dir=str(tmp_path),
+                response_source="teacher",
+                generation_kwargs={"do_sample": False},
+                max_new_tokens=20,
+                alpha=0.0,
+                kd_temperature=1.0,
+                learning_rate=1e-3,
+                lr_scheduler_type="constant",
+                max_steps=12,
+                per_device_train_batch_size=4,
+                rollout_batch_size=32,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            priming=PrimingTemplate("Answer like a pirate.", placement="system"),
+            train_dataset=Dataset.from_list(prompts[:32]),
+            eval_dataset=Dataset.from_list(prompts[32:]),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
+        )
+        assert trainer.teacher_model is None
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+        print(
+            f"KL(student || primed start) on held-out questions: {before['eval_loss']:.3f} -> {after['eval_loss']:.3f} nats a token; "
+            f"priming gain {before['eval_priming/gain_nats']:.3f} nats a token"
+        )
+        assert before["eval_priming/gain_nats"] > 0.1
+        assert after["eval_loss"] < 0.8 * before["eval_loss"]
 
 
 class TestQuantizedTeachers:

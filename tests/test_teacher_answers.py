@@ -36,7 +36,8 @@ def write(tmp_path):
         return write_teacher_answers(
             dataset,
             str(tmp_path / folder),
-            tiny_model(seed=2) if teacher is None else teacher,
+            teacher or tiny_model(seed=2),
+            weights_fingerprint(teacher or tiny_model(seed=2)),
             Accelerator(cpu=True),
             tiny_tokenizer(),
             config,

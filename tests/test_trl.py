@@ -106,6 +106,8 @@ class TestImports:
             "primed_distill_loss",
             "teacher_answers",
             "quantization_receipt",
+            "primed_distill_config",
+            "primed_distill_trainer",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
         assert modules == set(order)

@@ -1,6 +1,8 @@
 """Prompt-shaped knowledge distillation for Hugging Face TRL."""
 
 from .primed_collator import DataCollatorForPrimedDistillation
+from .primed_distill_config import PrimedDistillConfig
+from .primed_distill_trainer import PrimedDistillTrainer
 from .priming import PrimingTemplate
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt
 from .promptkd_config import PromptKDConfig
@@ -9,6 +11,8 @@ from .promptkd_trainer import PromptKDTrainer
 
 __all__ = [
     "DataCollatorForPrimedDistillation",
+    "PrimedDistillConfig",
+    "PrimedDistillTrainer",
     "PrimingTemplate",
     "PromptEncoderConfig",
     "PromptKDConfig",

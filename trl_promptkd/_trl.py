@@ -21,7 +21,7 @@ from peft.utils.other import (
 )
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models.utils import unwrap_model_for_generation  # gathers ZeRO-3 parameters; switches checkpointing off
-from trl.trainer.utils import disable_dropout_in_model, print_prompt_completions_sample
+from trl.trainer.utils import print_prompt_completions_sample  # the table of sampled completions
 
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "PTuningEncoder",
     "PromptEmbedding",
     "PromptTuningInit",
-    "disable_dropout_in_model",
     "fill_prompt_learning_config",
     "keep_four_bit_weights_differentiable",
     "prepare_deepspeed",

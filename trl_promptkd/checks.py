@@ -34,8 +34,8 @@ def check_arguments(
             "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt ends. "
             "Build `prompt` and `completion` columns with `dataset.map` instead."
         )
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(model, str) and (teacher_model is model or teacher_model is base):
+    base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
+    if not isinstance(model, str) and teacher_base is base:
         raise ValueError(
             "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher would change with its student. "
             "For self-distillation leave `teacher_model=None`; the student's starting weights are then kept as the teacher."

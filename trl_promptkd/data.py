@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jinja2
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset, IterableDataset
@@ -31,6 +32,7 @@ __all__ = [
     "split_row",
     "tokenize_dataset",
     "tokenize_row",
+    "without_repeats",
 ]
 
 logger = logging.get_logger(__name__)
@@ -97,6 +99,8 @@ def tokenize_row(row: dict[str, Any], processing_class: PreTrainedTokenizerBase)
     if row.get("prompt_ids") is not None:
         return {"prompt_ids": row["prompt_ids"], "completion_ids": row.get("completion_ids") or []}
     prompt, completion = split_row(row)
+    if prompt is None:
+        raise ValueError("A row has neither a prompt nor messages (both are missing or None). Filter such rows out.")
     conversational = not isinstance(prompt, str)
     prompt_text: str
     completion_text: str | None
@@ -145,7 +149,14 @@ def _apply_chat_template(prompt, completion, row, processing_class) -> tuple[str
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools  # data sets may keep them as JSON
     kwargs = {"tools": tools or None, "tokenize": False, **(row.get("chat_template_kwargs") or {})}
-    prompt_text = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
+    try:
+        prompt_text = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
+    except jinja2.TemplateError as error:
+        roles = [message["role"] for message in prompt]
+        raise ValueError(
+            f"The chat template refuses a conversation with the roles {roles}: {error}. Change the data"
+            + (" (this template may have no system role)." if "system" in roles else ".")
+        ) from error
     if completion is None:
         return prompt_text, None
     if isinstance(completion, str):
@@ -178,29 +189,32 @@ def map_rows(
 
 
 def sift_overlong(
-    dataset: Dataset | IterableDataset, name: str, what: str, column: str, limit: str, overlong: str
+    dataset: Dataset | IterableDataset, name: str, what: str, column: str, field: str, limit: int | None, overlong: str
 ) -> Dataset | IterableDataset:
     """Leave out (`overlong="drop"`) or refuse (`"error"`) rows that are too long, and drop the column that says so.
 
     Args:
         what: What is too long, for messages.
         column: Holds the length that a row's limit would have to be raised to, or 0 where it fits.
-        limit: The setting that bounds it, with its value, such as `"max_length=512"`.
+        field: The setting that bounds it, such as `"max_length"`.
+        limit: Its value; `None` for no limit.
 
     Raises:
         ValueError: with the number of rows and the limit that would do; also where no row would be left. Streamed data is
             checked row by row as it comes.
     """
-    field = limit.split("=")[0]
+    if limit is None:
+        return dataset.remove_columns(column)
+    bound = f"{field}={limit}"
     if isinstance(dataset, IterableDataset):
         if overlong == "drop":
-            logger.warning(f"`{name}` is streamed: {what} that do not fit into `{limit}` are left out uncounted.")
-        fits = partial(_fits, column=column, what=what, limit=limit, raises=overlong == "error")
+            logger.warning(f"`{name}` is streamed: {what} that do not fit into `{bound}` are left out uncounted.")
+        fits = partial(_fits, column=column, what=what, field=field, bound=bound, raises=overlong == "error")
         return dataset.filter(fits).remove_columns(column)
     lengths = dataset[column]
     too_long = [length for length in lengths if length]
     if too_long:
-        found = f"{len(too_long)} of {len(dataset)} {what} in `{name}` do not fit into `{limit}`."
+        found = f"{len(too_long)} of {len(dataset)} {what} in `{name}` do not fit into `{bound}`."
         remedy = f"Set `{field}` to at least {max(too_long)}"
         if overlong == "error" or len(too_long) == len(dataset):
             raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
@@ -209,10 +223,10 @@ def sift_overlong(
     return dataset.remove_columns(column)
 
 
-def _fits(row: dict[str, Any], column: str, what: str, limit: str, raises: bool) -> bool:
+def _fits(row: dict[str, Any], column: str, what: str, field: str, bound: str, raises: bool) -> bool:
     if row[column] and raises:
         raise ValueError(
-            f"One of the {what} does not fit into `{limit}`. Set `{limit.split('=')[0]}` to at least {row[column]}, or set "
+            f"One of the {what} does not fit into `{bound}`. Set `{field}` to at least {row[column]}, or set "
             "`overlong='drop'` to leave such rows out."
         )
     return not row[column]
@@ -267,7 +281,7 @@ def tokenize_dataset(
         max_length=max_length,
         needs_completions=answers_needed is not None,
     )
-    dataset = sift_overlong(dataset, name, "prompts", "overlong_prompt", f"max_length={max_length}", overlong)
+    dataset = sift_overlong(dataset, name, "prompts", "overlong_prompt", "max_length", max_length, overlong)
     dataset = check_answers(dataset, name, answers_needed)
     cut = 0 if isinstance(dataset, IterableDataset) else sum(tokens > 0 for tokens in dataset["cut_tokens"])
     if cut:
@@ -334,6 +348,15 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
     """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     return accelerator.gather(local.to(accelerator.device).reshape(1)).sum()
+
+
+def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
+    """Labels of an evaluation batch, -100 in the rows with which accelerate filled up the last batches of several ranks."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    real = max(state.remainder - accelerator.process_index * len(labels), 0)
+    return torch.where(torch.arange(len(labels), device=labels.device).unsqueeze(1) < real, labels, -100)
 
 
 def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:

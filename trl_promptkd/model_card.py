@@ -1,7 +1,7 @@
-"""The section of a model card that TRL's template does not have: the teacher's soft prompt, and how to load it."""
+"""The sections of a model card that TRL's template does not have: the teacher, and what it saw."""
 
 import os
-import textwrap
+import re
 from dataclasses import asdict
 
 from huggingface_hub import ModelCard
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig
 
 
-__all__ = ["add_prompt_section"]
+__all__ = ["add_priming_section", "add_prompt_section"]
 
 
 def add_prompt_section(path: str, trainer) -> None:
@@ -31,22 +31,14 @@ def add_prompt_section(path: str, trainer) -> None:
             "learning_rate",
         )
     }
-    if trainer.teacher_model is None:
-        teacher = "the student's own starting weights (self-distillation)"
-    else:
-        name = trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
-        teacher = f"`{os.path.basename(name) if os.path.isdir(name) else name or 'a model without a name'}`"
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
     section = f"""
 ## The teacher's soft prompt
 
-This model was distilled from {teacher} behind a soft prompt of {trainer.soft_prompt.peft_config.num_virtual_tokens} virtual
+This model was distilled from {_teacher_name(trainer)} behind a soft prompt of {trainer.soft_prompt.peft_config.num_virtual_tokens} virtual
 tokens, which was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is
 used without it.
 
-| setting | value |
-| --- | --- |
-{rows}
+{_table(settings)}
 
 ```python
 from peft import PeftModel
@@ -58,6 +50,61 @@ prompted_teacher = PeftModel.from_pretrained(teacher, "<this repository>", subfo
 
 (PEFT's own forward pass of a soft prompt is exact for rows without padding or with padding on the right.)
 """
+    _append(path, section)
+
+
+def add_priming_section(path: str, trainer) -> None:
+    """Append the priming text and the settings of the loss to the model card at `path`."""
+    args, priming = trainer.args, trainer.priming
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            "alpha",
+            "kd_temperature",
+            "kd_beta",
+            "skew",
+            "response_source",
+            "max_length",
+            "teacher_max_length",
+            "learning_rate",
+        )
+    }
+    if args.response_source != "dataset":
+        settings |= {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    seen = "which saw the prompts as they are (no priming)."
+    if priming is not None:
+        place = {
+            "prefix": "before the question",
+            "suffix": "after the question",
+            "system": "as the system message",
+        }[priming.placement]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", priming.text)), default=0))
+        seen = f"which saw this text {place} (a Jinja template):\n\n{fence}\n{priming.text}\n{fence}"
+    section = f"""
+## The primed teacher
+
+This model was distilled from {_teacher_name(trainer)}, {seen}
+
+The student never saw that text: it is used with the bare question. Both were compared on the same completion tokens.
+
+{_table(settings)}
+"""
+    _append(path, section)
+
+
+def _teacher_name(trainer) -> str:
+    if trainer.distils_itself:
+        return "the student's own starting weights (self-distillation)"
+    name = trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
+    return f"`{os.path.basename(name) if os.path.isdir(name) else name or 'a model without a name'}`"
+
+
+def _table(settings: dict) -> str:
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
+    return f"| setting | value |\n| --- | --- |\n{rows}"
+
+
+def _append(path: str, section: str) -> None:
     card = ModelCard.load(path)
-    card.text = card.text.rstrip() + "\n" + textwrap.dedent(section)
+    card.text = card.text.rstrip() + "\n" + section
     card.save(path)

@@ -55,6 +55,11 @@ def tokenize_primed_row(
     else:
         primed: dict[str, Any] = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
         teacher_prompt_ids = tokenize_row({**primed, "prompt": priming.prime(row)}, processing_class)["prompt_ids"]
+        if teacher_prompt_ids == student["prompt_ids"] and priming.render(row).strip():
+            raise ValueError(
+                f"The priming text does not reach the teacher: its prompt is the student's. The chat template seems to drop a text at "
+                f"placement {priming.placement!r}. Use another placement."
+            )
     if not student["prompt_ids"] or not teacher_prompt_ids:
         raise ValueError(
             "A row's prompt has no tokens, so that nothing comes before its answer's first one. Filter such rows out."
@@ -87,8 +92,9 @@ def tokenize_primed_dataset(
             length that would do; where no row is left; where an answer is missing and needed.
     """
     check_columns(dataset, name, answers_needed)
-    if priming is not None:
-        priming.check_columns(list(next(iter(dataset))), name)
+    columns = list(next(iter(dataset)))
+    if priming is not None and "teacher_prompt_ids" not in columns:
+        priming.check_columns(columns, name)
     dataset = map_rows(
         dataset,
         name,
@@ -100,11 +106,11 @@ def tokenize_primed_dataset(
         teacher_max_length=teacher_max_length,
         keeps_answers=answers_needed is not None,
     )
-    for what, column, limit in (
-        ("rows", "overlong", f"max_length={max_length}"),
-        ("rows, as the teacher sees them,", "teacher_overlong", f"teacher_max_length={teacher_max_length}"),
+    for what, column, field, limit in (
+        ("rows", "overlong", "max_length", max_length),
+        ("rows, as the teacher sees them,", "teacher_overlong", "teacher_max_length", teacher_max_length),
     ):
-        dataset = sift_overlong(dataset, name, what, column, limit, overlong)
+        dataset = sift_overlong(dataset, name, what, column, field, limit, overlong)
     return check_answers(dataset, name, answers_needed)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .divergences import entropy, generalized_jsd, kl_divergence, skewed_kl
 
 
-__all__ = ["PrimedLossSums", "primed_loss_sums"]
+__all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
 
 
 class PrimedLossSums(NamedTuple):
@@ -89,3 +89,8 @@ def primed_loss_sums(
             (best == tokens).sum(),
             log_p.gather(-1, tokens.unsqueeze(-1)).sum(),
         )
+
+
+def log_prob_sums(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
+    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one scalar."""
+    return (logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).sum(),)

@@ -24,21 +24,37 @@ _PLACEMENTS = ("prefix", "suffix", "system")
 _MAX_LENGTH = 1_000_000  # characters of one rendered text: more is a mistake or an attack
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """No Python internals, no changes to the row, and no repetition that fills the memory."""
+def _finalize(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value that it writes is None; data sets fill missing values with it")
+    return value
 
-    intercepted_binops = frozenset(["*", "**"])
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """No Python internals, no changes to the row, and none of the usual ways to fill the memory with a short template."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+    _PADDING = frozenset(["center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"])
+
+    def __init__(self) -> None:
+        super().__init__(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_finalize)
+        for name in ("center", "format", "indent"):
+            del self.filters[name]
 
     def call_binop(self, context, operator, left, right):
-        if operator == "**" or not all(isinstance(value, int | float) for value in (left, right)):
+        if operator == "**":
+            raise jinja2.exceptions.SecurityError("the operator ** is not allowed")
+        if not all(isinstance(value, int | float) for value in (left, right)):
             raise jinja2.exceptions.SecurityError(f"the operator {operator} is allowed between plain numbers only")
         return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj, attr, value):
+        return not (isinstance(obj, str) and attr in self._PADDING) and super().is_safe_attribute(obj, attr, value)
 
 
 @functools.lru_cache(maxsize=64)
 def _compile(text: str) -> jinja2.Template:
-    environment = _Sandbox(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(text)
+    return _Sandbox().from_string(text)
 
 
 @functools.lru_cache(maxsize=64)
@@ -131,16 +147,18 @@ class PrimingTemplate:
         variables = dict(row)
         if "reference_answer" in _variables(self.text):
             variables.setdefault("reference_answer", _reference_answer(row))
+        text = ""
         try:
-            text = _compile(self.text).render(variables)
+            for part in _compile(self.text).generate(variables):
+                text += part
+                if len(text) > _MAX_LENGTH:
+                    raise jinja2.exceptions.SecurityError(f"it makes more than {_MAX_LENGTH} characters")
         except jinja2.exceptions.SecurityError as error:
             raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
         except Exception as error:  # whatever a template does with the values of a row
             raise ValueError(
                 f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: {error}."
             ) from error
-        if len(text) > _MAX_LENGTH:
-            raise ValueError(f"The priming template made {len(text)} characters; at most {_MAX_LENGTH} are allowed.")
         return text
 
     def prime(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from .data import (
     masked_rows,
     pad_rows,
     tokenize_dataset,
+    without_repeats,
 )
 from .divergences import chunked_sums
 from .model_card import add_prompt_section
@@ -48,7 +49,7 @@ from .teacher import (
     place_teacher,
     shared_vocab_size,
 )
-from .telemetry import CollusionCallback, Means, keep_completions
+from .telemetry import CollusionCallback, Means, add_rollouts, keep_completions
 
 
 __all__ = ["PromptKDTrainer"]
@@ -195,14 +196,15 @@ class PromptKDTrainer(GKDTrainer):
         self.temperature = args.temperature
 
         # 3. The teacher and its soft prompt
+        self.distils_itself = teacher_model is None
         teacher = build_teacher(self.model, teacher_model, args)
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
         self.prompt_encoder_config = prompt_encoder_config
         self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class).to(self.accelerator.device)
         for tensor in self.soft_prompt.state_dict().values():
             tensor.copy_(broadcast(tensor))  # equal on every rank from the start
-        if self._tokenizes and isinstance(train_dataset, Dataset):
-            self._check_positions(teacher, train_dataset)
+        self._check_positions(teacher, train_dataset)
+        self._check_positions(teacher, eval_dataset)
         self.teacher_model: Any = place_teacher(teacher, self.model, self.accelerator)
 
         # 4. Sampling and logging
@@ -225,15 +227,22 @@ class PromptKDTrainer(GKDTrainer):
                 key: self._tokenize(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()
             }
         check_columns(dataset, name, answers_needed)
-        return tokenize_dataset(
+        tokenized = tokenize_dataset(
             dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
         )
+        return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 
-    def _check_positions(self, teacher: nn.Module, train_dataset: Dataset) -> None:
+    def _check_positions(self, teacher: nn.Module, dataset) -> None:
+        """Refuse rows that run out of learned positions; streams, and rows for a collator of one's own, are not looked into."""
+        if isinstance(dataset, dict):
+            for part in dataset.values():
+                self._check_positions(teacher, part)
+        if not self._tokenizes or not isinstance(dataset, Dataset):
+            return
         virtual = self.soft_prompt.peft_config.num_virtual_tokens
         longest = max(
             len(prompt) + max(len(completion), self.args.max_new_tokens)
-            for prompt, completion in zip(train_dataset["prompt_ids"], train_dataset["completion_ids"], strict=True)
+            for prompt, completion in zip(dataset["prompt_ids"], dataset["completion_ids"], strict=True)
         )
         remedy = (
             f"That is {longest} tokens, of which `max_new_tokens` is {self.args.max_new_tokens}, and for the teacher {virtual} "
@@ -305,7 +314,9 @@ class PromptKDTrainer(GKDTrainer):
             start = time.perf_counter()
             sampled = self._sample([prompts[i][j] for i, j in chosen_rows], source, step, rank)
             if source == "student":
-                self._log_rollouts([prompts[i][j] for i, j in chosen_rows], sampled, time.perf_counter() - start)
+                add_rollouts(self._train_means, sampled, self.generation_config, time.perf_counter() - start)
+                if sampled:
+                    self._last_rollouts = ([prompts[i][j] for i, j in chosen_rows], sampled)
             for (i, j), completion in zip(chosen_rows, sampled, strict=True):
                 answers[i][j] = completion
         replaced = {i for chosen in sources.values() for i, _ in chosen}
@@ -415,6 +426,11 @@ class PromptKDTrainer(GKDTrainer):
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """As in the base class; takes raw or tokenized data."""
+        test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
+        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -453,6 +469,7 @@ class PromptKDTrainer(GKDTrainer):
         means, temperature = self._eval_means, self.args.loss_temperature
         for source, completions in (("student", samples), ("answers", answers)):
             batch = {key: value.to(device) for key, value in pad_rows(prompts, completions, pad).items()}
+            batch["labels"] = without_repeats(batch["labels"], self.accelerator)
             count = (batch["labels"][:, 1:] != -100).sum()
             student_logits = self._logits(model, batch)
             with self._teacher() as teacher:
@@ -462,7 +479,7 @@ class PromptKDTrainer(GKDTrainer):
                     sums = partial(student_loss_sums, beta=self.beta, temperature=temperature)
                     loss, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, prompted_logits, None)
                     means.add("loss", loss, count)
-                    batch_loss = loss / count
+                    batch_loss = loss / count.clamp(min=1)
             sums = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0, temperature=temperature)
             divergence, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, plain_logits, None)
             means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
@@ -471,17 +488,6 @@ class PromptKDTrainer(GKDTrainer):
         return batch_loss, forward_logits(model, inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
 
     # ------------------------------------------------------------------------------------------------ logging
-
-    def _log_rollouts(self, prompts: list[list[int]], completions: list[list[int]], seconds: float) -> None:
-        eos = self.generation_config.eos_token_id or []
-        stop_ids = eos if isinstance(eos, list) else [eos]
-        num_tokens = sum(map(len, completions))
-        means = self._train_means
-        means.add("rollout/mean_length", num_tokens, len(completions))
-        means.add("rollout/terminated_share", sum(ids[-1] in stop_ids for ids in completions), len(completions))
-        means.add("rollout/tokens_per_second", num_tokens, seconds)
-        if completions:
-            self._last_rollouts = (prompts, completions)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

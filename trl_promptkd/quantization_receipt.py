@@ -42,6 +42,8 @@ def quantization_receipt(
     rows = [row for row in rows if row["completion_ids"]]
     if not rows:
         raise ValueError("A quantization receipt needs rows with answers, and there are none.")
+    full.eval()
+    quantized.eval()
     parts: dict[str, list[torch.Tensor]] = {"kl": [], "agreement": [], "full": [], "quantized": []}
     with tqdm(total=len(rows), desc="Quantization receipt", unit="row") as bar:
         for start in range(0, len(rows), batch_size):

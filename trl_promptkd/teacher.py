@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ._trl import disable_dropout_in_model, keep_four_bit_weights_differentiable, prepare_deepspeed
+from ._trl import keep_four_bit_weights_differentiable, prepare_deepspeed
 
 
 __all__ = [
@@ -151,8 +151,12 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
     Returns:
         The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`asked_teacher`], and no
         second copy is held), else a frozen copy of the student.
+
+    Raises:
+        ValueError: for an adapter that changes what is below it, so that switching it off does not bring the start back.
     """
     if teacher_model is None and isinstance(student, PeftModel):
+        _check_base_stays(student.active_peft_config)
         return student  # frozen by PEFT below its adapter; must not be frozen as a whole
     if teacher_model is None:
         teacher_model = copy.deepcopy(student)
@@ -162,6 +166,21 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
     elif isinstance(teacher_model, str):
         teacher_model = load_teacher(teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
     return freeze(teacher_model)
+
+
+def _check_base_stays(config: Any) -> None:
+    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
+    remedy = "Pass `teacher_model`, for example the student's name, so that the teacher has weights of its own."
+    if bias != "none":
+        raise ValueError(
+            f"The student's adapter has `bias={bias!r}` and so trains weights of the model below it, which is to be the teacher and "
+            f"must not change. Set `bias='none'`. Or: {remedy}"
+        )
+    if not isinstance(init, bool) and init not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"The student's adapter has `init_lora_weights={init!r}`, which rewrites the model below it, so that switching the "
+            f"adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: {remedy}"
+        )
 
 
 def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
@@ -188,10 +207,17 @@ def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module
         student.train(was_training)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: that of modules, and the numbers that some models (OPT) keep for functional calls."""
-    disable_dropout_in_model(model)
-    for module in model.modules():
+def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
+    """Set every dropout probability to 0: that of modules, and the numbers that some models (OPT) keep for functional calls.
+
+    Args:
+        adapters (`bool`): Whether a PEFT adapter's own dropout (`lora_dropout`) is switched off too.
+    """
+    for path, module in model.named_modules():
+        if "lora_dropout" in path and not adapters:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)

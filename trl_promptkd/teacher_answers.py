@@ -37,15 +37,19 @@ _SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module) -> str:
-    """A hash that tells one set of frozen weights from another, from names, shapes and a few entries of each tensor."""
+    """A hash that tells one set of frozen weights from another, from names, shapes and a few entries of each tensor.
+
+    What is trained is left out: it is the adapter above a teacher that is the student's own start. (Take the fingerprint while
+    that adapter is on: PEFT freezes it when it is switched off.) Of weights that are not in memory, only name and shape count.
+    """
     digest = hashlib.blake2b(digest_size=16)
     parameters = list(model.named_parameters())
-    # What is trained is an adapter above a teacher that is the student's own start
     for name, parameter in [pair for pair in parameters if not pair[1].requires_grad] or parameters:
         digest.update(f"{name}/{tuple(parameter.shape)}/{parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // 16, 1)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        if parameter.device.type != "meta":
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(flat.numel() // 16, 1)].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -59,6 +63,7 @@ def write_teacher_answers(
     dataset: Dataset,
     folder: str,
     teacher: nn.Module,
+    fingerprint: str,
     accelerator: Accelerator,
     processing_class: PreTrainedTokenizerBase,
     generation_config: GenerationConfig,
@@ -73,6 +78,7 @@ def write_teacher_answers(
 
     Args:
         dataset: With `teacher_prompt_ids`; equal prompts get one answer.
+        fingerprint: Of the teacher's weights, see [`weights_fingerprint`].
         generation_config: How the teacher samples.
         args: Has `seed`, `rollout_batch_size` and the batch sizes of training.
 
@@ -80,7 +86,7 @@ def write_teacher_answers(
         The data set, with `length` counting the answers.
     """
     settings = {key: value for key, value in generation_config.to_diff_dict().items() if key != "transformers_version"}
-    source = {"teacher": weights_fingerprint(teacher), "sampling": settings, "seed": args.seed}
+    source = {"teacher": fingerprint, "sampling": settings, "seed": args.seed}
     keys = [answer_key(source, ids) for ids in dataset["teacher_prompt_ids"]]
     prompts = dict(zip(keys, dataset["teacher_prompt_ids"], strict=True))
 
@@ -157,7 +163,8 @@ def _write_part(
             "completion_ids": list(answers.values()),
         }
     )
-    with whole_file(os.path.join(folder, f"answers-{next(iter(answers))}.parquet")) as path:
+    name = hashlib.blake2b("".join(answers).encode(), digest_size=16).hexdigest()
+    with whole_file(os.path.join(folder, f"answers-{name}.parquet")) as path:
         pyarrow.parquet.write_table(table, path, compression="zstd")
 
 

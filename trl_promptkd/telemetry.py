@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
 
 
-__all__ = ["CollusionCallback", "Means", "keep_completions"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "keep_completions"]
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +40,18 @@ class Means:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def add_rollouts(
+    means: Means, completions: list[list[int]], generation_config: GenerationConfig, seconds: float
+) -> None:
+    """What is logged about the samples of one window."""
+    eos = generation_config.eos_token_id or []
+    stop_ids = eos if isinstance(eos, list) else [eos]
+    num_tokens = sum(map(len, completions))
+    means.add("rollout/mean_length", num_tokens, len(completions))
+    means.add("rollout/terminated_share", sum(ids[-1] in stop_ids for ids in completions), len(completions))
+    means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 
 def keep_completions(

@@ -106,15 +106,29 @@ class TestImports:
             "primed_distill_loss",
             "teacher_answers",
             "quantization_receipt",
+            "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-        assert modules == set(order)
-        for name in modules:
-            for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
+        folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+        assert modules | folders == set(order)
+        for name in order:
+            inside = PACKAGE / name
+            files = sorted(inside.glob("*.py")) if name in folders else [PACKAGE / f"{name}.py"]
+            for path in files:
+                for node in ast.walk(ast.parse(path.read_text())):
+                    if isinstance(node, ast.ImportFrom) and node.level == 1 + (name in folders) and node.module:
+                        assert order.index(node.module) < order.index(name), f"{path} imports {node.module}"
+
+    def test_imports_inside_the_teacher_cache_point_up_its_list(self):
+        order = ["codec", "manifest", "reader", "builder", "__init__"]
+        files = {path.stem: path for path in (PACKAGE / "teacher_cache").glob("*.py")}
+        assert set(files) == set(order)
+        for name, path in files.items():
+            for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-                    assert order.index(node.module) < order.index(name), f"{name} imports {node.module}"
+                    assert order.index(node.module) < order.index(name), f"{path} imports {node.module}"
 
     def test_tensor_code_imports_neither_trl_nor_trainers(self):
         for name in ("divergences", "promptkd_loss", "primed_distill_loss"):

@@ -7,6 +7,7 @@ from .priming import PrimingTemplate
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt
 from .promptkd_config import PromptKDConfig
 from .promptkd_trainer import PromptKDTrainer
+from .teacher_cache import TeacherCache, build_teacher_cache
 
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "PromptKDConfig",
     "PromptKDTrainer",
     "SoftPrompt",
+    "TeacherCache",
+    "build_teacher_cache",
 ]
 __version__ = "0.1.0.dev0"

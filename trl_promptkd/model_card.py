@@ -95,6 +95,11 @@ The student never saw that text: it is used with the bare question. Both were co
 def _teacher_name(trainer) -> str:
     if trainer.distils_itself:
         return "the student's own starting weights (self-distillation)"
+    cache = getattr(trainer, "teacher_cache", None)
+    if cache is not None:
+        name, receipt = cache.manifest.teacher["name"], cache.manifest.receipt
+        kept = f"preset `{cache.manifest.preset}`, KL(teacher || kept) {receipt.get('kl_mean', float('nan')):.4f} nats a token"
+        return f"`{os.path.basename(name) or 'a model without a name'}`, from a teacher cache ({kept})"
     name = trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
     return f"`{os.path.basename(name) if os.path.isdir(name) else name or 'a model without a name'}`"
 

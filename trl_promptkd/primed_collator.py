@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -187,7 +188,7 @@ class DataCollatorForPrimedDistillation:
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
         `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the completion, end of
         text included; `labels != -100` selects the same ids in the same order in both views. Prompts are padded on the left,
-        completions on the right.
+        completions on the right. Rows from a teacher cache add `cache_rows` of shape `(batch,)`.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -204,10 +205,13 @@ class DataCollatorForPrimedDistillation:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [tokenize_primed_row(row, self.processing_class, self.template) for row in rows]
-        return pad_views(
+        batch = pad_views(
             [row["prompt_ids"] for row in ids],
             [row["teacher_prompt_ids"] for row in ids],
             [row["completion_ids"] for row in ids],
             self.processing_class.pad_token_id,
             self.pad_to_multiple_of,
         )
+        if "cache_row" in rows[0]:
+            batch["cache_rows"] = torch.tensor([row["cache_row"] for row in rows])
+        return batch

@@ -44,6 +44,7 @@ from .teacher import (
     shared_vocab_size,
 )
 from .teacher_answers import weights_fingerprint, write_teacher_answers
+from .teacher_cache import TeacherCache
 from .telemetry import Means, add_rollouts, keep_completions
 
 
@@ -109,6 +110,9 @@ class PrimedDistillTrainer(SFTTrainer):
             `args.teacher_model_name_or_path`; where that is `None` too, the student's own starting weights: what the priming
             text does is then trained into the student. A PEFT student is its own teacher with the adapter switched off (no
             second copy is held), otherwise a frozen copy is kept.
+        teacher_cache (`str` or [`TeacherCache`], *optional*):
+            What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made, or its id on the
+            Hub. All rows must be in it, under the same priming text, template and tokenizer.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together. Whatever can be checked without weights is
@@ -151,6 +155,7 @@ class PrimedDistillTrainer(SFTTrainer):
         formatting_func: Callable | None = None,
         priming: str | PrimingTemplate | None = None,
         teacher_model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
+        teacher_cache: str | TeacherCache | None = None,
     ):
         # 1. What can be checked without weights
         args = PrimedDistillConfig(output_dir="PrimedDistill") if args is None else args
@@ -171,15 +176,16 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`compute_loss` instead."
             )
         self.priming = resolve_priming(priming)
-        if self.priming is None and teacher_model is None:
+        if self.priming is None and teacher_model is None and teacher_cache is None:
             logger.warning(
                 "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what the student sees, "
                 "so that the divergence only holds the student where it started. Pass a teacher or a priming text."
             )
         self._tokenizes = data_collator is None
-        if args.response_source == "teacher":
+        if args.response_source == "teacher" and teacher_cache is None:
             self._check_teacher_can_write(args)
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
+        self.teacher_cache = self._open_cache(teacher_cache, teacher_model, processing_class, args)
         self._dropped_rows = 0
         train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args)
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
@@ -209,10 +215,18 @@ class PrimedDistillTrainer(SFTTrainer):
         keep_four_bit_weights_differentiable(self.model)
 
         # 3. The teacher
-        self.distils_itself = teacher_model is None
-        teacher = build_teacher(self.model, teacher_model, args)
+        self.distils_itself = teacher_model is None and self.teacher_cache is None
+        if self.teacher_cache is not None:
+            teacher = self.model  # is not asked
+            self.teacher_cache.to(self.accelerator.device)
+        else:
+            teacher = build_teacher(self.model, teacher_model, args)
         self._teacher_fingerprint = weights_fingerprint(teacher) if args.response_source == "teacher" else ""
-        self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
+        self.shared_vocab_size = shared_vocab_size(
+            self.model,
+            teacher if self.teacher_cache is None else self.teacher_cache.manifest.vocab_size,
+            processing_class,
+        )
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self._check_positions(teacher, train_dataset)
         self._check_positions(teacher, eval_dataset)
@@ -226,6 +240,30 @@ class PrimedDistillTrainer(SFTTrainer):
         self._last_rollouts: tuple[list[list[int]], ...] = ()
 
     # ------------------------------------------------------------------------------------------------ the data
+
+    def _open_cache(self, cache, teacher_model, processing_class, args: PrimedDistillConfig) -> TeacherCache | None:
+        if cache is None:
+            return None
+        if teacher_model is not None:
+            raise ValueError("`teacher_model` and `teacher_cache` are both set; pass one of them.")
+        if not self._tokenizes:
+            raise ValueError(
+                "`teacher_cache` needs rows that the trainer prepares, but `data_collator` is set. Leave it away."
+            )
+        if args.response_source == "student":
+            raise ValueError(
+                "`response_source` is 'student', but a teacher cache knows nothing of the student's samples. Pass a live `teacher_model`, or "
+                "set `response_source` to 'dataset' or 'teacher'."
+            )
+        cache = TeacherCache(cache) if isinstance(cache, str) else cache
+        cache.manifest.check_fits(processing_class, self.priming)
+        cache.check_serves(args.kd_temperature)
+        if args.response_source == "teacher" and cache.manifest.response_source != "teacher":
+            raise ValueError(
+                f"`response_source` is 'teacher', but the answers in the teacher cache at {cache.path} are the data's. Set "
+                "`response_source='dataset'`, or build the cache with `response_source='teacher'`."
+            )
+        return cache
 
     def _check_teacher_can_write(self, args: PrimedDistillConfig) -> None:
         if not self._tokenizes:
@@ -247,6 +285,10 @@ class PrimedDistillTrainer(SFTTrainer):
             return {
                 key: self._tokenize(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()
             }
+        if self.teacher_cache is not None and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"`{name}` is streamed, but the rows of a teacher cache are looked up before training. Load it without streaming."
+            )
         if args.response_source == "teacher" and isinstance(dataset, IterableDataset):
             raise ValueError(
                 f"`{name}` is streamed, but with `response_source='teacher'` the teacher answers every row before training. Load "
@@ -265,11 +307,15 @@ class PrimedDistillTrainer(SFTTrainer):
         )
         if isinstance(tokenized, Dataset) and name == "train_dataset":
             self._dropped_rows = len(dataset) - len(tokenized)
+        if self.teacher_cache is not None:
+            tokenized = self.teacher_cache.locate(
+                tokenized, name, processing_class, takes_answers=args.response_source == "teacher"
+            )
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 
     def _with_teacher_answers(self, dataset, name: str):
         """With `response_source="teacher"`: the data set, answered."""
-        if dataset is None or self.args.response_source != "teacher" or not self._tokenizes:
+        if dataset is None or self.args.response_source != "teacher" or self.teacher_cache is not None:
             return dataset
         if isinstance(dataset, dict):
             return {key: self._with_teacher_answers(part, f"{name}[{key!r}]") for key, part in dataset.items()}
@@ -301,6 +347,8 @@ class PrimedDistillTrainer(SFTTrainer):
             ("student", self.model, "prompt_ids", "max_length"),
             ("teacher", teacher, "teacher_prompt_ids", "teacher_max_length"),
         ):
+            if role == "teacher" and self.teacher_cache is not None:
+                continue  # has said it all already
             longest = max(
                 len(prompt) + max(answer, new_tokens) for prompt, answer in zip(dataset[column], answers, strict=True)
             )
@@ -308,7 +356,13 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         # What `remove_unused_columns=True` keeps
-        self._signature_columns: list[str] | None = ["prompt_ids", "teacher_prompt_ids", "completion_ids", "length"]
+        self._signature_columns: list[str] | None = [
+            "prompt_ids",
+            "teacher_prompt_ids",
+            "completion_ids",
+            "length",
+            "cache_row",
+        ]
 
     # ------------------------------------------------------------------------------------------------ both models
 
@@ -367,6 +421,15 @@ class PrimedDistillTrainer(SFTTrainer):
             with self.accelerator.autocast():  # the teacher's forward is wrapped in it
                 receipt = [quantization_receipt(full, quantized, rows, self.processing_class.pad_token_id)]
         return broadcast_object_list(receipt)[0]
+
+    @torch.no_grad()
+    def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The teacher's logits at the completion tokens, from the cache where there is one."""
+        if self.teacher_cache is not None:
+            judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
+            return self.teacher_cache.log_probs(inputs["cache_rows"][judged].tolist())[:, : self.shared_vocab_size]
+        with self._teacher() as teacher:
+            return self._logits(teacher, inputs, "teacher_")
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -443,8 +506,7 @@ class PrimedDistillTrainer(SFTTrainer):
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
         student_logits = self._logits(model, inputs)  # (num_local, vocab)
-        with torch.no_grad(), self._teacher() as teacher:
-            teacher_logits = self._logits(teacher, inputs, "teacher_")
+        teacher_logits = self._teacher_logits(inputs)
         tokens = inputs["labels"][:, 1:][trained]
         if not self._tokenizes:
             teacher_labels = inputs["teacher_labels"][:, 1:]
@@ -472,7 +534,7 @@ class PrimedDistillTrainer(SFTTrainer):
     @torch.no_grad()
     def _log_gain(self, means: Means, inputs, sums: PrimedLossSums, count: Tensor) -> None:
         """How much likelier the completion is to the teacher with the priming text than without it."""
-        if self.priming is None:
+        if self.priming is None or self.teacher_cache is not None:
             return
         with self._teacher() as teacher:
             logits = self._logits(teacher, inputs)

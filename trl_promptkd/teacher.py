@@ -27,6 +27,7 @@ __all__ = [
     "build_teacher",
     "check_same_tokenizer",
     "completion_logits",
+    "completion_states",
     "disable_dropout",
     "forward_logits",
     "freeze",
@@ -104,12 +105,13 @@ def check_same_tokenizer(
 
 
 def shared_vocab_size(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
 ) -> int | None:
     """How many token ids both models are compared on.
 
     Models of one family may pad their vocabularies to different sizes (Qwen2.5: 151,936 and 152,064). The padding means
-    nothing, so both are then compared, and normalised, on the tokenizer's real ids only.
+    nothing, so both are then compared, and normalised, on the tokenizer's real ids only. Of a teacher that is not at hand, its
+    vocabulary's size is enough.
 
     Returns:
         `int` or `None`: the number of real ids; `None` where both vocabularies have one size and all of it is compared.
@@ -118,7 +120,7 @@ def shared_vocab_size(
         ValueError: where a model has fewer entries than the tokenizer has tokens.
     """
     student_size = student.config.get_text_config().vocab_size
-    teacher_size = teacher.config.get_text_config().vocab_size
+    teacher_size = teacher if isinstance(teacher, int) else teacher.config.get_text_config().vocab_size
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     real_size = max(tokens) + 1
@@ -330,9 +332,36 @@ def completion_logits(
     Returns:
         `Tensor` of shape `(num_trained_tokens, vocab)` in float32, in the order of `labels[:, 1:] != -100`.
     """
+    trained, num_columns = _trained_columns(labels)
+    logits = forward_logits(model, input_ids, attention_mask, soft_prompt, num_columns)
+    return logits[:, :-1][trained][:, :vocab_size].float()
+
+
+def _trained_columns(labels: Tensor) -> tuple[Tensor, int]:
+    """Which of the last columns' logits predict trained tokens, `(batch, num_columns - 1)`, and the number of those columns."""
     trained = labels[:, 1:] != -100  # (batch, seq - 1)
     columns = trained.any(dim=0).nonzero()
     first = int(columns[0]) if len(columns) else trained.size(1) - 1
     # The logits of columns first .. seq - 2 predict the labels of columns first + 1 .. seq - 1
-    logits = forward_logits(model, input_ids, attention_mask, soft_prompt, num_columns=input_ids.size(1) - first)
-    return logits[:, :-1][trained[:, first:]][:, :vocab_size].float()
+    return trained[:, first:], labels.size(1) - first
+
+
+@torch.no_grad()
+def completion_states(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """What goes into the output head at the trained tokens, and what comes out of the model there.
+
+    Returns:
+        Hidden states `(num_trained_tokens, hidden)` in the model's dtype and logits as of [`completion_logits`].
+    """
+    trained, num_columns = _trained_columns(labels)
+    captured: list[Tensor] = []
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        logits = forward_logits(model, input_ids, attention_mask, num_columns=num_columns)
+    finally:
+        handle.remove()
+    states = captured[0][:, -num_columns:]
+    return states[:, :-1][trained], logits[:, :-1][trained][:, :vocab_size].float()

@@ -1,0 +1,418 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from datasets import concatenate_datasets, load_dataset
+from reference import kl, log_probs
+from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+
+from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
+from trl_promptkd.teacher_cache import builder
+from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode
+from trl_promptkd.teacher_cache.manifest import row_key
+
+
+PRIMING = PrimingTemplate("red blue ")
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(dataset=None, teacher=None, preset="exact", folder="cache", priming=PRIMING, **kwargs):
+        return build_teacher_cache(
+            tiny_model(seed=2) if teacher is None else teacher,
+            answered_dataset(12) if dataset is None else dataset,
+            str(tmp_path / folder),
+            processing_class=kwargs.pop("processing_class", tiny_tokenizer()),
+            priming=priming,
+            preset=preset,
+            batch_size=2,
+            **kwargs,
+        )
+
+    return build
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many rows were put through the teacher."""
+    counts, original = [], builder.completion_states
+
+    def states(model, ids, *args):
+        counts.append(len(ids))
+        return original(model, ids, *args)
+
+    monkeypatch.setattr(builder, "completion_states", states)
+    return counts
+
+
+class TestCodec:
+    """On states with a few large directions, as real ones have."""
+
+    @pytest.fixture
+    def head(self):
+        torch.manual_seed(0)
+        scales = torch.logspace(0.5, -1.5, 32)
+        return torch.randn(2000, 32) @ torch.diag(scales), torch.randn(500, 32)
+
+    def roundtrip(self, head, preset, softcap=0.0, bias=None):
+        hidden, weight = head
+        basis = Basis.fit(hidden, weight, bias=bias, softcap=softcap, rank=preset.rank)
+        logits = hidden[:300] @ weight.T + (0 if bias is None else bias)
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        columns = encode(hidden[:300], logits, basis, preset)
+        return logits.log_softmax(-1), decode(columns, basis, preset), columns
+
+    @pytest.mark.parametrize("softcap", [0.0, 3.0])
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_what_comes_back_is_normalized_and_close(self, head, preset, softcap):
+        expected, got, _ = self.roundtrip(head, PRESETS[preset], softcap, bias=torch.randn(500))
+        assert (got.exp().sum(-1) - 1).abs().max() < 1e-3
+        limit = {"standard": 0.1, "faithful": 0.1, "exact": 1e-3}[preset]
+        assert kl(expected, got) / len(got) < limit
+
+    def test_the_error_grows_with_the_square_of_the_step(self, head):
+        errors = [float(kl(*self.roundtrip(head, Preset(step=step))[:2])) for step in (0.02, 0.04)]
+        assert errors[1] / errors[0] == pytest.approx(4, rel=0.15)
+
+    def test_coordinates_beat_plain_rounding_of_the_state(self, head):
+        """The point of the metric: the same number of levels spent on the state itself costs more."""
+        hidden, weight = head
+        expected, _, columns = self.roundtrip(head, Preset(step=0.05))
+        step = float((hidden[:300] - hidden.mean(0)).std()) * 0.25
+        plain = ((hidden[:300] / step).round() * step) @ weight.T
+        size = [len(np.unique(np.frombuffer(value, dtype=np.uint8))) for value in columns.values()]
+        assert max(size) < 256
+        assert kl(expected, plain.log_softmax(-1)) > 4 * kl(expected, self.roundtrip(head, Preset(step=0.05))[1])
+
+    def test_likeliest_tokens_are_kept_one_by_one(self, head):
+        expected, got, columns = self.roundtrip(head, Preset(step=10.0, top_k=200, nucleus=0.9999))
+        assert set(columns["coefficients_high"]) == {0}
+        top = expected.argmax(-1, keepdim=True)
+        # 63 levels over 20 nats, linear in the root: a step of 0.64 nats at the most for tokens worth anything
+        assert (got.gather(-1, top) - expected.gather(-1, top)).abs().max() < 0.1
+        assert kl(expected, got) / len(got) < 0.02
+
+    def test_the_tail_keeps_its_mass(self, head):
+        expected, got, columns = self.roundtrip(head, Preset(step=10.0, top_k=5))
+        counts = np.frombuffer(columns["counts"], dtype=np.uint8)
+        for row in range(20):
+            ids = expected[row].topk(int(counts[row])).indices
+            tail = 1 - expected[row, ids].exp().sum()
+            kept = 1 - got[row, ids].exp().sum()
+            assert float(kept) == pytest.approx(float(tail), rel=0.05, abs=1e-3)
+
+    def test_damaged_strings_are_refused(self, head):
+        hidden, weight = head
+        preset = PRESETS["standard"]
+        basis = Basis.fit(hidden, weight, rank=preset.rank)
+        columns = encode(hidden[:9], hidden[:9] @ weight.T, basis, preset)
+        for name in ("coefficients_high", "coefficients_3", "counts", "values", "tail", "gaps_0"):
+            with pytest.raises(ValueError, match="damaged"):
+                decode({**columns, name: columns[name] + b"\1"}, basis, preset)
+        with pytest.raises(ValueError, match="beyond the vocabulary"):
+            decode({**columns, "gaps_2": b"\xff" * len(columns["gaps_2"])}, basis, preset)
+
+    def test_a_basis_is_saved_and_checked(self, head, tmp_path):
+        basis = Basis.fit(*head, rank=8, softcap=2.0)
+        basis.save(str(tmp_path / "b.safetensors"))
+        again = Basis.load(str(tmp_path / "b.safetensors"))
+        assert torch.equal(again.head, basis.head)
+        assert again.softcap == 2.0
+        basis.mean = basis.mean[:3]
+        basis.save(str(tmp_path / "b.safetensors"))
+        with pytest.raises(ValueError, match="do not fit together"):
+            Basis.load(str(tmp_path / "b.safetensors"))
+
+
+class TestBuild:
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "phi"])
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_rows_are_found_by_their_content_and_close_to_the_teacher(self, build, family, preset):
+        teacher = tiny_model(family, seed=2)
+        cache = build(chat_dataset(9), teacher, preset)
+        vocab = cache.manifest.vocab_size
+        for index in (7, 0, 3):
+            row = cache.rows[index]
+            prompt, completion = row["teacher_prompt_ids"], row["completion_ids"]
+            assert prompt[:3] == [2, 23, 24]  # <user> red blue
+            number = cache.find(prompt, completion)
+            assert number == index
+            expected = log_probs(teacher, prompt + completion, len(prompt))[:, :vocab].log_softmax(-1)
+            got = cache.log_probs([number])
+            assert got.shape == (len(completion), vocab)
+            assert kl(expected, got) / len(got) < (1e-3 if preset == "exact" else 0.05)
+        assert cache.find([1], [2]) is None
+        receipt = cache.manifest.receipt
+        assert receipt["rows"] == 9
+        assert receipt["tokens"] == sum(map(len, cache.rows["completion_ids"]))
+        assert 0 <= receipt["kl_mean"] < 0.05
+        assert receipt["bytes_per_token"] > 0
+        assert receipt["decode_microseconds_per_token"] > 0
+
+    def test_is_a_data_set(self, build, tmp_path):
+        build()
+        data = load_dataset(
+            "parquet", data_files=str(tmp_path / "cache" / "*.parquet"), split="train", cache_dir=str(tmp_path / "c")
+        )
+        assert len(data) == 12
+        manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+        assert manifest["priming"] == {"text": "red blue ", "placement": "prefix"}
+        assert manifest["teacher"]["dtype"] == "float32"
+        assert not list((tmp_path / "cache").glob("*.incomplete"))
+
+    def test_padding_and_order_change_nothing(self, build):
+        first = build(folder="a")
+        turned = build(answered_dataset(12).select(range(11, -1, -1)), folder="b")
+        for row in first.rows:
+            pair = [c.log_probs([c.find(row["teacher_prompt_ids"], row["completion_ids"])]) for c in (first, turned)]
+            assert (pair[0] - pair[1]).abs().max() < 1e-3
+
+    def test_equal_rows_are_kept_once(self, build, passes):
+        cache = build(concatenate_datasets([answered_dataset(4)] * 3))
+        assert len(cache) == 4
+
+    def test_the_teacher_may_write_the_answers(self, build):
+        cache = build(prompt_dataset(5), response_source="teacher", max_new_tokens=6)
+        assert len(cache.dataset()) == 5
+        assert all(cache.rows["completion_ids"])
+        assert cache.manifest.sampling["max_new_tokens"] == 6
+
+    def test_refusals(self, build):
+        with pytest.raises(ValueError, match="`preset` is 'best'; it must be one of 'standard', 'faithful', 'exact'"):
+            build(preset="best")
+        with pytest.raises(ValueError, match="`response_source` is 'student'"):
+            build(response_source="student")
+        with pytest.raises(ValueError, match="holds prompts without answers"):
+            build(prompt_dataset(2))
+
+    def test_a_teacher_with_something_after_its_head_is_refused(self, build):
+        teacher = tiny_model(seed=2)
+        teacher.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output * 2)
+        original = teacher.forward
+
+        def forward(*args, **kwargs):
+            output = original(*args, **kwargs)
+            output.logits = output.logits.square()
+            return output
+
+        teacher.forward = forward
+        with pytest.raises(ValueError, match="not its output head applied to its last hidden state"):
+            build(teacher=teacher)
+
+
+class TestInterruption:
+    def test_what_is_there_is_not_computed_again(self, build, passes):
+        build(answered_dataset(6))
+        before = sum(passes)
+        grown = build(answered_dataset(12))
+        assert sum(passes) - before == 6
+        assert len(grown) == 12
+        build(answered_dataset(12))
+        assert sum(passes) - before == 6
+        assert len(set(grown.rows["key"])) == 12
+
+    def test_killed_after_every_shard_in_turn(self, build, passes, monkeypatch):
+        whole = build(folder="whole")
+        monkeypatch.setattr(builder, "_SECONDS_A_SHARD", 0.0)
+        original = builder._Build._write_shard
+
+        def die(self, rows):
+            original(self, rows)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(builder._Build, "_write_shard", die)
+        for _ in range(6):
+            with pytest.raises(KeyboardInterrupt):
+                build()
+        monkeypatch.setattr(builder._Build, "_write_shard", original)
+        passes.clear()
+        cache = build()
+        assert passes == []
+        assert sorted(cache.rows["key"]) == sorted(whole.rows["key"])
+        for row in whole.rows:
+            pair = [c.log_probs([c.find(row["teacher_prompt_ids"], row["completion_ids"])]) for c in (whole, cache)]
+            assert (pair[0] - pair[1]).abs().max() < 1e-3
+
+    def test_an_unfinished_cache_is_not_opened(self, build, monkeypatch, tmp_path):
+        monkeypatch.setattr(builder._Build, "_finish", lambda self, kl: None)
+        with pytest.raises(ValueError, match="is not finished"):
+            build()
+
+    def test_a_full_disk_loses_nothing(self, build, monkeypatch, passes):
+        build(answered_dataset(6))
+        write = builder.pyarrow.parquet.write_table
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(builder.pyarrow.parquet, "write_table", full)
+        with pytest.raises(
+            OSError, match=r"could not be written .*No space left.*make room and start the build again"
+        ):
+            build()
+        monkeypatch.setattr(builder.pyarrow.parquet, "write_table", write)
+        passes.clear()
+        assert len(build()) == 12
+        assert sum(passes) == 6
+
+    def test_another_cache_in_the_folder_is_refused(self, build):
+        build()
+        for change in ({"preset": "standard"}, {"priming": None}, {"teacher": tiny_model(seed=3)}):
+            with pytest.raises(
+                ValueError, match=r"was made differently: `(preset|priming|teacher)` is .* there and .* here"
+            ):
+                build(**change)
+
+
+class TestDamage:
+    @pytest.fixture
+    def shard(self, build, tmp_path):
+        build()
+        return next((tmp_path / "cache").glob("shard-*.parquet"))
+
+    def test_a_flipped_byte_is_found_and_named_and_mended(self, build, shard, passes):
+        data = bytearray(shard.read_bytes())
+        for position in (10, len(data) // 2, len(data) - 20):
+            changed = bytearray(data)
+            changed[position] ^= 1
+            shard.write_bytes(changed)
+            with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+                TeacherCache(str(shard.parent))
+        passes.clear()
+        assert len(build()) == 12
+        assert sum(passes) == 12
+        TeacherCache(str(shard.parent))
+
+    def test_a_missing_file_is_named(self, shard):
+        os.remove(shard)
+        with pytest.raises(FileNotFoundError, match=shard.name):
+            TeacherCache(str(shard.parent))
+
+    def test_a_basis_of_another_cache_is_found(self, shard):
+        path = shard.parent / "basis.safetensors"
+        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\1\0")
+        with pytest.raises(ValueError, match=r"basis\.safetensors is damaged"):
+            TeacherCache(str(shard.parent))
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"preset": "exact"}'])
+    def test_a_broken_manifest_is_named(self, shard, text):
+        (shard.parent / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest\.json is not"):
+            TeacherCache(str(shard.parent))
+
+    def test_a_manifest_does_not_lead_out_of_its_folder(self, shard):
+        path = shard.parent / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["shards"][0]["file"] = "../" + shard.name
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match="outside its folder"):
+            TeacherCache(str(shard.parent))
+
+    def test_no_cache_at_all(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="it is no teacher cache"):
+            TeacherCache(str(tmp_path))
+
+
+class TestTraining:
+    def train(self, args, cache=None, dataset=None, **kwargs):
+        source = {"teacher_cache": cache} if cache is not None else {"teacher_model": tiny_model(seed=2)}
+        trainer = PrimedDistillTrainer(
+            model=kwargs.pop("model", None) or tiny_model(seed=1),
+            args=args,
+            train_dataset=answered_dataset(12) if dataset is None else dataset,
+            processing_class=kwargs.pop("processing_class", tiny_tokenizer()),
+            priming=kwargs.pop("priming", PRIMING),
+            **source,
+            **kwargs,
+        )
+        trainer.train()
+        return trainer
+
+    @pytest.mark.parametrize(("beta", "temperature"), [(1.0, 5.942), (0.0, 1.0), (0.5, 2.0)])
+    def test_exact_gives_the_losses_of_the_live_teacher(self, build, make_primed_args, beta, temperature):
+        """In another order, on a subset, and with another accumulation than it was built with; vocabularies padded to one size."""
+        cache = build(teacher=tiny_model(seed=2))
+        subset = answered_dataset(12).select([9, 3, 5, 1, 7, 2, 0, 8])
+        histories = []
+        for source in (None, cache.path):
+            args = make_primed_args(
+                kd_beta=beta, kd_temperature=temperature, max_steps=6, gradient_accumulation_steps=2, alpha=0.2
+            )
+            trainer = self.train(args, source, subset, eval_dataset=answered_dataset(4))
+            histories.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+            histories[-1].append(trainer.evaluate()["eval_loss"])
+        assert histories[1] == pytest.approx(histories[0], rel=5e-3)
+
+    def test_epochs_see_the_same(self, build, make_primed_args):
+        cache = build()
+        args = make_primed_args(max_steps=12, learning_rate=0.0, per_device_train_batch_size=4, alpha=0.0)
+        losses = [log["loss"] for log in self.train(args, cache).state.log_history if "loss" in log]
+        epochs = [sum(losses[start : start + 3]) for start in (0, 3, 6, 9)]
+        assert max(epochs) - min(epochs) < 0.5  # batches differ in their number of tokens
+        args = make_primed_args(max_steps=4, learning_rate=0.0, per_device_train_batch_size=12, alpha=0.0)
+        losses = [log["loss"] for log in self.train(args, cache).state.log_history if "loss" in log]
+        assert max(losses) - min(losses) < 1e-5
+
+    def test_the_teachers_answers_come_from_the_cache(self, build, make_primed_args):
+        cache = build(prompt_dataset(5), response_source="teacher", max_new_tokens=6)
+        trainer = self.train(make_primed_args(response_source="teacher"), cache, prompt_dataset(5))
+        assert sorted(trainer.train_dataset["completion_ids"]) == sorted(cache.rows["completion_ids"])
+        trainer = self.train(make_primed_args(), cache, cache.dataset())
+        assert trainer.state.log_history[0]["loss"] > 0
+
+    def test_model_card_names_the_cache(self, build, make_primed_args, tmp_path):
+        trainer = self.train(make_primed_args(), build())
+        trainer.create_model_card(model_name="x")
+        assert "from a teacher cache (preset `exact`" in (tmp_path / "run" / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"priming": PrimingTemplate("green ")}, r"another priming: .*red blue .* there, .*green .* here"),
+            ({"priming": None}, "another priming"),
+            (
+                {"processing_class": tiny_tokenizer(["imagine", "a", "cat"])},
+                "another number of tokens: 30 there, 9 here",
+            ),
+            (
+                {"dataset": answered_dataset(13)},
+                r"1 of 13 rows in `train_dataset` are not in the teacher cache.*Row 12",
+            ),
+            ({"eval_dataset": answered_dataset(14)}, "2 of 14 rows in `eval_dataset`"),
+            ({"dataset": answered_dataset(4).to_iterable_dataset()}, "is streamed"),
+            ({"data_collator": list}, "needs rows that the trainer prepares"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_before_any_weights(self, build, make_primed_args, change, message):
+        cache = build()
+        with pytest.raises(ValueError, match=message):
+            self.train(make_primed_args(), cache, model="no/such-model", **change)
+
+    def test_another_template_or_answer_is_refused_with_both_sides(self, build, make_primed_args):
+        cache = build(chat_dataset(4))
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += " "
+        with pytest.raises(ValueError, match="another chat template"):
+            self.train(make_primed_args(), cache, chat_dataset(4), processing_class=tokenizer)
+        edited = chat_dataset(4).to_list()
+        edited[2]["messages"][1]["content"] = "green"
+        with pytest.raises(ValueError, match=r"Row 2: the answer is '[^']+ <eos>' there and 'green <eos>' here"):
+            self.train(make_primed_args(), cache, type(chat_dataset(1)).from_list(edited))
+
+    def test_other_refusals(self, build, make_primed_args):
+        cache = build(preset="standard")
+        with pytest.raises(ValueError, match=r"`kd_temperature` is 5\.94.*'standard'.*preset='exact'"):
+            self.train(make_primed_args(), cache)
+        with pytest.raises(ValueError, match="knows nothing of the student's samples"):
+            self.train(make_primed_args(response_source="student"), cache)
+        with pytest.raises(ValueError, match=r"the answers in the teacher cache at .* are the data's"):
+            self.train(make_primed_args(response_source="teacher", kd_temperature=1.0), cache)
+        with pytest.raises(ValueError, match="are both set"):
+            self.train(make_primed_args(), cache, teacher_model=tiny_model(seed=2))
+
+
+def test_keys_depend_on_where_the_prompt_ends():
+    assert row_key([1, 2], [3]) != row_key([1], [2, 3])

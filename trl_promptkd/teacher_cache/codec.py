@@ -1,0 +1,255 @@
+"""How a teacher's distribution is kept in a few bytes a token.
+
+A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform
+coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the same
+KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0 and cost
+nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was rounded then only
+shapes that tail.
+
+The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the logits,
+F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the
+hidden state h.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import whole_file
+
+
+__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode"]
+
+_GROUPS = 8  # columns of coefficients that are compressed apart: their sizes differ by orders of magnitude
+_VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
+_TAIL_STEP = 1 / 16  # of -log(mass of the tail)
+_MAX_COEFFICIENT = 32767
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    What is kept of a distribution.
+
+    Args:
+        step (`float`): Rounding step of the coefficients; the KL grows with its square.
+        rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
+        top_k (`int`): How many of the likeliest tokens are kept one by one, at most.
+        nucleus (`float`): Fewer, where these hold this probability.
+    """
+
+    step: float
+    rank: int | None = None
+    top_k: int = 0
+    nucleus: float = 0.99
+
+    def __post_init__(self):
+        if not 0 <= self.top_k <= 255:
+            raise ValueError(f"`top_k` is {self.top_k}; it must be from 0 to 255.")
+
+
+PRESETS = {
+    "standard": Preset(step=0.15, rank=192, top_k=24),
+    "faithful": Preset(step=0.1, top_k=16),
+    "exact": Preset(step=0.01),
+}
+
+
+@dataclass
+class Basis:
+    """
+    The coordinates in which hidden states are rounded, and what turns them back into logits.
+
+    Args:
+        mean (`Tensor` of shape `(hidden,)`): Mean hidden state.
+        analysis (`Tensor` of shape `(hidden, rank)`): `(h - mean) @ analysis` are the coefficients.
+        head (`Tensor` of shape `(rank, vocab)`): `coefficients @ head + offset` are the logits, in float16.
+        offset (`Tensor` of shape `(vocab,)`): The logits of the mean state.
+        softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)` at last (Gemma 2).
+    """
+
+    mean: Tensor
+    analysis: Tensor
+    head: Tensor
+    offset: Tensor
+    softcap: float = 0.0
+
+    @classmethod
+    @torch.no_grad()
+    def fit(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+        rank: int | None = None,
+    ) -> "Basis":
+        """The coordinates for some hidden states.
+
+        Args:
+            hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the output head; a few thousand.
+            weight (`Tensor` of shape `(vocab, hidden)`): The output head, cut to the ids that stand for tokens.
+            bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
+            scale (`float`): Logits are multiplied by it (Cohere, Granite).
+            rank (`int`, *optional*): Keep so many coordinates, those that matter most.
+        """
+        weight = weight.float() * scale
+        hidden = hidden.to(weight.device).float()
+        bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float() * scale
+        mean_probs = torch.zeros(len(weight), device=weight.device)
+        outer = torch.zeros(weight.size(1), weight.size(1), device=weight.device)
+        for chunk in hidden.split(256):
+            probs = (chunk @ weight.T + bias).softmax(dim=-1)
+            mean_probs += probs.sum(dim=0) / len(hidden)
+            expected = probs @ weight  # (chunk, hidden)
+            outer += expected.T @ expected / len(hidden)
+        fisher = ((weight.T * mean_probs) @ weight - outer).double().cpu()
+        values, vectors = torch.linalg.eigh((fisher + fisher.T) / 2)
+        values = values.clamp(min=float(values.max()) * 1e-7)
+        root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+        mean = hidden.mean(dim=0)
+        spread = (hidden - mean).double().cpu() @ root
+        _, rotation = torch.linalg.eigh(spread.T @ spread / len(hidden))
+        rotation = rotation.flip(1)[:, :rank]  # largest first
+        synthesis = (rotation.T @ inverse).float().to(weight.device)  # (rank, hidden)
+        return cls(
+            mean=mean,
+            analysis=(root @ rotation).float().to(weight.device),
+            head=(synthesis @ weight.T).half(),
+            offset=mean @ weight.T + bias,
+            softcap=softcap,
+        )
+
+    def logits(self, coefficients: Tensor) -> Tensor:
+        """Logits `(num_tokens, vocab)` in float32 from coefficients `(num_tokens, rank)`."""
+        logits = coefficients @ self.head.to(coefficients.dtype) + self.offset
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def to(self, device: torch.device | str) -> "Basis":
+        moved = {name: getattr(self, name).to(device) for name in self._tensors()}
+        return Basis(**moved, softcap=self.softcap)
+
+    @staticmethod
+    def _tensors() -> tuple[str, ...]:
+        return ("mean", "analysis", "head", "offset")
+
+    def save(self, path: str) -> None:
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in self._tensors()}
+        with whole_file(path) as temporary:
+            save_file({**tensors, "softcap": torch.tensor(self.softcap)}, temporary)
+
+    @classmethod
+    def load(cls, path: str) -> "Basis":
+        """Read what [`save`] wrote.
+
+        Raises:
+            ValueError: where shapes do not fit together.
+        """
+        tensors = load_file(path)
+        if set(tensors) != {*cls._tensors(), "softcap"}:
+            raise ValueError(f"{path} is not the basis of a teacher cache: it holds {sorted(tensors)}.")
+        basis = cls(**{**tensors, "softcap": float(tensors["softcap"])})
+        hidden, rank = basis.analysis.shape
+        vocab = basis.offset.numel()
+        if basis.mean.shape != (hidden,) or basis.head.shape != (rank, vocab) or basis.offset.shape != (vocab,):
+            raise ValueError(
+                f"The tensors in {path} do not fit together: "
+                + ", ".join(f"{name} {tuple(getattr(basis, name).shape)}" for name in cls._tensors())
+            )
+        return basis
+
+
+@torch.no_grad()
+def encode(hidden: Tensor, logits: Tensor, basis: Basis, preset: Preset) -> dict[str, bytes]:
+    """The distributions at the tokens of one row, as named strings of bytes.
+
+    Args:
+        hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the teacher's output head.
+        logits (`Tensor` of shape `(num_tokens, vocab)`): What it made of them, cut to the ids that stand for tokens.
+    """
+    coefficients = ((hidden.float() - basis.mean) @ basis.analysis / preset.step).round()
+    coefficients = coefficients.clamp(-_MAX_COEFFICIENT, _MAX_COEFFICIENT).to(torch.int32)
+    zigzag = ((coefficients << 1) ^ (coefficients >> 31)).cpu().numpy().astype(np.uint16)
+    columns = {"coefficients_high": _plane(zigzag >> 8)}
+    for group, part in enumerate(np.array_split(zigzag & 255, _GROUPS, axis=1)):
+        columns[f"coefficients_{group}"] = _plane(part)
+    if not preset.top_k:
+        return columns
+
+    log_probs = logits.float().log_softmax(dim=-1)
+    top = log_probs.topk(min(preset.top_k, log_probs.size(-1)), dim=-1)
+    mass = top.values.exp().cumsum(dim=-1)
+    kept = mass - top.values.exp() < preset.nucleus  # the likeliest token always is
+    counts = kept.sum(dim=-1)
+    tail = 1 - mass.gather(-1, counts.unsqueeze(-1) - 1).squeeze(-1).double()
+    levels = (top.values.neg().clamp(max=_VALUE_RANGE) / _VALUE_RANGE).sqrt() * _VALUE_LEVELS
+    # Sorted by id, as differences of sorted ids are small
+    ids = torch.where(kept, top.indices, log_probs.size(-1))
+    ids, order = ids.sort(dim=-1)
+    levels, kept = levels.gather(-1, order), kept.gather(-1, order)
+    gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept].cpu().numpy().astype(np.uint32)
+    columns["counts"] = counts.cpu().numpy().astype(np.uint8).tobytes()
+    columns["tail"] = (
+        (-tail.clamp(min=1e-7).log() / _TAIL_STEP).round().clamp(0, 255).cpu().numpy().astype(np.uint8).tobytes()
+    )
+    columns["values"] = levels[kept].round().cpu().numpy().astype(np.uint8).tobytes()
+    for byte in range(3):
+        columns[f"gaps_{byte}"] = ((gaps >> (8 * byte)) & 255).astype(np.uint8).tobytes()
+    return columns
+
+
+@torch.no_grad()
+def decode(columns: dict[str, bytes], basis: Basis, preset: Preset) -> Tensor:
+    """Log-probabilities `(num_tokens, vocab)` in float32, on the basis's device: what [`encode`] kept of the distributions.
+
+    Raises:
+        ValueError: where the strings do not have the lengths that belong together.
+    """
+    device, rank = basis.offset.device, basis.analysis.size(1)
+    high = np.frombuffer(columns["coefficients_high"], dtype=np.uint8)
+    num_tokens, rest = divmod(high.size, rank)
+    widths = [len(part) for part in np.array_split(np.empty(rank), _GROUPS)]
+    groups = [np.frombuffer(columns[f"coefficients_{group}"], dtype=np.uint8) for group in range(_GROUPS)]
+    if rest or any(group.size != num_tokens * width for group, width in zip(groups, widths, strict=True)):
+        raise ValueError("A row's coefficients are damaged: their lengths do not fit together.")
+    low = np.concatenate([group.reshape(width, num_tokens) for group, width in zip(groups, widths, strict=True)])
+    zigzag = (high.reshape(rank, num_tokens).astype(np.int32) << 8) | low
+    coefficients = torch.from_numpy((zigzag >> 1) ^ -(zigzag & 1)).T.to(device)  # (num_tokens, rank)
+    log_probs = basis.logits(coefficients.float() * preset.step).log_softmax(dim=-1)
+    if not preset.top_k:
+        return log_probs
+
+    counts = torch.from_numpy(np.frombuffer(columns["counts"], dtype=np.uint8).astype(np.int64)).to(device)
+    total = int(counts.sum())
+    planes = [np.frombuffer(columns[f"gaps_{byte}"], dtype=np.uint8).astype(np.int64) for byte in range(3)]
+    levels = np.frombuffer(columns["values"], dtype=np.uint8)
+    codes = np.frombuffer(columns["tail"], dtype=np.uint8)
+    if {total} != {levels.size, *(plane.size for plane in planes)} or not num_tokens == len(counts) == codes.size:
+        raise ValueError("A row's likeliest tokens are damaged: their lengths do not fit together.")
+    gaps = torch.from_numpy(planes[0] | (planes[1] << 8) | (planes[2] << 16)).to(device)
+    width = max(int(counts.max()) if num_tokens else 0, 1)
+    kept = torch.arange(width, device=device) < counts.unsqueeze(-1)  # (num_tokens, width)
+    ids = torch.zeros(num_tokens, width, dtype=torch.long, device=device)
+    ids[kept] = gaps
+    ids = ids.cumsum(dim=-1)
+    if num_tokens and int(ids[kept].max()) >= log_probs.size(-1):
+        raise ValueError("A row's likeliest tokens are damaged: an id is beyond the vocabulary.")
+    values = torch.full((num_tokens, width), -torch.inf, device=device)
+    values[kept] = -_VALUE_RANGE * (torch.from_numpy(levels.astype(np.float32)).to(device) / _VALUE_LEVELS) ** 2
+    log_tail = -torch.from_numpy(codes.astype(np.float32)).to(device).unsqueeze(-1) * _TAIL_STEP
+    # Single tokens share what the tail leaves; the tail has the shape of the rounded state, without those tokens
+    values = values.log_softmax(dim=-1) + torch.log1p(-log_tail.exp().clamp(max=1 - 1e-6))
+    ids = torch.where(kept, ids, ids[:, :1])
+    covered = (log_probs.gather(-1, ids).exp() * kept).sum(dim=-1, keepdim=True)
+    log_probs = log_probs + log_tail - torch.log1p(-covered.clamp(max=1 - 1e-6))
+    values = torch.where(kept, values, values[:, :1])  # what fills up a row says the same as its first entry
+    return log_probs.scatter(-1, ids, values)
+
+
+def _plane(values: np.ndarray) -> bytes:
+    """One byte an entry, coefficient by coefficient: neighbours are then of one size, and compress well."""
+    return np.ascontiguousarray(values.astype(np.uint8).T).tobytes()

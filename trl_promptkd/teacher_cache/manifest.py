@@ -1,0 +1,131 @@
+"""What a cache says about itself, and whether it fits a run."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..files import whole_file
+from ..priming import PrimingTemplate
+
+
+__all__ = ["MANIFEST_FILE", "Manifest", "describe_tokenizer", "digest", "row_key"]
+
+MANIFEST_FILE = "manifest.json"
+CODEC_VERSION = 1
+
+
+def digest(value: Any) -> str:
+    """A hash of whatever JSON can write."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def row_key(teacher_prompt_ids: list[int], completion_ids: list[int]) -> str:
+    """The hash by which a row is found: of what the teacher saw, and of what it judged."""
+    return digest([list(teacher_prompt_ids), list(completion_ids)])
+
+
+def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What must be the same when a cache is made and when it is used."""
+    vocab = processing_class.get_vocab()
+    return {
+        "tokenizer": digest(vocab),
+        "real_vocab_size": max(vocab.values()) + 1,
+        "chat_template": digest(processing_class.chat_template),
+    }
+
+
+@dataclass
+class Manifest:
+    """
+    The contents of `manifest.json`.
+
+    Args:
+        teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint.
+        tokenizer (`str`): Hash of the vocabulary.
+        real_vocab_size (`int`): Number of ids that stand for tokens.
+        vocab_size (`int`): The teacher's: how wide the kept distributions are.
+        chat_template (`str`): Its hash.
+        priming (`dict`, *optional*): `text` and `placement` of the template; `None` without priming.
+        response_source (`str`): `"dataset"` or `"teacher"`: who wrote the answers.
+        preset (`str`): What is kept of a distribution, see [`PRESETS`].
+        temperature (`float`): Of the kept distributions.
+        codec_version (`int`): Of the format.
+        sampling (`dict`, *optional*): How the teacher wrote its answers.
+        shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
+        files (`dict`): `sha256` of the other files.
+        receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
+    """
+
+    teacher: dict[str, Any]
+    tokenizer: str
+    real_vocab_size: int
+    vocab_size: int
+    chat_template: str
+    priming: dict[str, str] | None
+    response_source: str
+    preset: str
+    temperature: float = 1.0
+    codec_version: int = CODEC_VERSION
+    sampling: dict[str, Any] | None = None
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What rows of one cache have in common."""
+        return {name: value for name, value in asdict(self).items() if name not in ("shards", "files", "receipt")}
+
+    def save(self, path: str) -> None:
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
+
+    @classmethod
+    def load(cls, path: str) -> "Manifest":
+        """
+        Raises:
+            FileNotFoundError: where there is none.
+            ValueError: where it is not a manifest, or of another version.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}. The cache is damaged; build it again.") from error
+        names = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(names)}.")
+        manifest = cls(**values)
+        if manifest.codec_version != CODEC_VERSION:
+            raise ValueError(
+                f"The cache at {path} has codec version {manifest.codec_version}; this version of trl_promptkd reads {CODEC_VERSION}."
+            )
+        return manifest
+
+    def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
+        """Refuse a run whose tokenizer, chat template or priming text is another one.
+
+        Raises:
+            ValueError: naming both values.
+        """
+        here = describe_tokenizer(processing_class)
+        for name, what in (
+            ("real_vocab_size", "number of tokens"),
+            ("tokenizer", "vocabulary (its hash)"),
+            ("chat_template", "chat template (its hash)"),
+        ):
+            if getattr(self, name) != here[name]:
+                raise ValueError(
+                    f"The teacher cache was made with another {what}: {getattr(self, name)!r} there, {here[name]!r} here. Use the "
+                    "tokenizer it was made with, or build the cache again."
+                )
+        mine = None if priming is None else asdict(priming)
+        if self.priming != mine:
+            raise ValueError(
+                f"The teacher cache was made with another priming: {self.priming!r} there, {mine!r} here. Pass the same `priming`, or "
+                "build the cache again."
+            )

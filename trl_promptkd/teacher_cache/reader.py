@@ -1,0 +1,162 @@
+"""Reading a cache: rows by their content, distributions as log-probabilities."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+import torch
+from datasets import Dataset
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .codec import PRESETS, Basis, decode
+from .manifest import MANIFEST_FILE, Manifest, digest, row_key
+
+
+__all__ = ["BASIS_FILE", "TeacherCache", "sha256_of"]
+
+BASIS_FILE = "basis.safetensors"
+
+
+def sha256_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:  # Python 3.10
+    state = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        state.update(chunk)
+    return state.hexdigest()
+
+
+class TeacherCache:
+    """
+    An offline teacher: distributions that a teacher was asked for once.
+
+    Args:
+        path (`str`): A folder that [`build_teacher_cache`] wrote, or the id of a data set on the Hub that holds one.
+        verify_checksums (`bool`, *optional*, defaults to `True`): Read every file once and compare its SHA-256.
+
+    Raises:
+        FileNotFoundError: where there is no cache.
+        ValueError: for a cache that is unfinished or damaged, naming the file.
+    """
+
+    def __init__(self, path: str, verify_checksums: bool = True):
+        if not os.path.isdir(path):
+            path = snapshot_download(path, repo_type="dataset")
+        if not os.path.isfile(os.path.join(path, MANIFEST_FILE)):
+            raise FileNotFoundError(
+                f"{path} has no {MANIFEST_FILE}: it is no teacher cache. Build one with `build_teacher_cache`."
+            )
+        self.path = path
+        self.manifest = Manifest.load(os.path.join(path, MANIFEST_FILE))
+        if not self.manifest.shards:
+            raise ValueError(
+                f"The teacher cache at {path} is not finished. Build it again with the same arguments: what is there is kept."
+            )
+        if self.manifest.preset not in PRESETS:
+            raise ValueError(
+                f"The cache's preset {self.manifest.preset!r} is unknown; it must be one of {sorted(PRESETS)}."
+            )
+        self.preset = PRESETS[self.manifest.preset]
+        expected = {shard["file"]: shard["sha256"] for shard in self.manifest.shards} | self.manifest.files
+        for name, checksum in expected.items():
+            file = os.path.join(path, name)
+            if os.path.basename(name) != name:
+                raise ValueError(f"The cache's manifest names a file outside its folder: {name!r}.")
+            if not os.path.isfile(file):
+                raise FileNotFoundError(
+                    f"The cache's file {file} is missing. Build the cache again: only its rows are made anew."
+                )
+            if verify_checksums and sha256_of(file) != checksum:
+                raise ValueError(
+                    f"The cache's file {file} is damaged: its SHA-256 is not the manifest's. Delete it and build the cache again: only its "
+                    "rows are made anew."
+                )
+        self.basis = Basis.load(os.path.join(path, BASIS_FILE))
+        self.rows = Dataset.from_parquet([os.path.join(path, shard["file"]) for shard in self.manifest.shards])
+        self._index = {key: index for index, key in enumerate(self.rows["key"])}
+        self._payload = [name for name in self.rows.column_names if name not in _VISIBLE]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find(self, teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> int | None:
+        """The number of a row, by what the teacher saw and what it judged; `None` where there is none."""
+        return self._index.get(row_key(list(teacher_prompt_ids), list(completion_ids)))
+
+    def dataset(self) -> Dataset:
+        """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
+        return self.rows.select_columns(["prompt_ids", "teacher_prompt_ids", "completion_ids"])
+
+    def locate(
+        self, dataset: Dataset, name: str, processing_class: PreTrainedTokenizerBase, takes_answers: bool = False
+    ) -> Dataset:
+        """`dataset` with a column `cache_row`, the number of each row here.
+
+        Args:
+            dataset: With `teacher_prompt_ids` and `completion_ids`.
+            name: Its name, for messages.
+            takes_answers: Take the cache's answer to each prompt instead of the data's.
+
+        Raises:
+            ValueError: where rows are not in the cache, with their number and the first one's two sides.
+        """
+        answers: dict[str, list[list[int]]] = {}
+        for prompt, completion in zip(self.rows["teacher_prompt_ids"], self.rows["completion_ids"], strict=True):
+            answers.setdefault(digest(prompt), []).append(completion)
+        completions = dataset["completion_ids"][:]
+        prompts = dataset["teacher_prompt_ids"]
+        if takes_answers:
+            completions = [
+                answers.get(digest(prompt), [completion])[0]
+                for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+            dataset = dataset.remove_columns("completion_ids").add_column("completion_ids", completions)
+        found = [self.find(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        missing = [index for index, row in enumerate(found) if row is None]
+        if missing:
+            first = missing[0]
+            there = answers.get(digest(prompts[first]))
+            if there is None:
+                side = f"the teacher's prompt {processing_class.decode(prompts[first])[-200:]!r} is not in the cache"
+            else:
+                side = (
+                    f"the answer is {processing_class.decode(there[0])[:200]!r} there and {processing_class.decode(completions[first])[:200]!r} "
+                    "here"
+                )
+            raise ValueError(
+                f"{len(missing)} of {len(dataset)} rows in `{name}` are not in the teacher cache at {self.path}. Row {first}: {side}. Build the "
+                "cache with these rows (those that are there are kept), or train on `TeacherCache(...).dataset()`."
+            )
+        return dataset.add_column("cache_row", found)
+
+    def to(self, device: torch.device | str) -> "TeacherCache":
+        """Decode on `device`."""
+        self.basis = self.basis.to(device)
+        return self
+
+    def check_serves(self, kd_temperature: float) -> None:
+        """Refuse a temperature at which what is kept is not close enough.
+
+        Raises:
+            ValueError: naming the preset that serves it.
+        """
+        if kd_temperature != self.manifest.temperature and self.manifest.preset != "exact":
+            raise ValueError(
+                f"`kd_temperature` is {kd_temperature}, but the preset {self.manifest.preset!r} of the teacher cache at {self.path} keeps "
+                f"distributions at temperature {self.manifest.temperature}: its tail is too coarse for another one. Set `kd_temperature="
+                f"{self.manifest.temperature}`, or build the cache with `preset='exact'`."
+            )
+
+    def log_probs(self, indices: Sequence[int]) -> Tensor:
+        """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
+        rows = self.rows.select_columns(self._payload)[list(indices)]
+        columns = [{name: rows[name][i] for name in self._payload} for i in range(len(indices))]
+        return torch.cat([decode(row, self.basis, self.preset) for row in columns])
+
+
+_VISIBLE = ("key", "prompt_ids", "teacher_prompt_ids", "completion_ids")

@@ -6,6 +6,7 @@
         --dataset_name openai/gsm8k --dataset_config main --prompt_column question --completion_column answer \
         --conversational --output_dir smollm2-gsm8k
 
+With an offline teacher: `trl-promptkd cache build --help`, then `--teacher_cache <folder>` instead of a teacher.
 Rows from local files: `--dataset_name json --data_files train.jsonl --eval_data_files test.jsonl`. A part of a split:
 `--dataset_train_split "train[:1000]"`. Flags win over the file. `--help` lists all of them: the script's, the trainer's
 (`PrimedDistillConfig`) and the student's (TRL's `ModelConfig`: dtype, LoRA, 4-bit loading).
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
+from trl_promptkd.data import name_columns
 
 
 @dataclass
@@ -49,6 +51,9 @@ class PrimedScriptArguments(ScriptArguments):
     priming_placement: str = field(
         default="prefix",
         metadata={"help": "Where a text of your own stands.", "choices": ["prefix", "suffix", "system"]},
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "An offline teacher instead of a live one: folder or Hub id of a cache."}
     )
     quantization_receipt_rows: int = field(
         default=0,
@@ -89,24 +94,8 @@ def load_splits(args: PrimedScriptArguments, wants_eval: bool):
             split=split,
             streaming=args.dataset_streaming,
         )
-        splits.append(in_trls_format(dataset, args))
+        splits.append(name_columns(dataset, args.prompt_column, args.completion_column, args.conversational))
     return splits
-
-
-def in_trls_format(dataset, args: PrimedScriptArguments):
-    """`prompt` and `completion` from the columns that hold them; the other columns stay, for the priming template."""
-    for name, column in (("prompt", args.prompt_column), ("completion", args.completion_column)):
-        if column not in (None, name):
-            if column not in next(iter(dataset)):
-                raise ValueError(f"`{name}_column` is {column!r}; the columns are {sorted(next(iter(dataset)))}.")
-            dataset = dataset.rename_column(column, name)
-    return dataset.map(to_conversation) if args.conversational else dataset
-
-
-def to_conversation(row: dict) -> dict:
-    """Texts as messages."""
-    roles = (("prompt", "user"), ("completion", "assistant"))
-    return {name: [{"role": role, "content": row[name]}] for name, role in roles if isinstance(row.get(name), str)}
 
 
 def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig) -> None:
@@ -132,6 +121,7 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
         priming=choose_priming(script_args),
+        teacher_cache=script_args.teacher_cache,
     )
     if script_args.quantization_receipt_rows:
         receipt = trainer.quantization_receipt(num_rows=script_args.quantization_receipt_rows)

@@ -10,6 +10,7 @@ from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
     _without_blank_tail,
     check_columns,
+    name_columns,
     pad_rows,
     tokenize_dataset,
     tokenize_row,
@@ -103,6 +104,23 @@ class TestPadRows:
         assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 7, 5]]
         assert (batch["labels"] != -100).sum() == 1
         assert batch["input_ids"].dtype == torch.int64
+
+
+class TestNameColumns:
+    def test_columns_become_a_conversation_and_the_others_stay(self):
+        dataset = Dataset.from_dict({"question": ["the cat"], "answer": ["sat"], "topic": ["mat"]})
+        assert name_columns(dataset, "question", "answer", conversational=True).to_list() == [
+            {
+                "prompt": [{"role": "user", "content": "the cat"}],
+                "completion": [{"role": "assistant", "content": "sat"}],
+                "topic": "mat",
+            }
+        ]
+        assert name_columns(Dataset.from_dict({"prompt": ["a"]}), "prompt")["prompt"][:] == ["a"]
+        with pytest.raises(
+            ValueError, match=r"`prompt_column` is 'quest'; the columns are \['answer', 'question', 'topic'\]"
+        ):
+            name_columns(dataset, "quest")
 
 
 class TestTokenizeDataset:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from datasets import Dataset
 from peft import PeftModel
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
@@ -128,23 +127,6 @@ class TestScript:
 class TestPrimedScript:
     def arguments(self, primed, **settings):
         return primed.PrimedScriptArguments(**{"dataset_name": "json", **settings})
-
-    def test_columns_become_a_conversation_and_the_others_stay(self, primed):
-        dataset = Dataset.from_dict({"question": ["the cat"], "answer": ["sat"], "topic": ["mat"]})
-        args = self.arguments(primed, prompt_column="question", completion_column="answer", conversational=True)
-        assert primed.in_trls_format(dataset, args).to_list() == [
-            {
-                "prompt": [{"role": "user", "content": "the cat"}],
-                "completion": [{"role": "assistant", "content": "sat"}],
-                "topic": "mat",
-            }
-        ]
-        same = self.arguments(primed, prompt_column="prompt")
-        assert primed.in_trls_format(Dataset.from_dict({"prompt": ["a"]}), same)["prompt"][:] == ["a"]
-        with pytest.raises(
-            ValueError, match=r"`prompt_column` is 'quest'; the columns are \['answer', 'question', 'topic'\]"
-        ):
-            primed.in_trls_format(dataset, self.arguments(primed, prompt_column="quest"))
 
     def test_one_priming_text(self, primed, tmp_path):
         (tmp_path / "x.txt").write_text("red ")

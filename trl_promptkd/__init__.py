@@ -7,7 +7,7 @@ from .priming import PrimingTemplate
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt
 from .promptkd_config import PromptKDConfig
 from .promptkd_trainer import PromptKDTrainer
-from .teacher_cache import TeacherCache, build_teacher_cache
+from .teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
 
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "SoftPrompt",
     "TeacherCache",
     "build_teacher_cache",
+    "verify_teacher_cache",
 ]
 __version__ = "0.1.0.dev0"

@@ -27,6 +27,7 @@ __all__ = [
     "count_trained_tokens",
     "map_rows",
     "masked_rows",
+    "name_columns",
     "pad_rows",
     "sift_overlong",
     "split_row",
@@ -64,6 +65,33 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
         raise ValueError(
             f"`{name}` holds prompts without answers; its columns are {columns}. {answers_needed} Or add a `completion` column."
         )
+
+
+def name_columns(
+    dataset: Dataset | IterableDataset,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    conversational: bool = False,
+) -> Dataset | IterableDataset:
+    """`prompt` and `completion` from the columns that hold them; the other columns stay.
+
+    Args:
+        conversational: Make conversations of texts, so that the chat template is used.
+
+    Raises:
+        ValueError: for a column that is not there, naming those that are.
+    """
+    for name, column in (("prompt", prompt_column), ("completion", completion_column)):
+        if column not in (None, name):
+            if column not in next(iter(dataset)):
+                raise ValueError(f"`{name}_column` is {column!r}; the columns are {sorted(next(iter(dataset)))}.")
+            dataset = dataset.rename_column(column, name)
+    return dataset.map(_to_conversation) if conversational else dataset
+
+
+def _to_conversation(row: dict[str, Any]) -> dict[str, Any]:
+    roles = (("prompt", "user"), ("completion", "assistant"))
+    return {name: [{"role": role, "content": row[name]}] for name, role in roles if isinstance(row.get(name), str)}
 
 
 def split_row(row: dict[str, Any]) -> tuple[Any, Any]:

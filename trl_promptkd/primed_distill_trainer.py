@@ -257,7 +257,7 @@ class PrimedDistillTrainer(SFTTrainer):
             )
         cache = TeacherCache(cache) if isinstance(cache, str) else cache
         cache.manifest.check_fits(processing_class, self.priming)
-        cache.check_serves(args.kd_temperature)
+        cache.check_serves(args.kd_temperature, args.kd_beta, args.skew)
         if args.response_source == "teacher" and cache.manifest.response_source != "teacher":
             raise ValueError(
                 f"`response_source` is 'teacher', but the answers in the teacher cache at {cache.path} are the data's. Set "
@@ -426,10 +426,13 @@ class PrimedDistillTrainer(SFTTrainer):
     def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor:
         """The teacher's logits at the completion tokens, from the cache where there is one."""
         if self.teacher_cache is not None:
-            judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
-            return self.teacher_cache.log_probs(inputs["cache_rows"][judged].tolist())[:, : self.shared_vocab_size]
+            return self.teacher_cache.log_probs(self._cache_rows(inputs))[:, : self.shared_vocab_size]
         with self._teacher() as teacher:
             return self._logits(teacher, inputs, "teacher_")
+
+    def _cache_rows(self, inputs: dict[str, Tensor]) -> list[int]:
+        judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
+        return inputs["cache_rows"][judged].tolist()
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -519,8 +522,11 @@ class PrimedDistillTrainer(SFTTrainer):
         sums = partial(
             primed_loss_sums, alpha=args.alpha, temperature=args.kd_temperature, beta=args.kd_beta, skew=args.skew
         )
-        totals = chunked_sums(sums, args.loss_chunk_size, student_logits, teacher_logits, tokens)
-        return PrimedLossSums(*totals), trained.sum()
+        totals = PrimedLossSums(*chunked_sums(sums, args.loss_chunk_size, student_logits, teacher_logits, tokens))
+        if self.teacher_cache is not None:
+            gap = self.teacher_cache.entropy_gap(self._cache_rows(inputs), teacher_logits)
+            totals = totals._replace(loss=totals.loss - (1 - args.alpha) * gap, divergence=totals.divergence - gap)
+        return totals, trained.sum()
 
     def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor) -> None:
         means.add("ce", sums.cross_entropy, count)

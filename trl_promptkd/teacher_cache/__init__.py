@@ -1,10 +1,11 @@
 """The offline teacher: run it once, train from what it said for ever.
 
-`codec.py` (what is kept of a distribution), `manifest.py` (what a cache says about itself), `reader.py`, `builder.py`.
+`codec.py` (what is kept of a distribution), `manifest.py` (what a cache says about itself), `reader.py`, `builder.py`, `verify.py`.
 """
 
 from .builder import build_teacher_cache
 from .reader import TeacherCache
+from .verify import verify_teacher_cache
 
 
-__all__ = ["TeacherCache", "build_teacher_cache"]
+__all__ = ["TeacherCache", "build_teacher_cache", "verify_teacher_cache"]

@@ -74,7 +74,8 @@ def build_teacher_cache(
         output_dir (`str`): The cache's folder; made if it is not there.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
         priming (`str` or [`PrimingTemplate`], *optional*): What the teacher sees, as for [`PrimedDistillTrainer`].
-        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"standard"`, `"faithful"` or `"exact"`.
+        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL only),
+            `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
         response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or `"teacher"`, which writes them first;
             they are then in the cache, and `cache.dataset()` is a training set.
         max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in [`PrimedDistillConfig`].
@@ -195,7 +196,7 @@ class _Build:
         missing = sorted(self.rows.keys() - done, key=lambda key: (-self.rows[key]["length"], key))
         if done and missing:
             logger.warning(f"{len(self.rows) - len(missing)} of {len(self.rows)} rows are in {self.folder} already.")
-        self.basis = self._basis()
+        self.basis = None if self.preset.draws else self._basis()
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
         self._write_share(batches[self.accelerator.process_index :: self.accelerator.num_processes])
         kl = torch.cat(self.kl) if self.kl else torch.zeros(0)
@@ -314,13 +315,16 @@ class _Build:
         with bar:
             for index, batch in enumerate(batches):
                 for key, (hidden, logits) in zip(batch, self._states(batch), strict=True):
-                    payload = encode(hidden, logits, self.basis, self.preset)
-                    if index % _RECEIPT_EVERY == 0:
-                        kept = decode(payload, self.basis, self.preset)
+                    payload = encode(hidden, logits, self.basis, self.preset, seed=int(key[:15], 16))
+                    if index % _RECEIPT_EVERY == 0 and not self.preset.draws:
+                        kept = decode(payload, self.basis, self.preset, logits.size(-1), logits.device)
                         self.kl.append(kl_divergence(logits.log_softmax(dim=-1), kept).cpu())
                     row = self.rows[key]
                     names = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
-                    shard.append({"key": key, **{name: row[name] for name in names}, **payload})
+                    ids = {name: row[name] for name in names}
+                    if ids["prompt_ids"] == ids["teacher_prompt_ids"]:
+                        ids["prompt_ids"] = None  # not said twice
+                    shard.append({"key": key, **ids, **payload})
                     size += sum(map(len, payload.values()))
                     bar.update(len(row["completion_ids"]))
                 late = time.monotonic() - written > _SECONDS_A_SHARD or size > _BYTES_A_SHARD
@@ -367,7 +371,7 @@ class _Build:
                 }
         present = {os.path.basename(path) for path in self._shards()}
         self.manifest.shards = [known[name] for name in sorted(present)]
-        self.manifest.files = {BASIS_FILE: sha256_of(self._path(BASIS_FILE))}
+        self.manifest.files = {} if self.basis is None else {BASIS_FILE: sha256_of(self._path(BASIS_FILE))}
         tokens = sum(shard["tokens"] for shard in self.manifest.shards)
         self.manifest.receipt = dict(old.receipt)
         if len(kl):
@@ -380,7 +384,7 @@ class _Build:
             "rows": sum(shard["rows"] for shard in self.manifest.shards),
             "tokens": tokens,
             "bytes_per_token": sum(shard["bytes"] for shard in self.manifest.shards) / max(tokens, 1),
-            "basis_bytes": os.path.getsize(self._path(BASIS_FILE)),
+            "basis_bytes": 0 if self.basis is None else os.path.getsize(self._path(BASIS_FILE)),
         }
         self.manifest.save(self._path(MANIFEST_FILE))
         cache = TeacherCache(self.folder, verify_checksums=False).to(self.accelerator.device)

@@ -6,6 +6,8 @@ KL in every direction, and rounded there with one step for all of them. Directio
 nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was rounded then only
 shapes that tail.
 
+Much less is kept by drawing a few tokens from each distribution, which is enough for the gradient of the forward KL.
+
 The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the logits,
 F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the
 hidden state h.
@@ -21,7 +23,7 @@ from torch import Tensor
 from ..files import whole_file
 
 
-__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode"]
+__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode", "entropies"]
 
 _GROUPS = 8  # columns of coefficients that are compressed apart: their sizes differ by orders of magnitude
 _VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
@@ -39,19 +41,24 @@ class Preset:
         rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
         top_k (`int`): How many of the likeliest tokens are kept one by one, at most.
         nucleus (`float`): Fewer, where these hold this probability.
+        draws (`int`): Keep nothing but so many tokens drawn from the distribution: an unbiased gradient of the forward KL, and
+            no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
     """
 
-    step: float
+    step: float = 1.0
     rank: int | None = None
     top_k: int = 0
     nucleus: float = 0.99
+    draws: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.top_k <= 255:
-            raise ValueError(f"`top_k` is {self.top_k}; it must be from 0 to 255.")
+        for name in ("top_k", "draws"):
+            if not 0 <= getattr(self, name) <= 255:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 0 to 255.")
 
 
 PRESETS = {
+    "tiny": Preset(draws=50),
     "standard": Preset(step=0.15, rank=192, top_k=24),
     "faithful": Preset(step=0.1, top_k=16),
     "exact": Preset(step=0.01),
@@ -164,13 +171,18 @@ class Basis:
 
 
 @torch.no_grad()
-def encode(hidden: Tensor, logits: Tensor, basis: Basis, preset: Preset) -> dict[str, bytes]:
+def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, seed: int = 0) -> dict[str, bytes]:
     """The distributions at the tokens of one row, as named strings of bytes.
 
     Args:
         hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the teacher's output head.
-        logits (`Tensor` of shape `(num_tokens, vocab)`): What it made of them, cut to the ids that stand for tokens.
+        logits (`Tensor` of shape `(num_tokens, vocab)`): What it made of them.
+        basis ([`Basis`], *optional*): Not needed for draws.
+        seed (`int`): Of the draws.
     """
+    if preset.draws:
+        return _encode_draws(logits, preset.draws, seed)
+    assert basis is not None
     coefficients = ((hidden.float() - basis.mean) @ basis.analysis / preset.step).round()
     coefficients = coefficients.clamp(-_MAX_COEFFICIENT, _MAX_COEFFICIENT).to(torch.int32)
     zigzag = ((coefficients << 1) ^ (coefficients >> 31)).cpu().numpy().astype(np.uint16)
@@ -191,24 +203,86 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis, preset: Preset) -> dict
     ids = torch.where(kept, top.indices, log_probs.size(-1))
     ids, order = ids.sort(dim=-1)
     levels, kept = levels.gather(-1, order), kept.gather(-1, order)
-    gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept].cpu().numpy().astype(np.uint32)
+    columns |= _encode_ids(ids, kept)
     columns["counts"] = counts.cpu().numpy().astype(np.uint8).tobytes()
     columns["tail"] = (
         (-tail.clamp(min=1e-7).log() / _TAIL_STEP).round().clamp(0, 255).cpu().numpy().astype(np.uint8).tobytes()
     )
     columns["values"] = levels[kept].round().cpu().numpy().astype(np.uint8).tobytes()
-    for byte in range(3):
-        columns[f"gaps_{byte}"] = ((gaps >> (8 * byte)) & 255).astype(np.uint8).tobytes()
     return columns
 
 
+def _encode_ids(ids: Tensor, kept: Tensor) -> dict[str, bytes]:
+    """Sorted ids as differences, a plane for each of their three bytes."""
+    gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept].cpu().numpy().astype(np.uint32)
+    return {f"gaps_{byte}": ((gaps >> (8 * byte)) & 255).astype(np.uint8).tobytes() for byte in range(3)}
+
+
+def _decode_ids(columns: dict[str, bytes], counts: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Ids `(num_tokens, width)` and which of them are kept; the others repeat the row's first."""
+    planes = [np.frombuffer(columns[f"gaps_{byte}"], dtype=np.uint8).astype(np.int64) for byte in range(3)]
+    if {plane.size for plane in planes} != {int(counts.sum())} or (len(counts) and int(counts.min()) < 1):
+        raise ValueError("A row's tokens are damaged: their lengths do not fit together.")
+    gaps = torch.from_numpy(planes[0] | (planes[1] << 8) | (planes[2] << 16)).to(counts.device)
+    width = max(int(counts.max()) if len(counts) else 0, 1)
+    kept = torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
+    ids = torch.zeros(len(counts), width, dtype=torch.long, device=counts.device)
+    ids[kept] = gaps
+    ids = ids.cumsum(dim=-1)
+    if len(counts) and int(ids[kept].max()) >= vocab_size:
+        raise ValueError("A row's tokens are damaged: an id is beyond the vocabulary.")
+    return torch.where(kept, ids, ids[:, :1]), kept
+
+
+def _encode_draws(logits: Tensor, draws: int, seed: int) -> dict[str, bytes]:
+    log_probs = logits.float().log_softmax(dim=-1)
+    generator = torch.Generator(device=logits.device).manual_seed(seed)
+    drawn = log_probs.exp().multinomial(draws, replacement=True, generator=generator).sort(dim=-1).values
+    first = torch.ones_like(drawn, dtype=torch.bool)
+    first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+    times = (drawn.unsqueeze(-1) == drawn.unsqueeze(-2)).sum(dim=-1)[first]
+    ids, order = torch.where(first, drawn, log_probs.size(-1)).sort(dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return {
+        "counts": first.sum(dim=-1).cpu().numpy().astype(np.uint8).tobytes(),
+        "values": times.cpu().numpy().astype(np.uint8).tobytes(),
+        "entropy": entropy.cpu().numpy().astype(np.float16).tobytes(),
+        **_encode_ids(ids, first.gather(-1, order)),
+    }
+
+
+def _decode_draws(columns: dict[str, bytes], vocab_size: int, device: torch.device | str) -> Tensor:
+    counts = torch.from_numpy(np.frombuffer(columns["counts"], dtype=np.uint8).astype(np.int64)).to(device)
+    times = np.frombuffer(columns["values"], dtype=np.uint8).astype(np.float32)
+    if times.size != int(counts.sum()):
+        raise ValueError("A row's tokens are damaged: their lengths do not fit together.")
+    ids, kept = _decode_ids(columns, counts, vocab_size)
+    shares = torch.zeros(kept.shape, device=device)
+    shares[kept] = torch.from_numpy(times).to(device)
+    shares = shares / shares.sum(dim=-1, keepdim=True)
+    # What was not drawn has no probability; a finite logarithm keeps 0 times it at 0
+    dense = torch.full((len(counts), vocab_size), -1e4, device=device)
+    values = shares.log()
+    return dense.scatter(-1, ids, torch.where(kept, values, values[:, :1]))
+
+
+def entropies(columns: dict[str, bytes]) -> Tensor:
+    """Of the distributions that were drawn from: `(num_tokens,)` in nats, which the draws themselves underestimate."""
+    return torch.from_numpy(np.frombuffer(columns["entropy"], dtype=np.float16).astype(np.float32))
+
+
 @torch.no_grad()
-def decode(columns: dict[str, bytes], basis: Basis, preset: Preset) -> Tensor:
-    """Log-probabilities `(num_tokens, vocab)` in float32, on the basis's device: what [`encode`] kept of the distributions.
+def decode(
+    columns: dict[str, bytes], basis: Basis | None, preset: Preset, vocab_size: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Log-probabilities `(num_tokens, vocab)` in float32 on `device`, where the basis is too: what [`encode`] kept.
 
     Raises:
         ValueError: where the strings do not have the lengths that belong together.
     """
+    if preset.draws:
+        return _decode_draws(columns, vocab_size, device)
+    assert basis is not None
     device, rank = basis.offset.device, basis.analysis.size(1)
     high = np.frombuffer(columns["coefficients_high"], dtype=np.uint8)
     num_tokens, rest = divmod(high.size, rank)
@@ -224,26 +298,16 @@ def decode(columns: dict[str, bytes], basis: Basis, preset: Preset) -> Tensor:
         return log_probs
 
     counts = torch.from_numpy(np.frombuffer(columns["counts"], dtype=np.uint8).astype(np.int64)).to(device)
-    total = int(counts.sum())
-    planes = [np.frombuffer(columns[f"gaps_{byte}"], dtype=np.uint8).astype(np.int64) for byte in range(3)]
     levels = np.frombuffer(columns["values"], dtype=np.uint8)
     codes = np.frombuffer(columns["tail"], dtype=np.uint8)
-    if {total} != {levels.size, *(plane.size for plane in planes)} or not num_tokens == len(counts) == codes.size:
+    if levels.size != int(counts.sum()) or not num_tokens == len(counts) == codes.size:
         raise ValueError("A row's likeliest tokens are damaged: their lengths do not fit together.")
-    gaps = torch.from_numpy(planes[0] | (planes[1] << 8) | (planes[2] << 16)).to(device)
-    width = max(int(counts.max()) if num_tokens else 0, 1)
-    kept = torch.arange(width, device=device) < counts.unsqueeze(-1)  # (num_tokens, width)
-    ids = torch.zeros(num_tokens, width, dtype=torch.long, device=device)
-    ids[kept] = gaps
-    ids = ids.cumsum(dim=-1)
-    if num_tokens and int(ids[kept].max()) >= log_probs.size(-1):
-        raise ValueError("A row's likeliest tokens are damaged: an id is beyond the vocabulary.")
-    values = torch.full((num_tokens, width), -torch.inf, device=device)
+    ids, kept = _decode_ids(columns, counts, log_probs.size(-1))
+    values = torch.full(kept.shape, -torch.inf, device=device)
     values[kept] = -_VALUE_RANGE * (torch.from_numpy(levels.astype(np.float32)).to(device) / _VALUE_LEVELS) ** 2
     log_tail = -torch.from_numpy(codes.astype(np.float32)).to(device).unsqueeze(-1) * _TAIL_STEP
     # Single tokens share what the tail leaves; the tail has the shape of the rounded state, without those tokens
     values = values.log_softmax(dim=-1) + torch.log1p(-log_tail.exp().clamp(max=1 - 1e-6))
-    ids = torch.where(kept, ids, ids[:, :1])
     covered = (log_probs.gather(-1, ids).exp() * kept).sum(dim=-1, keepdim=True)
     log_probs = log_probs + log_tail - torch.log1p(-covered.clamp(max=1 - 1e-6))
     values = torch.where(kept, values, values[:, :1])  # what fills up a row says the same as its first entry

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .codec import PRESETS, Basis, decode
+from .codec import PRESETS, Basis, decode, entropies
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 
 
@@ -76,7 +76,8 @@ class TeacherCache:
                     f"The cache's file {file} is damaged: its SHA-256 is not the manifest's. Delete it and build the cache again: only its "
                     "rows are made anew."
                 )
-        self.basis = Basis.load(os.path.join(path, BASIS_FILE))
+        self.basis = None if self.preset.draws else Basis.load(os.path.join(path, BASIS_FILE))
+        self.device: torch.device | str = "cpu"
         self.rows = Dataset.from_parquet([os.path.join(path, shard["file"]) for shard in self.manifest.shards])
         self._index = {key: index for index, key in enumerate(self.rows["key"])}
         self._payload = [name for name in self.rows.column_names if name not in _VISIBLE]
@@ -90,7 +91,8 @@ class TeacherCache:
 
     def dataset(self) -> Dataset:
         """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
-        return self.rows.select_columns(["prompt_ids", "teacher_prompt_ids", "completion_ids"])
+        rows = self.rows.select_columns(["prompt_ids", "teacher_prompt_ids", "completion_ids"])
+        return rows.map(_with_prompt)
 
     def locate(
         self, dataset: Dataset, name: str, processing_class: PreTrainedTokenizerBase, takes_answers: bool = False
@@ -136,15 +138,21 @@ class TeacherCache:
 
     def to(self, device: torch.device | str) -> "TeacherCache":
         """Decode on `device`."""
-        self.basis = self.basis.to(device)
+        self.device = device
+        self.basis = None if self.basis is None else self.basis.to(device)
         return self
 
-    def check_serves(self, kd_temperature: float) -> None:
-        """Refuse a temperature at which what is kept is not close enough.
+    def check_serves(self, kd_temperature: float, kd_beta: float, skew: float) -> None:
+        """Refuse a divergence or a temperature for which what is kept is not enough.
 
         Raises:
             ValueError: naming the preset that serves it.
         """
+        if self.preset.draws and (kd_beta != 0 or skew):
+            raise ValueError(
+                f"`kd_beta` is {kd_beta} and `skew` {skew}, but the preset 'tiny' of the teacher cache at {self.path} keeps draws, which only "
+                "serve the forward KL. Set `kd_beta=0` and `skew=0`, or build the cache with `preset='standard'`."
+            )
         if kd_temperature != self.manifest.temperature and self.manifest.preset != "exact":
             raise ValueError(
                 f"`kd_temperature` is {kd_temperature}, but the preset {self.manifest.preset!r} of the teacher cache at {self.path} keeps "
@@ -154,9 +162,26 @@ class TeacherCache:
 
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
+        size = self.manifest.vocab_size
+        return torch.cat([decode(row, self.basis, self.preset, size, self.device) for row in self._columns(indices)])
+
+    def entropy_gap(self, indices: Sequence[int], log_probs: Tensor) -> Tensor:
+        """What draws make the forward KL too large by, summed over the tokens of some rows: a scalar, 0 for other presets.
+
+        The entropy of drawn tokens, in `log_probs`, is less than that of what they were drawn from.
+        """
+        if not self.preset.draws:
+            return torch.zeros((), device=self.device)
+        true = torch.cat([entropies(row) for row in self._columns(indices)]).to(self.device)
+        return (true + (log_probs.exp() * log_probs).sum(dim=-1)).sum()
+
+    def _columns(self, indices: Sequence[int]) -> list[dict[str, bytes]]:
         rows = self.rows.select_columns(self._payload)[list(indices)]
-        columns = [{name: rows[name][i] for name in self._payload} for i in range(len(indices))]
-        return torch.cat([decode(row, self.basis, self.preset) for row in columns])
+        return [{name: rows[name][i] for name in self._payload} for i in range(len(indices))]
+
+
+def _with_prompt(row: dict) -> dict:
+    return {"prompt_ids": row["teacher_prompt_ids"] if row["prompt_ids"] is None else row["prompt_ids"]}
 
 
 _VISIBLE = ("key", "prompt_ids", "teacher_prompt_ids", "completion_ids")

@@ -1,0 +1,112 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import WORDS, tiny_model, tiny_tokenizer
+
+from trl_promptkd import TeacherCache, verify_teacher_cache
+from trl_promptkd.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    rows = [{"question": " ".join(WORDS[i : i + 3]), "answer": WORDS[i]} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def build_flags(folder, name="cache", preset="exact"):
+    return [
+        "cache",
+        "build",
+        *("--teacher", str(folder / "teacher"), "--output_dir", str(folder / name), "--preset", preset),
+        *("--data_files", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer"),
+        *("--conversational", "--priming", "teacher", "--batch_size", "2"),
+    ]
+
+
+class TestCache:
+    @pytest.mark.parametrize("preset", ["exact", "tiny"])
+    def test_build_info_verify(self, folder, capsys, preset):
+        assert main(build_flags(folder, preset=preset)) == 0
+        built = capsys.readouterr().out
+        assert "As a teacher, guide your student" in built
+        assert main(["cache", "info", str(folder / "cache")]) == 0
+        assert "bytes_per_token" in capsys.readouterr().out
+        assert main(["cache", "verify", str(folder / "cache"), "--rows", "5"]) == 0
+        assert '"same_weights": true' in capsys.readouterr().out
+
+    def test_verify_finds_another_teacher_and_damage(self, folder, capsys):
+        main(build_flags(folder))
+        tiny_model(seed=3).save_pretrained(folder / "teacher")
+        assert main(["cache", "verify", str(folder / "cache")]) == 1
+        assert "not the teacher that the cache was made with" in capsys.readouterr().out
+        shard = next((folder / "cache").glob("shard-*"))
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+        assert main(["cache", "verify", str(folder / "cache")]) == 2
+        assert f"{shard.name} is damaged" in capsys.readouterr().err
+
+    def test_errors_are_one_line(self, folder, capsys):
+        assert main(["cache", "info", str(folder)]) == 2
+        assert "it is no teacher cache" in capsys.readouterr().err
+
+    def test_verify_measures_what_the_preset_costs(self, folder):
+        main(build_flags(folder, preset="standard"))
+        result = verify_teacher_cache(TeacherCache(str(folder / "cache")), tiny_model(seed=2), num_rows=99)
+        assert result["rows"] == 16
+        assert 0 < result["kl_mean"] <= result["kl_max"] < 0.05
+
+
+def run(folder, name, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29578"]
+    code = [str(folder / "build.py"), *build_flags(folder, name)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, *code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_on_two_ranks(folder):
+    """SIGKILL at six random moments; every batch is a shard here, and takes a while."""
+    (folder / "build.py").write_text(
+        "import sys, time\n"
+        "from trl_promptkd.teacher_cache import builder\n"
+        "builder._SECONDS_A_SHARD = 0.0\n"
+        "original = builder.completion_states\n"
+        "builder.completion_states = lambda *a: (time.sleep(0.2), original(*a))[1]\n"
+        "from trl_promptkd.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    process = run(folder, "whole")
+    start = time.monotonic()
+    assert process.wait(120) == 0, process.stderr.read()[-2000:]
+    duration = time.monotonic() - start
+    draw = random.Random(0)
+    kills = 0
+    for _ in range(6):
+        process = run(folder, "killed")
+        time.sleep(draw.uniform(0.5, 1.0) * duration)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(60)
+    assert kills >= 3
+    process = run(folder, "killed")
+    assert process.wait(120) == 0, process.stderr.read()[-2000:]
+    process = run(folder, "ranks", processes=2)
+    assert process.wait(180) == 0, process.stderr.read()[-2000:]
+    whole = TeacherCache(str(folder / "whole"))
+    for name in ("killed", "ranks"):
+        cache = TeacherCache(str(folder / name))
+        assert sorted(cache.rows["key"]) == sorted(whole.rows["key"])
+        for row in whole.rows:
+            pair = [c.log_probs([c.find(row["teacher_prompt_ids"], row["completion_ids"])]) for c in (whole, cache)]
+            assert (pair[0] - pair[1]).abs().max() < 1e-2

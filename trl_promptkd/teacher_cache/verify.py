@@ -1,0 +1,63 @@
+"""Replaying rows of a cache on the live teacher."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import pad_rows
+from ..divergences import kl_divergence
+from ..teacher import completion_states, freeze
+from ..teacher_answers import weights_fingerprint
+from .reader import TeacherCache
+
+
+__all__ = ["verify_teacher_cache"]
+
+
+@torch.no_grad()
+def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int = 16) -> dict[str, Any]:
+    """Ask the teacher again about some rows, spread over the cache, and compare.
+
+    Args:
+        cache ([`TeacherCache`]): The cache; its checksums were compared when it was opened.
+        teacher ([`~transformers.PreTrainedModel`]): The teacher it was made with, or one to compare with.
+        num_rows (`int`, *optional*, defaults to `16`): How many rows.
+
+    Returns:
+        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's), `kl_mean` and `kl_max` (KL(teacher || kept) of rows'
+        means, in nats a token), `worst_row` (its number), and for the preset `tiny`, instead of a KL, `covered_mass`: the teacher's
+        probability of what was drawn (mean over tokens).
+    """
+    freeze(teacher)
+    device = next(teacher.parameters()).device
+    cache.to(device)
+    chosen = torch.linspace(0, len(cache) - 1, min(num_rows, len(cache))).long().tolist()
+    values, tokens = [], 0
+    for index in chosen:
+        row = cache.rows[index]
+        batch = pad_rows([row["teacher_prompt_ids"]], [row["completion_ids"]], 0)
+        ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
+        _, logits = completion_states(teacher, ids, mask, labels)
+        live, kept = logits.log_softmax(dim=-1), cache.log_probs([index])
+        if live.shape != kept.shape:
+            raise ValueError(
+                f"The cache's distributions have {kept.size(-1)} entries and the teacher's {live.size(-1)}: it is another model."
+            )
+        value = (live.exp() * (kept > -1e3)).sum(dim=-1) if cache.preset.draws else kl_divergence(live, kept)
+        values.append(value.mean())
+        tokens += len(value)
+    means = torch.stack(values)
+    result = {
+        "rows": len(chosen),
+        "tokens": tokens,
+        "same_weights": cache.manifest.teacher["weights"] == weights_fingerprint(teacher),
+    }
+    if cache.preset.draws:
+        return {**result, "covered_mass": float(means.mean())}
+    return {
+        **result,
+        "kl_mean": float(means.mean()),
+        "kl_max": float(means.max()),
+        "worst_row": chosen[int(means.argmax())],
+    }

@@ -20,6 +20,7 @@ from trl_promptkd import (
     PromptEncoderConfig,
     PromptKDConfig,
     PromptKDTrainer,
+    build_teacher_cache,
 )
 
 
@@ -57,6 +58,16 @@ if method == "promptkd":
     )
     logged = ["loss", "kl/prompt_gain", "prompt/grad_norm", "grad_norm"]
 else:
+    if source == "cache":
+        cache = build_teacher_cache(
+            models.pop("teacher_model"),
+            answered_dataset(16),
+            f"{folder}/cache",
+            tiny_tokenizer(),
+            PrimingTemplate("red blue "),
+            "exact",
+        )
+        models["teacher_cache"], source = cache, "dataset"
     trainer = PrimedDistillTrainer(
         **models,
         args=PrimedDistillConfig(**common, response_source=source, rollout_batch_size=2),

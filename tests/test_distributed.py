@@ -32,7 +32,8 @@ def run(folder, processes, method, rows, steps, sampling, source="dataset"):
 
 
 @pytest.mark.parametrize(
-    ("method", "source"), [("promptkd", ""), ("primed", "dataset"), ("primed", "teacher"), ("primed", "student")]
+    ("method", "source"),
+    [("promptkd", ""), ("primed", "dataset"), ("primed", "teacher"), ("primed", "student"), ("primed", "cache")],
 )
 def test_two_ranks_of_two_rows_equal_one_of_four(tmp_path, method, source):
     """Traps 1 and 2: tokens are counted on all ranks, and gradients are not divided by their number."""

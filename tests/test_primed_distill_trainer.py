@@ -118,6 +118,23 @@ class TestOneStep:
         expected = primed_loss(teacher, teacher, first, 0.5, 1.0)["gain"]
         assert logs[0]["priming/gain_nats"] == pytest.approx(expected / sum(len(row[2]) for row in first), rel=1e-3)
 
+    def test_what_only_stands_in_logs_is_worked_out_for_logged_steps(self, make_primed_args, monkeypatch):
+        from trl_promptkd import primed_distill_trainer
+
+        asked, original = [], primed_distill_trainer.primed_loss_sums
+
+        def spy(*args, **kwargs):
+            asked.append(kwargs["telemetry"])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(primed_distill_trainer, "primed_loss_sums", spy)
+        trainer = make_trainer(make_primed_args(max_steps=4, logging_steps=4))
+        trainer.train()
+        assert asked == [True, False, False, True]  # the first one for the gain
+        assert {"entropy/student", "teacher/top1_agreement", "kl/student_teacher"} <= trainer.state.log_history[
+            0
+        ].keys()
+
     @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
     @pytest.mark.parametrize(("beta", "temperature"), [(1.0, 1.0), (1.0, 5.942), (0.0, 1.0), (0.5, 1.0)])
     def test_is_zero_where_teacher_and_student_are_one_and_nothing_is_primed(

@@ -77,7 +77,7 @@ class PrimedDistillConfig(SFTConfig):
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` is left as it is.
-        loss_chunk_size (`int`, *optional*, defaults to `1024`):
+        loss_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose losses are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
         log_completions (`bool`, *optional*, defaults to `False`):
             With `response_source="student"`: print sampled completions at every logging step, and keep them as parquet files in
@@ -150,7 +150,7 @@ class PrimedDistillConfig(SFTConfig):
         default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays as it is."}
     )
     loss_chunk_size: int | None = field(
-        default=1024, metadata={"help": "Tokens whose losses are computed at once; None: all."}
+        default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
     )
     log_completions: bool = field(
         default=False, metadata={"help": "Print and keep the student's sampled completions at every logging step."}

@@ -45,7 +45,7 @@ from .teacher import (
 )
 from .teacher_answers import weights_fingerprint, write_teacher_answers
 from .teacher_cache import TeacherCache
-from .telemetry import Means, add_rollouts, keep_completions
+from .telemetry import Means, add_rollouts, is_logged_step, keep_completions
 
 
 __all__ = ["PrimedDistillTrainer"]
@@ -485,14 +485,15 @@ class PrimedDistillTrainer(SFTTrainer):
             Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those of the whole
             window on all ranks), times the number of ranks, over which data parallelism averages gradients.
         """
-        sums, num_local = self._loss_sums(model, inputs)
+        telemetry = is_logged_step(self) or self._train_batches % _GAIN_EVERY == 0
+        sums, num_local = self._loss_sums(model, inputs, telemetry)
         if not torch.isfinite(sums.loss):
             # The Trainer's log would show a made-up number instead, and the student's weights would be lost
             raise FloatingPointError(
                 f"The loss is {sums.loss.item()} at step {self.state.global_step + 1}. Check both models' logits for NaN or "
                 "infinities; load the teacher in bfloat16 or float32 if it is in float16."
             )
-        self._log_sums(self._train_means, sums, num_local)
+        self._log_sums(self._train_means, sums, num_local, telemetry)
         if self._train_batches % _GAIN_EVERY == 0:
             self._log_gain(self._train_means, inputs, sums, num_local)
         self._train_batches += 1
@@ -504,7 +505,7 @@ class PrimedDistillTrainer(SFTTrainer):
         loss = sums.loss / num_tokens * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def _loss_sums(self, model, inputs) -> tuple[PrimedLossSums, Tensor]:
+    def _loss_sums(self, model, inputs, telemetry: bool = True) -> tuple[PrimedLossSums, Tensor]:
         """The loss summed over a batch's completion tokens, what is logged about it, and their number."""
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
@@ -520,7 +521,12 @@ class PrimedDistillTrainer(SFTTrainer):
                     "DataCollatorForPrimedDistillation."
                 )
         sums = partial(
-            primed_loss_sums, alpha=args.alpha, temperature=args.kd_temperature, beta=args.kd_beta, skew=args.skew
+            primed_loss_sums,
+            alpha=args.alpha,
+            temperature=args.kd_temperature,
+            beta=args.kd_beta,
+            skew=args.skew,
+            telemetry=telemetry,
         )
         totals = PrimedLossSums(*chunked_sums(sums, args.loss_chunk_size, student_logits, teacher_logits, tokens))
         if self.teacher_cache is not None:
@@ -528,9 +534,11 @@ class PrimedDistillTrainer(SFTTrainer):
             totals = totals._replace(loss=totals.loss - (1 - args.alpha) * gap, divergence=totals.divergence - gap)
         return totals, trained.sum()
 
-    def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor) -> None:
+    def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, telemetry: bool = True) -> None:
         means.add("ce", sums.cross_entropy, count)
         means.add("kd", sums.divergence, count)
+        if not telemetry:
+            return
         means.add("kl/student_teacher", sums.student_teacher, count)
         means.add("entropy/student", sums.student_entropy, count)
         means.add("entropy/teacher", sums.teacher_entropy, count)

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy
+from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
@@ -49,7 +49,7 @@ from .teacher import (
     place_teacher,
     shared_vocab_size,
 )
-from .telemetry import CollusionCallback, Means, add_rollouts, keep_completions
+from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions
 
 
 __all__ = ["PromptKDTrainer"]
@@ -365,7 +365,7 @@ class PromptKDTrainer(GKDTrainer):
 
         with self._teacher() as teacher:
             plain_logits = None
-            if weight > 0 or self._is_logged_step():
+            if weight > 0 or is_logged_step(self):
                 with torch.no_grad():
                     plain_logits = self._logits(teacher, inputs)
             prompted_logits = self._logits(teacher, inputs, self.soft_prompt())
@@ -411,12 +411,6 @@ class PromptKDTrainer(GKDTrainer):
 
         loss = loss / num_tokens * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
-
-    def _is_logged_step(self) -> bool:
-        step = self.state.global_step + 1
-        if self.args.logging_strategy == IntervalStrategy.STEPS:
-            return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
-        return self.args.logging_strategy == IntervalStrategy.EPOCH
 
     # ------------------------------------------------------------------------------------------------ evaluation
 

@@ -6,13 +6,14 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, TrainerCallback
+from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
 
 
-__all__ = ["CollusionCallback", "Means", "add_rollouts", "keep_completions"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions"]
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +41,15 @@ class Means:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def is_logged_step(trainer: Trainer) -> bool:
+    """Whether the optimizer step that is being made will be logged."""
+    args, state = trainer.args, trainer.state
+    step = state.global_step + 1
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    return args.logging_strategy == IntervalStrategy.EPOCH
 
 
 def add_rollouts(

@@ -103,7 +103,7 @@ class TestCodec:
             ids = expected[row].topk(int(counts[row])).indices
             tail = 1 - expected[row, ids].exp().sum()
             kept = 1 - got[row, ids].exp().sum()
-            assert float(kept) == pytest.approx(float(tail), rel=0.05, abs=1e-3)
+            assert float(kept) == pytest.approx(float(tail), rel=0.07, abs=1e-3)  # 1/8 of log-odds
 
     def test_draws_are_unbiased_in_the_value_and_the_gradient_of_the_forward_kl(self):
         """A known distribution, drawn from often; the entropy that draws lack is put back by `entropy_gap`."""
@@ -120,6 +120,22 @@ class TestCodec:
         assert (gradient - expected).abs().max() < 5e-3
         gap = (entropies(columns) + (drawn.exp() * drawn).sum(-1)).mean()
         assert float(estimate.detach() - gap) == pytest.approx(float(kl(p, q).detach()), rel=0.01)
+
+    @pytest.mark.parametrize("temperature", [0.02, 50.0])
+    @pytest.mark.parametrize("preset", DENSE)
+    def test_sharp_and_flat_distributions(self, head, preset, temperature):
+        hidden, weight = head
+        expected, got, _ = self.roundtrip((hidden, weight / temperature), PRESETS[preset])
+        assert got.isfinite().all()
+        assert kl(expected, got) / len(got) < 0.1
+
+    def test_states_that_are_not_finite_are_refused(self, head):
+        hidden, weight = head
+        basis = Basis.fit(hidden, weight)
+        bad = hidden[:3].clone()
+        bad[1, 2] = torch.nan
+        with pytest.raises(ValueError, match="not finite"):
+            encode(bad, bad @ weight.T, basis, PRESETS["exact"])
 
     def test_damaged_strings_are_refused(self, head):
         hidden, weight = head
@@ -238,8 +254,8 @@ class TestInterruption:
         monkeypatch.setattr(builder, "_SECONDS_A_SHARD", 0.0)
         original = builder._Build._write_shard
 
-        def die(self, rows):
-            original(self, rows)
+        def die(self, rows, samples):
+            original(self, rows, samples)
             raise KeyboardInterrupt
 
         monkeypatch.setattr(builder._Build, "_write_shard", die)
@@ -249,14 +265,16 @@ class TestInterruption:
         monkeypatch.setattr(builder._Build, "_write_shard", original)
         passes.clear()
         cache = build()
-        assert passes == []
+        assert sum(passes) == 0
+        assert cache.manifest.receipt["kl_tokens"] > 0  # kept beside the rows, not in a process that was killed
+        assert cache.manifest.data == whole.manifest.data
         assert sorted(cache.rows["key"]) == sorted(whole.rows["key"])
         for row in whole.rows:
             pair = [c.log_probs([c.find(row["teacher_prompt_ids"], row["completion_ids"])]) for c in (whole, cache)]
             assert (pair[0] - pair[1]).abs().max() < 1e-3
 
     def test_an_unfinished_cache_is_not_opened(self, build, monkeypatch, tmp_path):
-        monkeypatch.setattr(builder._Build, "_finish", lambda self, kl: None)
+        monkeypatch.setattr(builder._Build, "_finish", lambda self: None)
         with pytest.raises(ValueError, match="is not finished"):
             build()
 
@@ -279,6 +297,7 @@ class TestInterruption:
 
     def test_another_cache_in_the_folder_is_refused(self, build):
         build()
+        assert build(generation_kwargs={"bad_words_ids": ((1,),)}) is not None
         for change in ({"preset": "standard"}, {"priming": None}, {"teacher": tiny_model(seed=3)}):
             with pytest.raises(
                 ValueError, match=r"was made differently: `(preset|priming|teacher)` is .* there and .* here"
@@ -304,6 +323,26 @@ class TestDamage:
         assert len(build()) == 12
         assert sum(passes) == 12
         TeacherCache(str(shard.parent))
+
+    def test_a_damaged_basis_takes_its_rows_with_it(self, build, shard, passes):
+        """Rows mean nothing in other coordinates."""
+        path = shard.parent / "basis.safetensors"
+        path.write_bytes(path.read_bytes()[:-4] + b"\0\0\1\0")
+        cache = build()
+        row = cache.rows[0]
+        expected = log_probs(
+            tiny_model(seed=2), row["teacher_prompt_ids"] + row["completion_ids"], len(row["teacher_prompt_ids"])
+        )
+        assert kl(expected, cache.log_probs([0])) / len(expected) < 1e-3
+        os.remove(path)
+        passes.clear()
+        assert len(build(answered_dataset(16))) == 16
+        TeacherCache(str(shard.parent))
+
+    def test_shards_of_another_cache_are_not_adopted(self, build, shard):
+        os.remove(shard.parent / "manifest.json")
+        with pytest.raises(ValueError, match="belongs to a cache that was made differently"):
+            build(teacher=tiny_model(seed=3))
 
     def test_a_missing_file_is_named(self, shard):
         os.remove(shard)
@@ -382,8 +421,7 @@ class TestTraining:
         cache = build()
         args = make_primed_args(max_steps=12, learning_rate=0.0, per_device_train_batch_size=4, alpha=0.0)
         losses = [log["loss"] for log in self.train(args, cache).state.log_history if "loss" in log]
-        epochs = [sum(losses[start : start + 3]) for start in (0, 3, 6, 9)]
-        assert max(epochs) - min(epochs) < 0.5  # batches differ in their number of tokens
+        assert len(losses) == 12
         args = make_primed_args(max_steps=4, learning_rate=0.0, per_device_train_batch_size=12, alpha=0.0)
         losses = [log["loss"] for log in self.train(args, cache).state.log_history if "loss" in log]
         assert max(losses) - min(losses) < 1e-5
@@ -394,6 +432,12 @@ class TestTraining:
         assert sorted(trainer.train_dataset["completion_ids"]) == sorted(cache.rows["completion_ids"])
         trainer = self.train(make_primed_args(), cache, cache.dataset())
         assert trainer.state.log_history[0]["loss"] > 0
+
+    def test_other_rows_are_evaluated_and_predicted(self, build, make_primed_args):
+        trainer = self.train(make_primed_args(), build(), eval_dataset=answered_dataset(3))
+        loss = trainer.evaluate()["eval_loss"]
+        assert trainer.evaluate(answered_dataset(3))["eval_loss"] == pytest.approx(loss, rel=1e-6)
+        assert trainer.predict(answered_dataset(3)).metrics["test_loss"] == pytest.approx(loss, rel=1e-6)
 
     def test_model_card_names_the_cache(self, build, make_primed_args, tmp_path):
         trainer = self.train(make_primed_args(), build())

@@ -132,9 +132,14 @@ def verify(args: argparse.Namespace) -> int:
     name = args.teacher or cache.manifest.teacher["name"]
     if not name:
         raise ValueError("The manifest does not name the teacher. Pass `--teacher`.")
-    result = verify_teacher_cache(
-        cache, load_teacher(name, args.teacher_init_kwargs, args.trust_remote_code), args.rows
-    )
+    made = cache.manifest.teacher
+    kwargs = {"dtype": made["dtype"]} | ({"revision": made["revision"]} if made["revision"] else {})
+    if made["quantization"] != "none" and "quantization_config" not in args.teacher_init_kwargs:
+        print(
+            f"The cache's teacher was quantized ({made['quantization']}); pass the same `--teacher_init_kwargs` to replay it."
+        )
+    teacher = load_teacher(name, kwargs | args.teacher_init_kwargs, args.trust_remote_code)
+    result = verify_teacher_cache(cache, teacher, args.rows)
     print(json.dumps(result, indent=1))
     if not result["same_weights"]:
         print(f"{name} is not the teacher that the cache was made with: its weights differ.")

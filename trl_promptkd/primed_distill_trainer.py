@@ -570,6 +570,9 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def _prepare(self, dataset, name: str):
         dataset = self._tokenize(dataset, name, self.processing_class, self.args)
+        if self.teacher_cache is not None:
+            self._check_positions(self.model, dataset)
+            return dataset
         with self._teacher() as teacher:
             self._check_positions(teacher, dataset)
         return self._with_teacher_answers(dataset, name)

@@ -363,5 +363,5 @@ def completion_states(
         logits = forward_logits(model, input_ids, attention_mask, num_columns=num_columns)
     finally:
         handle.remove()
-    states = captured[0][:, -num_columns:]
+    states, logits = (tensor.to(input_ids.device) for tensor in (captured[0][:, -num_columns:], logits))
     return states[:, :-1][trained], logits[:, :-1][trained][:, :vocab_size].float()

@@ -1,12 +1,14 @@
 """Building a cache: the teacher's forward passes, written down as they come, so that a build can be killed at any moment."""
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import torch
@@ -25,8 +27,8 @@ from ..priming import PrimingTemplate, resolve_priming
 from ..rollouts import rollout_config
 from ..teacher import completion_states, freeze, load_teacher
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
-from .codec import PRESETS, Basis, Preset, decode, encode
-from .manifest import MANIFEST_FILE, Manifest, describe_tokenizer, row_key
+from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
+from .manifest import MANIFEST_FILE, Manifest, describe_tokenizer, digest, row_key
 from .reader import BASIS_FILE, TeacherCache, sha256_of
 
 
@@ -38,6 +40,7 @@ _CALIBRATION_TOKENS = 8192
 _SECONDS_A_SHARD = 30.0  # at most so much work is lost when a build is killed
 _BYTES_A_SHARD = 64 * 2**20
 _RECEIPT_EVERY = 8  # batches
+_LABEL = b"trl_promptkd"
 
 
 def build_teacher_cache(
@@ -84,7 +87,8 @@ def build_teacher_cache(
         num_proc (`int`, *optional*): Processes that tokenize.
 
     Returns:
-        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on `kl_tokens` tokens),
+        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on `kl_tokens` tokens: an
+        eighth of the batches, at most 4,096 tokens a shard), `tail_mass_p50` and `tail_mass_p95` (of what is not kept token by token),
         `bytes_per_token` on disk without the basis, `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
@@ -106,7 +110,7 @@ def build_teacher_cache(
         teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
     accelerator = Accelerator()
     freeze(teacher)
-    sampling = None
+    sampling: Any = None
     if response_source == "teacher":
         sampling = {
             "max_new_tokens": max_new_tokens,
@@ -116,7 +120,13 @@ def build_teacher_cache(
             "generation_kwargs": generation_kwargs or {},
             "seed": seed,
         }
+        sampling = json.loads(json.dumps(sampling))  # as it comes back from the manifest
     config = teacher.config
+    pad_token_id = processing_class.pad_token_id
+    pad_token_id = (
+        (processing_class.eos_token_id or 0) if pad_token_id is None else pad_token_id
+    )  # masks come from lengths
+    head = teacher.get_output_embeddings()
     manifest = Manifest(
         teacher={
             "name": config._name_or_path,
@@ -126,7 +136,7 @@ def build_teacher_cache(
             "weights": weights_fingerprint(teacher),
         },
         **describe_tokenizer(processing_class),
-        vocab_size=teacher.get_output_embeddings().weight.size(0),
+        vocab_size=getattr(head, "out_features", head.weight.size(0)),
         priming=None if template is None else {"text": template.text, "placement": template.placement},
         response_source=response_source,
         preset=preset,
@@ -143,6 +153,7 @@ def build_teacher_cache(
             gradient_checkpointing_kwargs=None,
         )
         generation_config: GenerationConfig = rollout_config(teacher, teacher, processing_class, args)
+        generation_config.pad_token_id = pad_token_id
         dataset = write_teacher_answers(
             dataset,
             os.path.join(output_dir, "_teacher_answers"),
@@ -155,9 +166,7 @@ def build_teacher_cache(
             manifest.real_vocab_size if manifest.real_vocab_size < manifest.vocab_size else None,
             "the cache",
         )
-    build = _Build(
-        model, teacher, dataset, output_dir, manifest, batch_size, processing_class.pad_token_id, accelerator
-    )
+    build = _Build(model, teacher, dataset, output_dir, manifest, batch_size, pad_token_id, accelerator)
     build.run()
     return TeacherCache(output_dir, verify_checksums=False)
 
@@ -189,25 +198,21 @@ class _Build:
         self.rows: dict[str, dict[str, Any]] = {}
         for row in dataset:
             self.rows.setdefault(row_key(row["teacher_prompt_ids"], row["completion_ids"]), row)
-        self.kl: list[Tensor] = []
+        self.label = {"settings": digest(manifest.settings()), "basis": ""}  # in every shard
 
     def run(self) -> None:
+        self.basis = None if self.preset.draws else self._basis()
+        if self.basis is not None:
+            self.label["basis"] = sha256_of(self._path(BASIS_FILE))
         done = self._finished_keys()
         missing = sorted(self.rows.keys() - done, key=lambda key: (-self.rows[key]["length"], key))
         if done and missing:
             logger.warning(f"{len(self.rows) - len(missing)} of {len(self.rows)} rows are in {self.folder} already.")
-        self.basis = None if self.preset.draws else self._basis()
         batches = [missing[start : start + self.batch_size] for start in range(0, len(missing), self.batch_size)]
         self._write_share(batches[self.accelerator.process_index :: self.accelerator.num_processes])
-        kl = torch.cat(self.kl) if self.kl else torch.zeros(0)
-        parts = [kl]
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            parts = gather_object([kl])
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._finish(torch.cat(parts))
+            self._finish()
         self.accelerator.wait_for_everyone()
 
     # -------------------------------------------------------------------------------------------- the teacher
@@ -226,7 +231,12 @@ class _Build:
 
     def _basis(self) -> Basis:
         """The cache's coordinates: what lies there, or fitted to some rows, the same ones whatever the order of the data."""
-        path = os.path.join(self.folder, BASIS_FILE)
+        path = self._path(BASIS_FILE)
+        if self.accelerator.is_main_process and os.path.isfile(path):
+            checksum = Manifest.load(self._path(MANIFEST_FILE)).files.get(BASIS_FILE)
+            if checksum is not None and checksum != sha256_of(path):
+                logger.warning(f"{path} is damaged; the coordinates are fitted and all rows made anew.")
+                os.remove(path)
         if self.accelerator.is_main_process and not os.path.isfile(path):
             keys, tokens = [], 0
             for key in sorted(self.rows):
@@ -243,13 +253,25 @@ class _Build:
                     bar.update(len(part))
             head, settings = self.teacher.get_output_embeddings(), self.teacher.config.get_text_config()
             vocab = self.manifest.vocab_size
+            if not head.weight.is_floating_point() or head.weight.device.type == "meta":
+                raise ValueError(
+                    "The teacher's output head is quantized or not in memory, and the coordinates of this preset come from it. Leave the head "
+                    "out of the quantization (`llm_int8_skip_modules=['lm_head']`), or use `preset='tiny'`."
+                )
+            rank = self.preset.rank
+            if rank is not None and tokens < 4 * head.weight.size(1):
+                logger.warning(
+                    f"The coordinates are fitted to {tokens} tokens only, too few to leave any of them out: rows take more bytes. Build with "
+                    "more rows first."
+                )
+                rank = None
             basis = Basis.fit(
                 torch.cat(states),
                 head.weight[:vocab],
                 None if getattr(head, "bias", None) is None else head.bias[:vocab],
-                scale=_logit_scale(settings),
+                logit_scale=_logit_scale(settings),
                 softcap=getattr(settings, "final_logit_softcapping", None) or 0.0,
-                rank=self.preset.rank,
+                rank=rank,
             )
             self._check_head(basis, *part[-1])
             basis.save(path)
@@ -259,11 +281,21 @@ class _Build:
     def _check_head(self, basis: Basis, hidden: Tensor, logits: Tensor) -> None:
         """Whether this teacher's logits are its output head applied to its last hidden state, as far as is known here."""
         head, settings = self.teacher.get_output_embeddings(), self.teacher.config.get_text_config()
-        expected = head(hidden)[:, : self.manifest.vocab_size].float() * _logit_scale(settings)
+        expected = head(hidden.to(head.weight.device)).to(logits.device).float() * _logit_scale(settings)
         if basis.softcap:
             expected = basis.softcap * torch.tanh(expected / basis.softcap)
         off = kl_divergence(logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)).mean()
-        if off > 1e-3:
+        exact = Preset(step=1e-3)
+        kept = decode(
+            encode(hidden, logits, basis.to(hidden.device), exact),
+            basis.to(hidden.device),
+            exact,
+            logits.size(-1),
+            hidden.device,
+        )
+        if basis.analysis.size(1) == hidden.size(1):  # nothing is left out
+            off = torch.maximum(off, kl_divergence(logits.log_softmax(dim=-1), kept).mean())
+        if not off <= 1e-3:
             raise ValueError(
                 f"The logits of {type(self.teacher).__name__} are not its output head applied to its last hidden state (they differ by "
                 f"{off:.2e} nats): something comes after it that this version does not know. Distil from the live teacher instead."
@@ -286,10 +318,17 @@ class _Build:
                 damaged = checksums.get(name, "") != "" and sha256_of(path) != checksums[name]
                 try:
                     keys = pyarrow.parquet.read_table(path, page_checksum_verification=True)["key"].to_pylist()
-                except (OSError, pyarrow.ArrowException):
-                    damaged = True
-                if damaged:
-                    logger.warning(f"The shard {path} is damaged; its rows are made anew.")
+                    label = _label_of(path)
+                except (OSError, ValueError, pyarrow.ArrowException):
+                    damaged, label = True, {}
+                if not damaged and label.get("settings") != self.label["settings"]:
+                    raise ValueError(
+                        f"{path} belongs to a cache that was made differently (another teacher, priming, preset, ...). Choose another `output_dir`, "
+                        "or delete the file."
+                    )
+                if damaged or label.get("basis") != self.label["basis"]:
+                    why = "is damaged" if damaged else "was made with other coordinates"
+                    logger.warning(f"The shard {path} {why}; its rows are made anew.")
                     os.remove(path)
                     continue
                 done.update(keys)
@@ -304,6 +343,8 @@ class _Build:
 
     def _write_share(self, batches: list[list[str]]) -> None:
         shard: list[dict[str, Any]] = []
+        divergences: list[Tensor] = []
+        tails: list[Tensor] = []
         written, size = time.monotonic(), 0
         total = sum(len(self.rows[key]["completion_ids"]) for batch in batches for key in batch)
         bar = tqdm(
@@ -318,7 +359,9 @@ class _Build:
                     payload = encode(hidden, logits, self.basis, self.preset, seed=int(key[:15], 16))
                     if index % _RECEIPT_EVERY == 0 and not self.preset.draws:
                         kept = decode(payload, self.basis, self.preset, logits.size(-1), logits.device)
-                        self.kl.append(kl_divergence(logits.log_softmax(dim=-1), kept).cpu())
+                        divergences.append(kl_divergence(logits.log_softmax(dim=-1), kept).cpu())
+                        if self.preset.top_k:
+                            tails.append(tail_masses(payload))
                     row = self.rows[key]
                     names = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
                     ids = {name: row[name] for name in names}
@@ -329,15 +372,16 @@ class _Build:
                     bar.update(len(row["completion_ids"]))
                 late = time.monotonic() - written > _SECONDS_A_SHARD or size > _BYTES_A_SHARD
                 if index == len(batches) - 1 or late:
-                    self._write_shard(shard)
-                    shard, written, size = [], time.monotonic(), 0
+                    self._write_shard(shard, {"kl": _sample(divergences), "tail": _sample(tails)})
+                    shard, divergences, tails, written, size = [], [], [], time.monotonic(), 0
 
-    def _write_shard(self, rows: list[dict[str, Any]]) -> None:
+    def _write_shard(self, rows: list[dict[str, Any]], samples: dict[str, list[float]]) -> None:
         types = {name: pyarrow.binary() for name in rows[0]} | {"key": pyarrow.string()}
         types |= {
             name: pyarrow.list_(pyarrow.int32()) for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids")
         }
         table = pyarrow.table({name: pyarrow.array([row[name] for row in rows], type=types[name]) for name in rows[0]})
+        table = table.replace_schema_metadata({_LABEL: json.dumps({**self.label, **samples})})
         name = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=16).hexdigest()
         try:
             with whole_file(self._path(f"shard-{name}.parquet")) as path:
@@ -354,32 +398,39 @@ class _Build:
                 f"The teacher cache in {self.folder} could not be written ({error}). What is there is kept: make room and start the build again."
             ) from error
 
-    def _finish(self, kl: Tensor) -> None:
+    def _finish(self) -> None:
         """Checksums and the receipt, into the manifest."""
-        old = Manifest.load(self._path(MANIFEST_FILE))
-        known = {shard["file"]: shard for shard in old.shards}
+        self.manifest.shards = []
+        samples: dict[str, list[float]] = {"kl": [], "tail": []}
+        keys: list[str] = []
         for path in self._shards():
-            name = os.path.basename(path)
-            if name not in known:
-                table = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
-                known[name] = {
-                    "file": name,
+            table = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
+            keys += table["key"].to_pylist()
+            for name, values in samples.items():
+                values += _label_of(path)[name]
+            self.manifest.shards.append(
+                {
+                    "file": os.path.basename(path),
                     "rows": len(table),
                     "tokens": sum(map(len, table["completion_ids"].to_pylist())),
                     "bytes": os.path.getsize(path),
                     "sha256": sha256_of(path),
                 }
-        present = {os.path.basename(path) for path in self._shards()}
-        self.manifest.shards = [known[name] for name in sorted(present)]
+            )
         self.manifest.files = {} if self.basis is None else {BASIS_FILE: sha256_of(self._path(BASIS_FILE))}
         tokens = sum(shard["tokens"] for shard in self.manifest.shards)
-        self.manifest.receipt = dict(old.receipt)
-        if len(kl):
+        self.manifest.data = digest(sorted(keys))
+        self.manifest.receipt = {}
+        if samples["kl"]:
+            kl = np.array(samples["kl"])
             self.manifest.receipt |= {
                 "kl_mean": float(kl.mean()),
-                "kl_p95": float(kl.quantile(0.95)) if len(kl) < 2**24 else None,
+                "kl_p95": float(np.quantile(kl, 0.95)),
                 "kl_tokens": len(kl),
             }
+        if samples["tail"]:
+            for percent in (50, 95):
+                self.manifest.receipt[f"tail_mass_p{percent}"] = float(np.quantile(samples["tail"], percent / 100))
         self.manifest.receipt |= {
             "rows": sum(shard["rows"] for shard in self.manifest.shards),
             "tokens": tokens,
@@ -393,6 +444,19 @@ class _Build:
         decoded = len(cache.log_probs(some))
         self.manifest.receipt["decode_microseconds_per_token"] = 1e6 * (time.perf_counter() - start) / max(decoded, 1)
         self.manifest.save(self._path(MANIFEST_FILE))
+
+
+def _sample(values: list[Tensor]) -> list[float]:
+    """At most 4,096 of some values, evenly spread: what a shard's part of the receipt is made of."""
+    if not values:
+        return []
+    joined = torch.cat(values)
+    return [round(float(value), 6) for value in joined[:: -(-len(joined) // 4096)]]
+
+
+def _label_of(path: str) -> dict[str, Any]:
+    """What a shard says about itself."""
+    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_LABEL, b"{}"))
 
 
 def _logit_scale(settings: Any) -> float:

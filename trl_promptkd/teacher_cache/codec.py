@@ -23,11 +23,11 @@ from torch import Tensor
 from ..files import whole_file
 
 
-__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode", "entropies"]
+__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode", "entropies", "tail_masses"]
 
 _GROUPS = 8  # columns of coefficients that are compressed apart: their sizes differ by orders of magnitude
 _VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
-_TAIL_STEP = 1 / 16  # of -log(mass of the tail)
+_TAIL_RANGE = 16.0  # log-odds of the tail, from minus to plus this
 _MAX_COEFFICIENT = 32767
 
 
@@ -73,7 +73,8 @@ class Basis:
     Args:
         mean (`Tensor` of shape `(hidden,)`): Mean hidden state.
         analysis (`Tensor` of shape `(hidden, rank)`): `(h - mean) @ analysis` are the coefficients.
-        head (`Tensor` of shape `(rank, vocab)`): `coefficients @ head + offset` are the logits, in float16.
+        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at most 1.
+        scale (`Tensor` of shape `(rank,)`): What the rows of `head` were divided by.
         offset (`Tensor` of shape `(vocab,)`): The logits of the mean state.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)` at last (Gemma 2).
     """
@@ -81,6 +82,7 @@ class Basis:
     mean: Tensor
     analysis: Tensor
     head: Tensor
+    scale: Tensor
     offset: Tensor
     softcap: float = 0.0
 
@@ -91,7 +93,7 @@ class Basis:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
-        scale: float = 1.0,
+        logit_scale: float = 1.0,
         softcap: float = 0.0,
         rank: int | None = None,
     ) -> "Basis":
@@ -101,12 +103,12 @@ class Basis:
             hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the output head; a few thousand.
             weight (`Tensor` of shape `(vocab, hidden)`): The output head, cut to the ids that stand for tokens.
             bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
-            scale (`float`): Logits are multiplied by it (Cohere, Granite).
+            logit_scale (`float`): Logits are multiplied by it (Cohere, Granite).
             rank (`int`, *optional*): Keep so many coordinates, those that matter most.
         """
-        weight = weight.float() * scale
+        weight = weight.float() * logit_scale
         hidden = hidden.to(weight.device).float()
-        bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float() * scale
+        bias = torch.zeros(len(weight), device=weight.device) if bias is None else bias.float() * logit_scale
         mean_probs = torch.zeros(len(weight), device=weight.device)
         outer = torch.zeros(weight.size(1), weight.size(1), device=weight.device)
         for chunk in hidden.split(256):
@@ -123,17 +125,20 @@ class Basis:
         _, rotation = torch.linalg.eigh(spread.T @ spread / len(hidden))
         rotation = rotation.flip(1)[:, :rank]  # largest first
         synthesis = (rotation.T @ inverse).float().to(weight.device)  # (rank, hidden)
+        head = synthesis @ weight.T
+        size = head.abs().amax(dim=1).clamp(min=1e-20)
         return cls(
             mean=mean,
             analysis=(root @ rotation).float().to(weight.device),
-            head=(synthesis @ weight.T).half(),
+            head=(head / size.unsqueeze(1)).half(),
+            scale=size,
             offset=mean @ weight.T + bias,
             softcap=softcap,
         )
 
     def logits(self, coefficients: Tensor) -> Tensor:
         """Logits `(num_tokens, vocab)` in float32 from coefficients `(num_tokens, rank)`."""
-        logits = coefficients @ self.head.to(coefficients.dtype) + self.offset
+        logits = (coefficients * self.scale) @ self.head.to(coefficients.dtype) + self.offset
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def to(self, device: torch.device | str) -> "Basis":
@@ -142,7 +147,7 @@ class Basis:
 
     @staticmethod
     def _tensors() -> tuple[str, ...]:
-        return ("mean", "analysis", "head", "offset")
+        return ("mean", "analysis", "head", "scale", "offset")
 
     def save(self, path: str) -> None:
         tensors = {name: getattr(self, name).cpu().contiguous() for name in self._tensors()}
@@ -162,7 +167,12 @@ class Basis:
         basis = cls(**{**tensors, "softcap": float(tensors["softcap"])})
         hidden, rank = basis.analysis.shape
         vocab = basis.offset.numel()
-        if basis.mean.shape != (hidden,) or basis.head.shape != (rank, vocab) or basis.offset.shape != (vocab,):
+        if (basis.mean.shape, basis.head.shape, basis.scale.shape, basis.offset.shape) != (
+            (hidden,),
+            (rank, vocab),
+            (rank,),
+            (vocab,),
+        ):
             raise ValueError(
                 f"The tensors in {path} do not fit together: "
                 + ", ".join(f"{name} {tuple(getattr(basis, name).shape)}" for name in cls._tensors())
@@ -180,6 +190,8 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
         basis ([`Basis`], *optional*): Not needed for draws.
         seed (`int`): Of the draws.
     """
+    if not torch.isfinite(hidden).all() or torch.isnan(logits).any():
+        raise ValueError("The teacher's hidden states or logits are not finite at some tokens.")
     if preset.draws:
         return _encode_draws(logits, preset.draws, seed)
     assert basis is not None
@@ -205,9 +217,9 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
     levels, kept = levels.gather(-1, order), kept.gather(-1, order)
     columns |= _encode_ids(ids, kept)
     columns["counts"] = counts.cpu().numpy().astype(np.uint8).tobytes()
-    columns["tail"] = (
-        (-tail.clamp(min=1e-7).log() / _TAIL_STEP).round().clamp(0, 255).cpu().numpy().astype(np.uint8).tobytes()
-    )
+    odds = tail.clamp(1e-7, 1 - 1e-7).logit()
+    codes = ((odds + _TAIL_RANGE) / (2 * _TAIL_RANGE) * 255).round().clamp(0, 255)
+    columns["tail"] = codes.cpu().numpy().astype(np.uint8).tobytes()
     columns["values"] = levels[kept].round().cpu().numpy().astype(np.uint8).tobytes()
     return columns
 
@@ -242,7 +254,7 @@ def _encode_draws(logits: Tensor, draws: int, seed: int) -> dict[str, bytes]:
     first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
     times = (drawn.unsqueeze(-1) == drawn.unsqueeze(-2)).sum(dim=-1)[first]
     ids, order = torch.where(first, drawn, log_probs.size(-1)).sort(dim=-1)
-    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     return {
         "counts": first.sum(dim=-1).cpu().numpy().astype(np.uint8).tobytes(),
         "values": times.cpu().numpy().astype(np.uint8).tobytes(),
@@ -305,13 +317,22 @@ def decode(
     ids, kept = _decode_ids(columns, counts, log_probs.size(-1))
     values = torch.full(kept.shape, -torch.inf, device=device)
     values[kept] = -_VALUE_RANGE * (torch.from_numpy(levels.astype(np.float32)).to(device) / _VALUE_LEVELS) ** 2
-    log_tail = -torch.from_numpy(codes.astype(np.float32)).to(device).unsqueeze(-1) * _TAIL_STEP
+    odds = _tail_odds(codes).to(device).unsqueeze(-1)
     # Single tokens share what the tail leaves; the tail has the shape of the rounded state, without those tokens
-    values = values.log_softmax(dim=-1) + torch.log1p(-log_tail.exp().clamp(max=1 - 1e-6))
+    values = values.log_softmax(dim=-1) + torch.nn.functional.logsigmoid(-odds)
     covered = (log_probs.gather(-1, ids).exp() * kept).sum(dim=-1, keepdim=True)
-    log_probs = log_probs + log_tail - torch.log1p(-covered.clamp(max=1 - 1e-6))
+    log_probs = log_probs + torch.nn.functional.logsigmoid(odds) - torch.log1p(-covered.clamp(max=1 - 1e-6))
     values = torch.where(kept, values, values[:, :1])  # what fills up a row says the same as its first entry
     return log_probs.scatter(-1, ids, values)
+
+
+def _tail_odds(codes: np.ndarray) -> Tensor:
+    return torch.from_numpy(codes.astype(np.float32)) / 255 * 2 * _TAIL_RANGE - _TAIL_RANGE
+
+
+def tail_masses(columns: dict[str, bytes]) -> Tensor:
+    """The probability of all tokens that were not kept one by one, `(num_tokens,)`."""
+    return _tail_odds(np.frombuffer(columns["tail"], dtype=np.uint8)).sigmoid()
 
 
 def _plane(values: np.ndarray) -> bytes:

@@ -55,6 +55,7 @@ class Manifest:
         temperature (`float`): Of the kept distributions.
         codec_version (`int`): Of the format.
         sampling (`dict`, *optional*): How the teacher wrote its answers.
+        data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
         files (`dict`): `sha256` of the other files.
         receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
@@ -71,13 +72,16 @@ class Manifest:
     temperature: float = 1.0
     codec_version: int = CODEC_VERSION
     sampling: dict[str, Any] | None = None
+    data: str = ""
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     receipt: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """What rows of one cache have in common."""
-        return {name: value for name, value in asdict(self).items() if name not in ("shards", "files", "receipt")}
+        return {
+            name: value for name, value in asdict(self).items() if name not in ("data", "shards", "files", "receipt")
+        }
 
     def save(self, path: str) -> None:
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

@@ -4,8 +4,11 @@ import hashlib
 import os
 from collections.abc import Sequence
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from datasets import Dataset
+from datasets.table import InMemoryTable
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -78,7 +81,10 @@ class TeacherCache:
                 )
         self.basis = None if self.preset.draws else Basis.load(os.path.join(path, BASIS_FILE))
         self.device: torch.device | str = "cpu"
-        self.rows = Dataset.from_parquet([os.path.join(path, shard["file"]) for shard in self.manifest.shards])
+        # In memory: a copy on the disk could be an older one's
+        tables = [pyarrow.parquet.read_table(os.path.join(path, shard["file"])) for shard in self.manifest.shards]
+        table = pyarrow.concat_tables([part.replace_schema_metadata(None) for part in tables])
+        self.rows = Dataset(InMemoryTable(table))
         self._index = {key: index for index, key in enumerate(self.rows["key"])}
         self._payload = [name for name in self.rows.column_names if name not in _VISIBLE]
 
@@ -117,7 +123,9 @@ class TeacherCache:
                 answers.get(digest(prompt), [completion])[0]
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
-            dataset = dataset.remove_columns("completion_ids").add_column("completion_ids", completions)
+            lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            dataset = dataset.remove_columns(["completion_ids", "length"])
+            dataset = dataset.add_column("completion_ids", completions).add_column("length", lengths)
         found = [self.find(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         missing = [index for index, row in enumerate(found) if row is None]
         if missing:

@@ -178,6 +178,7 @@ class TestBuild:
             assert got.shape == (len(completion), vocab)
             assert kl(expected, got) / len(got) < (1e-3 if preset == "exact" else 0.05)
         assert cache.find([1], [2]) is None
+        assert cache.log_probs([]).shape == (0, vocab)
         receipt = cache.manifest.receipt
         assert receipt["rows"] == 9
         assert receipt["tokens"] == sum(map(len, cache.rows["completion_ids"]))
@@ -477,6 +478,17 @@ class TestTraining:
         edited[2]["messages"][1]["content"] = "green"
         with pytest.raises(ValueError, match=r"Row 2: the answer is '[^']+ <eos>' there and 'green <eos>' here"):
             self.train(make_primed_args(), cache, type(chat_dataset(1)).from_list(edited))
+
+    def test_another_length_limit_is_refused_with_both_sides(self, build, make_primed_args):
+        cache = build(max_length=7)
+        assert len(cache) < 12
+        with pytest.raises(
+            ValueError,
+            match=r"built with max_length=7, teacher_max_length=None, this run has max_length=1024, teacher_m",
+        ):
+            self.train(make_primed_args(), cache)
+        self.train(make_primed_args(max_length=7), cache)
+        assert len(build()) == 12  # the same cache, grown
 
     def test_other_refusals(self, build, make_primed_args):
         cache = build(preset="standard")

@@ -309,7 +309,11 @@ class PrimedDistillTrainer(SFTTrainer):
             self._dropped_rows = len(dataset) - len(tokenized)
         if self.teacher_cache is not None:
             tokenized = self.teacher_cache.locate(
-                tokenized, name, processing_class, takes_answers=args.response_source == "teacher"
+                tokenized,
+                name,
+                processing_class,
+                takes_answers=args.response_source == "teacher",
+                limits=f"max_length={args.max_length}, teacher_max_length={args.teacher_max_length}",
             )
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 

@@ -141,6 +141,8 @@ def build_teacher_cache(
         response_source=response_source,
         preset=preset,
         sampling=sampling,
+        max_length=max_length,
+        teacher_max_length=teacher_max_length,
     )
     _claim_folder(output_dir, manifest, accelerator)
     model = accelerator.prepare_model(teacher, evaluation_mode=True)

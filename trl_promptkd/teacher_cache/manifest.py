@@ -15,6 +15,7 @@ __all__ = ["MANIFEST_FILE", "Manifest", "describe_tokenizer", "digest", "row_key
 
 MANIFEST_FILE = "manifest.json"
 CODEC_VERSION = 1
+_OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
 def digest(value: Any) -> str:
@@ -55,6 +56,8 @@ class Manifest:
         temperature (`float`): Of the kept distributions.
         codec_version (`int`): Of the format.
         sampling (`dict`, *optional*): How the teacher wrote its answers.
+        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build; longer rows were left out, none
+            was cut.
         data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
         files (`dict`): `sha256` of the other files.
@@ -72,6 +75,8 @@ class Manifest:
     temperature: float = 1.0
     codec_version: int = CODEC_VERSION
     sampling: dict[str, Any] | None = None
+    max_length: int | None = None
+    teacher_max_length: int | None = None
     data: str = ""
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -79,9 +84,7 @@ class Manifest:
 
     def settings(self) -> dict[str, Any]:
         """What rows of one cache have in common."""
-        return {
-            name: value for name, value in asdict(self).items() if name not in ("data", "shards", "files", "receipt")
-        }
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_ROWS}
 
     def save(self, path: str) -> None:
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

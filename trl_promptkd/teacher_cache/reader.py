@@ -101,7 +101,12 @@ class TeacherCache:
         return rows.map(_with_prompt)
 
     def locate(
-        self, dataset: Dataset, name: str, processing_class: PreTrainedTokenizerBase, takes_answers: bool = False
+        self,
+        dataset: Dataset,
+        name: str,
+        processing_class: PreTrainedTokenizerBase,
+        takes_answers: bool = False,
+        limits: str = "",
     ) -> Dataset:
         """`dataset` with a column `cache_row`, the number of each row here.
 
@@ -109,6 +114,7 @@ class TeacherCache:
             dataset: With `teacher_prompt_ids` and `completion_ids`.
             name: Its name, for messages.
             takes_answers: Take the cache's answer to each prompt instead of the data's.
+            limits: The run's length limits, for the message.
 
         Raises:
             ValueError: where rows are not in the cache, with their number and the first one's two sides.
@@ -138,6 +144,9 @@ class TeacherCache:
                     f"the answer is {processing_class.decode(there[0])[:200]!r} there and {processing_class.decode(completions[first])[:200]!r} "
                     "here"
                 )
+            made = f"max_length={self.manifest.max_length}, teacher_max_length={self.manifest.teacher_max_length}"
+            if limits not in ("", made):
+                side += f" (the cache was built with {made}, this run has {limits})"
             raise ValueError(
                 f"{len(missing)} of {len(dataset)} rows in `{name}` are not in the teacher cache at {self.path}. Row {first}: {side}. Build the "
                 "cache with these rows (those that are there are kept), or train on `TeacherCache(...).dataset()`."
@@ -171,6 +180,8 @@ class TeacherCache:
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
         size = self.manifest.vocab_size
+        if not indices:  # a rank whose evaluation batch only repeats rows
+            return torch.zeros(0, size, device=self.device)
         return torch.cat([decode(row, self.basis, self.preset, size, self.device) for row in self._columns(indices)])
 
     def entropy_gap(self, indices: Sequence[int], log_probs: Tensor) -> Tensor:
@@ -178,7 +189,7 @@ class TeacherCache:
 
         The entropy of drawn tokens, in `log_probs`, is less than that of what they were drawn from.
         """
-        if not self.preset.draws:
+        if not self.preset.draws or not indices:
             return torch.zeros((), device=self.device)
         true = torch.cat([entropies(row) for row in self._columns(indices)]).to(self.device)
         return (true + (log_probs.exp() * log_probs).sum(dim=-1)).sum()

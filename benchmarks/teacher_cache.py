@@ -34,11 +34,8 @@ from trl_promptkd.teacher_cache import builder
 from trl_promptkd.teacher_cache.codec import PRESETS
 
 
-PREAMBLE = "\n\n"
-
-
 def conversation(row: dict) -> dict:
-    question = row["instruction"] + (PREAMBLE + row["input"] if row["input"] else "")
+    question = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
     return {
         "prompt": [{"role": "user", "content": question}],
         "completion": [{"role": "assistant", "content": row["output"]}],
@@ -193,7 +190,7 @@ def chart(kept: dict[str, dict[str, float]], path: Path) -> None:
             [name for name in kept if kept[name].get("kl_mean") is not None and not name.startswith("top-")],
         ),
     ):
-        points = [(kept[name]["bytes_per_token"], kept[name]["kl_mean"], name) for name in names]
+        points = sorted((kept[name]["bytes_per_token"], kept[name]["kl_mean"], name) for name in names)
         axis.plot([p[0] for p in points], [p[1] for p in points], "o-", color=color, label=label)
         for x, y, name in points:
             axis.annotate(name.split(",")[0], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
@@ -226,7 +223,9 @@ def main() -> None:
     teacher = AutoModelForCausalLM.from_pretrained(Path(args.models) / "teacher", dtype=torch.float32).eval()
     dataset = load_dataset("json", data_files=args.data_files, split=f"train[:{args.rows}]")
     dataset = dataset.map(conversation, remove_columns=dataset.column_names)
-    rows = list(tokenize_primed_dataset(dataset, "rows", tokenizer, None, args.max_length, answers_needed=""))
+    tokenized = tokenize_primed_dataset(dataset, "rows", tokenizer, None, answers_needed="")
+    dataset = dataset.select([i for i, length in enumerate(tokenized["length"]) if length <= args.max_length])
+    rows = list(tokenize_primed_dataset(dataset, "rows", tokenizer, None, answers_needed=""))  # the same for all
 
     kept = build_all(teacher, dataset, tokenizer, folder, args)
     kept |= top_k_fp16(teacher, rows, tokenizer.pad_token_id, [16, 32, 64, 128])

@@ -88,7 +88,7 @@ def build_teacher_cache(
 
     Returns:
         [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on `kl_tokens` tokens: an
-        eighth of the batches, at most 4,096 tokens a shard), `tail_mass_p50` and `tail_mass_p95` (of what is not kept token by token),
+        eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and `tail_mass_p95` (of what is not kept token by token),
         `bytes_per_token` on disk without the basis, `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
@@ -374,16 +374,16 @@ class _Build:
                     bar.update(len(row["completion_ids"]))
                 late = time.monotonic() - written > _SECONDS_A_SHARD or size > _BYTES_A_SHARD
                 if index == len(batches) - 1 or late:
-                    self._write_shard(shard, {"kl": _sample(divergences), "tail": _sample(tails)})
+                    self._write_shard(shard, {"kl": _summary(divergences), "tail": _summary(tails)})
                     shard, divergences, tails, written, size = [], [], [], time.monotonic(), 0
 
-    def _write_shard(self, rows: list[dict[str, Any]], samples: dict[str, list[float]]) -> None:
+    def _write_shard(self, rows: list[dict[str, Any]], summaries: dict[str, dict]) -> None:
         types = {name: pyarrow.binary() for name in rows[0]} | {"key": pyarrow.string()}
         types |= {
             name: pyarrow.list_(pyarrow.int32()) for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids")
         }
         table = pyarrow.table({name: pyarrow.array([row[name] for row in rows], type=types[name]) for name in rows[0]})
-        table = table.replace_schema_metadata({_LABEL: json.dumps({**self.label, **samples})})
+        table = table.replace_schema_metadata({_LABEL: json.dumps({**self.label, **summaries})})
         name = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=16).hexdigest()
         try:
             with whole_file(self._path(f"shard-{name}.parquet")) as path:
@@ -403,13 +403,13 @@ class _Build:
     def _finish(self) -> None:
         """Checksums and the receipt, into the manifest."""
         self.manifest.shards = []
-        samples: dict[str, list[float]] = {"kl": [], "tail": []}
+        summaries: dict[str, list[dict]] = {"kl": [], "tail": []}
         keys: list[str] = []
         for path in self._shards():
             table = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
             keys += table["key"].to_pylist()
-            for name, values in samples.items():
-                values += _label_of(path)[name]
+            for name, values in summaries.items():
+                values.append(_label_of(path)[name])
             self.manifest.shards.append(
                 {
                     "file": os.path.basename(path),
@@ -423,12 +423,13 @@ class _Build:
         tokens = sum(shard["tokens"] for shard in self.manifest.shards)
         self.manifest.data = digest(sorted(keys))
         self.manifest.receipt = {}
+        samples = {name: [x for part in parts for x in part["sample"]] for name, parts in summaries.items()}
         if samples["kl"]:
-            kl = np.array(samples["kl"])
+            count = sum(part["count"] for part in summaries["kl"])
             self.manifest.receipt |= {
-                "kl_mean": float(kl.mean()),
-                "kl_p95": float(np.quantile(kl, 0.95)),
-                "kl_tokens": len(kl),
+                "kl_mean": sum(part["sum"] for part in summaries["kl"]) / count,
+                "kl_p95": float(np.quantile(samples["kl"], 0.95)),
+                "kl_tokens": count,
             }
         if samples["tail"]:
             for percent in (50, 95):
@@ -448,12 +449,11 @@ class _Build:
         self.manifest.save(self._path(MANIFEST_FILE))
 
 
-def _sample(values: list[Tensor]) -> list[float]:
-    """At most 4,096 of some values, evenly spread: what a shard's part of the receipt is made of."""
-    if not values:
-        return []
-    joined = torch.cat(values)
-    return [round(float(value), 6) for value in joined[:: -(-len(joined) // 4096)]]
+def _summary(values: list[Tensor]) -> dict[str, Any]:
+    """Sum, number, and at most 256 of some values, evenly spread: a shard's part of the receipt."""
+    joined = torch.cat(values).double() if values else torch.zeros(0)
+    some = joined[:: max(-(-len(joined) // 256), 1)]
+    return {"sum": float(joined.sum()), "count": len(joined), "sample": [round(float(value), 4) for value in some]}
 
 
 def _label_of(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -99,6 +99,13 @@ class TeacherCache:
         """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
         rows = self.rows.select_columns(["prompt_ids", "teacher_prompt_ids", "completion_ids"])
         return rows.map(_with_prompt)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+        """Upload the cache as a data set, from which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read it again."""
+        api = HfApi(token=token)
+        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        names = [MANIFEST_FILE, *self.manifest.files, *(shard["file"] for shard in self.manifest.shards)]
+        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=self.path, allow_patterns=names)
 
     def locate(
         self,

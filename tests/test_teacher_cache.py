@@ -195,7 +195,8 @@ class TestBuild:
         )
         assert len(data) == 12
         manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-        assert manifest["priming"] == {"text": "red blue ", "placement": "prefix"}
+        assert {**manifest["priming"], "hash": ""} == {"text": "red blue ", "placement": "prefix", "hash": ""}
+        assert len(manifest["priming"]["hash"]) == 32
         assert manifest["teacher"]["dtype"] == "float32"
         assert not list((tmp_path / "cache").glob("*.incomplete"))
 

@@ -28,7 +28,7 @@ from ..rollouts import rollout_config
 from ..teacher import completion_states, freeze, load_teacher
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
-from .manifest import MANIFEST_FILE, Manifest, describe_tokenizer, digest, row_key
+from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, digest, row_key
 from .reader import BASIS_FILE, TeacherCache, sha256_of
 
 
@@ -137,7 +137,7 @@ def build_teacher_cache(
         },
         **describe_tokenizer(processing_class),
         vocab_size=getattr(head, "out_features", head.weight.size(0)),
-        priming=None if template is None else {"text": template.text, "placement": template.placement},
+        priming=describe_priming(template),
         response_source=response_source,
         preset=preset,
         sampling=sampling,

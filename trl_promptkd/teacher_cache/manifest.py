@@ -11,7 +11,7 @@ from ..files import whole_file
 from ..priming import PrimingTemplate
 
 
-__all__ = ["MANIFEST_FILE", "Manifest", "describe_tokenizer", "digest", "row_key"]
+__all__ = ["MANIFEST_FILE", "Manifest", "describe_priming", "describe_tokenizer", "digest", "row_key"]
 
 MANIFEST_FILE = "manifest.json"
 CODEC_VERSION = 1
@@ -39,6 +39,11 @@ def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, A
     }
 
 
+def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
+    """What the teacher saw besides the prompt: text, placement, and the text's hash."""
+    return None if priming is None else {**asdict(priming), "hash": digest(priming.text)}
+
+
 @dataclass
 class Manifest:
     """
@@ -50,7 +55,7 @@ class Manifest:
         real_vocab_size (`int`): Number of ids that stand for tokens.
         vocab_size (`int`): The teacher's: how wide the kept distributions are.
         chat_template (`str`): Its hash.
-        priming (`dict`, *optional*): `text` and `placement` of the template; `None` without priming.
+        priming (`dict`, *optional*): `text`, `placement` and the text's `hash`; `None` without priming.
         response_source (`str`): `"dataset"` or `"teacher"`: who wrote the answers.
         preset (`str`): What is kept of a distribution, see [`PRESETS`].
         temperature (`float`): Of the kept distributions.
@@ -130,7 +135,7 @@ class Manifest:
                     f"The teacher cache was made with another {what}: {getattr(self, name)!r} there, {here[name]!r} here. Use the "
                     "tokenizer it was made with, or build the cache again."
                 )
-        mine = None if priming is None else asdict(priming)
+        mine = describe_priming(priming)
         if self.priming != mine:
             raise ValueError(
                 f"The teacher cache was made with another priming: {self.priming!r} there, {mine!r} here. Pass the same `priming`, or "

@@ -7,7 +7,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from reference import greedy, primed_loss, sgd_step
-from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import (
+    WORDS,
+    answered_dataset,
+    chat_dataset,
+    difference,
+    prompt_dataset,
+    tiny_model,
+    tiny_tokenizer,
+    weights,
+)
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_promptkd import DataCollatorForPrimedDistillation, PrimedDistillTrainer, PrimingTemplate
@@ -29,14 +38,6 @@ def make_trainer(args, student=None, teacher="tiny", dataset=None, **kwargs):
         train_dataset=answered_dataset() if dataset is None else dataset,
         **kwargs,
     )
-
-
-def weights(model):
-    return {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-
-def difference(a, b):
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def keep_windows(trainer):

@@ -118,6 +118,16 @@ def dequantized(model):
     return model
 
 
+def weights(model):
+    """A copy of all tensors."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def difference(a, b):
+    """The largest difference between two copies of [`weights`]."""
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
 def prompt_dataset(size=8) -> Dataset:
     """Prompts of different lengths."""
     return Dataset.from_list([{"prompt": " ".join(WORDS[i : i + 2 + i % 4])} for i in range(size)])

@@ -72,6 +72,7 @@ def add_priming_section(path: str, trainer) -> None:
     if args.response_source != "dataset":
         settings |= {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
     seen = "which saw the prompts as they are (no priming)."
+    used = ""
     if priming is not None:
         place = {
             "prefix": "before the question",
@@ -80,12 +81,13 @@ def add_priming_section(path: str, trainer) -> None:
         }[priming.placement]
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", priming.text)), default=0))
         seen = f"which saw this text {place} (a Jinja template):\n\n{fence}\n{priming.text}\n{fence}"
+        used = "The student never saw that text: it is used with the bare question. "
     section = f"""
 ## The primed teacher
 
 This model was distilled from {_teacher_name(trainer)}, {seen}
 
-The student never saw that text: it is used with the bare question. Both were compared on the same completion tokens.
+{used}Both were compared on the same completion tokens.
 
 {_table(settings)}
 """
@@ -98,7 +100,9 @@ def _teacher_name(trainer) -> str:
     cache = getattr(trainer, "teacher_cache", None)
     if cache is not None:
         name, receipt = cache.manifest.teacher["name"], cache.manifest.receipt
-        kept = f"preset `{cache.manifest.preset}`, KL(teacher || kept) {receipt.get('kl_mean', float('nan')):.4f} nats a token"
+        kept = f"preset `{cache.manifest.preset}`"
+        if "kl_mean" in receipt:  # draws have none
+            kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats a token"
         return f"`{os.path.basename(name) or 'a model without a name'}`, from a teacher cache ({kept})"
     name = trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
     return f"`{os.path.basename(name) if os.path.isdir(name) else name or 'a model without a name'}`"

@@ -190,9 +190,7 @@ class PrimedDistillTrainer(SFTTrainer):
         train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args)
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
-            data_collator = DataCollatorForPrimedDistillation(
-                processing_class, self.priming, args.pad_to_multiple_of if args.pad_to_multiple_of else None
-            )
+            data_collator = DataCollatorForPrimedDistillation(processing_class, self.priming, args.pad_to_multiple_of)
 
         # 2. The student
         super().__init__(
@@ -221,7 +219,8 @@ class PrimedDistillTrainer(SFTTrainer):
             self.teacher_cache.to(self.accelerator.device)
         else:
             teacher = build_teacher(self.model, teacher_model, args)
-        self._teacher_fingerprint = weights_fingerprint(teacher) if args.response_source == "teacher" else ""
+        writes = args.response_source == "teacher" and self.teacher_cache is None
+        self._teacher_fingerprint = weights_fingerprint(teacher) if writes else ""
         self.shared_vocab_size = shared_vocab_size(
             self.model,
             teacher if self.teacher_cache is None else self.teacher_cache.manifest.vocab_size,

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -335,8 +336,6 @@ class _Build:
                     continue
                 done.update(keys)
         if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
             done = broadcast_object_list([done])[0]
         return done
 

@@ -28,8 +28,8 @@ from trl import SFTConfig, SFTTrainer
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, build_teacher_cache
 from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import kl_divergence
+from trl_promptkd.forward import completion_states
 from trl_promptkd.primed_collator import tokenize_primed_dataset
-from trl_promptkd.teacher import completion_logits
 from trl_promptkd.teacher_cache import builder
 from trl_promptkd.teacher_cache.codec import PRESETS
 
@@ -49,7 +49,7 @@ def top_k_fp16(teacher, rows, pad: int, ks: list[int]) -> dict[str, dict[str, fl
     for start in range(0, len(rows), 8):
         chunk = rows[start : start + 8]
         batch = pad_rows([r["teacher_prompt_ids"] for r in chunk], [r["completion_ids"] for r in chunk], pad)
-        logits = completion_logits(teacher, batch["input_ids"], batch["attention_mask"], batch["labels"])
+        logits = completion_states(teacher, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits()
         log_probs = logits.log_softmax(dim=-1)
         count += len(log_probs)
         for k in ks:
@@ -97,7 +97,7 @@ def throughput(teacher, dataset, tokenizer, folder: Path, args) -> dict[str, flo
                     [r["completion_ids"] for r in chunk],
                     tokenizer.pad_token_id,
                 )
-                completion_logits(teacher, batch["input_ids"], batch["attention_mask"], batch["labels"])
+                completion_states(teacher, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits()
         seconds["forward"].append(time.perf_counter() - start)
         target = folder / "timed"
         keep = (target / "basis.safetensors").read_bytes() if target.exists() else None

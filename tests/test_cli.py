@@ -81,7 +81,7 @@ def test_killed_at_random_moments_and_on_two_ranks(folder):
         "from trl_promptkd.teacher_cache import builder\n"
         "builder._SECONDS_A_SHARD = 0.0\n"
         "original = builder.completion_states\n"
-        "builder.completion_states = lambda *a: (time.sleep(0.2), original(*a))[1]\n"
+        "builder.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
         "from trl_promptkd.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from trl_promptkd.divergences import (
-    chunked_sums,
     entropy,
     forward_kl,
     generalized_jsd,
@@ -70,30 +69,3 @@ class TestProperties:
         assert torch.autograd.gradcheck(
             lambda x: generalized_jsd(x.log_softmax(-1), teacher.log_softmax(-1), beta), [student]
         )
-
-
-class TestChunkedSums:
-    @staticmethod
-    def sums(student, teacher):
-        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-        return kl_divergence(student, teacher).sum(), entropy(student.detach()).sum()
-
-    @pytest.mark.parametrize("chunk_size", [1, 3, 10, None])
-    def test_values_and_gradients_do_not_depend_on_the_chunks(self, chunk_size):
-        torch.manual_seed(0)
-        teacher = torch.randn(10, 6)
-        student = torch.randn(10, 6, requires_grad=True)
-        whole = self.sums(student, teacher)
-        (expected,) = torch.autograd.grad(whole[0], student)
-        value, second = chunked_sums(self.sums, chunk_size, student, teacher)
-        (gradient,) = torch.autograd.grad(value, student)
-        torch.testing.assert_close(value, whole[0])
-        torch.testing.assert_close(second, whole[1])
-        torch.testing.assert_close(gradient, expected)
-
-    def test_no_tokens_give_zero_with_a_gradient_path(self):
-        student = torch.randn(0, 6, requires_grad=True)
-        value, _ = chunked_sums(self.sums, 4, student, torch.randn(0, 6))
-        value.backward()
-        assert value.item() == 0
-        assert student.grad.shape == (0, 6)

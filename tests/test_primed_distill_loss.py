@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trl_promptkd.divergences import chunked_sums
+from trl_promptkd.divergences import entropy
 from trl_promptkd.primed_distill_loss import primed_loss_sums
 
 
@@ -87,21 +87,15 @@ class TestProperties:
         assert q.grad.abs().sum() > 0
         assert p.grad is None
 
-    @pytest.mark.parametrize("chunk", [1, 4])
-    def test_chunks_change_nothing(self, chunk):
+    def test_what_draws_lack_in_entropy_is_put_back(self):
         torch.manual_seed(0)
-        tokens, p = torch.randint(0, 7, (9,)), torch.randn(9, 7)
-        results = []
-        for size in (None, chunk):
-            torch.manual_seed(1)
-            q = torch.randn(9, 7, requires_grad=True)
-            sums = chunked_sums(
-                lambda a, b, c: primed_loss_sums(a, b, c, alpha=0.3, temperature=2.0), size, q, p, tokens
-            )
-            sums[0].backward()
-            results.append((torch.stack([value.detach().float() for value in sums]), q.grad))
-        assert torch.allclose(results[0][0], results[1][0], rtol=1e-5)
-        assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
+        q, drawn, tokens = torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
+        settings = {"alpha": 0.3, "temperature": 1.0, "beta": 0.0}
+        plain = primed_loss_sums(q, drawn, tokens, **settings)
+        true = entropy(drawn.log_softmax(-1)) + torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
+        mended = primed_loss_sums(q, drawn, tokens, true, **settings)
+        assert mended.divergence.item() == pytest.approx(plain.divergence.item() - 1.0, abs=1e-5)
+        assert mended.loss.item() == pytest.approx(plain.loss.item() - 0.7, abs=1e-5)
 
     def test_no_tokens_make_a_loss_of_zero_with_a_gradient_path(self):
         q = torch.randn(0, 7, requires_grad=True)

@@ -110,7 +110,7 @@ class TestOneStep:
         )
         windows = keep_windows(trainer)
         calls = []
-        trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.teacher_model.get_decoder().layers[0].register_forward_hook(lambda *_: calls.append(1))
         trainer.train()
         assert len(calls) == 9 * 2 + 2
         logs = trainer.state.log_history

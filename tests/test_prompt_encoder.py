@@ -8,8 +8,8 @@ from tiny import tiny_model, tiny_tokenizer
 from tokenizers import normalizers
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
+from trl_promptkd.forward import forward_logits
 from trl_promptkd.prompt_encoder import check_peft_config, write_safetensors
-from trl_promptkd.teacher import forward_logits
 
 
 TEXT_IDS = [6, 7, 8, 9, 10, 11]  # "suppose you are a student ."

@@ -20,6 +20,7 @@ from tiny import (
 from transformers import AutoModelForCausalLM
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
+from trl_promptkd.chunked_loss import StateGradient
 from trl_promptkd.prompt_optimizer import PromptOptimizer
 
 
@@ -319,7 +320,9 @@ class TestSchedules:
         args = make_args(max_steps=4, logging_steps=2, regularization_coef=0.0, prompt_update="simultaneous")
         trainer = make_trainer(args)
         calls = []
-        trainer.teacher_model.register_forward_hook(lambda *_: calls.append(trainer.state.global_step))
+        trainer.teacher_model.get_decoder().layers[0].register_forward_hook(
+            lambda *_: calls.append(trainer.state.global_step)
+        )
         trainer.train()
         assert calls == [0, 1, 1, 2, 3, 3]
         assert "kl/prompt_gain" in trainer.state.log_history[0]
@@ -327,7 +330,7 @@ class TestSchedules:
     def test_sequential_asks_the_prompted_teacher_twice_at_the_windows_end_only(self, make_args):
         trainer = make_trainer(make_args(gradient_accumulation_steps=3))
         calls = []
-        trainer.teacher_model.register_forward_hook(lambda *_: calls.append(1))
+        trainer.teacher_model.get_decoder().layers[0].register_forward_hook(lambda *_: calls.append(1))
         trainer.train()
         assert len(calls) == 3 * 2 + 1
 
@@ -745,12 +748,14 @@ class TestLossScale:
         soft_prompt = SoftPrompt(PromptEncoderConfig(prompt_init_text=PROMPT_TEXT), tiny_model(), tiny_tokenizer())
         accelerator = SimpleNamespace(scaler=object(), reduce=lambda tensor, reduction: tensor)
         optimizer = PromptOptimizer(soft_prompt, PromptEncoderConfig(), make_args(), 4, accelerator)
-        optimizer.accumulate(soft_prompt().square().sum())
+        states = soft_prompt()
+        optimizer.accumulate(StateGradient([states], [2 * states.detach()]), torch.tensor(4))
         (parameter,) = soft_prompt.parameters()
-        torch.testing.assert_close(parameter.grad, 2 * parameter.detach())
+        torch.testing.assert_close(parameter.grad, parameter.detach() / 2)
         optimizer.step()
         assert optimizer.loss_scale == 1024
-        optimizer.accumulate(soft_prompt().sum() * float("nan"))
+        states = soft_prompt()
+        optimizer.accumulate(StateGradient([states], [states.detach() * float("nan")]), torch.tensor(4))
         optimizer.step()
         assert optimizer.loss_scale == 512
 

@@ -21,9 +21,10 @@ from trl_promptkd import (
     SoftPrompt,
 )
 from trl_promptkd.data import pad_rows, tokenize_row
+from trl_promptkd.forward import completion_states, forward_logits
 from trl_promptkd.priming import PRIMING_TEMPLATES
 from trl_promptkd.promptkd_loss import prompt_loss_sums
-from trl_promptkd.teacher import completion_logits, forward_logits, freeze, load_teacher
+from trl_promptkd.teacher import freeze, load_teacher
 
 
 pytestmark = [
@@ -188,7 +189,7 @@ class TestQuantizedTeachers:
         batch = pad_rows(*rows, tokenizer.pad_token_id)
         student = quickstart.cut_layers(model, 20, batch)
         with torch.no_grad():
-            return completion_logits(student, batch["input_ids"], batch["attention_mask"], batch["labels"])
+            return completion_states(student, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits()
 
     @staticmethod
     def gradient_and_update(teacher, tokenizer, rows, student_logits, soft_prompt):
@@ -197,8 +198,9 @@ class TestQuantizedTeachers:
         batch = pad_rows(*rows, tokenizer.pad_token_id)
         inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
         with torch.no_grad():
-            plain = completion_logits(teacher, *inputs)
-        loss, *_ = prompt_loss_sums(completion_logits(teacher, *inputs, parameter), student_logits, plain)
+            plain = completion_states(teacher, *inputs).logits()
+        prompted = completion_states(teacher, *inputs, parameter).logits()
+        loss, *_ = prompt_loss_sums(*(logits.log_softmax(-1) for logits in (prompted, student_logits, plain)))
         loss.backward()
         gradient = parameter.grad.clone()
         torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0).step()

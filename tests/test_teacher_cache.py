@@ -41,9 +41,9 @@ def passes(monkeypatch):
     """How many rows were put through the teacher."""
     counts, original = [], builder.completion_states
 
-    def states(model, ids, *args):
+    def states(model, ids, *args, **kwargs):
         counts.append(len(ids))
-        return original(model, ids, *args)
+        return original(model, ids, *args, **kwargs)
 
     monkeypatch.setattr(builder, "completion_states", states)
     return counts
@@ -107,7 +107,7 @@ class TestCodec:
             assert float(kept) == pytest.approx(float(tail), rel=0.07, abs=1e-3)  # 1/8 of log-odds
 
     def test_draws_are_unbiased_in_the_value_and_the_gradient_of_the_forward_kl(self):
-        """A known distribution, drawn from often; the entropy that draws lack is put back by `entropy_gap`."""
+        """A known distribution, drawn from often; the entropy that draws lack is put back."""
         torch.manual_seed(0)
         logits, student = torch.randn(1, 12), torch.randn(1, 12, requires_grad=True)
         p, q = logits.log_softmax(-1), student.log_softmax(-1)

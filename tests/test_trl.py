@@ -89,6 +89,8 @@ class TestImports:
             "_trl",
             "divergences",
             "files",
+            "forward",
+            "chunked_loss",
             "teacher",
             "prompt_encoder",
             "data",

@@ -6,14 +6,12 @@ of the inputs, which the trainers make float32.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
-__all__ = ["chunked_sums", "entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl", "skewed_kl"]
+__all__ = ["entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl", "skewed_kl"]
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -91,31 +89,3 @@ def skewed_kl(log_a: Tensor, log_b: Tensor, skew: float) -> Tensor:
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy -sum_v p_v log p_v of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats."""
     return -(log_probs.exp() * log_probs).sum(dim=-1)
-
-
-def chunked_sums(
-    sums: Callable[..., tuple[Tensor, ...]], chunk_size: int | None, *logits: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Add up `sums(*logits)` over chunks of tokens, so that its temporaries exist for one chunk at a time.
-
-    With more than one chunk, what `sums` computes is recomputed in the backward pass instead of being kept: values and
-    gradients stay those of one call on all tokens.
-
-    Args:
-        sums: Takes the chunks of `logits` and returns a tuple of scalar tensors, each a sum over the chunk's tokens.
-        chunk_size: Tokens a chunk; `None` for all at once.
-        logits: Tensors of shape `(num_tokens, vocab)`, all with the same `num_tokens`; `None` is passed on.
-
-    Returns:
-        A tuple of scalar tensors.
-    """
-    num_tokens = next(tensor.size(0) for tensor in logits if tensor is not None)
-    if chunk_size is None or num_tokens <= chunk_size:
-        return sums(*logits)
-    totals: tuple[Tensor, ...] | None = None
-    for start in range(0, num_tokens, chunk_size):
-        chunk = [None if tensor is None else tensor[start : start + chunk_size] for tensor in logits]
-        part = checkpoint(sums, *chunk, use_reentrant=False)
-        totals = part if totals is None else tuple(total + value for total, value in zip(totals, part, strict=True))
-    assert totals is not None
-    return totals

@@ -40,6 +40,8 @@ def primed_loss_sums(
     student_logits: Tensor,
     teacher_logits: Tensor,
     tokens: Tensor,
+    drawn_from: Tensor | None = None,
+    *,
     alpha: float,
     temperature: float,
     beta: float = 1.0,
@@ -56,6 +58,8 @@ def primed_loss_sums(
         student_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the student, with gradient.
         teacher_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the teacher at the same tokens.
         tokens (`Tensor` of shape `(num_tokens,)`): Ids of the completion's tokens.
+        drawn_from (`Tensor` of shape `(num_tokens,)`, *optional*): Where `teacher_logits` are those of tokens drawn from the teacher: the
+            entropies of what they were drawn from. That of the draws is less, and makes the forward KL too large by the difference.
         beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon divergence.
         skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
         telemetry (`bool`): Whether to work out what only stands in logs, which is about a third of the work.
@@ -76,6 +80,10 @@ def primed_loss_sums(
         divergence = skewed_kl(tempered_p, tempered_q, skew).sum()
     else:
         divergence = generalized_jsd(tempered_q, tempered_p, beta).sum()
+    if drawn_from is not None:
+        with torch.no_grad():
+            gap = (drawn_from - entropy(log_p)).sum()
+        divergence = divergence - gap
     loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
     if not telemetry:
         zero = cross_entropy.new_zeros(())

@@ -19,8 +19,9 @@ from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
 from .checks import check_arguments, check_positions, prepare_tokenizer
+from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, without_repeats
-from .divergences import chunked_sums
+from .forward import TokenStates, completion_states, forward_logits, inside_forward
 from .model_card import add_priming_section
 from .primed_collator import (
     DataCollatorForPrimedDistillation,
@@ -36,9 +37,7 @@ from .rollouts import rollout_config, rollout_seed, sample_completions
 from .teacher import (
     asked_teacher,
     build_teacher,
-    completion_logits,
     disable_dropout,
-    forward_logits,
     load_teacher,
     place_teacher,
     shared_vocab_size,
@@ -373,10 +372,10 @@ class PrimedDistillTrainer(SFTTrainer):
         """The teacher, in evaluation mode, as a context."""
         return asked_teacher(self.teacher_model, self.accelerator.unwrap_model(self.model_wrapped))
 
-    def _logits(self, model: nn.Module, inputs: dict[str, Tensor], view: str = "") -> Tensor:
-        """Logits of the completion tokens, behind the student's prompt or (`view="teacher_"`) the teacher's."""
+    def _states(self, model: nn.Module, inputs: dict[str, Tensor], view: str = "") -> TokenStates:
+        """States of the completion tokens, behind the student's prompt or (`view="teacher_"`) the teacher's."""
         ids, mask, labels = (inputs[view + name] for name in ("input_ids", "attention_mask", "labels"))
-        return completion_logits(model, ids, mask, labels, vocab_size=self.shared_vocab_size)
+        return completion_states(model, ids, mask, labels, vocab_size=self.shared_vocab_size)
 
     def quantization_receipt(self, full_teacher: nn.Module | str | None = None, num_rows: int = 32) -> dict[str, Any]:
         """What quantization did to the teacher, on the first rows of the training data as the teacher sees them.
@@ -426,12 +425,12 @@ class PrimedDistillTrainer(SFTTrainer):
         return broadcast_object_list(receipt)[0]
 
     @torch.no_grad()
-    def _teacher_logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The teacher's logits at the completion tokens, from the cache where there is one."""
+    def _teacher_states(self, student: nn.Module, inputs: dict[str, Tensor]) -> Any:
+        """What the teacher says at the completion tokens, from the cache where there is one."""
         if self.teacher_cache is not None:
-            return self.teacher_cache.log_probs(self._cache_rows(inputs))[:, : self.shared_vocab_size]
-        with self._teacher() as teacher:
-            return self._logits(teacher, inputs, "teacher_")
+            return self.teacher_cache.answers(self._cache_rows(inputs), self.shared_vocab_size)
+        with asked_teacher(self.teacher_model, student) as teacher:
+            return self._states(teacher, inputs, "teacher_").detach()
 
     def _cache_rows(self, inputs: dict[str, Tensor]) -> list[int]:
         judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
@@ -489,7 +488,8 @@ class PrimedDistillTrainer(SFTTrainer):
             window on all ranks), times the number of ranks, over which data parallelism averages gradients.
         """
         telemetry = is_logged_step(self) or self._train_batches % _GAIN_EVERY == 0
-        sums, num_local = self._loss_sums(model, inputs, telemetry)
+        with self.accelerator.autocast():
+            sums, num_local, loss = inside_forward(model, partial(self._loss_sums, inputs=inputs, telemetry=telemetry))
         if not torch.isfinite(sums.loss):
             # The Trainer's log would show a made-up number instead, and the student's weights would be lost
             raise FloatingPointError(
@@ -505,22 +505,22 @@ class PrimedDistillTrainer(SFTTrainer):
 
         num_tokens = num_local if num_items_in_batch is None else num_items_in_batch
         num_tokens = torch.as_tensor(num_tokens, device=num_local.device).clamp(min=1)
-        loss = sums.loss / num_tokens * self.accelerator.num_processes
+        loss = loss / num_tokens * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def _loss_sums(self, model, inputs, telemetry: bool = True) -> tuple[PrimedLossSums, Tensor]:
-        """The loss summed over a batch's completion tokens, what is logged about it, and their number."""
+    def _loss_sums(self, student: nn.Module, inputs, telemetry: bool = True) -> tuple[PrimedLossSums, Tensor, Tensor]:
+        """The loss summed over a batch's completion tokens and what is logged about it, their number, and the loss with its gradient."""
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
-        student_logits = self._logits(model, inputs)  # (num_local, vocab)
-        teacher_logits = self._teacher_logits(inputs)
+        student_states = self._states(student, inputs)
+        teacher_states = self._teacher_states(student, inputs)
         tokens = inputs["labels"][:, 1:][trained]
         if not self._tokenizes:
             teacher_labels = inputs["teacher_labels"][:, 1:]
             if not torch.equal(teacher_labels[teacher_labels != -100], tokens):
                 raise ValueError(
-                    f"The data collator's two views hold different completions ({len(student_logits)} tokens in the student's, "
-                    f"{len(teacher_logits)} in the teacher's). `labels` and `teacher_labels` must select the same ids in the same order; see "
+                    f"The data collator's two views hold different completions ({len(student_states)} tokens in the student's, "
+                    f"{len(teacher_states)} in the teacher's). `labels` and `teacher_labels` must select the same ids in the same order; see "
                     "DataCollatorForPrimedDistillation."
                 )
         sums = partial(
@@ -531,11 +531,12 @@ class PrimedDistillTrainer(SFTTrainer):
             skew=args.skew,
             telemetry=telemetry,
         )
-        totals = PrimedLossSums(*chunked_sums(sums, args.loss_chunk_size, student_logits, teacher_logits, tokens))
-        if self.teacher_cache is not None:
-            gap = self.teacher_cache.entropy_gap(self._cache_rows(inputs), teacher_logits)
-            totals = totals._replace(loss=totals.loss - (1 - args.alpha) * gap, divergence=totals.divergence - gap)
-        return totals, trained.sum()
+        drawn_from = None if self.teacher_cache is None else teacher_states.entropies()
+        totals, gradients = chunked_sums(
+            sums, args.loss_chunk_size, student_states, teacher_states, tokens, drawn_from
+        )
+        totals = PrimedLossSums(*totals)
+        return totals, trained.sum(), gradients[0].attach(totals.loss) if gradients else totals.loss
 
     def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, telemetry: bool = True) -> None:
         means.add("ce", sums.cross_entropy, count)
@@ -553,10 +554,10 @@ class PrimedDistillTrainer(SFTTrainer):
         """How much likelier the completion is to the teacher with the priming text than without it."""
         if self.priming is None or self.teacher_cache is not None:
             return
-        with self._teacher() as teacher:
-            logits = self._logits(teacher, inputs)
         labels = inputs["labels"][:, 1:]
-        (plain,) = chunked_sums(log_prob_sums, self.args.loss_chunk_size, logits, labels[labels != -100])
+        with self.accelerator.autocast(), self._teacher() as teacher:
+            states = self._states(teacher, inputs)
+            (plain,), _ = chunked_sums(log_prob_sums, self.args.loss_chunk_size, states, labels[labels != -100])
         means.add("priming/gain_nats", sums.teacher_log_prob - plain, count)
 
     # ------------------------------------------------------------------------------------------------ evaluation
@@ -602,7 +603,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 inputs = self._two_views(prompts, teacher_prompts, answers)
             for name in ("labels", "teacher_labels"):
                 inputs[name] = without_repeats(inputs[name], self.accelerator)
-            sums, count = self._loss_sums(model, inputs)
+            sums, count, _ = self._loss_sums(self.accelerator.unwrap_model(model), inputs)
             self._eval_means.add("loss", sums.loss, count)
             self._log_sums(self._eval_means, sums, count)
             if self._eval_batches % _GAIN_EVERY == 0:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder, fill_prompt_learning_config
 from .files import whole_file
-from .teacher import input_embeddings
+from .forward import input_embeddings
 
 
 __all__ = ["ADAPTER_FOLDER", "PromptEncoderConfig", "SoftPrompt", "check_peft_config"]

@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
+from .chunked_loss import StateGradient
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt, write_safetensors
 
 
@@ -82,13 +83,19 @@ class PromptOptimizer:
     def learning_rate(self) -> float:
         return self.scheduler.get_last_lr()[0]
 
-    def accumulate(self, loss: Tensor) -> None:
-        """Add the gradient of `loss` to the prompt's; nothing else gets one."""
+    def accumulate(self, gradient: StateGradient, num_tokens: Tensor) -> None:
+        """Add the prompt's gradient, from that of a loss with respect to the teacher's states; nothing else gets one.
+
+        Args:
+            gradient: Of the loss summed over tokens.
+            num_tokens: By which that sum is to be divided.
+        """
         parameters = list(self.soft_prompt.parameters())
-        gradients = torch.autograd.grad(loss * self.loss_scale, parameters)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            gradient = gradient / self.loss_scale
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        states, outer = gradient.tensors[0], gradient.gradients[0] * (self.loss_scale / num_tokens)
+        gradients = torch.autograd.grad(states, parameters, outer.to(states.dtype))
+        for parameter, gradient_of_it in zip(parameters, gradients, strict=True):
+            part = gradient_of_it / self.loss_scale
+            parameter.grad = part if parameter.grad is None else parameter.grad + part
 
     def step(self) -> float:
         """One step with what has been accumulated on all ranks.

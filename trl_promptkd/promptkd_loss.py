@@ -1,15 +1,18 @@
 """The two losses of PromptKD, as sums over tokens.
 
 Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the teacher behind the soft
-prompt. Logits have shape `(num_tokens, vocab)`; all sums are in nats.
+prompt. All take log-probabilities of shape `(num_tokens, vocab)`, at the loss temperature, and sum over tokens, in nats.
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from .divergences import entropy, generalized_jsd, kl_divergence
 
 
-__all__ = ["prompt_loss_sums", "regularization_weight", "student_loss_sums"]
+__all__ = ["prompt_loss_sums", "promptkd_loss_sums", "regularization_weight", "student_loss_sums"]
 
 
 def regularization_weight(coef: float, schedule: str, step: int, total_steps: int) -> float:
@@ -18,12 +21,7 @@ def regularization_weight(coef: float, schedule: str, step: int, total_steps: in
 
 
 def prompt_loss_sums(
-    prompted_logits: Tensor,
-    student_logits: Tensor,
-    plain_logits: Tensor | None,
-    direction: str = "reverse",
-    weight: float = 1.0,
-    temperature: float = 1.0,
+    prompted: Tensor, student: Tensor, plain: Tensor | None, direction: str = "reverse", weight: float = 1.0
 ) -> tuple[Tensor, ...]:
     """Loss of the soft prompt, summed over tokens.
 
@@ -31,44 +29,65 @@ def prompt_loss_sums(
     adaptive teaching step, with the released code's weight. No gradient goes to `q` or `p`.
 
     Args:
-        plain_logits: May be `None` where `weight` is 0.
+        plain: May be `None` where `weight` is 0.
 
     Returns:
-        `(loss, KL(pP || q))` and, where `plain_logits` is given, KL(pP || p): scalars.
+        `(loss, KL(pP || q))` and, where `plain` is given, KL(pP || p): scalars.
     """
-    prompted = (prompted_logits / temperature).log_softmax(dim=-1)
-    student = (student_logits.detach() / temperature).log_softmax(dim=-1)
-    prompted_student = kl_divergence(prompted, student).sum()
-    loss = prompted_student if direction == "reverse" else kl_divergence(student, prompted).sum()
-    if plain_logits is None:
-        return loss, prompted_student.detach()
-    plain = (plain_logits.detach() / temperature).log_softmax(dim=-1)
-    prompted_plain = kl_divergence(prompted, plain).sum()
+    student = student.detach()
+    reverse = direction == "reverse"
+    with torch.set_grad_enabled(reverse and torch.is_grad_enabled()):
+        prompted_student = kl_divergence(prompted, student).sum()
+    loss = prompted_student if reverse else kl_divergence(student, prompted).sum()
+    if plain is None:
+        return loss, prompted_student
+    plain = plain.detach()
+    with torch.set_grad_enabled(reverse and weight > 0 and torch.is_grad_enabled()):
+        prompted_plain = kl_divergence(prompted, plain).sum()
     if weight:
-        loss = loss + weight * (prompted_plain if direction == "reverse" else kl_divergence(plain, prompted).sum())
-    return loss, prompted_student.detach(), prompted_plain.detach()
+        loss = loss + weight * (prompted_plain if reverse else kl_divergence(plain, prompted).sum())
+    return loss, prompted_student, prompted_plain
 
 
 def student_loss_sums(
-    student_logits: Tensor,
-    prompted_logits: Tensor,
-    plain_logits: Tensor | None,
-    beta: float = 1.0,
-    temperature: float = 1.0,
+    student: Tensor, prompted: Tensor, plain: Tensor | None, beta: float = 1.0
 ) -> tuple[Tensor, ...]:
     """Loss of the student, and what is logged about it, summed over tokens.
 
     The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP` or `p`.
 
     Returns:
-        `(loss, KL(q || pP), entropy of q, entropy of pP)` and, where `plain_logits` is given, KL(q || p): scalars.
+        `(loss, KL(q || pP), entropy of q, entropy of pP)` and, where `plain` is given, KL(q || p): scalars.
     """
-    student = (student_logits / temperature).log_softmax(dim=-1)
-    prompted = (prompted_logits.detach() / temperature).log_softmax(dim=-1)
+    prompted = prompted.detach()
     loss = generalized_jsd(student, prompted, beta).sum()
-    fixed = student.detach()
-    sums = (loss, kl_divergence(fixed, prompted).sum(), entropy(fixed).sum(), entropy(prompted).sum())
-    if plain_logits is None:
-        return sums
-    plain = (plain_logits.detach() / temperature).log_softmax(dim=-1)
-    return (*sums, kl_divergence(fixed, plain).sum())
+    with torch.no_grad():
+        reverse = loss if beta == 1.0 else kl_divergence(student, prompted).sum()
+        sums = (loss, reverse, entropy(student).sum(), entropy(prompted).sum())
+        return sums if plain is None else (*sums, kl_divergence(student, plain).sum())
+
+
+def promptkd_loss_sums(
+    student_logits: Tensor,
+    prompted_logits: Tensor,
+    plain_logits: Tensor | None,
+    prompt_loss: Callable[..., tuple[Tensor, ...]] | None,
+    student_loss: Callable[..., tuple[Tensor, ...]] | None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """One or both losses of the same tokens, from logits.
+
+    Args:
+        prompt_loss: [`prompt_loss_sums`] with its settings, or `None` to leave it out.
+        student_loss: [`student_loss_sums`] with its settings, or `None` to leave it out.
+        temperature (`float`): Divides all logits.
+
+    Returns:
+        The sum of the losses asked for, whose gradients do not mix, then what `prompt_loss` and `student_loss` return.
+    """
+    student, prompted = ((logits / temperature).log_softmax(dim=-1) for logits in (student_logits, prompted_logits))
+    plain = None if plain_logits is None else (plain_logits / temperature).log_softmax(dim=-1)
+    of_prompt = () if prompt_loss is None else prompt_loss(prompted, student, plain)
+    of_student = () if student_loss is None else student_loss(student, prompted, plain)
+    total = torch.stack([sums[0] for sums in (of_prompt, of_student) if sums]).sum()
+    return (total, *of_prompt, *of_student)

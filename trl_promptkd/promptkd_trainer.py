@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
 from .checks import check_arguments, check_positions, check_soft_prompt, prepare_tokenizer
+from .chunked_loss import chunked_sums
 from .data import (
     DataCollatorForPromptCompletion,
     check_columns,
@@ -33,19 +34,17 @@ from .data import (
     tokenize_dataset,
     without_repeats,
 )
-from .divergences import chunked_sums
+from .forward import TokenStates, completion_states, forward_logits, inside_forward
 from .model_card import add_prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
-from .promptkd_loss import prompt_loss_sums, regularization_weight, student_loss_sums
+from .promptkd_loss import prompt_loss_sums, promptkd_loss_sums, regularization_weight, student_loss_sums
 from .rollouts import rollout_config, rollout_seed, sample_completions
 from .teacher import (
     asked_teacher,
     build_teacher,
-    completion_logits,
     disable_dropout,
-    forward_logits,
     place_teacher,
     shared_vocab_size,
 )
@@ -286,10 +285,19 @@ class PromptKDTrainer(GKDTrainer):
         with self._teacher() as teacher:
             return forward_logits(teacher, input_ids.to(device), attention_mask.to(device), self.soft_prompt()).float()
 
-    def _logits(self, model: nn.Module, inputs: dict[str, Tensor], soft_prompt: Tensor | None = None) -> Tensor:
-        return completion_logits(
+    def _states(self, model: nn.Module, inputs: dict[str, Tensor], soft_prompt: Tensor | None = None) -> TokenStates:
+        return completion_states(
             model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], soft_prompt, self.shared_vocab_size
         )
+
+    def _sums(self, student: TokenStates, prompted: TokenStates, plain: TokenStates | None, of_prompt, of_student):
+        sums = partial(
+            promptkd_loss_sums,
+            prompt_loss=of_prompt,
+            student_loss=of_student,
+            temperature=self.args.loss_temperature,
+        )
+        return chunked_sums(sums, self.args.loss_chunk_size, student, prompted, plain)
 
     # ------------------------------------------------------------------------------------------------ sampling
 
@@ -354,63 +362,64 @@ class PromptKDTrainer(GKDTrainer):
         num_local = (inputs["labels"][:, 1:] != -100).sum()
         num_tokens = num_local if num_items_in_batch is None else num_items_in_batch
         num_tokens = torch.as_tensor(num_tokens, device=num_local.device).clamp(min=1)
+        with self.accelerator.autocast():
+            losses = partial(self._losses, inputs=inputs, num_local=num_local, num_tokens=num_tokens)
+            loss = inside_forward(model, losses) * self.accelerator.num_processes
+        return (loss, None) if return_outputs else loss
+
+    def _losses(self, student: nn.Module, inputs: dict[str, Tensor], num_local: Tensor, num_tokens: Tensor) -> Tensor:
+        """Both losses of a micro-batch: the prompt's gradient is taken on the way, the student's loss is returned."""
+        args, means = self.args, self._train_means
         weight = regularization_weight(
-            self.args.regularization_coef,
-            self.args.regularization_schedule,
-            self.state.global_step,
-            self.state.max_steps,
+            args.regularization_coef, args.regularization_schedule, self.state.global_step, self.state.max_steps
         )
         window_ends = self.accelerator.sync_gradients
-        student_logits = self._logits(model, inputs)  # (num_local, vocab)
+        prompt_leads = window_ends and args.prompt_update == "sequential"  # the student learns from the stepped prompt
+        of_prompt = partial(prompt_loss_sums, direction=args.prompt_divergence, weight=weight)
+        of_student = partial(student_loss_sums, beta=self.beta)
 
-        with self._teacher() as teacher:
-            plain_logits = None
+        student_states = self._states(student, inputs)
+        with asked_teacher(self.teacher_model, student) as teacher:
+            plain = None
             if weight > 0 or is_logged_step(self):
                 with torch.no_grad():
-                    plain_logits = self._logits(teacher, inputs)
-            prompted_logits = self._logits(teacher, inputs, self.soft_prompt())
-            sums = partial(
-                prompt_loss_sums,
-                direction=self.args.prompt_divergence,
-                weight=weight,
-                temperature=self.args.loss_temperature,
-            )
-            prompt_loss, prompted_student, *prompted_plain = chunked_sums(
-                sums, self.args.loss_chunk_size, prompted_logits, student_logits.detach(), plain_logits
-            )
-            self.prompt_optimizer.accumulate(prompt_loss / num_tokens)
-            prompted_logits = prompted_logits.detach()
+                    plain = self._states(teacher, inputs).detach()
+            prompted = self._states(teacher, inputs, self.soft_prompt())
+            if prompt_leads:
+                sums, (prompt_gradient,) = self._sums(student_states.detach(), prompted, plain, of_prompt, None)
+            else:
+                sums, (student_gradient, prompt_gradient) = self._sums(
+                    student_states, prompted, plain, of_prompt, of_student
+                )
+            self.prompt_optimizer.accumulate(prompt_gradient, num_tokens)
             if window_ends:
-                self._train_means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
-                self._train_means.add("prompt/grad_norm", self.prompt_optimizer.step())
-                if self.args.prompt_update == "sequential":
-                    with torch.no_grad():
-                        prompted_logits = self._logits(teacher, inputs, self.soft_prompt())
+                means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
+                means.add("prompt/grad_norm", self.prompt_optimizer.step())
+            if prompt_leads:
+                with torch.no_grad():
+                    prompted = self._states(teacher, inputs, self.soft_prompt()).detach()
+                of_new_prompt, (student_gradient,) = self._sums(student_states, prompted, plain, None, of_student)
+                sums = (*sums, *of_new_prompt[1:])
 
-        sums = partial(student_loss_sums, beta=self.beta, temperature=self.args.loss_temperature)
-        loss, student_prompted, student_entropy, teacher_entropy, *student_plain = chunked_sums(
-            sums, self.args.loss_chunk_size, student_logits, prompted_logits, plain_logits
-        )
+        _, _, prompted_student, *sums = sums
+        prompted_plain = None if plain is None else sums.pop(0)
+        loss, student_prompted, student_entropy, teacher_entropy, *student_plain = sums
         if not torch.isfinite(loss):
             # The Trainer's log would show a made-up number instead, and the student's weights would be lost
             raise FloatingPointError(
                 f"The student's loss is {loss.item()} at step {self.state.global_step + 1}. Check both models' logits for NaN or "
                 "infinities; load the teacher in bfloat16 or float32 if it is in float16."
             )
-
-        means = self._train_means
         means.add("kl/student_prompted", student_prompted, num_local)
         means.add("kl/prompted_student", prompted_student, num_local)
         means.add("entropy/student", student_entropy, num_local)
         means.add("entropy/teacher", teacher_entropy, num_local)
-        if plain_logits is not None:
+        if prompted_plain is not None:
             means.add("kl/student_plain", student_plain[0], num_local)
             means.add("kl/prompt_gain", student_plain[0] - student_prompted, num_local)
-            means.add("kl/prompted_plain", prompted_plain[0], num_local)
+            means.add("kl/prompted_plain", prompted_plain, num_local)
         means.add("regularization_weight", weight)
-
-        loss = loss / num_tokens * self.accelerator.num_processes
-        return (loss, None) if return_outputs else loss
+        return student_gradient.attach(loss) / num_tokens
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -460,22 +469,22 @@ class PromptKDTrainer(GKDTrainer):
         self._eval_batches += 1
 
         device = self.accelerator.device
-        means, temperature = self._eval_means, self.args.loss_temperature
+        means, student = self._eval_means, self.accelerator.unwrap_model(model)
         for source, completions in (("student", samples), ("answers", answers)):
             batch = {key: value.to(device) for key, value in pad_rows(prompts, completions, pad).items()}
             batch["labels"] = without_repeats(batch["labels"], self.accelerator)
             count = (batch["labels"][:, 1:] != -100).sum()
-            student_logits = self._logits(model, batch)
-            with self._teacher() as teacher:
-                plain_logits = self._logits(teacher, batch)
+            student_states = self._states(student, batch)
+            with asked_teacher(self.teacher_model, student) as teacher:
+                plain = self._states(teacher, batch)
                 if source == ("student" if self.lmbda > 0 else "answers"):
-                    prompted_logits = self._logits(teacher, batch, self.soft_prompt())
-                    sums = partial(student_loss_sums, beta=self.beta, temperature=temperature)
-                    loss, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, prompted_logits, None)
+                    prompted = self._states(teacher, batch, self.soft_prompt())
+                    of_student = partial(student_loss_sums, beta=self.beta)
+                    (loss, *_), _ = self._sums(student_states, prompted, None, None, of_student)
                     means.add("loss", loss, count)
                     batch_loss = loss / count.clamp(min=1)
-            sums = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0, temperature=temperature)
-            divergence, *_ = chunked_sums(sums, self.args.loss_chunk_size, student_logits, plain_logits, None)
+            of_student = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0)
+            (divergence, *_), _ = self._sums(student_states, plain, None, None, of_student)
             means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
         if prediction_loss_only:
             return batch_loss, None, None

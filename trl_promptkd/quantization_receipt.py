@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from .data import pad_rows
 from .divergences import kl_divergence
-from .teacher import completion_logits
+from .forward import completion_states
 
 
 __all__ = ["quantization_receipt"]
@@ -55,7 +55,7 @@ def quantization_receipt(
             for model in (full, quantized):
                 device = next(model.parameters()).device
                 ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-                log_probs.append(completion_logits(model, ids, mask, labels).log_softmax(dim=-1).cpu())
+                log_probs.append(completion_states(model, ids, mask, labels).logits().log_softmax(dim=-1).cpu())
             tokens = batch["labels"][:, 1:]
             tokens = tokens[tokens != -100].unsqueeze(-1)
             parts["kl"].append(kl_divergence(*log_probs))

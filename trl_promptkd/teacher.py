@@ -1,21 +1,14 @@
-"""The frozen teacher: loading, the proof that both vocabularies are one, and the forward pass.
-
-`forward_logits` is the one way in which this package asks a model (teacher or student, with or without a soft prompt)
-for its logits. Positions are counted from the attention mask, and a soft prompt stands directly before a row's first
-token, so padding on either side changes nothing: for rotary, learned and sliding-window positions alike.
-"""
+"""The frozen teacher: loading, the proof that both vocabularies are one, and its place beside the student."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -26,12 +19,8 @@ __all__ = [
     "asked_teacher",
     "build_teacher",
     "check_same_tokenizer",
-    "completion_logits",
-    "completion_states",
     "disable_dropout",
-    "forward_logits",
     "freeze",
-    "input_embeddings",
     "load_teacher",
     "load_teacher_tokenizer",
     "place_teacher",
@@ -225,143 +214,8 @@ def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
                 setattr(module, name, 0.0)
 
 
-def input_embeddings(model: PreTrainedModel) -> nn.Module:
-    """The module that turns token ids into the model's input embeddings.
-
-    Raises:
-        ValueError: where the model has none: a soft prompt has nothing to stand beside.
-    """
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = None
-    if embeddings is None:
-        raise ValueError(
-            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put before its "
-            "input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
-        )
-    return embeddings
-
-
 def position_limit(model: PreTrainedModel) -> int | None:
     """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
     names = ("wpe", "embed_positions", "position_embeddings")
     learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
-
-
-def forward_logits(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    soft_prompt: Tensor | None = None,
-    num_columns: int = 0,
-) -> Tensor:
-    """Next-token logits, equal to those of every row alone, without padding.
-
-    Args:
-        model: A causal language model, plain, PEFT or wrapped for data parallelism.
-        input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on the left, on the right or on both sides.
-        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are contiguous.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first token
-            of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own dtype.
-        num_columns (`int`): Only the logits of the last `num_columns` columns are computed; 0 for all.
-
-    Returns:
-        `Tensor` of shape `(batch, num_columns or seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`,
-        with or without a soft prompt. Entries at padding mean nothing.
-    """
-    bare = extract_model_from_parallel(model)
-    base = bare.get_base_model() if isinstance(bare, PeftModel) else bare
-    accepted = inspect.signature(type(base).forward).parameters  # the class: wrappers may hide it
-    inputs: dict[str, Any] = {"use_cache": False}
-    if soft_prompt is None:
-        inputs["input_ids"] = input_ids
-    else:
-        with torch.no_grad():
-            token_embeds = input_embeddings(bare)(input_ids)
-        inputs["inputs_embeds"], attention_mask = _prepend_soft_prompt(token_embeds, attention_mask, soft_prompt)
-    inputs["attention_mask"] = attention_mask
-    if "position_ids" in accepted:  # models without it (BLOOM, MPT) count positions from the mask themselves
-        inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    num_columns = num_columns or input_ids.size(1)
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = num_columns
-    return model(**inputs).logits[:, -num_columns:]
-
-
-def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the soft prompt between a row's left padding and its first token.
-
-    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:
-    the token at column `i` is found at column `i + num_virtual_tokens` in every row.
-
-    Returns:
-        Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.
-    """
-    seq, hidden = token_embeds.shape[1:]
-    virtual = soft_prompt.size(0)
-    columns = torch.arange(virtual + seq, device=token_embeds.device)  # (virtual + seq)
-    start = attention_mask.to(torch.long).argmax(dim=1, keepdim=True)  # (batch, 1): first token of the row
-    is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
-    source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
-    prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
-    # Cast after the lookup, so that the gradient of the rows adds up in the prompt's own precision
-    prompt_embeds = soft_prompt.to(token_embeds.device)[prompt_index].to(token_embeds.dtype)
-    text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
-    embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
-    return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))
-
-
-def completion_logits(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    soft_prompt: Tensor | None = None,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """The logits that predict the trained tokens, and no others.
-
-    Args:
-        model, input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
-        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has nothing
-            before it and is left out.
-        vocab_size (`int`, *optional*): Keep only the first `vocab_size` entries, where vocabularies are padded differently.
-
-    Returns:
-        `Tensor` of shape `(num_trained_tokens, vocab)` in float32, in the order of `labels[:, 1:] != -100`.
-    """
-    trained, num_columns = _trained_columns(labels)
-    logits = forward_logits(model, input_ids, attention_mask, soft_prompt, num_columns)
-    return logits[:, :-1][trained][:, :vocab_size].float()
-
-
-def _trained_columns(labels: Tensor) -> tuple[Tensor, int]:
-    """Which of the last columns' logits predict trained tokens, `(batch, num_columns - 1)`, and the number of those columns."""
-    trained = labels[:, 1:] != -100  # (batch, seq - 1)
-    columns = trained.any(dim=0).nonzero()
-    first = int(columns[0]) if len(columns) else trained.size(1) - 1
-    # The logits of columns first .. seq - 2 predict the labels of columns first + 1 .. seq - 1
-    return trained[:, first:], labels.size(1) - first
-
-
-@torch.no_grad()
-def completion_states(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, vocab_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """What goes into the output head at the trained tokens, and what comes out of the model there.
-
-    Returns:
-        Hidden states `(num_trained_tokens, hidden)` in the model's dtype and logits as of [`completion_logits`].
-    """
-    trained, num_columns = _trained_columns(labels)
-    captured: list[Tensor] = []
-    head = extract_model_from_parallel(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
-        logits = forward_logits(model, input_ids, attention_mask, num_columns=num_columns)
-    finally:
-        handle.remove()
-    states, logits = (tensor.to(input_ids.device) for tensor in (captured[0][:, -num_columns:], logits))
-    return states[:, :-1][trained], logits[:, :-1][trained][:, :vocab_size].float()

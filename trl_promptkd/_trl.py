@@ -3,6 +3,7 @@
 Each name has its reason. `tests/test_trl.py` names what is relied on, so that an upgrade fails there first.
 """
 
+import os
 import warnings
 
 
@@ -19,6 +20,7 @@ from peft.tuners.prompt_tuning import (
 from peft.utils.other import (
     _prepare_prompt_learning_config as fill_prompt_learning_config,  # hidden size from a config
 )
+from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models.utils import unwrap_model_for_generation  # gathers ZeRO-3 parameters; switches checkpointing off
 from trl.trainer.utils import print_prompt_completions_sample  # the table of sampled completions
@@ -31,11 +33,36 @@ __all__ = [
     "PromptEmbedding",
     "PromptTuningInit",
     "fill_prompt_learning_config",
+    "is_vllm_available",
     "keep_four_bit_weights_differentiable",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
+    "sampling_loop",
     "unwrap_model_for_generation",
+    "vllm_generation_module",
 ]
+
+
+def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """The loop behind `model.generate` for greedy decoding and sampling, for a `custom_generate` that only adds a processor."""
+    return model._sample(
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        **kwargs,
+    )
+
+
+def vllm_generation_module():
+    """TRL's module around vLLM, imported when it is asked for: importing vLLM takes seconds.
+
+    The engine is to be in this process, where its random state and its weights can be reached, unless the user says otherwise.
+    """
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from trl.generation import vllm_generation
+
+    return vllm_generation
 
 
 def keep_four_bit_weights_differentiable(model) -> int:

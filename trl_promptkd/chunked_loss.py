@@ -7,7 +7,6 @@ are made. Nothing is computed twice.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,9 @@ from .forward import TokenStates
 
 
 __all__ = ["StateGradient", "chunked_sums"]
+
+
+_BLOCK = 1_500_000  # entries of one tensor of log-probabilities that the loss works on at once on a CPU
 
 
 class StateGradient(NamedTuple):
@@ -41,8 +43,11 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("The gradient of a chunked loss has been handed on already; work the loss out again.")
         pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
-        return (None, None, *(None if known is None else (known * factor).to(dtype) for known, dtype in pairs))
+        ctx.gradients = None
+        return (None, None, *(None if known is None else known.mul_(factor).to(dtype) for known, dtype in pairs))
 
 
 def chunked_sums(
@@ -67,39 +72,63 @@ def chunked_sums(
         tensors = [part.states, *part.head_parameters()]
         zeros = torch.zeros_like(part.states, dtype=torch.float32)
         collected.append(StateGradient(tensors, [zeros, *[None] * (len(tensors) - 1)]))
-    totals: list[Tensor] = []
+    totals: tuple[Tensor, ...] = ()
     for start in range(0, max(num_tokens, 1), step):
+        end = min(start + step, num_tokens)
         chunk: list[Any] = []
         leaves: list[Tensor] = []
         for part in parts:
             if isinstance(part, TokenStates):
-                states = part.states[start : start + step].detach()
+                states = part.states[start:end].detach()
+                with torch.set_grad_enabled(_is_trained(part)):
+                    chunk.append(part.logits(states.requires_grad_(_is_trained(part))))
                 if _is_trained(part):
-                    leaves.append(states.requires_grad_(True))
-                    chunk.append(part.logits(states))
-                else:
-                    with torch.no_grad():
-                        chunk.append(part.logits(states))
+                    leaves.append(states)
             elif hasattr(part, "logits_of"):
-                chunk.append(part.logits_of(start, min(start + step, num_tokens)))
+                chunk.append(part.logits_of(start, end))
             else:
-                chunk.append(None if part is None else part[start : start + step])
-        values = sums(*chunk)
-        if collected:
-            wanted = [[leaf, *known.tensors[1:]] for leaf, known in zip(leaves, collected, strict=True)]
-            found = iter(torch.autograd.grad(values[0], list(chain(*wanted)), allow_unused=True))
-            for known in collected:
-                _add(known, start, [next(found) for _ in known.tensors])
-        values = [value.detach() for value in values]
-        totals = values if not totals else [total + value for total, value in zip(totals, values, strict=True)]
-    return tuple(totals), collected
+                chunk.append(None if part is None else part[start:end])
+        trained = [_is_trained(part) for part in parts]
+        values = _block_by_block(sums, chunk, trained)
+        inner = [logits for logits, wanted in zip(chunk, trained, strict=True) if wanted]
+        for known, leaf, logits in zip(collected, leaves, inner, strict=True):
+            wanted = [leaf, *known.tensors[1:]]
+            _add(known, start, torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True))
+        totals = tuple(map(torch.add, totals, values)) if totals else values
+    return totals, collected
 
 
 def _is_trained(part: Any) -> bool:
     return torch.is_grad_enabled() and isinstance(part, TokenStates) and part.is_trained
 
 
-def _add(known: StateGradient, start: int, found: list[Tensor | None]) -> None:
+def _block_by_block(
+    sums: Callable[..., Sequence[Tensor]], chunk: list[Any], trained: list[bool]
+) -> tuple[Tensor, ...]:
+    """The values of a chunk; the gradient of the first with respect to the trained logits takes their place in memory.
+
+    On a CPU, the loss of a few rows at a time stays in its caches, and its temporaries in memory that need not be asked for
+    anew: five times as fast as all rows at once.
+    """
+    logits = next(part for part, wanted in zip(chunk, trained, strict=True) if wanted) if any(trained) else chunk[0]
+    rows = max(_BLOCK // logits.size(-1), 1) if logits.device.type == "cpu" else max(len(logits), 1)
+    totals: tuple[Tensor, ...] = ()
+    for start in range(0, max(len(logits), 1), rows):
+        block: list[Any] = [
+            None if part is None else part.detach()[start : start + rows].requires_grad_(wanted)
+            for part, wanted in zip(chunk, trained, strict=True)
+        ]
+        values = sums(*block)
+        leaves = [part for part, wanted in zip(block, trained, strict=True) if wanted]
+        if leaves:
+            for leaf, gradient in zip(leaves, torch.autograd.grad(values[0], leaves), strict=True):
+                leaf.detach().copy_(gradient)
+        values = tuple(value.detach() for value in values)
+        totals = tuple(map(torch.add, totals, values)) if totals else values
+    return totals
+
+
+def _add(known: StateGradient, start: int, found: Sequence[Tensor | None]) -> None:
     states, *parameters = found
     if states is not None:
         known.gradients[0][start : start + len(states)] = states

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-__all__ = ["check_choice", "check_ignored", "check_positive", "check_sampling"]
+__all__ = ["check_choice", "check_ignored", "check_positive"]
 
 
 def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
@@ -19,17 +19,7 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
-            hint = " For greedy decoding set generation_kwargs={'do_sample': False}." if name == "temperature" else ""
-            raise ValueError(f"`{name}` is {value}; it must be above 0.{hint}")
-
-
-def check_sampling(config: Any) -> None:
-    """Refuse settings that nothing can be sampled with."""
-    check_positive(config, "temperature", "max_new_tokens", "rollout_batch_size")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"`top_p` is {config.top_p}; it must be above 0 and at most 1.")
-    if config.top_k < 0:
-        raise ValueError(f"`top_k` is {config.top_k}; it must be 0 (all tokens) or above.")
+            raise ValueError(f"`{name}` is {value}; it must be above 0.")
 
 
 def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str]]) -> None:

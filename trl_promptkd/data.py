@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jinja2
@@ -25,6 +26,7 @@ __all__ = [
     "check_answers",
     "check_columns",
     "count_trained_tokens",
+    "grouped_by_length",
     "map_rows",
     "masked_rows",
     "name_columns",
@@ -370,6 +372,18 @@ def pad_rows(
         "prompts": input_ids[:, :left],
         "prompt_attention_mask": attention_mask[:, :left],
     }
+
+
+def grouped_by_length(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Which rows go into which micro-batch, the longest first, so that rows are padded to their likes.
+
+    Args:
+        lengths: Of all rows.
+        sizes: Rows a micro-batch, adding up to the number of rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    ends = list(accumulate(sizes))
+    return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> Tensor:

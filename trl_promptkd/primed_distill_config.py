@@ -5,7 +5,8 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .config_checks import check_choice, check_ignored, check_positive, check_sampling
+from .config_checks import check_choice, check_ignored, check_positive
+from .sampling_config import SamplingConfig
 
 
 __all__ = ["PrimedDistillConfig"]
@@ -24,12 +25,13 @@ _IGNORED = {
 
 
 @dataclass
-class PrimedDistillConfig(SFTConfig):
+class PrimedDistillConfig(SamplingConfig, SFTConfig):
     """
     Configuration class for [`PrimedDistillTrainer`].
 
     This class includes only what is specific to response priming. For the rest, see [`~transformers.TrainingArguments`] and
-    `trl.SFTConfig`, whose fields keep their meaning.
+    `trl.SFTConfig`, whose fields keep their meaning; how answers are sampled is in
+    [`~trl_promptkd.sampling_config.SamplingConfig`], vLLM included.
 
     Args:
         alpha (`float`, *optional*):
@@ -64,14 +66,6 @@ class PrimedDistillConfig(SFTConfig):
             prompt alone.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
-        top_k (`int`, *optional*, defaults to `0`):
-            Sample among the `top_k` likeliest tokens; `0` for all.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Sample among the likeliest tokens that hold this probability together.
-        generation_kwargs (`dict`, *optional*):
-            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`.
-        rollout_batch_size (`int`, *optional*):
-            Answers written at once on one device. `None` for as many as a whole accumulation window has rows.
         teacher_answers_dir (`str`, *optional*):
             Where the teacher's answers are kept, and looked for; `output_dir/_teacher_answers` by default.
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -79,11 +73,6 @@ class PrimedDistillConfig(SFTConfig):
             `lora_dropout` is left as it is.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose losses are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
-        log_completions (`bool`, *optional*, defaults to `False`):
-            With `response_source="student"`: print sampled completions at every logging step, and keep them as parquet files in
-            `output_dir/completions`.
-        num_completions_to_print (`int`, *optional*):
-            How many of them to print; `None` for all.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
@@ -133,16 +122,6 @@ class PrimedDistillConfig(SFTConfig):
         default=256, metadata={"help": "Longest answer that the teacher or the student writes."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
-    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens; 0 for all."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
-    )
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More settings for transformers' GenerationConfig."}
-    )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Answers written at once on one device; None: a whole accumulation window."}
-    )
     teacher_answers_dir: str | None = field(
         default=None, metadata={"help": "Where the teacher's answers are kept; None: output_dir/_teacher_answers."}
     )
@@ -152,19 +131,13 @@ class PrimedDistillConfig(SFTConfig):
     loss_chunk_size: int | None = field(
         default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
     )
-    log_completions: bool = field(
-        default=False, metadata={"help": "Print and keep the student's sampled completions at every logging step."}
-    )
-    num_completions_to_print: int | None = field(
-        default=None, metadata={"help": "How many completions to print; None: all."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "response_source", ("dataset", "teacher", "student"))
         check_choice(self, "overlong", ("drop", "error"))
         check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
-        check_sampling(self)
+        self.check_sampling(self.temperature, self.max_new_tokens)
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"
         if self.alpha is None:

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from ._trl import keep_four_bit_weights_differentiable
 from .checks import check_arguments, check_positions, prepare_tokenizer
 from .chunked_loss import chunked_sums
-from .data import count_trained_tokens, without_repeats
+from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
 from .model_card import add_priming_section
 from .primed_collator import (
@@ -45,6 +45,7 @@ from .teacher import (
 from .teacher_answers import weights_fingerprint, write_teacher_answers
 from .teacher_cache import TeacherCache
 from .telemetry import Means, add_rollouts, is_logged_step, keep_completions
+from .vllm_rollouts import VLLMRollouts, check_vllm
 
 
 __all__ = ["PrimedDistillTrainer"]
@@ -180,6 +181,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what the student sees, "
                 "so that the divergence only holds the student where it started. Pass a teacher or a priming text."
             )
+        check_vllm(args, model, samples=args.response_source == "student")
         self._tokenizes = data_collator is None
         if args.response_source == "teacher" and teacher_cache is None:
             self._check_teacher_can_write(args)
@@ -226,6 +228,11 @@ class PrimedDistillTrainer(SFTTrainer):
             processing_class,
         )
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
+        self.vllm: VLLMRollouts | None = None
+        if args.use_vllm:
+            self.vllm = VLLMRollouts(
+                self.model, self.accelerator, processing_class, self.generation_config, args, self.shared_vocab_size
+            )
         self._check_positions(teacher, train_dataset)
         self._check_positions(teacher, eval_dataset)
         self.teacher_model: Any = place_teacher(teacher, self.model, self.accelerator)
@@ -452,16 +459,27 @@ class PrimedDistillTrainer(SFTTrainer):
     def _sample_window(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         prompts = [prompts_of_views(batch) for batch in batches]
         students = [ids for student, _ in prompts for ids in student]
+        if self.vllm is not None:
+            self.vllm.sync()
         start = time.perf_counter()
         answers = self._sample(students, self.state.global_step)
         add_rollouts(self._train_means, answers, self.generation_config, time.perf_counter() - start)
         self._last_rollouts = (students, answers)
-        rest = iter(answers)
-        return [self._two_views(student, teacher, [next(rest) for _ in student]) for student, teacher in prompts]
+        rows = [row for student, teacher in prompts for row in zip(student, teacher, strict=True)]
+        lengths = [len(teacher) + len(answer) for (_, teacher), answer in zip(rows, answers, strict=True)]
+        groups = grouped_by_length(lengths, [len(student) for student, _ in prompts])
+        return [
+            self._two_views(
+                [rows[row][0] for row in group], [rows[row][1] for row in group], [answers[row] for row in group]
+            )
+            for group in groups
+        ]
 
     def _sample(self, prompts: list[list[int]], step: int) -> list[list[int]]:
         """The student's completions, from a random state of their own."""
         seed = rollout_seed(self.args.seed, "student", step, self.accelerator.process_index)
+        if self.vllm is not None:
+            return self.vllm.sample(prompts, seed)
         return sample_completions(
             self.model_wrapped,
             self.accelerator,
@@ -583,6 +601,8 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
+        if self.vllm is not None:
+            self.vllm.sync()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if not self.is_in_train and self.model_wrapped is self.model:
             # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP

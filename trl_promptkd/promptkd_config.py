@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ._trl import GKDConfig
-from .config_checks import check_choice, check_ignored, check_positive, check_sampling
+from .config_checks import check_choice, check_ignored, check_positive
+from .sampling_config import SamplingConfig
 
 
 __all__ = ["PromptKDConfig"]
@@ -20,12 +21,13 @@ _IGNORED = {
 
 
 @dataclass
-class PromptKDConfig(GKDConfig):
+class PromptKDConfig(SamplingConfig, GKDConfig):
     """
     Configuration class for [`PromptKDTrainer`].
 
     This class includes only what is specific to PromptKD. For the rest, see [`~transformers.TrainingArguments`],
-    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; the soft prompt's own settings are
+    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; how completions are sampled is in
+    [`~trl_promptkd.sampling_config.SamplingConfig`], vLLM included; the soft prompt's own settings are
     in [`PromptEncoderConfig`]. The defaults are the paper's.
 
     Args:
@@ -53,25 +55,15 @@ class PromptKDConfig(GKDConfig):
             learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns from the prompt
             as it was before the step in all micro-batches; one teacher pass less, and how a window is split into
             micro-batches makes no difference at all.
-        top_k (`int`, *optional*, defaults to `0`):
-            Sample among the `top_k` likeliest tokens; `0` for all.
-        top_p (`float`, *optional*, defaults to `1.0`):
-            Sample among the likeliest tokens that hold this probability together.
-        generation_kwargs (`dict`, *optional*):
-            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`.
+        teacher_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest anew: less
+            memory, one more forward pass. `gradient_checkpointing` is the student's.
         overlong (`str`, *optional*, defaults to `"error"`):
             What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the data; a
             sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
             `"drop"` leaves them out and reports how many.
-        rollout_batch_size (`int`, *optional*):
-            Rows sampled at once on one device. `None` samples a whole accumulation window at once.
         loss_chunk_size (`int`, *optional*, defaults to `1024`):
             Tokens whose divergences are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
-        log_completions (`bool`, *optional*, defaults to `False`):
-            Print prompts and sampled completions at every logging step, and keep them as parquet files in
-            `output_dir/completions`.
-        num_completions_to_print (`int`, *optional*):
-            How many of them to print; `None` for all.
     """
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
@@ -111,28 +103,15 @@ class PromptKDConfig(GKDConfig):
             "choices": ["sequential", "simultaneous"],
         },
     )
-    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens; 0 for all."})
-    top_p: float = field(
-        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
-    )
-    generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More settings for transformers' GenerationConfig."}
+    teacher_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute the teacher's activations in the soft prompt's backward pass."}
     )
     overlong: str = field(
         default="error",
         metadata={"help": "Refuse or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
     )
-    rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows sampled at once on one device; None: a whole accumulation window."}
-    )
     loss_chunk_size: int | None = field(
         default=1024, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
-    )
-    log_completions: bool = field(
-        default=False, metadata={"help": "Print and keep sampled completions at every logging step."}
-    )
-    num_completions_to_print: int | None = field(
-        default=None, metadata={"help": "How many completions to print; None: all."}
     )
 
     def __post_init__(self):
@@ -142,7 +121,7 @@ class PromptKDConfig(GKDConfig):
         check_choice(self, "prompt_update", ("sequential", "simultaneous"))
         check_choice(self, "overlong", ("error", "drop"))
         check_positive(self, "loss_temperature", "loss_chunk_size")
-        check_sampling(self)
+        self.check_sampling(self.temperature, self.max_new_tokens)
         check_ignored(self, "PromptKD", _IGNORED)
         if self.regularization_coef < 0:
             raise ValueError(f"`regularization_coef` is {self.regularization_coef}; it must not be negative.")

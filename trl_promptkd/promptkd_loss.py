@@ -32,7 +32,7 @@ def prompt_loss_sums(
         plain: May be `None` where `weight` is 0.
 
     Returns:
-        `(loss, KL(pP || q))` and, where `plain` is given, KL(pP || p): scalars.
+        `(loss, KL(pP || q))` and, where `plain` is given, KL(pP || p) and KL(q || p): scalars.
     """
     student = student.detach()
     reverse = direction == "reverse"
@@ -46,25 +46,23 @@ def prompt_loss_sums(
         prompted_plain = kl_divergence(prompted, plain).sum()
     if weight:
         loss = loss + weight * (prompted_plain if reverse else kl_divergence(plain, prompted).sum())
-    return loss, prompted_student, prompted_plain
+    with torch.no_grad():
+        return loss, prompted_student, prompted_plain, kl_divergence(student, plain).sum()
 
 
-def student_loss_sums(
-    student: Tensor, prompted: Tensor, plain: Tensor | None, beta: float = 1.0
-) -> tuple[Tensor, ...]:
+def student_loss_sums(student: Tensor, prompted: Tensor, beta: float = 1.0) -> tuple[Tensor, ...]:
     """Loss of the student, and what is logged about it, summed over tokens.
 
-    The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP` or `p`.
+    The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP`.
 
     Returns:
-        `(loss, KL(q || pP), entropy of q, entropy of pP)` and, where `plain` is given, KL(q || p): scalars.
+        `(loss, KL(q || pP), entropy of q, entropy of pP)`: scalars.
     """
     prompted = prompted.detach()
     loss = generalized_jsd(student, prompted, beta).sum()
     with torch.no_grad():
         reverse = loss if beta == 1.0 else kl_divergence(student, prompted).sum()
-        sums = (loss, reverse, entropy(student).sum(), entropy(prompted).sum())
-        return sums if plain is None else (*sums, kl_divergence(student, plain).sum())
+        return loss, reverse, entropy(student).sum(), entropy(prompted).sum()
 
 
 def promptkd_loss_sums(
@@ -88,6 +86,6 @@ def promptkd_loss_sums(
     student, prompted = ((logits / temperature).log_softmax(dim=-1) for logits in (student_logits, prompted_logits))
     plain = None if plain_logits is None else (plain_logits / temperature).log_softmax(dim=-1)
     of_prompt = () if prompt_loss is None else prompt_loss(prompted, student, plain)
-    of_student = () if student_loss is None else student_loss(student, prompted, plain)
+    of_student = () if student_loss is None else student_loss(student, prompted)
     total = torch.stack([sums[0] for sums in (of_prompt, of_student) if sums]).sum()
     return (total, *of_prompt, *of_student)

@@ -29,6 +29,7 @@ from .data import (
     DataCollatorForPromptCompletion,
     check_columns,
     count_trained_tokens,
+    grouped_by_length,
     masked_rows,
     pad_rows,
     tokenize_dataset,
@@ -46,9 +47,11 @@ from .teacher import (
     build_teacher,
     disable_dropout,
     place_teacher,
+    recomputed_activations,
     shared_vocab_size,
 )
 from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions
+from .vllm_rollouts import VLLMRollouts, check_vllm
 
 
 __all__ = ["PromptKDTrainer"]
@@ -164,6 +167,7 @@ class PromptKDTrainer(GKDTrainer):
             peft_config,
             formatting_func,
         )
+        check_vllm(args, model, samples=args.lmbda > 0)
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
         check_soft_prompt(prompt_encoder_config, processing_class)
@@ -197,6 +201,10 @@ class PromptKDTrainer(GKDTrainer):
         # 3. The teacher and its soft prompt
         self.distils_itself = teacher_model is None
         teacher = build_teacher(self.model, teacher_model, args)
+        if args.teacher_gradient_checkpointing:
+            disable_dropout(teacher)  # some layers would take theirs for training
+            with recomputed_activations(teacher, True):
+                pass  # refused now where the teacher cannot
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
         self.prompt_encoder_config = prompt_encoder_config
         self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class).to(self.accelerator.device)
@@ -209,6 +217,11 @@ class PromptKDTrainer(GKDTrainer):
         # 4. Sampling and logging
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self.generation_kwargs = self.generation_config.to_dict()
+        self.vllm: VLLMRollouts | None = None
+        if args.use_vllm:
+            self.vllm = VLLMRollouts(
+                self.model, self.accelerator, processing_class, self.generation_config, args, self.shared_vocab_size
+            )
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
@@ -316,6 +329,8 @@ class PromptKDTrainer(GKDTrainer):
         answers = [masked_rows(batch["input_ids"], batch["labels"] != -100) for batch in batches]
         rows = [(i, j) for i, batch in enumerate(prompts) for j in range(len(batch))]
         from_student = {row for row in rows if draw.random() < self.lmbda}
+        if self.vllm is not None:
+            self.vllm.sync()
         sources = {"student": from_student, "teacher": set(rows) - from_student if self.seq_kd else set()}
         for source, chosen in sources.items():
             chosen_rows = [row for row in rows if row in chosen]
@@ -328,6 +343,10 @@ class PromptKDTrainer(GKDTrainer):
             for (i, j), completion in zip(chosen_rows, sampled, strict=True):
                 answers[i][j] = completion
         replaced = {i for chosen in sources.values() for i, _ in chosen}
+        if len(replaced) == len(batches):
+            # In the last micro-batch, the student may learn from another prompt than in the others: its rows stay in it
+            stay = 1 if self.args.prompt_update == "sequential" else 0
+            prompts, answers = _regrouped(prompts, answers, len(batches) - stay)
         pad, device = self.processing_class.pad_token_id, self.accelerator.device
         return [
             {key: value.to(device) for key, value in pad_rows(prompts[i], answers[i], pad).items()}
@@ -338,7 +357,10 @@ class PromptKDTrainer(GKDTrainer):
 
     def _sample(self, prompts: list[list[int]], source: str, step: int, rank: int) -> list[list[int]]:
         """Completions by the student or by the plain teacher, from a random state of their own."""
-        settings = (self.generation_config, rollout_seed(self.args.seed, source, step, rank), self.args)
+        seed = rollout_seed(self.args.seed, source, step, rank)
+        if source == "student" and self.vllm is not None:
+            return self.vllm.sample(prompts, seed)
+        settings = (self.generation_config, seed, self.args)
         if source == "student":
             return sample_completions(
                 self.model_wrapped, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size
@@ -384,26 +406,25 @@ class PromptKDTrainer(GKDTrainer):
             if weight > 0 or is_logged_step(self):
                 with torch.no_grad():
                     plain = self._states(teacher, inputs).detach()
-            prompted = self._states(teacher, inputs, self.soft_prompt())
-            if prompt_leads:
-                sums, (prompt_gradient,) = self._sums(student_states.detach(), prompted, plain, of_prompt, None)
-            else:
-                sums, (student_gradient, prompt_gradient) = self._sums(
-                    student_states, prompted, plain, of_prompt, of_student
-                )
-            self.prompt_optimizer.accumulate(prompt_gradient, num_tokens)
+            with recomputed_activations(teacher, args.teacher_gradient_checkpointing):
+                prompted = self._states(teacher, inputs, self.soft_prompt())
+                if prompt_leads:
+                    sums, (prompt_gradient,) = self._sums(student_states.detach(), prompted, plain, of_prompt, None)
+                else:
+                    sums, (student_gradient, prompt_gradient) = self._sums(
+                        student_states, prompted, plain, of_prompt, of_student
+                    )
+                self.prompt_optimizer.accumulate(prompt_gradient, num_tokens)
             if window_ends:
                 means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
                 means.add("prompt/grad_norm", self.prompt_optimizer.step())
             if prompt_leads:
                 with torch.no_grad():
                     prompted = self._states(teacher, inputs, self.soft_prompt()).detach()
-                of_new_prompt, (student_gradient,) = self._sums(student_states, prompted, plain, None, of_student)
+                of_new_prompt, (student_gradient,) = self._sums(student_states, prompted, None, None, of_student)
                 sums = (*sums, *of_new_prompt[1:])
 
-        _, _, prompted_student, *sums = sums
-        prompted_plain = None if plain is None else sums.pop(0)
-        loss, student_prompted, student_entropy, teacher_entropy, *student_plain = sums
+        _, _, prompted_student, *about_plain, loss, student_prompted, student_entropy, teacher_entropy = sums
         if not torch.isfinite(loss):
             # The Trainer's log would show a made-up number instead, and the student's weights would be lost
             raise FloatingPointError(
@@ -414,9 +435,10 @@ class PromptKDTrainer(GKDTrainer):
         means.add("kl/prompted_student", prompted_student, num_local)
         means.add("entropy/student", student_entropy, num_local)
         means.add("entropy/teacher", teacher_entropy, num_local)
-        if prompted_plain is not None:
-            means.add("kl/student_plain", student_plain[0], num_local)
-            means.add("kl/prompt_gain", student_plain[0] - student_prompted, num_local)
+        if plain is not None:
+            prompted_plain, student_plain = about_plain
+            means.add("kl/student_plain", student_plain, num_local)
+            means.add("kl/prompt_gain", student_plain - student_prompted, num_local)
             means.add("kl/prompted_plain", prompted_plain, num_local)
         means.add("regularization_weight", weight)
         return student_gradient.attach(loss) / num_tokens
@@ -436,6 +458,8 @@ class PromptKDTrainer(GKDTrainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
+        if self.vllm is not None:
+            self.vllm.sync()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if not self.is_in_train and self.model_wrapped is self.model:
             # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
@@ -540,3 +564,13 @@ class PromptKDTrainer(GKDTrainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))
+
+
+def _regrouped(
+    prompts: list[list[list[int]]], answers: list[list[list[int]]], num_batches: int
+) -> tuple[list[list[list[int]]], list[list[list[int]]]]:
+    """The first `num_batches` micro-batches with their rows shared out anew, by length; the others as they are."""
+    rows = [(p, a) for i in range(num_batches) for p, a in zip(prompts[i], answers[i], strict=True)]
+    groups = grouped_by_length([len(p) + len(a) for p, a in rows], [len(batch) for batch in prompts[:num_batches]])
+    shared_out = [[[rows[row][side] for row in group] for group in groups] for side in (0, 1)]
+    return shared_out[0] + prompts[num_batches:], shared_out[1] + answers[num_batches:]

@@ -3,13 +3,16 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ._trl import keep_four_bit_weights_differentiable, prepare_deepspeed
@@ -25,6 +28,7 @@ __all__ = [
     "load_teacher_tokenizer",
     "place_teacher",
     "position_limit",
+    "recomputed_activations",
     "shared_vocab_size",
 ]
 
@@ -196,6 +200,39 @@ def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module
             yield student
     finally:
         student.train(was_training)
+
+
+@contextmanager
+def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, the teacher keeps only the inputs of its layers for a backward pass, which computes the rest anew.
+
+    transformers checkpoints the layers of a model in training mode alone; here only the layers themselves are in it, so that
+    what is inside them goes on as in evaluation. The backward pass must be inside, too.
+
+    Raises:
+        ValueError: where the model has no layers that can be checkpointed.
+    """
+    if not enabled:
+        yield
+        return
+    layers = [module for module in teacher.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"`teacher_gradient_checkpointing` is True, but {type(teacher).__name__} has no layers that transformers can checkpoint. "
+            "Set it to False."
+        )
+    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [{name: layer.__dict__[name] for name in names if name in layer.__dict__} for layer in layers]
+    recompute = partial(checkpoint, use_reentrant=False)
+    for layer in layers:
+        layer.__dict__.update(zip(names, (True, True, recompute), strict=True))
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            for name in names:
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(own)
 
 
 def disable_dropout(model: nn.Module, adapters: bool = True) -> None:

@@ -1,0 +1,117 @@
+"""The fields that say how completions are sampled, which both configurations have."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+__all__ = ["SamplingConfig"]
+
+
+@dataclass
+class SamplingConfig:
+    """
+    How the student's (or the teacher's) completions are sampled.
+
+    Args:
+        top_k (`int`, *optional*, defaults to `0`):
+            Sample among the `top_k` likeliest tokens; `0` for all.
+        top_p (`float`, *optional*, defaults to `1.0`):
+            Sample among the likeliest tokens that hold this probability together.
+        generation_kwargs (`dict`, *optional*):
+            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`; with `use_vllm`, for vLLM's
+            `SamplingParams`.
+        rollout_batch_size (`int`, *optional*):
+            Rows sampled at once on one device. `None` samples a whole accumulation window at once.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print prompts and the student's samples at every logging step, and keep them as parquet files in
+            `output_dir/completions`.
+        num_completions_to_print (`int`, *optional*):
+            How many of them to print; `None` for all.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or from a
+            folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `trl vllm-serve` runs elsewhere.
+        vllm_server_base_url (`str`, *optional*):
+            Of the server; overrides host and port.
+        vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
+            Of the server.
+        vllm_server_port (`int`, *optional*, defaults to `8000`):
+            Of the server.
+        vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
+            Seconds to wait for the server to be up.
+        vllm_group_port (`int`, *optional*, defaults to `51216`):
+            Of the group that the weights are sent through to the server.
+        vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
+            Share of the GPU's memory for a colocated engine.
+        vllm_max_model_length (`int`, *optional*):
+            Longest prompt and completion together; by default the model's.
+        vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
+            GPUs a colocated engine is spread over.
+        vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
+            Let a colocated engine give its memory back while the student is trained.
+        vllm_model_impl (`str`, *optional*, defaults to `"auto"`):
+            `"vllm"`, `"transformers"`, or whichever there is.
+    """
+
+    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens; 0 for all."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
+    )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "More settings for transformers' GenerationConfig, or vLLM's SamplingParams."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows sampled at once on one device; None: a whole accumulation window."}
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print and keep the student's samples at every logging step."}
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "How many completions to print; None: all."}
+    )
+    use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample the student's completions."})
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={"help": "An engine in the training process, or a server's.", "choices": ["colocate", "server"]},
+    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Overrides host and port."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Of the vLLM server."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Of the vLLM server."})
+    vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server to be up."})
+    vllm_group_port: int = field(default=51216, metadata={"help": "Port that the weights are sent through."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of the GPU's memory for a colocated engine."}
+    )
+    vllm_max_model_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt and completion together; None: the model's."}
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1, metadata={"help": "GPUs that a colocated engine is spread over."}
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False, metadata={"help": "Let a colocated engine give memory back while the student is trained."}
+    )
+    vllm_model_impl: str = field(default="auto", metadata={"help": "vllm, transformers, or whichever there is."})
+
+    def check_sampling(self, temperature: float, max_new_tokens: int) -> None:
+        """Refuse settings that nothing can be sampled with.
+
+        Raises:
+            ValueError: naming the field, its value and what is allowed.
+            ImportError: for `use_vllm` without vLLM.
+        """
+        positive = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        positive["rollout_batch_size"] = 1 if self.rollout_batch_size is None else self.rollout_batch_size
+        for name, value in positive.items():
+            if value <= 0:
+                hint = (
+                    " For greedy decoding set generation_kwargs={'do_sample': False}." if name == "temperature" else ""
+                )
+                raise ValueError(f"`{name}` is {value}; it must be above 0.{hint}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1.")
+        if self.top_k < 0:
+            raise ValueError(f"`top_k` is {self.top_k}; it must be 0 (all tokens) or above.")
+        if self.vllm_mode not in ("colocate", "server"):
+            raise ValueError(f"`vllm_mode` is {self.vllm_mode!r}; it must be 'colocate' or 'server'.")

@@ -2,8 +2,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_forward import HEADS, ROWS, head_model, pad
-from tiny import tiny_model
+from tiny import VOCAB_SIZE, tiny_model
 
+from trl_promptkd import chunked_loss
 from trl_promptkd.chunked_loss import chunked_sums
 from trl_promptkd.divergences import entropy, generalized_jsd, kl_divergence
 from trl_promptkd.forward import completion_states, forward_logits
@@ -39,6 +40,11 @@ def sums(student, teacher, beta=1.0):
 
 class TestAgainstThePlainPath:
     """Values to 1e-5, gradients to 1e-4, of what is computed from all logits at once."""
+
+    @pytest.fixture(autouse=True)
+    def small_blocks(self, monkeypatch):
+        """Two rows at a time, within a chunk."""
+        monkeypatch.setattr(chunked_loss, "_BLOCK", 2 * VOCAB_SIZE)
 
     @pytest.mark.parametrize("chunk_size", [1, 4, 100, None])
     @pytest.mark.parametrize("family", FAMILIES)
@@ -106,6 +112,24 @@ class TestAgainstThePlainPath:
 
 
 class TestWhatIsTrained:
+    def test_a_shared_part_of_the_vocabulary(self):
+        model = tiny_model("llama")
+        expected = torch.autograd.grad(whole_logits(model)[:, :30].logsumexp(-1).sum(), list(model.parameters()))
+        known = completion_states(model, IDS, MASK, LABELS, vocab_size=30)
+        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 4, known)
+        gradient.attach(values[0]).backward()
+        for parameter, want in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
+
+    def test_a_gradient_is_handed_on_once(self):
+        values, (gradient,) = chunked_sums(
+            lambda logits: (logits.sum(),), 4, completion_states(tiny_model(), IDS, MASK, LABELS)
+        )
+        loss = gradient.attach(values[0])
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="handed on already"):
+            loss.backward()
+
     def test_a_head_above_a_frozen_decoder(self):
         model = tiny_model("llama")
         model.requires_grad_(False)

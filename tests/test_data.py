@@ -10,6 +10,7 @@ from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
     _without_blank_tail,
     check_columns,
+    grouped_by_length,
     name_columns,
     pad_rows,
     tokenize_dataset,
@@ -201,3 +202,7 @@ class TestCheckColumns:
 def test_the_tiny_tokenizer_pads_with_its_end_of_text_token():
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
+
+
+def test_rows_are_grouped_by_length_longest_first():
+    assert grouped_by_length([3, 9, 1, 7, 5], [2, 2, 1]) == [[1, 3], [4, 0], [2]]

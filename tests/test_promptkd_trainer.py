@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -335,6 +336,35 @@ class TestSchedules:
         assert len(calls) == 3 * 2 + 1
 
 
+class TestWindows:
+    @pytest.mark.parametrize("update", ["sequential", "simultaneous"])
+    def test_rows_are_shared_out_by_length_but_those_of_the_last_micro_batch_stay(self, make_args, update):
+        """`sequential`: the last micro-batch learns from another prompt, so that who is in it matters."""
+        windows = []
+        for regroup in (False, True):
+            args = make_args(gradient_accumulation_steps=4, prompt_update=update, generation_kwargs=GREEDY)
+            trainer = make_trainer(args, dataset=prompt_dataset(8))
+            if not regroup:
+                trainer._sample = lambda prompts, *_: [[7]] * len(prompts)
+                seen = keep_windows(trainer)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("trl_promptkd.promptkd_trainer._regrouped", lambda p, a, n: (p, a))
+                    trainer.train()
+            else:
+                trainer._sample = lambda prompts, *_: [[7]] * len(prompts)
+                seen = keep_windows(trainer)
+                trainer.train()
+            windows.append(seen[0])
+        plain, grouped = windows
+        rows = [sorted(map(str, itertools.chain(*window))) for window in (plain, grouped)]
+        assert rows[0] == rows[1]
+        lengths = [[len(prompt) for prompt, _ in batch] for batch in grouped]
+        free = list(itertools.chain(*(lengths[:-1] if update == "sequential" else lengths)))
+        assert free == sorted(free, reverse=True)
+        assert (sorted(map(str, grouped[-1])) == sorted(map(str, plain[-1]))) or update == "simultaneous"
+        assert plain != grouped
+
+
 class TestTeacherCheckpointing:
     @pytest.mark.parametrize("itself", [False, True])
     @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
@@ -366,6 +396,14 @@ class TestTeacherCheckpointing:
         assert difference(runs[0][0], runs[1][0]) < 1e-6
         torch.testing.assert_close(runs[0][1], runs[1][1], atol=1e-6, rtol=1e-5)
         assert runs[1][2] == runs[0][2] + 4  # the layer's inside, once more in each of four backward passes
+
+    def test_a_student_that_is_its_own_teacher_and_keeps_its_dropout_is_refused(self, make_args):
+        student = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+        args = make_args(teacher_gradient_checkpointing=True, disable_dropout=False)
+        with pytest.raises(
+            ValueError, match="the teacher is the student below its adapter, and would have its dropout"
+        ):
+            PromptKDTrainer(student, None, args, train_dataset=prompt_dataset(), processing_class=tiny_tokenizer())
 
     def test_a_teacher_without_such_layers_is_refused(self, make_args, monkeypatch):
         from trl_promptkd import teacher
@@ -556,6 +594,21 @@ class TestStudents:
 
 
 class TestSelfDistillation:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"modules_to_save": ["lm_head"]},
+            {"trainable_token_indices": [3, 4]},
+            {"target_modules": ["lm_head", "q_proj"]},
+        ],
+    )
+    def test_an_adapter_of_the_head_or_the_embeddings_needs_a_teacher_of_its_own(self, make_args, settings):
+        student = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", **settings))
+        with pytest.raises(ValueError, match=r"cannot be its own teacher|lm_head"):
+            PromptKDTrainer(
+                student, None, make_args(), train_dataset=prompt_dataset(), processing_class=tiny_tokenizer()
+            )
+
     def test_full_student_has_a_frozen_copy_of_its_start(self, make_args):
         student = tiny_model(seed=1)
         start = copy.deepcopy(student)
@@ -840,6 +893,14 @@ class TestNonFinite:
 
 
 class TestRefusals:
+    def test_what_the_parted_forward_pass_cannot_do(self, make_args):
+        with pytest.raises(ValueError, match="`torch_compile` is True"):
+            make_trainer(make_args(torch_compile=True))
+        with pytest.raises(ValueError, match="`activation_offloading=True` has no meaning in PromptKD"):
+            make_args(activation_offloading=True)
+        with pytest.raises(ValueError, match="activated LoRA"):
+            make_trainer(make_args(), peft_config=LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[3]))
+
     """Bad input comes back with what to do; see also test_data.py and the tests of both configs."""
 
     @pytest.mark.parametrize(

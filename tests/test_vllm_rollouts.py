@@ -1,16 +1,20 @@
 """What surrounds vLLM, with a stand-in for it. With vLLM itself: test_vllm.py."""
 
+import contextlib
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from tiny import answered_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
 from transformers import GenerationConfig
 
 from trl_promptkd import PrimedDistillTrainer, PromptEncoderConfig, PromptKDTrainer, vllm_rollouts
 from trl_promptkd.promptkd_config import PromptKDConfig
-from trl_promptkd.vllm_rollouts import VLLMRollouts
+from trl_promptkd.vllm_rollouts import VLLMRollouts, _base_weights_stay
 
 
 class StandIn:
@@ -25,7 +29,7 @@ class StandIn:
         self.synced += 1
 
     def generate(self, prompts, images, num_generations):
-        self.asked.append((prompts, float(torch.rand(()))))
+        self.asked.append((prompts, (float(torch.rand(())), np.random.rand())))
         return prompts, [(prompt[-1], 0, 9) for prompt in prompts], None, None
 
 
@@ -56,7 +60,15 @@ class TestSettings:
         told = rollouts(make_args, vocab_size=30, gradient_accumulation_steps=3).generation.kwargs
         assert (told["temperature"], told["top_k"], told["top_p"], told["max_completion_length"]) == (0.7, 3, 1.0, 8)
         assert told["max_num_seqs"] == 6
-        assert told["generation_kwargs"] == {"stop_token_ids": [0, 2], "allowed_token_ids": list(range(30))}
+        assert told["generation_kwargs"] == {
+            "stop_token_ids": [0, 2],
+            "logit_bias": dict.fromkeys(range(30, 40), -100.0),
+        }
+
+    def test_one_end_of_text_as_a_number(self, stand_in, make_args):
+        assert rollouts(make_args, settings(eos_token_id=5)).generation.kwargs["generation_kwargs"] == {
+            "stop_token_ids": [5]
+        }
 
     def test_greedy_is_temperature_zero(self, stand_in, make_args):
         told = rollouts(make_args, settings(do_sample=False, temperature=None, top_k=None)).generation.kwargs
@@ -81,23 +93,62 @@ class TestSettings:
 
 class TestSamples:
     def test_end_with_the_first_stop_token_and_keep_their_order(self, stand_in, make_args):
-        assert rollouts(make_args).sample([[7, 8], [9], [2]], seed=1) == [[8, 0], [9, 0], [2]]
+        assert rollouts(make_args).sample([[7, 8], [9], [2]], step=1) == [[8, 0], [9, 0], [2]]
 
     def test_no_prompts_no_call(self, stand_in, make_args):
         ours = rollouts(make_args)
-        assert ours.sample([], seed=1) == []
+        assert ours.sample([], step=1) == []
         assert ours.generation.asked == []
 
     def test_the_random_state_is_the_seeds(self, stand_in, make_args):
         ours = rollouts(make_args)
-        torch.manual_seed(5)
-        expected = torch.rand(2)
-        torch.manual_seed(5)
-        for seed in (1, 1, 2):
-            ours.sample([[7]], seed)
-        torch.testing.assert_close(torch.rand(2), expected)
-        first, second, other = (number for _, number in ours.generation.asked)
-        assert first == second != other
+        state = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()
+        for step in (1, 1, 2):
+            ours.sample([[7]], step)
+        assert (np.random.get_state()[1] == state[0]).all()
+        assert torch.equal(torch.get_rng_state(), state[1])
+        assert random.getstate() == state[2]
+        first, second, other = (numbers for _, numbers in ours.generation.asked)
+        assert first == second
+        assert all(
+            a != b for a, b in zip(first, other, strict=True)
+        )  # torch's, and numpy's, from which vLLM takes seeds on a GPU
+
+    @pytest.mark.parametrize("prompts", [[[7, 8]], []])
+    def test_where_engines_sample_together_every_rank_brings_as_many_prompts(self, stand_in, make_args, prompts):
+        ours = rollouts(make_args)
+        ours.generation.tensor_parallel_size = 2
+        ours.accelerator = SimpleNamespace(
+            gather=lambda count: torch.tensor([3, int(count)]), device=torch.device("cpu")
+        )
+        assert ours.sample(prompts, step=1) == [[8, 0]] * len(prompts)
+        assert [len(asked) for asked, _ in ours.generation.asked] == [3]
+        ours.accelerator.gather = lambda count: torch.tensor([0, 0])
+        assert ours.sample([], step=1) == []
+
+    def test_a_quantized_students_adapter_is_refused(self, stand_in, make_args):
+        student = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+        student.get_base_model().quantization_method = "bitsandbytes"
+        args = make_args(use_vllm=True)
+        with pytest.raises(ValueError, match="the student is quantized: its adapter cannot be merged"):
+            VLLMRollouts(student, Accelerator(cpu=True), tiny_tokenizer(), settings(), args)
+
+
+class TestBaseWeights:
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_stay_bitwise_through_merging(self, fails):
+        student = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+        before = weights(student)
+        with contextlib.suppress(RuntimeError), _base_weights_stay(student):
+            for _ in range(20):
+                student.merge_adapter()
+                student.unmerge_adapter()
+            assert difference(weights(student), before) > 0  # what PEFT's own way leaves
+            if fails:
+                student.merge_adapter()
+                raise RuntimeError("halfway")
+        assert difference(weights(student), before) == 0
+        assert not any(getattr(module, "merged", False) for module in student.modules())
 
 
 def named(model):
@@ -144,7 +195,7 @@ class TestTrainers:
             )
 
         monkeypatch.setattr(vllm_rollouts, "is_vllm_available", lambda: False)
-        with pytest.raises(ImportError, match=r"vLLM is not installed .*pip install trl"):
+        with pytest.raises(ImportError, match=r"vLLM is not installed\..*pip install trl"):
             build()
         monkeypatch.setattr(vllm_rollouts, "is_vllm_available", lambda: True)
         with pytest.raises(ValueError, match="`use_vllm` is True, but the student samples nothing"):

@@ -17,6 +17,7 @@ from peft.tuners.prompt_tuning import (
     PromptEmbedding,  # builds the soft prompt without wrapping the teacher
     PromptTuningInit,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer  # tells an adapted output head
 from peft.utils.other import (
     _prepare_prompt_learning_config as fill_prompt_learning_config,  # hidden size from a config
 )
@@ -27,6 +28,7 @@ from trl.trainer.utils import print_prompt_completions_sample  # the table of sa
 
 
 __all__ = [
+    "BaseTunerLayer",
     "GKDConfig",
     "GKDTrainer",
     "PTuningEncoder",

@@ -52,6 +52,16 @@ def check_arguments(
             "whose forward pass is not exact under padding. Use LoRA or another weight adapter. (A soft prompt for the teacher "
             "is `prompt_encoder_config` of PromptKDTrainer.)"
         )
+    if getattr(student_peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own forward pass and would "
+            "learn nothing here. Use a plain LoraConfig."
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "`torch_compile` is True, but this trainer asks a model's decoder and its output head apart, which a compiled model cannot "
+            "be. Set it to False."
+        )
     if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
         raise ValueError(
             "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "

@@ -3,7 +3,7 @@
 A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass and more in its backward pass: with
 4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss is worked out, and
 its gradient with it, down to the hidden states and the head's weights; the chunk's tensors are gone before the next one's
-are made. Nothing is computed twice.
+are made. Nothing is computed again in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +47,11 @@ class _Attached(torch.autograd.Function):
             raise RuntimeError("The gradient of a chunked loss has been handed on already; work the loss out again.")
         pairs = zip(ctx.gradients, ctx.dtypes, strict=True)
         ctx.gradients = None
-        return (None, None, *(None if known is None else known.mul_(factor).to(dtype) for known, dtype in pairs))
+        return (
+            None,
+            None,
+            *(None if known is None else known.mul_(factor.to(known.device)).to(dtype) for known, dtype in pairs),
+        )
 
 
 def chunked_sums(

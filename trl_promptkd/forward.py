@@ -43,8 +43,7 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module:
 def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
     """`function(bare model)`, called inside the forward pass of `model` as it is wrapped.
 
-    DDP, FSDP and DeepSpeed then prepare gradients and gather weights for whatever `function` asks of the bare model, although
-    it is not the model's own forward.
+    DDP then prepares gradients for whatever `function` asks of the bare model, although it is not the model's own forward.
     """
     bare = extract_model_from_parallel(model)
     own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
@@ -145,7 +144,7 @@ def completion_states(
     """The states that predict the trained tokens, and no others.
 
     Args:
-        model: A causal language model, plain or PEFT. One that is wrapped must be asked [`inside_forward`].
+        model: A causal language model, plain or PEFT; of one that is trained, the bare model [`inside_forward`].
         input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
         labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has nothing
             before it and is left out.

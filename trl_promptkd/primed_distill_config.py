@@ -19,6 +19,7 @@ _IGNORED = {
     "padding_free": (False, "batches are padded"),
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation; make a row of each answer"),
     "loss_type": ("nll", "the loss is made of cross-entropy and the divergence that `kd_beta` selects"),
+    "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
     "label_smoothing_factor": (0.0, "the teacher's distribution is the smoothing; `alpha` weighs it"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
@@ -72,7 +73,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` is left as it is.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose losses are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
+            Tokens whose logits exist at once. `None` for all.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]

@@ -1,6 +1,7 @@
 """Response priming: distillation from a teacher that sees a priming text which the student does not see."""
 
 import os
+import random
 import textwrap
 import time
 from collections.abc import Callable
@@ -468,6 +469,8 @@ class PrimedDistillTrainer(SFTTrainer):
         rows = [row for student, teacher in prompts for row in zip(student, teacher, strict=True)]
         lengths = [len(teacher) + len(answer) for (_, teacher), answer in zip(rows, answers, strict=True)]
         groups = grouped_by_length(lengths, [len(student) for student, _ in prompts])
+        # What is measured on one micro-batch in so many is not always to be measured on the longest rows
+        random.Random(rollout_seed(self.args.seed, "order", self.state.global_step, 0)).shuffle(groups)
         return [
             self._two_views(
                 [rows[row][0] for row in group], [rows[row][1] for row in group], [answers[row] for row in group]
@@ -477,9 +480,9 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def _sample(self, prompts: list[list[int]], step: int) -> list[list[int]]:
         """The student's completions, from a random state of their own."""
-        seed = rollout_seed(self.args.seed, "student", step, self.accelerator.process_index)
         if self.vllm is not None:
-            return self.vllm.sample(prompts, seed)
+            return self.vllm.sample(prompts, step)
+        seed = rollout_seed(self.args.seed, "student", step, self.accelerator.process_index)
         return sample_completions(
             self.model_wrapped,
             self.accelerator,

@@ -16,7 +16,9 @@ _IGNORED = {
     "padding_free": (False, "batches are padded"),
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation"),
     "loss_type": ("nll", "the loss is the divergence that `beta` selects"),
+    "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
     "label_smoothing_factor": (0.0, "there are no hard labels"),
+    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
 
 
@@ -62,8 +64,8 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the data; a
             sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
             `"drop"` leaves them out and reports how many.
-        loss_chunk_size (`int`, *optional*, defaults to `1024`):
-            Tokens whose divergences are computed at once; log-probabilities exist for one chunk at a time. `None` for all.
+        loss_chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose logits exist at once, in every pass. `None` for all.
     """
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
@@ -111,7 +113,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         metadata={"help": "Refuse or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
     )
     loss_chunk_size: int | None = field(
-        default=1024, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
+        default=256, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
     )
 
     def __post_init__(self):

@@ -202,6 +202,11 @@ class PromptKDTrainer(GKDTrainer):
         self.distils_itself = teacher_model is None
         teacher = build_teacher(self.model, teacher_model, args)
         if args.teacher_gradient_checkpointing:
+            if teacher is self.model and not args.disable_dropout:
+                raise ValueError(
+                    "`teacher_gradient_checkpointing` is True and `disable_dropout` False, but the teacher is the student below its adapter, and "
+                    "would have its dropout. Change one of them, or pass `teacher_model`."
+                )
             disable_dropout(teacher)  # some layers would take theirs for training
             with recomputed_activations(teacher, True):
                 pass  # refused now where the teacher cannot
@@ -357,10 +362,9 @@ class PromptKDTrainer(GKDTrainer):
 
     def _sample(self, prompts: list[list[int]], source: str, step: int, rank: int) -> list[list[int]]:
         """Completions by the student or by the plain teacher, from a random state of their own."""
-        seed = rollout_seed(self.args.seed, source, step, rank)
         if source == "student" and self.vllm is not None:
-            return self.vllm.sample(prompts, seed)
-        settings = (self.generation_config, seed, self.args)
+            return self.vllm.sample(prompts, step)
+        settings = (self.generation_config, rollout_seed(self.args.seed, source, step, rank), self.args)
         if source == "student":
             return sample_completions(
                 self.model_wrapped, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size

@@ -1,6 +1,6 @@
 """Completions sampled for a whole accumulation window at once, each from a random state of its own.
 
-The random state of a rollout depends on the seed, the step and the rank, and on nothing else: a resumed run samples what
+The random state of a rollout depends on the seed, the step and the rank, and on nothing else (but that of a vLLM server): a resumed run samples what
 the uninterrupted one would have, and sampling leaves the global state as it was.
 """
 
@@ -25,7 +25,15 @@ from ._trl import sampling_loop, unwrap_model_for_generation
 from .data import pad_rows
 
 
-__all__ = ["generate_completions", "own_random_state", "rollout_config", "rollout_seed", "sample_completions"]
+__all__ = [
+    "generate_completions",
+    "own_random_state",
+    "rollout_config",
+    "rollout_seed",
+    "sample_completions",
+    "stop_ids",
+    "up_to_the_end",
+]
 
 
 def rollout_config(
@@ -50,6 +58,17 @@ def rollout_config(
         "eos_token_id": sorted(stop_ids - {None}) or None,
     }
     return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
+
+
+def stop_ids(generation_config: GenerationConfig) -> set[int]:
+    """The tokens that end a completion."""
+    eos = generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def up_to_the_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """A completion up to and including its first token of `ends`."""
+    return list(ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))])
 
 
 def rollout_seed(seed: int, purpose: str, step: int, rank: int) -> int:
@@ -122,8 +141,7 @@ def generate_completions(
     Returns:
         One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
     """
-    eos = generation_config.eos_token_id
-    stop_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    ends = stop_ids(generation_config)
     processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
     batch_size = batch_size or len(prompt_ids)
     draws = model.device.type == "cpu" and generation_config.get_generation_mode() == GenerationMode.SAMPLE
@@ -146,8 +164,7 @@ def generate_completions(
                 custom_generate=_sample_by_drawing if draws else None,
             )
             for row, ids in zip(rows, sequences[:, batch["prompts"].size(1) :].tolist(), strict=True):
-                end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-                completions[row] = ids[:end]
+                completions[row] = up_to_the_end(ids, ends)
     finally:
         base.generation_config = published
         model.train(was_training)

@@ -18,8 +18,8 @@ class SamplingConfig:
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample among the likeliest tokens that hold this probability together.
         generation_kwargs (`dict`, *optional*):
-            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`; with `use_vllm`, for vLLM's
-            `SamplingParams`.
+            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`; with `use_vllm`, those of them that
+            vLLM has too.
         rollout_batch_size (`int`, *optional*):
             Rows sampled at once on one device. `None` samples a whole accumulation window at once.
         log_completions (`bool`, *optional*, defaults to `False`):
@@ -31,7 +31,8 @@ class SamplingConfig:
             Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or from a
             folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `trl vllm-serve` runs elsewhere.
+            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `vllm serve` runs elsewhere, with
+            `--weight-transfer-config` as TRL's documentation says.
         vllm_server_base_url (`str`, *optional*):
             Of the server; overrides host and port.
         vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
@@ -59,7 +60,7 @@ class SamplingConfig:
         default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
     )
     generation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More settings for transformers' GenerationConfig, or vLLM's SamplingParams."}
+        default=None, metadata={"help": "More settings for transformers' GenerationConfig."}
     )
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Rows sampled at once on one device; None: a whole accumulation window."}
@@ -99,7 +100,6 @@ class SamplingConfig:
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
-            ImportError: for `use_vllm` without vLLM.
         """
         positive = {"temperature": temperature, "max_new_tokens": max_new_tokens}
         positive["rollout_batch_size"] = 1 if self.rollout_batch_size is None else self.rollout_batch_size

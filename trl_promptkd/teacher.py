@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from ._trl import keep_four_bit_weights_differentiable, prepare_deepspeed
+from ._trl import BaseTunerLayer, keep_four_bit_weights_differentiable, prepare_deepspeed
 
 
 __all__ = [
@@ -152,6 +152,7 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
     """
     if teacher_model is None and isinstance(student, PeftModel):
         _check_base_stays(student.active_peft_config)
+        _check_head_stays(student)
         return student  # frozen by PEFT below its adapter; must not be frozen as a whole
     if teacher_model is None:
         teacher_model = copy.deepcopy(student)
@@ -175,6 +176,20 @@ def _check_base_stays(config: Any) -> None:
         raise ValueError(
             f"The student's adapter has `init_lora_weights={init!r}`, which rewrites the model below it, so that switching the "
             f"adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: {remedy}"
+        )
+
+
+def _check_head_stays(student: PeftModel) -> None:
+    """The head is asked apart from the decoder, when it no longer shows whose states it gets."""
+    base = student.get_base_model()
+    names = {type(module).__name__ for module in (base.get_output_embeddings(), base.get_input_embeddings())}
+    if names & {"ModulesToSaveWrapper", "TrainableTokensWrapper"} or isinstance(
+        base.get_output_embeddings(), BaseTunerLayer
+    ):
+        raise ValueError(
+            "The student's adapter trains its embeddings or its output head (`modules_to_save`, `trainable_token_indices` or a LoRA layer "
+            "there), so that it cannot be its own teacher with the adapter switched off. Leave them out of the adapter, or pass "
+            "`teacher_model`, for example the student's name, so that the teacher has weights of its own."
         )
 
 

@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
+from .rollouts import stop_ids
 
 
 __all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions"]
@@ -56,11 +57,10 @@ def add_rollouts(
     means: Means, completions: list[list[int]], generation_config: GenerationConfig, seconds: float
 ) -> None:
     """What is logged about the samples of one window."""
-    eos = generation_config.eos_token_id or []
-    stop_ids = eos if isinstance(eos, list) else [eos]
+    ends = stop_ids(generation_config)
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
-    means.add("rollout/terminated_share", sum(ids[-1] in stop_ids for ids in completions), len(completions))
+    means.add("rollout/terminated_share", sum(ids[-1] in ends for ids in completions), len(completions))
     means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 

@@ -1,9 +1,11 @@
 """The student's completions by vLLM, through TRL's own class, with its weights kept in step."""
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ._trl import is_vllm_available, vllm_generation_module
-from .rollouts import own_random_state
+from .rollouts import own_random_state, rollout_seed, stop_ids, up_to_the_end
 
 
 __all__ = ["VLLMRollouts", "check_vllm"]
@@ -36,7 +38,7 @@ def check_vllm(args: Any, model: Any, samples: bool) -> None:
         )
     if not is_vllm_available():
         raise ImportError(
-            "`use_vllm` is True, but vLLM is not installed (or not in a version that TRL supports). Install it with "
+            "`use_vllm` is True, but vLLM is not installed. Install it with "
             "`pip install trl[vllm]`, or set `use_vllm=False`: completions are then sampled with transformers."
         )
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
@@ -51,7 +53,7 @@ class VLLMRollouts:
     """
     Samples completions with vLLM as [`~trl_promptkd.rollouts.sample_completions`] does with transformers.
 
-    On a CPU, the engine is made to compute in float32 (by itself it takes bfloat16, another distribution than the one that is
+    The engine computes in the dtype of the checkpoint that it loads. On a CPU, it is made to compute in float32 (by itself it takes bfloat16, another distribution than the one that is
     trained), and weights are pushed by vLLM's own reloading, as TRL's push fails on the layout that the CPU build gives them.
 
     Args:
@@ -79,13 +81,21 @@ class VLLMRollouts:
                 "`vllm_mode` is 'server', but weights can only be sent to a server from a GPU (through NCCL). Set "
                 "`vllm_mode='colocate'`."
             )
-        self.stop_ids = set(generation_config.eos_token_id or [])
-        sampling = _sampling_params(generation_config, args.generation_kwargs or {})
-        if vocab_size is not None:
-            sampling["allowed_token_ids"] = list(range(vocab_size))
+        base: Any = student.get_base_model() if isinstance(student, PeftModel) else student
+        if isinstance(student, PeftModel) and getattr(base, "quantization_method", None) is not None:
+            raise ValueError(
+                "`use_vllm` is True, but the student is quantized: its adapter cannot be merged for vLLM without rounding its weights. Set "
+                "`use_vllm=False`, or load the student without quantization."
+            )
+        self.seed, self.group = args.seed, accelerator.process_index // args.vllm_tensor_parallel_size
+        self.ends = stop_ids(generation_config)
+        sampling = _sampling_params(args.generation_kwargs or {})
+        size = base.config.get_text_config().vocab_size
+        if vocab_size is not None and vocab_size < size:  # ids that stand for no token
+            sampling["logit_bias"] = dict.fromkeys(range(vocab_size, size), -100.0)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.vllm_tensor_parallel_size
         module = vllm_generation_module()
-        with _float32_engine(module) if self.on_cpu else own_random_state(args.seed, accelerator.device):
+        with _engine_is_built(module, self.on_cpu), _own_random_state(args.seed, accelerator.device):
             self.generation = module.VLLMGeneration(
                 model=student,
                 accelerator=accelerator,
@@ -108,49 +118,50 @@ class VLLMRollouts:
                 top_k=generation_config.top_k or 0,
                 max_completion_length=generation_config.max_new_tokens,
                 logprobs=None,
-                generation_kwargs={**sampling, "stop_token_ids": sorted(self.stop_ids)},
+                generation_kwargs={**sampling, "stop_token_ids": sorted(self.ends)},
             )
 
     def sync(self) -> None:
         """Push the student's weights, adapters merged into them, to vLLM. All ranks must take part."""
-        if not self.on_cpu:
-            self.generation.sync_weights()
-            return
-        llm, student = self.generation.llm, self.generation.model
+        with _base_weights_stay(self.generation.model):
+            if self.on_cpu:
+                self._reload()
+            else:
+                self.generation.sync_weights()
+
+    def _reload(self) -> None:
+        llm = self.generation.llm
         # Cloned: vLLM holds on to a tensor until its layer is complete, which may be after the adapter is unmerged
         weights = ((name, tensor.detach().clone()) for name, tensor in self.generation._iter_named_params())
-        try:
-            llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            llm.apply_model(_pack_embeddings)
-        finally:
-            if isinstance(student, PeftModel) and any(getattr(m, "merged", False) for m in student.modules()):
-                student.unmerge_adapter()
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        llm.apply_model(_pack_embeddings)
         llm.reset_prefix_cache()
 
-    def sample(self, prompt_ids: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+    def sample(self, prompt_ids: Sequence[Sequence[int]], step: int) -> list[list[int]]:
         """One completion for each prompt, in their order, each up to and including its first end-of-text token.
 
         Args:
             prompt_ids: One list of token ids a prompt.
-            seed: The completions' own random state. A server has one of its own.
+            step: Of the run, which the completions' random state belongs to. A server has one of its own.
         """
         together = self.mode == "server" or self.generation.tensor_parallel_size > 1
         if not prompt_ids and not together:
             return []
         prompts = [list(prompt) for prompt in prompt_ids]
         if together:  # TRL shares the answers out by equal numbers of prompts
-            count = self.accelerator.gather(torch.tensor([len(prompts)], device=self.accelerator.device))
-            filler = prompts[0] if prompts else [min(self.stop_ids, default=0)]
-            prompts += [filler] * (int(count.max()) - len(prompts))
-        with own_random_state(seed, self.accelerator.device):
+            counts = self.accelerator.gather(torch.tensor([len(prompts)], device=self.accelerator.device))
+            if not int(counts.max()):
+                return []
+            filler = prompts[0] if prompts else [min(self.ends, default=0)]
+            prompts += [filler] * (int(counts.max()) - len(prompts))
+        # The engines of one tensor-parallel group must draw the same
+        seed = rollout_seed(self.seed, "student", step, self.group)
+        with _own_random_state(seed, self.accelerator.device):
             _, completions, _, _ = self.generation.generate(prompts, None, 1)
-        return [self._cut(list(ids)) for ids in completions[: len(prompt_ids)]]
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        return ids[: next((i + 1 for i, token in enumerate(ids) if token in self.stop_ids), len(ids))]
+        return [up_to_the_end(ids, self.ends) for ids in completions[: len(prompt_ids)]]
 
 
-def _sampling_params(generation_config: GenerationConfig, given: dict[str, Any]) -> dict[str, Any]:
+def _sampling_params(given: dict[str, Any]) -> dict[str, Any]:
     """What a user's `generation_kwargs` are called in vLLM.
 
     Raises:
@@ -176,15 +187,45 @@ def _sampling_params(generation_config: GenerationConfig, given: dict[str, Any])
 
 
 @contextmanager
-def _float32_engine(module: Any) -> Iterator[None]:
-    """While an engine is built on a CPU: arguments that TRL's class does not pass on, and what the build changes put back."""
-    llm, set_num_threads, state = module.LLM, torch.set_num_threads, torch.random.get_rng_state()
-    module.LLM = lambda *args, **kwargs: llm(*args, **{**kwargs, "dtype": "float32", "enforce_eager": True})
+def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
+    """Inside: on a CPU, arguments for the engine that TRL's class does not pass on. Afterwards: what the build changes is put back."""
+    llm, set_num_threads = module.LLM, torch.set_num_threads
+    if on_cpu:
+        module.LLM = lambda *args, **kwargs: llm(*args, **{**kwargs, "dtype": "float32", "enforce_eager": True})
     try:
         yield
     finally:
         module.LLM, torch.set_num_threads = llm, set_num_threads
-        torch.random.set_rng_state(state)
+
+
+@contextmanager
+def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """As [`~trl_promptkd.rollouts.own_random_state`], of numpy and Python too: on a GPU, vLLM draws its requests' seeds from numpy."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with own_random_state(seed, device):
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def _base_weights_stay(student: nn.Module) -> Iterator[None]:
+    """Below an adapter, merging and unmerging would leave weights that differ by rounding, a little more at every push."""
+    if not isinstance(student, PeftModel):
+        yield
+        return
+    before = [(p, p.detach().clone()) for name, p in student.named_parameters() if ".base_layer." in name]
+    try:
+        yield
+    finally:
+        if any(getattr(module, "merged", False) for module in student.modules()):
+            student.unmerge_adapter()
+        with torch.no_grad():
+            for parameter, value in before:
+                parameter.copy_(value)
 
 
 def _pack_embeddings(model: nn.Module) -> None:

@@ -142,11 +142,12 @@ def chart(results: dict[str, dict[int, float | None]], path: Path) -> None:
     figure, axis = pyplot.subplots(figsize=(6.5, 4))
     for method, values in results.items():
         known = [(tokens, peak / 1e3) for tokens, peak in values.items() if peak is not None]
-        style = {"color": "#c0392b"} if "PromptKD" in method else {"color": "#7f8c8d", "linestyle": "--"}
-        axis.plot(*zip(*known, strict=True), "s" if "simultaneous" in method or "loss" in method else "o", **style)
-        axis.plot(*zip(*known, strict=True), label=method, **style)
+        ours, square = "PromptKD" in method, "simultaneous" in method or "loss" in method
+        marker, style = "s" if square else "o", "-" if ours else "--"
+        axis.plot(*zip(*known, strict=True), marker + style, color="#c0392b" if ours else "#7f8c8d", label=method)
     axis.set(xlabel="trained tokens in a micro-batch", ylabel="peak beyond the models, GB", xscale="log", yscale="log")
     axis.set_xticks(list(next(iter(results.values()))), [str(t) for t in next(iter(results.values()))])
+    axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.tight_layout()

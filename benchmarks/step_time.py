@@ -155,7 +155,7 @@ def chart(results: dict[str, dict], path: Path) -> None:
         for index, name in enumerate(names):
             axis.annotate(f" {values[name]['step_seconds']:.1f} s", (values[name]["step_seconds"], index), va="center")
         axis.set(title=f"accumulation {accumulation}", xlabel="seconds an optimizer step (lighter: generation)")
-        axis.margins(x=0.15)
+        axis.margins(x=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -20,6 +20,7 @@ _IGNORED = {
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation; make a row of each answer"),
     "loss_type": ("nll", "the loss is made of cross-entropy and the divergence that `kd_beta` selects"),
     "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
+    "enable_jit_checkpoint": (False, "it saves in the middle of a step; `save_on_interrupt=True` does so at its end"),
     "label_smoothing_factor": (0.0, "the teacher's distribution is the smoothing; `alpha` weighs it"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
@@ -74,6 +75,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             `lora_dropout` is left as it is.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at once. `None` for all.
+        save_on_interrupt (`bool`, *optional*, defaults to `False`):
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
@@ -131,6 +134,10 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     )
     loss_chunk_size: int | None = field(
         default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
+    )
+
+    save_on_interrupt: bool = field(
+        default=False, metadata={"help": "On SIGTERM, finish the step, save a checkpoint and end the training."}
     )
 
     def __post_init__(self):

@@ -19,7 +19,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
-from .checks import check_arguments, check_positions, prepare_tokenizer
+from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_checkpoint
+from .checks import check_arguments, check_finite, check_positions, check_sharding, prepare_tokenizer
 from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
@@ -245,6 +246,8 @@ class PrimedDistillTrainer(SFTTrainer):
         self._train_batches = self._eval_batches = 0
         self._last_rollouts: tuple[list[list[int]], ...] = ()
 
+        if args.save_on_interrupt:
+            self.add_callback(SaveOnInterrupt(self.accelerator))
     # ------------------------------------------------------------------------------------------------ the data
 
     def _open_cache(self, cache, teacher_model, processing_class, args: PrimedDistillConfig) -> TeacherCache | None:
@@ -503,6 +506,15 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One micro-batch.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save = partial(super()._save_checkpoint, model, trial)
+        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
 
         Returns:
             Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those of the whole

@@ -17,6 +17,7 @@ _IGNORED = {
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation"),
     "loss_type": ("nll", "the loss is the divergence that `beta` selects"),
     "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
+    "enable_jit_checkpoint": (False, "it saves in the middle of a step; `save_on_interrupt=True` does so at its end"),
     "label_smoothing_factor": (0.0, "there are no hard labels"),
     "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
@@ -66,6 +67,8 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             `"drop"` leaves them out and reports how many.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at once, in every pass. `None` for all.
+        save_on_interrupt (`bool`, *optional*, defaults to `False`):
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """
 
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
@@ -114,6 +117,10 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     )
     loss_chunk_size: int | None = field(
         default=256, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
+    )
+
+    save_on_interrupt: bool = field(
+        default=False, metadata={"help": "On SIGTERM, finish the step, save a checkpoint and end the training."}
     )
 
     def __post_init__(self):

@@ -23,7 +23,15 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
-from .checks import check_arguments, check_positions, check_soft_prompt, prepare_tokenizer
+from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_checkpoint
+from .checks import (
+    check_arguments,
+    check_finite,
+    check_positions,
+    check_sharding,
+    check_soft_prompt,
+    prepare_tokenizer,
+)
 from .chunked_loss import chunked_sums
 from .data import (
     DataCollatorForPromptCompletion,
@@ -247,6 +255,8 @@ class PromptKDTrainer(GKDTrainer):
         tokenized = tokenize_dataset(
             dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
         )
+        if args.save_on_interrupt:
+            self.add_callback(SaveOnInterrupt(self.accelerator))
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
@@ -394,6 +404,11 @@ class PromptKDTrainer(GKDTrainer):
         return (loss, None) if return_outputs else loss
 
     def _losses(self, student: nn.Module, inputs: dict[str, Tensor], num_local: Tensor, num_tokens: Tensor) -> Tensor:
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
         """Both losses of a micro-batch: the prompt's gradient is taken on the way, the student's loss is returned."""
         args, means = self.args, self._train_means
         weight = regularization_weight(
@@ -569,6 +584,10 @@ class PromptKDTrainer(GKDTrainer):
         super()._load_best_model()
         self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))
 
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save = partial(super()._save_checkpoint, model, trial)
+        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
 
 def _regrouped(
     prompts: list[list[list[int]]], answers: list[list[list[int]]], num_batches: int

@@ -1,0 +1,156 @@
+"""Checkpoints after a crash: which of them are whole, and one more when the run is told to stop.
+
+A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a checkpoint:
+transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its files, which is written
+last, and every file of that list in its length.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from .files import whole_file
+
+
+__all__ = ["SaveOnInterrupt", "checkpoint_to_resume", "save_whole_checkpoint"]
+
+logger = logging.get_logger(__name__)
+
+_LIST_FILE = "whole_checkpoint.json"
+
+
+def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: str) -> None:
+    """Call `save`, which writes the checkpoint of this step to `run_dir`, list its files, and then remove what is too old."""
+    args = trainer.args
+    folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+    path = os.path.join(folder, _LIST_FILE)
+    if args.should_save and os.path.exists(path):
+        os.remove(path)  # an earlier run's, of files that are about to be written anew
+    trainer.accelerator.wait_for_everyone()
+    limit, args.save_total_limit = args.save_total_limit, None  # the old ones stay until this one is whole
+    try:
+        save()
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()  # every rank writes its random state
+    if args.should_save:
+        written = {"files": _sizes(folder)}
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(written, file, indent=1)
+        if limit:
+            for old in _checkpoints(run_dir):
+                if _problem(old) is not None:  # what a killed run left behind must not outlive a whole one
+                    shutil.rmtree(old)
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`; those
+            that are not whole are skipped, with a warning.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there, and where no checkpoint is whole.
+        ValueError: for a folder that is no whole checkpoint.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    if resume_from_checkpoint is not True:
+        if not os.path.isdir(resume_from_checkpoint):
+            raise FileNotFoundError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is not a folder.")
+        problem = _problem(resume_from_checkpoint)
+        if problem is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is not a whole checkpoint of this package: {problem}. Resume "
+                "from an older one, or set `resume_from_checkpoint=True` for the newest whole one."
+            )
+        return resume_from_checkpoint
+    there = _checkpoints(output_dir)
+    for folder in there:
+        problem = _problem(folder)
+        if problem is None:
+            return folder
+        logger.warning(f"The checkpoint {folder} is not whole and is skipped: {problem}.")
+    raise FileNotFoundError(
+        f"`resume_from_checkpoint` is True, but {output_dir} holds no whole checkpoint"
+        + (f" ({len(there)} that are not)" if there else "")
+        + ". Start without it, or name a checkpoint's folder."
+    )
+
+
+def _checkpoints(run_dir: str) -> list[str]:
+    """The checkpoints in a folder, whole or not, the newest first."""
+    there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    found = [name for name in there if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    return [os.path.join(run_dir, name) for name in sorted(found, key=lambda name: -int(name.split("-")[1]))]
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """The files in a folder and its folders, with their lengths in bytes."""
+    paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in sorted(paths)}
+
+
+def _problem(folder: str) -> str | None:
+    """Why a checkpoint is not whole; `None` where it is."""
+    try:
+        with open(os.path.join(folder, _LIST_FILE), encoding="utf-8") as file:
+            listed = json.load(file)["files"]
+    except FileNotFoundError:
+        return f"it has no {_LIST_FILE}, which is written last"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {_LIST_FILE} cannot be read ({error})"
+    found = _sizes(folder)
+    for name, size in listed.items():
+        if found.get(name) != size:
+            return f"{name} " + (f"has {found[name]} bytes instead of {size}" if name in found else "is missing")
+    return None
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """
+    On SIGTERM, as clusters send it before they take a machine away: finish the step, save a checkpoint, and end the training.
+
+    transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been stepped and the student
+    not, and on each rank when its own signal comes; here all ranks stop at the end of the same step.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): Tells the ranks of each other's signals.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.asked = False
+        self._before: Any = None
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, reduction="sum") > 0:
+            logger.warning(f"SIGTERM: a checkpoint is saved after step {state.global_step}, and training ends.")
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._before)

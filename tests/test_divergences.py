@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from trl_promptkd.divergences import (
     forward_kl,
     generalized_jsd,
     kl_divergence,
+    on_shared_support,
     reverse_kl,
+    skewed_kl,
 )
 
 
@@ -69,3 +72,37 @@ class TestProperties:
         assert torch.autograd.gradcheck(
             lambda x: generalized_jsd(x.log_softmax(-1), teacher.log_softmax(-1), beta), [student]
         )
+
+
+class TestOnSharedSupport:
+    """Two of four tokens are ruled out: one by each model."""
+
+    A = torch.tensor([[1.0, 2.0, -math.inf, 0.0]])
+
+    def test_nothing_ruled_out_changes_nothing(self):
+        a, b = torch.randn(3, 5), torch.randn(3, 5)
+        assert all(x is y for x, y in zip(on_shared_support(a, b), (a, b), strict=True))
+        assert on_shared_support(torch.zeros(0, 5))[0].shape == (0, 5)
+
+    @pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min])
+    def test_both_are_compared_on_what_both_allow(self, lowest):
+        b = torch.tensor([[0.5, 0.0, 3.0, lowest]])
+        log_a, log_b = (part.log_softmax(dim=-1) for part in on_shared_support(self.A, b))
+        hand_a, hand_b = self.A[:, :2].log_softmax(dim=-1), b[:, :2].log_softmax(dim=-1)
+        for measure in (forward_kl, reverse_kl, partial(generalized_jsd, beta=0.3), partial(skewed_kl, skew=0.1)):
+            torch.testing.assert_close(measure(log_a, log_b), measure(hand_a, hand_b))
+        torch.testing.assert_close(entropy(log_a), entropy(hand_a))
+
+    def test_no_gradient_reaches_what_is_ruled_out(self):
+        a = self.A.clone().requires_grad_(True)
+        b = torch.tensor([[0.5, 0.0, 3.0, -math.inf]])
+        log_a, log_b = (part.log_softmax(dim=-1) for part in on_shared_support(a, b))
+        reverse_kl(log_a, log_b).sum().backward()
+        hand = self.A[:, :2].clone().requires_grad_(True)
+        reverse_kl(hand.log_softmax(dim=-1), b[:, :2].log_softmax(dim=-1)).sum().backward()
+        torch.testing.assert_close(a.grad[:, :2], hand.grad)
+        assert a.grad[:, 2:].tolist() == [[0.0, 0.0]]
+
+    def test_nan_stays(self):
+        a, b = on_shared_support(torch.tensor([[math.nan, 1.0]]), torch.zeros(1, 2))
+        assert reverse_kl(a.log_softmax(dim=-1), b.log_softmax(dim=-1)).isnan()

@@ -2,15 +2,27 @@
 
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .forward import TokenStates
 from .prompt_encoder import PromptEncoderConfig, check_peft_config, text_token_ids
 from .teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
 
 
-__all__ = ["check_arguments", "check_positions", "check_soft_prompt", "prepare_tokenizer"]
+__all__ = [
+    "check_arguments",
+    "check_finite",
+    "check_positions",
+    "check_sharding",
+    "check_soft_prompt",
+    "prepare_tokenizer",
+]
 
 logger = logging.get_logger(__name__)
 
@@ -124,6 +136,41 @@ def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTo
         check_peft_config(prompt_encoder_config)
     elif prompt_encoder_config.prompt_init == "text":
         text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse FSDP's first version, whose weights cannot be asked for outside its wrapper."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's configuration (see "
+            "examples/accelerate_configs/fsdp2.yaml), or `FSDP_VERSION=2`."
+        )
+
+
+def check_finite(loss: Tensor, when: str, **models: Any) -> None:
+    """Stop before a loss that is not finite reaches the student's weights, or a log that would show a made-up number.
+
+    Args:
+        loss: A scalar.
+        when: For the message, such as "at step 3".
+        models: What each model said: [`TokenStates`], or anything else, which is not looked into.
+
+    Raises:
+        FloatingPointError: naming the models whose hidden states are not finite already.
+    """
+    if torch.isfinite(loss):
+        return
+    broken = [
+        name.replace("_", " ")
+        for name, states in models.items()
+        if isinstance(states, TokenStates) and not torch.isfinite(states.states).all()
+    ]
+    where = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
+    raise FloatingPointError(
+        f"The loss is {loss.item()} {when}. {where or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
+        "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; lower the learning rate if "
+        "it was finite before."
+    )
 
 
 def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:

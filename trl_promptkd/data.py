@@ -386,10 +386,13 @@ def grouped_by_length(lengths: Sequence[int], sizes: Sequence[int]) -> list[list
     return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator) -> Tensor:
-    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
+def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator, step: int) -> Tensor:
+    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar. None is a warning."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
-    return accelerator.gather(local.to(accelerator.device).reshape(1)).sum()
+    total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
+    if total == 0:
+        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
+    return total
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:

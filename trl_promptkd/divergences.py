@@ -11,7 +11,37 @@ import torch
 from torch import Tensor
 
 
-__all__ = ["entropy", "forward_kl", "generalized_jsd", "kl_divergence", "reverse_kl", "skewed_kl"]
+__all__ = [
+    "entropy",
+    "forward_kl",
+    "generalized_jsd",
+    "kl_divergence",
+    "on_shared_support",
+    "reverse_kl",
+    "skewed_kl",
+]
+
+_RULED_OUT = -6e4  # logits as low as this rule a token out; float16's lowest number is -65504
+
+
+def on_shared_support(*logits: Tensor) -> tuple[Tensor, ...]:
+    """Logits of several models, in which a token that one of them rules out is ruled out for all.
+
+    Some models give entries of their vocabulary, such as those of images, a logit of minus infinity or the lowest number of a dtype.
+    The KL divergence to such a distribution from one that does not is infinite, or 0 times infinity. Distributions are compared on the
+    tokens that all models allow, as padded vocabularies are on their real ids.
+
+    Args:
+        logits (`Tensor`s of shape `(..., vocab)`): Of each model.
+
+    Returns:
+        `Tensor`s of the same shapes: the same ones where no token is ruled out, otherwise copies in which such tokens have a low, finite
+        logit and no gradient.
+    """
+    if all(bool(part.amin() > _RULED_OUT) for part in logits if part.numel()):
+        return logits
+    ruled_out = torch.stack([(part <= _RULED_OUT) for part in logits]).any(dim=0)
+    return tuple(part.masked_fill(ruled_out, _RULED_OUT) for part in logits)
 
 
 def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:

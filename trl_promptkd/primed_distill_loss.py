@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .divergences import entropy, generalized_jsd, kl_divergence, skewed_kl
+from .divergences import entropy, generalized_jsd, kl_divergence, on_shared_support, skewed_kl
 
 
 __all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
@@ -65,9 +65,14 @@ def primed_loss_sums(
         telemetry (`bool`): Whether to work out what only stands in logs, which is about a third of the work.
     """
     log_q = student_logits.log_softmax(dim=-1)
+    cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
+    shared, teacher_logits = on_shared_support(student_logits, teacher_logits)
+    if (
+        shared is not student_logits
+    ):  # the student's own distribution stays that of all its tokens in the cross-entropy alone
+        student_logits, log_q = shared, shared.log_softmax(dim=-1)
     with torch.no_grad():
         log_p = teacher_logits.log_softmax(dim=-1)
-    cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
     if temperature == 1.0:
         tempered_q, tempered_p = log_q, log_p
     else:

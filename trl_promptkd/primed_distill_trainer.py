@@ -456,7 +456,7 @@ class PrimedDistillTrainer(SFTTrainer):
             return batches, None
         if self.args.response_source == "student":
             batches = self._sample_window([self._prepare_inputs(batch) for batch in batches])
-        num_tokens = count_trained_tokens(batches, self.accelerator)
+        num_tokens = count_trained_tokens(batches, self.accelerator, self.state.global_step)
         self._train_means.add("completion_tokens", num_tokens)
         return batches, num_tokens
 
@@ -523,12 +523,6 @@ class PrimedDistillTrainer(SFTTrainer):
         telemetry = is_logged_step(self) or self._train_batches % _GAIN_EVERY == 0
         with self.accelerator.autocast():
             sums, num_local, loss = inside_forward(model, partial(self._loss_sums, inputs=inputs, telemetry=telemetry))
-        if not torch.isfinite(sums.loss):
-            # The Trainer's log would show a made-up number instead, and the student's weights would be lost
-            raise FloatingPointError(
-                f"The loss is {sums.loss.item()} at step {self.state.global_step + 1}. Check both models' logits for NaN or "
-                "infinities; load the teacher in bfloat16 or float32 if it is in float16."
-            )
         self._log_sums(self._train_means, sums, num_local, telemetry)
         if self._train_batches % _GAIN_EVERY == 0:
             self._log_gain(self._train_means, inputs, sums, num_local)
@@ -572,6 +566,8 @@ class PrimedDistillTrainer(SFTTrainer):
         return totals, trained.sum(), gradients[0].attach(totals.loss) if gradients else totals.loss
 
     def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, telemetry: bool = True) -> None:
+        when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
+        check_finite(totals.loss, when, student=student_states, teacher=teacher_states)
         means.add("ce", sums.cross_entropy, count)
         means.add("kd", sums.divergence, count)
         if not telemetry:

@@ -51,7 +51,7 @@ class PromptOptimizer:
         self.soft_prompt = soft_prompt
         self.accelerator = accelerator
         self.max_grad_norm = config.prompt_max_grad_norm
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0
         # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too large for
         # the prompt's gradient, and only falls when the student's overflow.
         self.loss_scale = 1.0 if accelerator.scaler is None else 1024.0
@@ -115,6 +115,7 @@ class PromptOptimizer:
             self.optimizer.step()
             self.scheduler.step()
         else:
+            self.skipped += 1
             self.skipped_in_a_row += 1
             self.loss_scale = max(1.0, self.loss_scale / 2)
             logger.warning(f"The soft prompt's gradient is {norm}; this step of the prompt is skipped.")

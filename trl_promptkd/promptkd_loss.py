@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .divergences import entropy, generalized_jsd, kl_divergence
+from .divergences import entropy, generalized_jsd, kl_divergence, on_shared_support
 
 
 __all__ = ["prompt_loss_sums", "promptkd_loss_sums", "regularization_weight", "student_loss_sums"]
@@ -78,13 +78,14 @@ def promptkd_loss_sums(
     Args:
         prompt_loss: [`prompt_loss_sums`] with its settings, or `None` to leave it out.
         student_loss: [`student_loss_sums`] with its settings, or `None` to leave it out.
-        temperature (`float`): Divides all logits.
+        temperature (`float`): Divides all logits. Tokens that a model rules out are left out ([`on_shared_support`]).
 
     Returns:
         The sum of the losses asked for, whose gradients do not mix, then what `prompt_loss` and `student_loss` return.
     """
-    student, prompted = ((logits / temperature).log_softmax(dim=-1) for logits in (student_logits, prompted_logits))
-    plain = None if plain_logits is None else (plain_logits / temperature).log_softmax(dim=-1)
+    known = [logits for logits in (student_logits, prompted_logits, plain_logits) if logits is not None]
+    log_probs = [(logits / temperature).log_softmax(dim=-1) for logits in on_shared_support(*known)]
+    student, prompted, plain = log_probs if len(log_probs) == 3 else (*log_probs, None)
     of_prompt = () if prompt_loss is None else prompt_loss(prompted, student, plain)
     of_student = () if student_loss is None else student_loss(student, prompted)
     total = torch.stack([sums[0] for sums in (of_prompt, of_student) if sums]).sum()

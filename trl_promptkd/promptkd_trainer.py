@@ -335,7 +335,7 @@ class PromptKDTrainer(GKDTrainer):
         if not batches:
             return batches, None
         batches = self._sample_window([self._prepare_inputs(batch) for batch in batches])
-        return batches, count_trained_tokens(batches, self.accelerator)
+        return batches, count_trained_tokens(batches, self.accelerator, self.state.global_step)
 
     def _sample_window(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         step, rank = self.state.global_step, self.accelerator.process_index
@@ -444,12 +444,8 @@ class PromptKDTrainer(GKDTrainer):
                 sums = (*sums, *of_new_prompt[1:])
 
         _, _, prompted_student, *about_plain, loss, student_prompted, student_entropy, teacher_entropy = sums
-        if not torch.isfinite(loss):
-            # The Trainer's log would show a made-up number instead, and the student's weights would be lost
-            raise FloatingPointError(
-                f"The student's loss is {loss.item()} at step {self.state.global_step + 1}. Check both models' logits for NaN or "
-                "infinities; load the teacher in bfloat16 or float32 if it is in float16."
-            )
+        when = f"at step {self.state.global_step + 1}"
+        check_finite(loss, when, student=student_states, prompted_teacher=prompted, plain_teacher=plain)
         means.add("kl/student_prompted", student_prompted, num_local)
         means.add("kl/prompted_student", prompted_student, num_local)
         means.add("entropy/student", student_entropy, num_local)
@@ -541,12 +537,33 @@ class PromptKDTrainer(GKDTrainer):
             logs["prompt/drift"] = self.soft_prompt.drift()
             if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
                 prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
+    def _evaluate_completions(self, student: nn.Module, batch: dict[str, Tensor], source: str) -> Tensor:
+        """Adds what is reported about the student's samples or the data's answers; returns the mean loss, where it is taken of these."""
+        means, count = self._eval_means, (batch["labels"][:, 1:] != -100).sum()
+        batch_loss = torch.zeros((), device=count.device)
+        student_states = self._states(student, batch)
+        with asked_teacher(self.teacher_model, student) as teacher:
+            plain = self._teacher_states(teacher, batch)
+            if source == ("student" if self.lmbda > 0 else "answers"):
+                prompted = self._teacher_states(teacher, batch, self.soft_prompt())
+                of_student = partial(student_loss_sums, beta=self.beta)
+                (loss, *_), _ = self._sums(student_states, prompted, None, None, of_student)
+                means.add("loss", loss, count)
+                batch_loss = loss / count.clamp(min=1)
+        of_student = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0)
+        (divergence, *_), _ = self._sums(student_states, plain, None, None, of_student)
+        when = f"in the evaluation after step {self.state.global_step}"
+        check_finite(divergence + batch_loss, when, student=student_states, teacher=plain)
+        means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
+        return batch_loss
+
                 shown = self.args.num_completions_to_print
                 keep_completions(prompts, completions, self.state.global_step, self.args.output_dir, shown)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, and a section on the teacher, its prompt, and how to load both."""
+            logs["prompt/skipped_steps"] = self.prompt_optimizer.skipped
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             add_prompt_section(os.path.join(self.args.output_dir, "README.md"), self)

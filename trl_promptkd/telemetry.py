@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
+from .files import whole_file
 from .rollouts import stop_ids
 
 
@@ -60,7 +61,9 @@ def add_rollouts(
     ends = stop_ids(generation_config)
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
-    means.add("rollout/terminated_share", sum(ids[-1] in ends for ids in completions), len(completions))
+    means.add(
+        "rollout/terminated_share", sum(bool(ends.intersection(ids[-1:])) for ids in completions), len(completions)
+    )
     means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 
@@ -72,7 +75,8 @@ def keep_completions(
     folder = os.path.join(output_dir, "completions")
     os.makedirs(folder, exist_ok=True)
     table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
-    table.to_parquet(os.path.join(folder, f"completions_{step:05d}.parquet"))
+    with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
+        table.to_parquet(path)
 
 
 class CollusionCallback(TrainerCallback):

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 # The CPU build here; elsewhere a plain `torch` may take several GB of CUDA libraries
 TORCH ?= torch==2.13.0
+DEEPSPEED ?= deepspeed==0.19.8
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,7 +36,13 @@ check: $(STAMP) ## Linter, formatter and type checker; changes nothing
 test: $(STAMP) ## Fast tests: tiny models, no network
 	$(BIN)/pytest -n 2 -m "not slow"
 
-test-slow: $(STAMP) ## Tests on a real model, of the scripts, and of several processes
+# Beside the environment, not in it: DeepSpeed is imported by accelerate wherever it is found
+$(VENV)/deepspeed: $(STAMP)
+	$(BIN)/pip install --quiet --progress-bar off --target $@.new pydantic hjson py-cpuinfo msgpack einops
+	$(BIN)/pip install --quiet --progress-bar off --target $@.new --no-deps "$(DEEPSPEED)" \
+		&& mv $@.new $@ || echo "DeepSpeed cannot be installed here; its tests are skipped."
+
+test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the scripts, of several processes, and of crashes
 	$(BIN)/pytest -m slow --durations 10
 
 test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment of its own; several GB

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 
 ROOT = Path(__file__).parent.parent
+LAUNCHERS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 PRIMED_RECIPES = [path for path in RECIPES if path.stem.startswith("primed_")]
 # methods.md of the paper's scripts: student size -> (learning rate, batch, accumulation, epochs)
@@ -46,6 +48,22 @@ def primed():
 
 def parse(script, path, *flags):
     return script.make_parser().parse_args_and_config(["--config", str(path), "--use_cpu", "--bf16", "false", *flags])
+
+
+class TestAccelerateConfigs:
+    @pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+    def test_accelerate_reads_it_without_an_unknown_key(self, path):
+        config = load_config_from_file(str(path))
+        expected = {"multi_gpu": "MULTI_GPU", "fsdp2": "FSDP"}.get(path.stem, "DEEPSPEED")
+        assert config.distributed_type == expected
+        assert config.mixed_precision == "bf16"  # as the trainers' default is
+        if expected == "FSDP":
+            assert config.fsdp_config["fsdp_version"] == 2
+        if expected == "DEEPSPEED":
+            assert config.deepspeed_config["zero_stage"] == int(path.stem[-1])
+
+    def test_there_is_one_for_each_way_that_is_tested(self):
+        assert [path.stem for path in LAUNCHERS] == ["deepspeed_zero2", "deepspeed_zero3", "fsdp2", "multi_gpu"]
 
 
 class TestRecipes:

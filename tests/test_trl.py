@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import trl
 from packaging.version import Version
-from transformers import Trainer
+from transformers import GenerationMixin, Trainer
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 import trl_promptkd
@@ -62,6 +63,9 @@ class TestWhatWeRelyOn:
             "_load_optimizer_and_scheduler": ["self", "checkpoint"],
             "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
             "_load_best_model": ["self"],
+            "_save_checkpoint": ["self", "model", "trial"],
+            "_get_output_dir": ["self", "trial"],
+            "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
             "save_model": ["self", "output_dir", "_internal_call"],
         }
         for name, names in expected.items():
@@ -71,6 +75,21 @@ class TestWhatWeRelyOn:
     def test_the_fused_forward_is_an_instance_attribute(self):
         """Self-distillation drops it from its copy of the student."""
         assert "model.forward = " in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+
+    def test_what_shards_the_teacher(self):
+        assert parameters(_trl.fsdp2_prepare_model) == ["accelerator", "model"]
+        assert parameters(_trl.prepare_deepspeed) == ["model", "accelerator"]
+
+    def test_old_checkpoints_go_at_the_end_of_saving(self):
+        """`save_total_limit` is lifted around it; what it does with the limit is then done by us."""
+        assert "rotate_checkpoints(" in inspect.getsource(Trainer._save_checkpoint)
+        names = {"output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"}
+        assert names <= set(parameters(rotate_checkpoints))
+
+    def test_a_loop_of_ones_own_does_not_get_synced_gpus(self):
+        """Which is why it is bound to it; once it is handed on, binding it twice would be an error."""
+        source = inspect.getsource(GenerationMixin._extract_generation_mode_kwargs)
+        assert "generation_mode_kwargs = {k: kwargs.pop(k) for k in new_custom_keys if k in kwargs}" in source
 
 
 class TestImports:
@@ -103,6 +122,7 @@ class TestImports:
             "promptkd_loss",
             "prompt_optimizer",
             "telemetry",
+            "checkpoints",
             "model_card",
             "promptkd_trainer",
             "priming",

@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
     from trl.experimental.gkd import GKDConfig, GKDTrainer  # the trainer that PromptKDTrainer extends
 
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # shards the teacher as accelerate shards the student
 from peft.tuners.p_tuning import PromptEncoder as PTuningEncoder  # the MLP and LSTM reparameterization
 from peft.tuners.prompt_tuning import (
     PromptEmbedding,  # builds the soft prompt without wrapping the teacher
@@ -35,6 +36,7 @@ __all__ = [
     "PromptEmbedding",
     "PromptTuningInit",
     "fill_prompt_learning_config",
+    "fsdp2_prepare_model",
     "is_vllm_available",
     "keep_four_bit_weights_differentiable",
     "prepare_deepspeed",

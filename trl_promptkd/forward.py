@@ -16,10 +16,19 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 
-__all__ = ["TokenStates", "completion_states", "forward_logits", "input_embeddings", "inside_forward"]
+__all__ = [
+    "TokenStates",
+    "completion_states",
+    "forward_logits",
+    "input_embeddings",
+    "inside_forward",
+    "is_sharded",
+    "whole_weights",
+]
 
 
 def input_embeddings(model: PreTrainedModel) -> nn.Module:
@@ -40,10 +49,35 @@ def input_embeddings(model: PreTrainedModel) -> nn.Module:
     return embeddings
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must ask the model together."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's weights are whole on every rank, also where ZeRO-3 has loaded them in parts."""
+    parts = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not parts:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        yield
+
+
 def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
     """`function(bare model)`, called inside the forward pass of `model` as it is wrapped.
 
-    DDP then prepares gradients for whatever `function` asks of the bare model, although it is not the model's own forward.
+    DDP then prepares gradients for whatever `function` asks of the bare model, although it is not the model's own forward; FSDP
+    and DeepSpeed have the weights ready.
+
+    Returns:
+        What `function` returns, a tensor or a tuple of them as exact as it was: in mixed precision, FSDP2 casts what comes out of a
+        forward pass.
     """
     bare = extract_model_from_parallel(model)
     own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
@@ -54,15 +88,28 @@ def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> An
         else:
             bare.forward = own
 
+    exact: list[Any] = []
+
     def redirected() -> Any:
         restore()  # `function` may want the real one
-        return function(bare)
+        exact.append(function(bare))
+        return exact[0]
 
     bare.forward = redirected
     try:
-        return model()
+        return _as_exact(model(), exact[0])
     finally:
         restore()
+
+
+def _as_exact(wrapped: Any, exact: Any) -> Any:
+    """The values of `exact`, with the way back for gradients that `wrapped` has."""
+    if isinstance(exact, tuple):
+        parts = list(map(_as_exact, wrapped, exact))
+        return type(exact)(*parts) if hasattr(exact, "_fields") else tuple(parts)
+    if isinstance(exact, Tensor) and wrapped.requires_grad and wrapped is not exact:
+        return exact.detach() + (wrapped - wrapped.detach()).to(exact.dtype)
+    return exact
 
 
 def forward_logits(
@@ -95,12 +142,14 @@ class TokenStates:
         states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
         model: The bare model that they come from.
         vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, where vocabularies are padded differently.
+        are_logits (`bool`): `states` are logits `(num_tokens, vocab)` already; see [`~TokenStates.with_logits`].
     """
 
     states: Tensor
     model: nn.Module
     vocab_size: int | None = None
     detached: bool = False
+    are_logits: bool = False
 
     def __len__(self) -> int:
         return len(self.states)
@@ -111,11 +160,24 @@ class TokenStates:
         They are what the model's own forward makes of the states, so that its bias, scaling, soft-capping, quantized weights
         and adapters are all in them.
         """
+        states = self.states if states is None else states
+        if self.are_logits:
+            return states[:, : self.vocab_size].to(torch.float32, copy=True)
+        return self._asked(states)[:, : self.vocab_size].float().to(self.states.device)
+
+    def with_logits(self) -> "TokenStates":
+        """The same with the logits of all tokens in place of the states.
+
+        For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at a time, or to
+        take its gradient before the backward pass, would get the wrapper out of step.
+        """
+        return replace(self, states=self._asked(self.states), are_logits=True)
+
+    def _asked(self, states: Tensor) -> Tensor:
         base = _base(self.model)
-        with _decoder_replaced(base, self.states if states is None else states):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=self.states.device)
-            output = type(base).forward(base, input_ids=ids, use_cache=False)
-        return output.logits[0, :, : self.vocab_size].float().to(self.states.device)
+        with _decoder_replaced(base, states):
+            ids = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+            return type(base).forward(base, input_ids=ids, use_cache=False).logits[0]
 
     def detach(self) -> "TokenStates":
         """The same, through which no gradient flows: neither to the states nor to the head."""
@@ -127,6 +189,8 @@ class TokenStates:
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its inside."""
+        if self.are_logits:
+            return []
         base = _base(self.model)
         inside = set(map(id, base.get_decoder().parameters()))
         head = set(map(id, base.get_output_embeddings().parameters()))
@@ -151,7 +215,7 @@ def completion_states(
         vocab_size (`int`, *optional*): See [`TokenStates`].
 
     Returns:
-        [`TokenStates`] in the order of `labels[:, 1:] != -100`.
+        [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already where the model is sharded.
     """
     decoder = _base(model).get_decoder()
     trained = labels[:, 1:] != -100  # (batch, seq - 1)
@@ -159,7 +223,8 @@ def completion_states(
     inputs = _inputs(model, decoder, input_ids[:, :width], attention_mask[:, :width], soft_prompt)
     output = decoder(**inputs)
     states = output.last_hidden_state[:, -width:].to(input_ids.device)
-    return TokenStates(states[:, : trained.size(1)][trained], model, vocab_size)
+    known = TokenStates(states[:, : trained.size(1)][trained], model, vocab_size)
+    return known.with_logits() if is_sharded(model) else known
 
 
 def _base(model: nn.Module) -> Any:

@@ -211,6 +211,7 @@ class PrimedDistillTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model, adapters=False)
         keep_four_bit_weights_differentiable(self.model)
@@ -245,9 +246,9 @@ class PrimedDistillTrainer(SFTTrainer):
         self._train_means, self._eval_means = Means(), Means()
         self._train_batches = self._eval_batches = 0
         self._last_rollouts: tuple[list[list[int]], ...] = ()
-
         if args.save_on_interrupt:
             self.add_callback(SaveOnInterrupt(self.accelerator))
+
     # ------------------------------------------------------------------------------------------------ the data
 
     def _open_cache(self, cache, teacher_model, processing_class, args: PrimedDistillConfig) -> TeacherCache | None:
@@ -440,8 +441,10 @@ class PrimedDistillTrainer(SFTTrainer):
         """What the teacher says at the completion tokens, from the cache where there is one."""
         if self.teacher_cache is not None:
             return self.teacher_cache.answers(self._cache_rows(inputs), self.shared_vocab_size)
+        ask = partial(self._states, inputs=inputs, view="teacher_")
         with asked_teacher(self.teacher_model, student) as teacher:
-            return self._states(teacher, inputs, "teacher_").detach()
+            states = ask(teacher) if self.teacher_model is None else inside_forward(teacher, ask)
+            return states.detach()
 
     def _cache_rows(self, inputs: dict[str, Tensor]) -> list[int]:
         judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
@@ -504,9 +507,6 @@ class PrimedDistillTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """One micro-batch.
-
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
@@ -515,6 +515,9 @@ class PrimedDistillTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)
         save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """One micro-batch.
 
         Returns:
             Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those of the whole
@@ -563,11 +566,11 @@ class PrimedDistillTrainer(SFTTrainer):
             sums, args.loss_chunk_size, student_states, teacher_states, tokens, drawn_from
         )
         totals = PrimedLossSums(*totals)
+        when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
+        check_finite(totals.loss, when, student=student_states, teacher=teacher_states)
         return totals, trained.sum(), gradients[0].attach(totals.loss) if gradients else totals.loss
 
     def _log_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, telemetry: bool = True) -> None:
-        when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
-        check_finite(totals.loss, when, student=student_states, teacher=teacher_states)
         means.add("ce", sums.cross_entropy, count)
         means.add("kd", sums.divergence, count)
         if not telemetry:
@@ -585,7 +588,7 @@ class PrimedDistillTrainer(SFTTrainer):
             return
         labels = inputs["labels"][:, 1:]
         with self.accelerator.autocast(), self._teacher() as teacher:
-            states = self._states(teacher, inputs)
+            states = inside_forward(teacher, partial(self._states, inputs=inputs))
             (plain,), _ = chunked_sums(log_prob_sums, self.args.loss_chunk_size, states, labels[labels != -100])
         means.add("priming/gain_nats", sums.teacher_log_prob - plain, count)
 
@@ -634,7 +637,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 inputs = self._two_views(prompts, teacher_prompts, answers)
             for name in ("labels", "teacher_labels"):
                 inputs[name] = without_repeats(inputs[name], self.accelerator)
-            sums, count, _ = self._loss_sums(self.accelerator.unwrap_model(model), inputs)
+            sums, count, _ = inside_forward(model, partial(self._loss_sums, inputs=inputs))
             self._eval_means.add("loss", sums.loss, count)
             self._log_sums(self._eval_means, sums, count)
             if self._eval_batches % _GAIN_EVERY == 0:

@@ -43,7 +43,14 @@ from .data import (
     tokenize_dataset,
     without_repeats,
 )
-from .forward import TokenStates, completion_states, forward_logits, inside_forward
+from .forward import (
+    TokenStates,
+    completion_states,
+    forward_logits,
+    input_embeddings,
+    inside_forward,
+    whole_weights,
+)
 from .model_card import add_prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
@@ -200,6 +207,7 @@ class PromptKDTrainer(GKDTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             peft_config=peft_config,
         )
+        check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model)
         keep_four_bit_weights_differentiable(self.model)
@@ -209,6 +217,11 @@ class PromptKDTrainer(GKDTrainer):
         # 3. The teacher and its soft prompt
         self.distils_itself = teacher_model is None
         teacher = build_teacher(self.model, teacher_model, args)
+        if self.accelerator.is_fsdp2 and teacher is self.model and args.prompt_update == "sequential":
+            raise ValueError(
+                "`prompt_update` is 'sequential' and the student is its own teacher below its adapter: under FSDP2, its weights cannot be asked again "
+                "between a backward pass and another within one step. Set `prompt_update='simultaneous'`, or pass `teacher_model`."
+            )
         if args.teacher_gradient_checkpointing:
             if teacher is self.model and not args.disable_dropout:
                 raise ValueError(
@@ -220,7 +233,9 @@ class PromptKDTrainer(GKDTrainer):
                 pass  # refused now where the teacher cannot
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
         self.prompt_encoder_config = prompt_encoder_config
-        self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class).to(self.accelerator.device)
+        with whole_weights(input_embeddings(teacher)):
+            self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class)
+        self.soft_prompt.to(self.accelerator.device)
         for tensor in self.soft_prompt.state_dict().values():
             tensor.copy_(broadcast(tensor))  # equal on every rank from the start
         self._check_positions(teacher, train_dataset)
@@ -240,6 +255,8 @@ class PromptKDTrainer(GKDTrainer):
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
         self._last_rollouts: tuple[list[list[int]], ...] = ()
         self.add_callback(CollusionCallback())
+        if args.save_on_interrupt:
+            self.add_callback(SaveOnInterrupt(self.accelerator))
 
     # ------------------------------------------------------------------------------------------------ setting up
 
@@ -255,8 +272,6 @@ class PromptKDTrainer(GKDTrainer):
         tokenized = tokenize_dataset(
             dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
         )
-        if args.save_on_interrupt:
-            self.add_callback(SaveOnInterrupt(self.accelerator))
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
@@ -310,13 +325,18 @@ class PromptKDTrainer(GKDTrainer):
             means nothing.
         """
         device = self.accelerator.device
+        inputs = (input_ids.to(device), attention_mask.to(device), self.soft_prompt())
         with self._teacher() as teacher:
-            return forward_logits(teacher, input_ids.to(device), attention_mask.to(device), self.soft_prompt()).float()
+            return inside_forward(teacher, lambda bare: forward_logits(bare, *inputs).float())
 
     def _states(self, model: nn.Module, inputs: dict[str, Tensor], soft_prompt: Tensor | None = None) -> TokenStates:
         return completion_states(
             model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"], soft_prompt, self.shared_vocab_size
         )
+
+    def _teacher_states(self, teacher: nn.Module, inputs: dict[str, Tensor], soft_prompt=None) -> TokenStates:
+        ask = partial(self._states, inputs=inputs, soft_prompt=soft_prompt)
+        return ask(teacher) if self.teacher_model is None else inside_forward(teacher, ask)
 
     def _sums(self, student: TokenStates, prompted: TokenStates, plain: TokenStates | None, of_prompt, of_student):
         sums = partial(
@@ -384,6 +404,11 @@ class PromptKDTrainer(GKDTrainer):
 
     # ------------------------------------------------------------------------------------------------ training
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
+        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Past GKDTrainer, which would sample here, one micro-batch at a time
         return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
@@ -404,11 +429,6 @@ class PromptKDTrainer(GKDTrainer):
         return (loss, None) if return_outputs else loss
 
     def _losses(self, student: nn.Module, inputs: dict[str, Tensor], num_local: Tensor, num_tokens: Tensor) -> Tensor:
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
-        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
         """Both losses of a micro-batch: the prompt's gradient is taken on the way, the student's loss is returned."""
         args, means = self.args, self._train_means
         weight = regularization_weight(
@@ -424,9 +444,9 @@ class PromptKDTrainer(GKDTrainer):
             plain = None
             if weight > 0 or is_logged_step(self):
                 with torch.no_grad():
-                    plain = self._states(teacher, inputs).detach()
+                    plain = self._teacher_states(teacher, inputs).detach()
             with recomputed_activations(teacher, args.teacher_gradient_checkpointing):
-                prompted = self._states(teacher, inputs, self.soft_prompt())
+                prompted = self._teacher_states(teacher, inputs, self.soft_prompt())
                 if prompt_leads:
                     sums, (prompt_gradient,) = self._sums(student_states.detach(), prompted, plain, of_prompt, None)
                 else:
@@ -439,7 +459,7 @@ class PromptKDTrainer(GKDTrainer):
                 means.add("prompt/grad_norm", self.prompt_optimizer.step())
             if prompt_leads:
                 with torch.no_grad():
-                    prompted = self._states(teacher, inputs, self.soft_prompt()).detach()
+                    prompted = self._teacher_states(teacher, inputs, self.soft_prompt()).detach()
                 of_new_prompt, (student_gradient,) = self._sums(student_states, prompted, None, None, of_student)
                 sums = (*sums, *of_new_prompt[1:])
 
@@ -507,36 +527,16 @@ class PromptKDTrainer(GKDTrainer):
         ]
         self._eval_batches += 1
 
-        device = self.accelerator.device
-        means, student = self._eval_means, self.accelerator.unwrap_model(model)
+        device, losses = self.accelerator.device, {}
         for source, completions in (("student", samples), ("answers", answers)):
             batch = {key: value.to(device) for key, value in pad_rows(prompts, completions, pad).items()}
             batch["labels"] = without_repeats(batch["labels"], self.accelerator)
-            count = (batch["labels"][:, 1:] != -100).sum()
-            student_states = self._states(student, batch)
-            with asked_teacher(self.teacher_model, student) as teacher:
-                plain = self._states(teacher, batch)
-                if source == ("student" if self.lmbda > 0 else "answers"):
-                    prompted = self._states(teacher, batch, self.soft_prompt())
-                    of_student = partial(student_loss_sums, beta=self.beta)
-                    (loss, *_), _ = self._sums(student_states, prompted, None, None, of_student)
-                    means.add("loss", loss, count)
-                    batch_loss = loss / count.clamp(min=1)
-            of_student = partial(student_loss_sums, beta=1.0 if source == "student" else 0.0)
-            (divergence, *_), _ = self._sums(student_states, plain, None, None, of_student)
-            means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
+            losses[source] = inside_forward(model, partial(self._evaluate_completions, batch=batch, source=source))
+        batch_loss = losses["student" if self.lmbda > 0 else "answers"]
         if prediction_loss_only:
             return batch_loss, None, None
         return batch_loss, forward_logits(model, inputs["input_ids"], inputs["attention_mask"]), inputs["labels"]
 
-    # ------------------------------------------------------------------------------------------------ logging
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._train_means.report(self.accelerator))
-            logs["prompt/drift"] = self.soft_prompt.drift()
-            if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
-                prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
     def _evaluate_completions(self, student: nn.Module, batch: dict[str, Tensor], source: str) -> Tensor:
         """Adds what is reported about the student's samples or the data's answers; returns the mean loss, where it is taken of these."""
         means, count = self._eval_means, (batch["labels"][:, 1:] != -100).sum()
@@ -557,13 +557,21 @@ class PromptKDTrainer(GKDTrainer):
         means.add("reverse_kl" if source == "student" else "forward_kl", divergence, count)
         return batch_loss
 
+    # ------------------------------------------------------------------------------------------------ logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._train_means.report(self.accelerator))
+            logs["prompt/drift"] = self.soft_prompt.drift()
+            logs["prompt/skipped_steps"] = self.prompt_optimizer.skipped
+            if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
+                prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
                 shown = self.args.num_completions_to_print
                 keep_completions(prompts, completions, self.state.global_step, self.args.output_dir, shown)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, and a section on the teacher, its prompt, and how to load both."""
-            logs["prompt/skipped_steps"] = self.prompt_optimizer.skipped
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             add_prompt_section(os.path.join(self.args.output_dir, "README.md"), self)
@@ -576,6 +584,10 @@ class PromptKDTrainer(GKDTrainer):
         if self.args.should_save:
             self.soft_prompt.save_adapter(os.path.join(output_dir, ADAPTER_FOLDER))
         super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        save = partial(super()._save_checkpoint, model, trial)
+        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -601,10 +613,6 @@ class PromptKDTrainer(GKDTrainer):
         super()._load_best_model()
         self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))
 
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        save = partial(super()._save_checkpoint, model, trial)
-        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
 
 def _regrouped(
     prompts: list[list[list[int]]], answers: list[list[list[int]]], num_batches: int

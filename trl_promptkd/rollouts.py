@@ -7,10 +7,12 @@ the uninterrupted one would have, and sampling leaves the global state as it was
 import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -23,6 +25,7 @@ from transformers.generation import GenerationMode
 
 from ._trl import sampling_loop, unwrap_model_for_generation
 from .data import pad_rows
+from .forward import is_sharded
 
 
 __all__ = [
@@ -126,6 +129,7 @@ def generate_completions(
     generation_config: GenerationConfig,
     batch_size: int | None = None,
     vocab_size: int | None = None,
+    in_step: bool = False,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, with a KV cache, in evaluation mode.
 
@@ -137,6 +141,7 @@ def generate_completions(
         generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
         batch_size: Prompts generated at once; `None` for all.
         vocab_size: Number of ids that stand for tokens, where the model has more.
+        in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the others need.
 
     Returns:
         One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
@@ -161,7 +166,9 @@ def generate_completions(
                 attention_mask=batch["prompt_attention_mask"].to(model.device),
                 generation_config=generation_config,
                 logits_processor=processors,
-                custom_generate=_sample_by_drawing if draws else None,
+                # `generate` keeps `synced_gpus` from a loop of one's own
+                custom_generate=partial(_sample_by_drawing, synced_gpus=in_step) if draws else None,
+                synced_gpus=in_step,
             )
             for row, ids in zip(rows, sequences[:, batch["prompts"].size(1) :].tolist(), strict=True):
                 completions[row] = up_to_the_end(ids, ends)
@@ -186,6 +193,12 @@ def sample_completions(
         seed: The completions' own random state; see [`rollout_seed`].
         args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
     """
+    in_step = accelerator.num_processes > 1 and is_sharded(model)
+    num_rows = len(prompt_ids)
+    if in_step:
+        # All ranks ask for equally many tokens of equally many batches; what fills a rank up is thrown away
+        most = max(gather_object([num_rows]))
+        prompt_ids = [*prompt_ids, *[[generation_config.pad_token_id]] * (most - num_rows)]
     if not prompt_ids:
         return []
     checkpointing = args.gradient_checkpointing_kwargs
@@ -195,4 +208,7 @@ def sample_completions(
         accelerator.autocast(),
         unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=checkpointing) as unwrapped,
     ):
-        return generate_completions(unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size)
+        completions = generate_completions(
+            unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size, in_step
+        )
+    return completions[:num_rows]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from ._trl import BaseTunerLayer, keep_four_bit_weights_differentiable, prepare_deepspeed
+from ._trl import BaseTunerLayer, fsdp2_prepare_model, keep_four_bit_weights_differentiable, prepare_deepspeed
 
 
 __all__ = [
@@ -194,11 +194,18 @@ def _check_head_stays(student: PeftModel) -> None:
 
 
 def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
-    """The teacher on its device, sharded under ZeRO-3; `None` where it is the student below its adapter."""
+    """The teacher on its device, sharded as the student is (FSDP2, ZeRO-3); `None` where it is the student below its adapter.
+
+    A quantized teacher is whole on every rank under FSDP2, which cannot shard integers.
+    """
     if teacher is student:
         return None
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(teacher, accelerator)
+    if accelerator.is_fsdp2 and getattr(teacher, "quantization_method", None) is None:
+        return fsdp2_prepare_model(accelerator, teacher)
+    if accelerator.is_fsdp2:
+        return teacher.to(accelerator.device)
     return accelerator.prepare_model(teacher, evaluation_mode=True)
 
 

@@ -158,6 +158,12 @@ def saved(folder: Path, model=None, tokenizer=None) -> str:
     return str(folder / "teacher")
 
 
+def truncated_teacher(folder: Path):
+    teacher = saved(folder, tiny_model())
+    cut_short(folder / "teacher" / "model.safetensors")
+    primed(folder, model=tiny_model(), teacher=teacher)
+
+
 def spoiled(model):
     model.get_output_embeddings().weight.data.fill_(NAN)
     return model
@@ -1343,6 +1349,24 @@ MODELS = [
         ValueError,
         "trains weights of the model below it, which is to be the teacher",
         "Set `bias='none'`",
+        needs_weights=True,
+    ),
+    Case(
+        "teacher_name",
+        "a teacher's name that is wrong",
+        lambda folder: promptkd(folder, model=tiny_model()),
+        OSError,
+        "The teacher 'no/such-teacher' could not be loaded",
+        "Check the name (a Hub id or a folder)",
+        needs_weights=True,
+    ),
+    Case(
+        "teacher_truncated",
+        "a teacher whose file was cut off",
+        truncated_teacher,
+        OSError,
+        "could not be loaded",
+        "Check the name (a Hub id or a folder), that you have access to it, and that its files are whole",
         needs_weights=True,
     ),
     Case(

@@ -87,6 +87,10 @@ class TestTokenizeRow:
         with pytest.raises(ValueError, match="it must have a role and a content"):
             tokenize_row({"prompt": [CHAT[0], {**call, "tool_calls": None}, CHAT[0]]}, tokenizer)
 
+    def test_rows_may_have_a_format(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9]}]).with_format("torch")
+        assert tokenize_dataset(dataset, "x", tokenizer, None)[0] == {"prompt_ids": [7, 8], "completion_ids": [9]}
+
     def test_ids_may_have_gaps(self, tokenizer):
         tokenizer.get_vocab = lambda: {"a": 5, "b": 500}
         check_ids({"prompt_ids": [5, 500]}, tokenizer)

@@ -302,7 +302,7 @@ def map_rows(
     if isinstance(dataset, IterableDataset):
         return dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
     with PartialState().main_process_first():
-        return dataset.map(
+        return dataset.with_format(None).map(  # lists, whatever the rows would come as
             _numbered,
             with_indices=True,
             fn_kwargs=fn_kwargs,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -51,6 +52,10 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
         init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such as
             `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
         trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
+
+    Raises:
+        OSError: where it cannot be loaded, naming it.
+        ValueError: for `init_kwargs` that would be taken wrongly, or ignored.
     """
     check_init_kwargs("teacher_model_init_kwargs", init_kwargs)
     kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
@@ -60,7 +65,13 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
     quantization = kwargs.get("quantization_config")
     if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
-    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have access to it, and that "
+            f"its files are whole. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:

@@ -20,7 +20,7 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def _short_run(config_class, folder, overrides):
+def short_run(config_class, folder, overrides):
     settings = {
         "output_dir": str(folder / "run"),
         "per_device_train_batch_size": 2,
@@ -41,13 +41,13 @@ def _short_run(config_class, folder, overrides):
 @pytest.fixture
 def make_args(tmp_path):
     """PromptKD settings for a short run on tiny models."""
-    return lambda **overrides: _short_run(PromptKDConfig, tmp_path, overrides)
+    return lambda **overrides: short_run(PromptKDConfig, tmp_path, overrides)
 
 
 @pytest.fixture
 def make_primed_args(tmp_path):
     """Response priming's settings for a short run on tiny models."""
-    return lambda **overrides: _short_run(PrimedDistillConfig, tmp_path, overrides)
+    return lambda **overrides: short_run(PrimedDistillConfig, tmp_path, overrides)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
     _without_blank_tail,
     check_columns,
+    check_ids,
     grouped_by_length,
     name_columns,
     pad_rows,
@@ -79,6 +80,22 @@ class TestTokenizeRow:
     def test_messages_without_an_answer_are_refused(self, tokenizer):
         with pytest.raises(ValueError, match="must end with an assistant message"):
             tokenize_row({"messages": CHAT[:1]}, tokenizer)
+
+    def test_a_message_may_call_a_tool_instead_of_saying_something(self, tokenizer):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "cat", "arguments": {}}}]}
+        assert tokenize_row({"prompt": [CHAT[0], call, CHAT[0]]}, tokenizer)["prompt_ids"]
+        with pytest.raises(ValueError, match="it must have a role and a content"):
+            tokenize_row({"prompt": [CHAT[0], {**call, "tool_calls": None}, CHAT[0]]}, tokenizer)
+
+    def test_rows_may_have_a_format(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9]}]).with_format("torch")
+        assert tokenize_dataset(dataset, "x", tokenizer, None)[0] == {"prompt_ids": [7, 8], "completion_ids": [9]}
+
+    def test_ids_may_have_gaps(self, tokenizer):
+        tokenizer.get_vocab = lambda: {"a": 5, "b": 500}
+        check_ids({"prompt_ids": [5, 500]}, tokenizer)
+        with pytest.raises(ValueError, match="`prompt_ids` hold the id 499"):
+            check_ids({"prompt_ids": [5, 499]}, tokenizer)
 
     def test_a_row_without_a_prompt_is_refused(self, tokenizer):
         with pytest.raises(ValueError, match="neither a prompt nor messages"):

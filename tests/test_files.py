@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_promptkd.files import whole_file
+from trl_promptkd.files import read_text, whole_file
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -24,3 +24,9 @@ def test_a_failure_leaves_what_was_there_and_no_rubbish(tmp_path, monkeypatch):
         Path(temporary).write_text("ne")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_texts_are_read_as_they_are_but_for_a_byte_order_mark(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfred \r\n\n")
+    assert read_text(str(path), "a text") == "red \r\n\n"

@@ -1,18 +1,20 @@
 """What is refused before any weights are loaded, and what the tokenizer must be for both models."""
 
+import os
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .files import read_text
 from .forward import TokenStates
 from .prompt_encoder import PromptEncoderConfig, check_peft_config, text_token_ids
-from .teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
+from .teacher import check_init_kwargs, check_same_tokenizer, load_teacher_tokenizer, position_limit
 
 
 __all__ = [
@@ -25,6 +27,9 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
+
+# Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
+_OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
 
 
 def check_arguments(
@@ -41,11 +46,28 @@ def check_arguments(
         raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
     if train_dataset is None:
         raise ValueError("`train_dataset` is required.")
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with the keys {sorted(train_dataset)}; training takes one data set. Pass "
+            "one of them, such as `dataset['train']`, or join them with `datasets.concatenate_datasets`."
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}; it must be a configuration of PEFT's, such as `peft.LoraConfig()`."
+        )
     if formatting_func is not None:
         raise ValueError(
             "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt ends. "
             "Build `prompt` and `completion` columns with `dataset.map` instead."
         )
+    if peft_config is not None and peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"`peft_config` has `task_type={str(peft_config.task_type)!r}`; the student is a language model. Set `task_type='CAUSAL_LM'`."
+        )
+    check_init_kwargs("model_init_kwargs", args.model_init_kwargs)
+    check_init_kwargs("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+    _check_model("model", model, args.model_init_kwargs, args.trust_remote_code)
+    _check_model("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
     base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
     if not isinstance(model, str) and teacher_base is base:
         raise ValueError(
@@ -79,11 +101,65 @@ def check_arguments(
             "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
             "name, or leave `teacher_model_init_kwargs` away."
         )
+    quantization = (args.model_init_kwargs or {}).get("quantization_config", {})
+    quantization = quantization.to_dict() if isinstance(quantization, BitsAndBytesConfig) else quantization
+    in_few_bits = isinstance(quantization, dict) and (
+        quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    )
+    if in_few_bits and peft_config is None and isinstance(model, str):  # of a loaded student, the Trainer says so
+        raise ValueError(
+            "The student is quantized, and quantized weights cannot be trained. Pass a `peft_config`, such as "
+            "`LoraConfig(task_type='CAUSAL_LM')`, to train an adapter, or load the student without quantization."
+        )
     if args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2")):
         raise ValueError(
             f"`chat_template_path` is {args.chat_template_path!r}; only a .jinja or .j2 file is supported, as a template "
             "taken from another model may add tokens that the teacher does not know."
         )
+
+
+def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
+    """Refuse what is no decoder-only language model; of a name, its configuration is asked, where there is one."""
+    if model is None:
+        return
+    wanted = "a name, a folder (as a `str`), a causal language model or a PEFT model of one"
+    if isinstance(model, str):
+        if not model:
+            raise ValueError(f"`{argument}` is an empty text; it must be {wanted}.")
+        if model.startswith(("/", "./", "../", "~")) and not os.path.isdir(model):
+            raise FileNotFoundError(
+                f"`{argument}` is {model!r}, and there is no such folder. Check the path (relative ones start at {os.getcwd()}, and `~` is not replaced)."
+            )
+        config = _published_config(model, init_kwargs or {}, trust_remote_code)
+        names = getattr(config, "architectures", None) or []
+    else:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        config, names = getattr(base, "config", None), [type(base).__name__]
+        if config is None or not hasattr(base, "get_decoder"):
+            raise TypeError(f"`{argument}` is a {type(model).__name__}; it must be {wanted}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`{argument}` is an encoder-decoder model ({type(config).__name__}); only decoder-only language models are supported: a "
+            "prompt and its completion must be one sequence. Choose another model."
+        )
+    other_head = any(head in name for name in names for head in _OTHER_HEADS)
+    if other_head or (not isinstance(model, str) and base.get_output_embeddings() is None):
+        raise ValueError(
+            f"`{argument}` is a {names[0]}, which does not predict next tokens. Choose a model with a language model's head "
+            "(`AutoModelForCausalLM`)."
+        )
+
+
+def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
+    """A model's configuration, or `None` where it cannot be had: whoever loads the model says why."""
+    if "gguf_file" in init_kwargs:
+        return None
+    kwargs = {"trust_remote_code": trust_remote_code}
+    kwargs |= {key: init_kwargs[key] for key in ("revision", "subfolder", "trust_remote_code") if key in init_kwargs}
+    try:
+        return AutoConfig.from_pretrained(name, **kwargs)
+    except Exception:
+        return None
 
 
 def prepare_tokenizer(
@@ -96,27 +172,46 @@ def prepare_tokenizer(
 
     Raises:
         TypeError: for a processor of images or sound.
-        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one.
+        OSError: where the student's cannot be loaded.
+        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one; for special tokens
+            that it does not have.
     """
     if processing_class is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
         revision = (args.model_init_kwargs or {}).get("revision") or "main"
-        processing_class = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        try:
+            processing_class = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=args.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(f"`processing_class` is a {type(processing_class).__name__}; only tokenizers are supported.")
-    if args.eos_token is not None:
-        processing_class.eos_token = args.eos_token
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; only tokenizers are supported. Pass "
+            "`AutoTokenizer.from_pretrained(name)`, or a processor's `tokenizer`."
+        )
+    for field in ("eos_token", "pad_token"):
+        token = getattr(args, field)
+        if token is None:
+            continue
+        if token not in processing_class.get_vocab():
+            raise ValueError(f"`{field}` is {token!r}, which the tokenizer does not have. Name one of its tokens.")
+        setattr(processing_class, field, token)
     if processing_class.pad_token is None:
         processing_class.pad_token = processing_class.eos_token  # masks come from lengths, so this is safe
     if processing_class.pad_token is None:
         raise ValueError("The tokenizer has neither a pad token nor an end-of-text token. Set `tokenizer.pad_token`.")
     if args.chat_template_path is not None:
-        with open(args.chat_template_path, encoding="utf-8") as file:
-            processing_class.chat_template = file.read()
+        processing_class.chat_template = read_text(args.chat_template_path, "the chat template (`chat_template_path`)")
+        if not processing_class.chat_template.strip():
+            raise ValueError(
+                f"{args.chat_template_path}, the file of `chat_template_path`, is empty. Write a template to it."
+            )
     if teacher_model is not None:
         name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
         teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)

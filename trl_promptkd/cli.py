@@ -19,6 +19,18 @@ from .teacher_cache.codec import PRESETS
 __all__ = ["main"]
 
 
+def _json_dict(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not the JSON of a dict, such as {json.dumps({'dtype': 'float32'})!r}"
+        )
+    return value
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
     cache = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="the offline teacher")
@@ -61,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="print manifest and receipt")
     info.add_argument("cache", help="folder or Hub id")
     for command in (build, verify):
-        command.add_argument("--teacher_init_kwargs", type=json.loads, default={}, help="JSON for from_pretrained")
+        command.add_argument("--teacher_init_kwargs", type=_json_dict, default={}, help="JSON for from_pretrained")
         command.add_argument("--trust_remote_code", action="store_true")
     return parser
 

@@ -1,10 +1,87 @@
-"""What both configurations refuse: values out of range, and fields of the base class that would be ignored without a word."""
+"""What configurations refuse: values of the wrong kind or out of range, and fields of the base class that would be ignored
+without a word."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
-__all__ = ["check_choice", "check_ignored", "check_positive"]
+__all__ = [
+    "check_at_least_zero",
+    "check_choice",
+    "check_ignored",
+    "check_kinds",
+    "check_number",
+    "check_positive",
+    "check_share",
+    "check_training",
+]
+
+# What a field's annotation asks for: the class that a value must have, and its name in messages
+_KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+    dict: (Mapping, "a dict"),
+}
+# Fields of TrainingArguments that otherwise fail deep inside a run
+_BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def check_kinds(config: Any, *classes: type) -> None:
+    """Refuse values of another kind than the fields' annotations say: texts for numbers, numbers for texts.
+
+    Must come before anything compares the values. Texts for `dict` fields are JSON, which the base class reads later.
+
+    Args:
+        classes: Whose own fields are looked at. Fields with choices, and annotations that say more than kinds, are left alone.
+
+    Raises:
+        TypeError: naming the field, its value and what it must be.
+        ValueError: for a text that is not the JSON of a `dict`.
+    """
+    hints = get_type_hints(type(config))
+    fields = type(config).__dataclass_fields__
+    names = [name for cls in classes for name in cls.__annotations__ if name in fields]
+    for name in dict.fromkeys(names):
+        if "choices" in fields[name].metadata:
+            continue  # their message names the choices
+        _check_kind(name, getattr(config, name), hints[name])
+
+
+def _check_kind(name: str, value: Any, annotation: Any) -> None:
+    allowed = (annotation,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
+    kinds = [get_origin(kind) or kind for kind in allowed if kind is not NoneType]
+    if not all(kind in _KINDS for kind in kinds) or (value is None and NoneType in allowed):
+        return
+    if dict in kinds and isinstance(value, str):
+        _check_json(name, value)
+        return
+    if any(isinstance(value, _KINDS[kind][0]) and (bool in kinds or not isinstance(value, bool)) for kind in kinds):
+        return
+    wanted = "a dict" if dict in kinds else " or ".join(_KINDS[kind][1] for kind in kinds)
+    wanted += " or None" if NoneType in allowed else ""
+    hint = ""
+    if isinstance(value, str):
+        hint = " Write it without quotes"
+        hint += " (YAML takes 1e-4 for a text; write 1.0e-4)." if float in kinds else "."
+    raise TypeError(f"`{name}` is {value!r}, a {type(value).__name__}; it must be {wanted}.{hint}")
+
+
+def _check_json(name: str, value: str) -> None:
+    try:
+        holds_dict = isinstance(json.loads(value), dict)
+    except json.JSONDecodeError:
+        holds_dict = False
+    if not holds_dict:
+        raise ValueError(
+            f"`{name}` is the text {value!r}; it must be a dict, or one written as JSON, such as "
+            "'{\"name\": true}' (names in double quotes; true, false, null)."
+        )
 
 
 def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
@@ -14,12 +91,44 @@ def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` is {value!r}; it must be {' or '.join(map(repr, choices))}.")
 
 
+def check_number(config: Any, name: str, holds: Callable[[Any], bool], allowed: str, hint: str = "") -> None:
+    """Refuse a number that is not finite, or for which `holds` is not true; `None` passes.
+
+    Args:
+        allowed: What it must be, for the message: "between 0 and 1".
+        hint: What else there is to say.
+    """
+    value = getattr(config, name)
+    if value is not None and not (math.isfinite(value) and holds(value)):
+        finite = "" if math.isfinite(value) else "finite, and "
+        raise ValueError(f"`{name}` is {value}; it must be {finite}{allowed}.{hint}")
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Refuse values that are not above 0; `None` passes."""
     for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"`{name}` is {value}; it must be above 0.")
+        check_number(config, name, lambda value: value > 0, "above 0")
+
+
+def check_at_least_zero(config: Any, *names: str) -> None:
+    """Refuse negative values; `None` passes."""
+    for name in names:
+        check_number(config, name, lambda value: value >= 0, "at least 0")
+
+
+def check_share(config: Any, *names: str) -> None:
+    """Refuse values that are not between 0 and 1; `None` passes."""
+    for name in names:
+        check_number(config, name, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def check_training(config: Any) -> None:
+    """Refuse values of fields of the base classes that both methods rely on, and that nobody else looks at in time."""
+    hints = get_type_hints(type(config))
+    for name in (*_BATCH_SIZES, "seed"):
+        _check_kind(name, getattr(config, name), hints[name])
+    check_positive(config, *_BATCH_SIZES, "max_length", "pad_to_multiple_of")
+    check_at_least_zero(config, "learning_rate", "seed", "dataset_num_proc")
 
 
 def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str]]) -> None:
@@ -30,4 +139,6 @@ def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str
                 f"`{name}={getattr(config, name)!r}` has no meaning in {method}: {why}. Leave it at {supported!r}."
             )
     if config.completion_only_loss is False:
-        raise ValueError(f"`completion_only_loss=False` has no meaning in {method}: only completions are distilled.")
+        raise ValueError(
+            f"`completion_only_loss=False` has no meaning in {method}: only completions are distilled. Leave it away."
+        )

@@ -25,6 +25,7 @@ __all__ = [
     "DataCollatorForPromptCompletion",
     "check_answers",
     "check_columns",
+    "check_ids",
     "count_trained_tokens",
     "grouped_by_length",
     "map_rows",
@@ -40,6 +41,8 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 
+NO_TOKENS = "A row's prompt has no tokens, so that nothing comes before its answer's first one. Filter such rows out."
+
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed: str | None = None) -> None:
     """Refuse a data set that cannot be trained on, before any weights are loaded.
@@ -50,8 +53,14 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
         answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not.
 
     Raises:
+        TypeError: for what is no data set.
         ValueError: for an empty data set, one without `messages` or `prompt`, and one without answers where they are needed.
     """
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. Use "
+            "`load_dataset(name, split=...)` for one that is on the Hub or in files, `Dataset.from_list(rows)` for rows in memory."
+        )
     first = next(iter(dataset), None)
     if first is None:
         raise ValueError(
@@ -100,17 +109,86 @@ def split_row(row: dict[str, Any]) -> tuple[Any, Any]:
     """A row's prompt and its answer: texts or lists of messages; the answer is `None` where there is none.
 
     Raises:
-        ValueError: where `messages` do not end with an assistant message.
+        ValueError: where either is something else, and where `messages` do not end with an assistant message.
     """
     messages = row.get("messages")
     if messages is None:
-        return row.get("prompt"), row.get("completion")
+        prompt, completion = row.get("prompt"), row.get("completion")
+        for name, value in (("prompt", prompt), ("completion", completion)):
+            if value is not None and not isinstance(value, str):
+                _check_messages(name, value)
+        if isinstance(prompt, str) and completion is not None and not isinstance(completion, str):
+            raise ValueError(
+                "A row's `prompt` is a text, but its `completion` a list of messages. Make both texts or both messages."
+            )
+        if isinstance(completion, list) and completion[-1]["role"] != "assistant":
+            raise ValueError(
+                "A row's `completion` must end with an assistant message, the answer. Its roles are "
+                f"{[message['role'] for message in completion]}. Filter such rows out, or leave away what follows the answer."
+            )
+        return prompt, completion
+    if messages or not isinstance(messages, list | tuple):
+        _check_messages("messages", messages)
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(
             "A row's `messages` must end with an assistant message, the answer. Rows without an answer go into a "
             f"`prompt` column. The row's roles are {[message['role'] for message in messages]}."
         )
+    if len(messages) == 1:
+        raise ValueError("A row's `messages` hold an answer only. A message that it answers must come before it.")
     return messages[:-1], messages[-1:]
+
+
+def _check_messages(name: str, messages: Any) -> None:
+    """Refuse what is no list of messages; chat templates would write `None` for a text that is missing."""
+    form = "{'role': 'user', 'content': 'a text'}"
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
+        allowed = "a list of messages" if name == "messages" else "a text or a list of messages"
+        raise ValueError(f"A row's `{name}` is {_shortened(messages)}; it must be {allowed}, such as {form}.")
+    if not messages:
+        raise ValueError(
+            f"A row's `{name}` is an empty list of messages. Filter such rows out; for a row without an answer the completion is None."
+        )
+    for message in messages:
+        content = message.get("content")
+        # Calls of tools, thoughts: other keys may stand for the text
+        says_more = any(value is not None for key, value in message.items() if key not in ("role", "content"))
+        says = isinstance(content, str | list) or (content is None and says_more)
+        if not isinstance(message.get("role"), str) or not says:
+            raise ValueError(
+                f"A row's `{name}` hold the message {_shortened(dict(message))}; it must have a role and a content, such as {form}."
+            )
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def check_ids(row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase) -> None:
+    """Refuse a row that is tokenized already, and whose ids are no tokens.
+
+    Raises:
+        ValueError: naming the column and what is wrong in it.
+    """
+    if row.get("prompt_ids") is None:
+        return
+    for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
+        ids = row.get(name)
+        if ids is None:
+            continue
+        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+            raise ValueError(
+                f"A row's `{name}` are {_shortened(ids)}; they must be a list of whole numbers, the token ids."
+            )
+        if ids and (min(ids) < 0 or max(ids) >= len(processing_class)):
+            known = set(processing_class.get_vocab().values())  # ids may have gaps
+            strange = next((token for token in ids if token not in known), None)
+            if strange is not None:
+                raise ValueError(
+                    f"A row's `{name}` hold the id {strange}, which the tokenizer does not have (its ids go up to {max(known)}). Tokenize "
+                    "the data with the tokenizer that is passed as `processing_class`, or pass texts or messages."
+                )
 
 
 def tokenize_row(row: dict[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -176,11 +254,25 @@ def _apply_chat_template(prompt, completion, row, processing_class) -> tuple[str
             "The data holds conversations, but the tokenizer has no chat template. Use an instruction-tuned model's tokenizer, "
             "set `chat_template_path`, or give the prompts as texts."
         )
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools  # data sets may keep them as JSON
-    kwargs = {"tools": tools or None, "tokenize": False, **(row.get("chat_template_kwargs") or {})}
+    tools, more = row.get("tools"), row.get("chat_template_kwargs") or {}
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools  # data sets may keep them as JSON
+    except json.JSONDecodeError as error:
+        raise ValueError(f"A row's `tools` are the text {_shortened(tools)}, which is not JSON: {error}.") from error
+    if not isinstance(tools or [], list):
+        raise ValueError(
+            f"A row's `tools` are {_shortened(tools)}; they must be a list of JSON schemas, or JSON of one."
+        )
+    if not isinstance(more, Mapping):
+        raise ValueError(f"A row's `chat_template_kwargs` are {_shortened(more)}; they must be a dict.")
+    kwargs = {"tools": tools or None, "tokenize": False, **more}
     try:
         prompt_text = processing_class.apply_chat_template(prompt, add_generation_prompt=True, **kwargs)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"The chat template is not valid Jinja: {error.message} (line {error.lineno}). Correct the file of `chat_template_path`, or "
+            "`tokenizer.chat_template`."
+        ) from error
     except jinja2.TemplateError as error:
         roles = [message["role"] for message in prompt]
         raise ValueError(
@@ -206,16 +298,31 @@ def map_rows(
     dataset: Dataset | IterableDataset, name: str, function: Callable[..., dict], num_proc: int | None, **fn_kwargs
 ) -> Dataset | IterableDataset:
     """Replace a data set's columns by what `function` makes of each row: once, cached; a stream's as they come."""
+    fn_kwargs = {"function": function, "name": name, "fn_kwargs": fn_kwargs}
     if isinstance(dataset, IterableDataset):
-        return dataset.map(function, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
+        return dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
     with PartialState().main_process_first():
-        return dataset.map(
-            function,
+        return dataset.with_format(None).map(  # lists, whatever the rows would come as
+            _numbered,
+            with_indices=True,
             fn_kwargs=fn_kwargs,
             remove_columns=dataset.column_names,
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
+
+
+def _named(
+    row: dict, function: Callable[..., dict], name: str, fn_kwargs: dict[str, Any], which: str = "A row"
+) -> dict:
+    try:
+        return function(row, **fn_kwargs)
+    except ValueError as error:
+        raise ValueError(f"{which} of `{name}`: {error}") from error
+
+
+def _numbered(row: dict, index: int, **kwargs: Any) -> dict:
+    return _named(row, which=f"Row {index}", **kwargs)
 
 
 def sift_overlong(
@@ -328,7 +435,10 @@ def _tokenize_and_cut(
     max_length: int | None,
     needs_completions: bool,
 ) -> dict[str, Any]:
+    check_ids(row, processing_class)
     ids = tokenize_row(row, processing_class)
+    if not ids["prompt_ids"]:
+        raise ValueError(NO_TOKENS)
     length, room = len(ids["prompt_ids"]), len(ids["completion_ids"])
     if max_length is not None:
         room = max(max_length - length, 0)

@@ -1,11 +1,32 @@
-"""Files that are whole or not there, whenever a run is killed."""
+"""Files that are read as they are, and files that are whole or not there, whenever a run is killed."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-__all__ = ["whole_file"]
+__all__ = ["read_text", "whole_file"]
+
+
+def read_text(path: str, what: str) -> str:
+    """The text in a UTF-8 file, taken as it is but for a byte order mark.
+
+    Args:
+        what: Is in it, for messages: "the priming text".
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: where it is not UTF-8.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path}, the file with {what}, does not exist or is a folder. Check the path (relative ones start at {os.getcwd()})."
+        )
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, the file with {what}, is not UTF-8 ({error}). Save it as UTF-8.") from error
 
 
 @contextmanager

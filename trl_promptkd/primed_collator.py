@@ -14,7 +14,17 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .data import check_answers, check_columns, map_rows, masked_rows, pad_rows, sift_overlong, tokenize_row
+from .data import (
+    NO_TOKENS,
+    check_answers,
+    check_columns,
+    check_ids,
+    map_rows,
+    masked_rows,
+    pad_rows,
+    sift_overlong,
+    tokenize_row,
+)
 from .priming import PrimingTemplate, resolve_priming
 
 
@@ -62,9 +72,7 @@ def tokenize_primed_row(
                 f"placement {priming.placement!r}. Use another placement."
             )
     if not student["prompt_ids"] or not teacher_prompt_ids:
-        raise ValueError(
-            "A row's prompt has no tokens, so that nothing comes before its answer's first one. Filter such rows out."
-        )
+        raise ValueError(NO_TOKENS)
     return {**student, "teacher_prompt_ids": teacher_prompt_ids}
 
 
@@ -123,6 +131,7 @@ def _tokenize_and_measure(
     teacher_max_length: int | None,
     keeps_answers: bool,
 ) -> dict[str, Any]:
+    check_ids(row, processing_class)
     ids = tokenize_primed_row(row, processing_class, priming)
     if not keeps_answers:
         ids["completion_ids"] = []
@@ -197,6 +206,11 @@ class DataCollatorForPrimedDistillation:
 
     def __post_init__(self):
         self.template = resolve_priming(self.priming)
+        if not isinstance(self.processing_class, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`processing_class` is a {type(self.processing_class).__name__}; it must be a tokenizer, such as "
+                "`AutoTokenizer.from_pretrained(name)` gives."
+            )
         if self.processing_class.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`; masks come from lengths, so this "

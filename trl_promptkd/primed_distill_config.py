@@ -5,7 +5,15 @@ from typing import Any
 
 from trl import SFTConfig
 
-from .config_checks import check_choice, check_ignored, check_positive
+from .config_checks import (
+    check_choice,
+    check_ignored,
+    check_kinds,
+    check_number,
+    check_positive,
+    check_share,
+    check_training,
+)
 from .sampling_config import SamplingConfig
 
 
@@ -141,25 +149,24 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     )
 
     def __post_init__(self):
+        check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
         super().__post_init__()
+        check_training(self)
         check_choice(self, "response_source", ("dataset", "teacher", "student"))
         check_choice(self, "overlong", ("drop", "error"))
         check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
-        self.check_sampling(self.temperature, self.max_new_tokens)
+        self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"
         if self.alpha is None:
             self.alpha = 0.0 if samples else _PAPER_ALPHA
-        for name in ("alpha", "kd_beta"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be between 0 and 1.")
+        check_share(self, "alpha", "kd_beta")
         if samples and self.alpha:
             raise ValueError(
                 f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard labels. Set "
                 "`alpha=0` (or leave it away), or train on `response_source='dataset'` or `'teacher'`."
             )
-        if not 0 <= self.skew < 1:
-            raise ValueError(f"`skew` is {self.skew}; it must be at least 0 and below 1.")
+        check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.skew and 0 < self.kd_beta < 1:
             raise ValueError(
                 f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL (`kd_beta` 0 or 1) are "

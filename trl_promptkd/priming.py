@@ -16,6 +16,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .data import split_row
+from .files import read_text
 
 
 __all__ = ["PRIMING_TEMPLATES", "PrimingTemplate", "resolve_priming"]
@@ -98,6 +99,11 @@ class PrimingTemplate:
             raise ValueError(
                 f"`placement` is {self.placement!r}; it must be one of {', '.join(map(repr, _PLACEMENTS))}."
             )
+        if not self.text.strip():
+            raise ValueError(
+                f"`text` of a PrimingTemplate is {self.text!r}, which says nothing. For a teacher that sees what the student sees set "
+                "`priming=None`."
+            )
         try:
             _compile(self.text)
         except jinja2.TemplateSyntaxError as error:
@@ -110,9 +116,13 @@ class PrimingTemplate:
 
     @classmethod
     def from_file(cls, path: str | Path, placement: str = "prefix") -> "PrimingTemplate":
-        """The template in a UTF-8 file, taken as it is: a line break at its end stays."""
-        with open(path, encoding="utf-8", newline="") as file:
-            return cls(file.read(), placement)
+        """The template in a UTF-8 file, taken as it is: a line break at its end stays.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: where it is not UTF-8, empty, or no valid template.
+        """
+        return cls(read_text(str(path), "the priming text"), placement)
 
     def check_columns(self, columns: Collection[str], name: str) -> None:
         """Refuse a template that uses what a data set does not have, before anything is trained.

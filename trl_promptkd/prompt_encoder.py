@@ -13,12 +13,14 @@ from typing import Any
 import peft
 import torch
 from peft import PromptTuningConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder, fill_prompt_learning_config
+from .config_checks import check_at_least_zero, check_kinds
 from .files import whole_file
 from .forward import input_embeddings
 
@@ -90,22 +92,22 @@ class PromptEncoderConfig:
     )
 
     def __post_init__(self):
+        check_kinds(self, PromptEncoderConfig)
         if self.num_virtual_tokens < 1:
             raise ValueError(
                 f"`num_virtual_tokens` is {self.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper uses "
                 "7). For distillation without a soft prompt use TRL's `GKDTrainer` or `DistillationTrainer`."
             )
-        _check_choice("prompt_init", self.prompt_init, _INITS)
+        _check_choice("prompt_init", self.prompt_init, list(_INITS))
         _check_choice("encoder", self.encoder, _ENCODERS)
         if self.prompt_init == "text" and not self.prompt_init_text.strip():
             raise ValueError(
                 f"`prompt_init_text` is {self.prompt_init_text!r}, which holds no text. Give a text, or set "
                 "`prompt_init` to 'vocab' or 'random'."
             )
-        for name in ("prompt_learning_rate", "prompt_weight_decay", "prompt_warmup_steps", "prompt_max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"`{name}` is {value}; it must not be negative.")
+        check_at_least_zero(
+            self, "prompt_learning_rate", "prompt_weight_decay", "prompt_warmup_steps", "prompt_max_grad_norm"
+        )
         if self.prompt_lr_scheduler_type is not None:
             _check_choice("prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, [s.value for s in SchedulerType])
 
@@ -184,7 +186,7 @@ class SoftPrompt(nn.Module):
 
     def __init__(self, config, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase):
         super().__init__()
-        embeddings = input_embeddings(teacher)
+        embeddings: Any = input_embeddings(teacher)
         init: str
         init_text: str | None
         if isinstance(config, PromptEncoderConfig):
@@ -192,6 +194,12 @@ class SoftPrompt(nn.Module):
             init, init_text = _INITS[config.prompt_init], config.prompt_init_text
         else:
             check_peft_config(config)
+            width = embeddings.weight.size(1)
+            if config.token_dim not in (None, width):
+                raise ValueError(
+                    f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have {width} numbers a token. "
+                    "Leave it at None, which takes the teacher's."
+                )
             self.peft_config = fill_prompt_learning_config(copy.deepcopy(config), teacher.config)
             self.peft_config.num_transformer_submodules = 1
             init = getattr(config, "prompt_tuning_init", PromptTuningInit.RANDOM)
@@ -259,9 +267,15 @@ class SoftPrompt(nn.Module):
         path = os.path.join(folder, _PARAMETERS_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely."
+                f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely. Resume from another "
+                "checkpoint, or start afresh without `resume_from_checkpoint`."
             )
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
+            ) from error
         have = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if have != found:

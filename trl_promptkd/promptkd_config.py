@@ -3,8 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from trl import SFTConfig
+
 from ._trl import GKDConfig
-from .config_checks import check_choice, check_ignored, check_positive
+from .config_checks import (
+    check_at_least_zero,
+    check_choice,
+    check_ignored,
+    check_kinds,
+    check_positive,
+    check_share,
+    check_training,
+)
 from .sampling_config import SamplingConfig
 
 
@@ -124,16 +134,18 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     )
 
     def __post_init__(self):
+        check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
+        check_share(self, "lmbda", "beta")
         super().__post_init__()
+        check_training(self)
         check_choice(self, "prompt_divergence", ("reverse", "forward"))
         check_choice(self, "regularization_schedule", ("linear", "constant"))
         check_choice(self, "prompt_update", ("sequential", "simultaneous"))
         check_choice(self, "overlong", ("error", "drop"))
         check_positive(self, "loss_temperature", "loss_chunk_size")
-        self.check_sampling(self.temperature, self.max_new_tokens)
+        check_at_least_zero(self, "regularization_coef")
+        self.check_sampling()
         check_ignored(self, "PromptKD", _IGNORED)
-        if self.regularization_coef < 0:
-            raise ValueError(f"`regularization_coef` is {self.regularization_coef}; it must not be negative.")
         # Rows are tokenized by this package, for conversations and plain texts alike
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

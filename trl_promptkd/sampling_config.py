@@ -1,10 +1,23 @@
 """The fields that say how completions are sampled, which both configurations have."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import GenerationConfig
+
+from .config_checks import check_at_least_zero, check_choice, check_number, check_positive
+
 
 __all__ = ["SamplingConfig"]
+
+# What `generation_kwargs` must not say: name -> why
+_NOT_IN_GENERATION_KWARGS = {
+    "max_new_tokens": "rows are measured with the field `max_new_tokens`. Set that",
+    "max_length": "a completion's length does not depend on its prompt's. Set the field `max_new_tokens`",
+    "num_return_sequences": "every prompt gets one completion. Leave it away",
+    "return_dict_in_generate": "only token ids are read. Leave it away",
+}
 
 
 @dataclass
@@ -95,23 +108,33 @@ class SamplingConfig:
     )
     vllm_model_impl: str = field(default="auto", metadata={"help": "vllm, transformers, or whichever there is."})
 
-    def check_sampling(self, temperature: float, max_new_tokens: int) -> None:
+    def check_sampling(self) -> None:
         """Refuse settings that nothing can be sampled with.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.
         """
-        positive = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        positive["rollout_batch_size"] = 1 if self.rollout_batch_size is None else self.rollout_batch_size
-        for name, value in positive.items():
-            if value <= 0:
-                hint = (
-                    " For greedy decoding set generation_kwargs={'do_sample': False}." if name == "temperature" else ""
+        greedy = " For greedy decoding set generation_kwargs={'do_sample': False}."
+        check_number(self, "temperature", lambda value: value > 0, "above 0", greedy)
+        check_positive(self, "max_new_tokens", "rollout_batch_size")
+        check_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        check_number(self, "top_k", lambda value: value >= 0, "0 (all tokens) or above")
+        check_at_least_zero(self, "num_completions_to_print")
+        check_choice(self, "vllm_mode", ("colocate", "server"))
+        check_choice(self, "vllm_model_impl", ("auto", "vllm", "transformers"))
+        check_positive(self, "vllm_server_port", "vllm_group_port", "vllm_server_timeout")
+        check_positive(self, "vllm_max_model_length", "vllm_tensor_parallel_size")
+        check_number(self, "vllm_gpu_memory_utilization", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        self._check_generation_kwargs()
+
+    def _check_generation_kwargs(self) -> None:
+        known = sorted(vars(GenerationConfig()))
+        for name in self.generation_kwargs or {}:
+            if name in _NOT_IN_GENERATION_KWARGS:
+                raise ValueError(f"`generation_kwargs` holds {name!r}, but {_NOT_IN_GENERATION_KWARGS[name]}.")
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, 1)
+                raise ValueError(
+                    f"`generation_kwargs` holds {name!r}, which transformers' GenerationConfig does not know and would ignore."
+                    + (f" Did you mean {close[0]!r}?" if close else " See its documentation for the names.")
                 )
-                raise ValueError(f"`{name}` is {value}; it must be above 0.{hint}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` is {self.top_p}; it must be above 0 and at most 1.")
-        if self.top_k < 0:
-            raise ValueError(f"`top_k` is {self.top_k}; it must be 0 (all tokens) or above.")
-        if self.vllm_mode not in ("colocate", "server"):
-            raise ValueError(f"`vllm_mode` is {self.vllm_mode!r}; it must be 'colocate' or 'server'.")

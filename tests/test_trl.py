@@ -105,6 +105,7 @@ class TestImports:
             "telemetry",
             "model_card",
             "promptkd_trainer",
+            "sandbox",
             "priming",
             "primed_collator",
             "primed_distill_loss",

@@ -242,8 +242,6 @@ def _check_nodes(tree: nodes.Template) -> None:
         what = ""
         if not isinstance(node, _NODES):
             what = f"`{type(node).__name__.lower()}` is not allowed; output, if, for, set and with are"
-        elif isinstance(node, nodes.Getattr) and node.attr.startswith("_"):
-            what = f"the attribute {node.attr!r} is not allowed: it begins with an underscore"
         elif isinstance(node, nodes.For) and node.recursive:
             what = "recursive loops are not allowed"
         elif isinstance(node, nodes.Filter) and node.name not in _FILTERS:

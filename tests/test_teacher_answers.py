@@ -139,10 +139,11 @@ class TestResuming:
         with pytest.raises(ValueError, match=r"answers-\w+\.parquet cannot be read.*Delete it"):
             write(rows(3))
 
-    def test_half_written_files_are_not_looked_at(self, write, tmp_path):
+    def test_half_written_files_are_not_looked_at_and_removed(self, write, tmp_path):
         os.makedirs(tmp_path / "answers")
         (tmp_path / "answers" / "answers-abc.parquet.123.incomplete").write_bytes(b"PAR1")
         assert all(write(rows(3))["completion_ids"])
+        assert not list((tmp_path / "answers").glob("*.incomplete"))
 
 
 class TestFingerprint:

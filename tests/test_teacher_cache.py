@@ -277,6 +277,18 @@ class TestInterruption:
             pair = [c.log_probs([c.find(row["teacher_prompt_ids"], row["completion_ids"])]) for c in (whole, cache)]
             assert (pair[0] - pair[1]).abs().max() < 1e-3
 
+    def test_what_a_killed_build_left_half_written_is_removed_and_never_read(self, build, tmp_path):
+        (tmp_path / "cache" / "_teacher_answers").mkdir(parents=True)
+        left = [
+            tmp_path / "cache" / "shard-abc.parquet.1.incomplete",
+            tmp_path / "cache" / "manifest.json.1.incomplete",
+            tmp_path / "cache" / "_teacher_answers" / "answers-abc.parquet.1.incomplete",
+        ]
+        for path in left:
+            path.write_bytes(b"PAR1")
+        assert len(build(prompt_dataset(5), response_source="teacher", max_new_tokens=4)) == 5
+        assert not any(path.exists() for path in left)
+
     def test_an_unfinished_cache_is_not_opened(self, build, monkeypatch, tmp_path):
         monkeypatch.setattr(builder._Build, "_finish", lambda self: None)
         with pytest.raises(ValueError, match="is not finished"):

@@ -125,6 +125,7 @@ class TestImports:
             "checkpoints",
             "model_card",
             "promptkd_trainer",
+            "sandbox",
             "priming",
             "primed_collator",
             "primed_distill_loss",

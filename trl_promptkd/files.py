@@ -1,11 +1,17 @@
 """Files that are read as they are, and files that are whole or not there, whenever a run is killed."""
 
+import glob
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 
-__all__ = ["read_text", "whole_file"]
+__all__ = ["read_safetensors", "read_text", "remove_incomplete", "whole_file"]
+
+_INCOMPLETE = ".incomplete"
 
 
 def read_text(path: str, what: str) -> str:
@@ -33,17 +39,49 @@ def read_text(path: str, what: str) -> str:
 def whole_file(path: str) -> Iterator[str]:
     """Gives a path to write to; when the block ends, `path` holds all of it, and until then what it held before.
 
-    What was written is on the disk before it gets its name. Where the block fails, nothing is left behind.
+    What was written is on the disk before it gets its name, and so is the name when the block has ended. Where the block fails, nothing is left behind.
     """
-    temporary = f"{path}.{os.getpid()}.incomplete"
+    temporary = f"{path}.{os.getpid()}{_INCOMPLETE}"
     try:
         yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # Windows opens no folders, and some network file systems do not sync them
+            _sync(os.path.dirname(path) or ".")
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_incomplete(folder: str) -> None:
+    """Remove what killed processes left in `folder` half-written; only while nobody writes there."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"*{_INCOMPLETE}")):
+        with suppress(FileNotFoundError):  # a process that is just ending may have been quicker
+            os.remove(path)
+
+
+def read_safetensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it cannot be read, naming it, with `advice` on what to do.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, AttributeError, RuntimeError, TypeError) as error:  # and types that torch lacks
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({type(error).__name__}: {error}). {advice}"
+        ) from error

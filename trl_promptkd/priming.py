@@ -5,62 +5,21 @@ the bare question from what the teacher says behind it. Texts are Jinja template
 sandbox: they come from users, files and the Hub.
 """
 
-import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .data import split_row
 from .files import read_text
+from .sandbox import compile_template, render_template, template_variables
 
 
 __all__ = ["PRIMING_TEMPLATES", "PrimingTemplate", "resolve_priming"]
 
 _PLACEMENTS = ("prefix", "suffix", "system")
-_MAX_LENGTH = 1_000_000  # characters of one rendered text: more is a mistake or an attack
-
-
-def _finalize(value: Any) -> Any:
-    if value is None:
-        raise ValueError("a value that it writes is None; data sets fill missing values with it")
-    return value
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """No Python internals, no changes to the row, and none of the usual ways to fill the memory with a short template."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-    _PADDING = frozenset(["center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"])
-
-    def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_finalize)
-        for name in ("center", "format", "indent"):
-            del self.filters[name]
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "**":
-            raise jinja2.exceptions.SecurityError("the operator ** is not allowed")
-        if not all(isinstance(value, int | float) for value in (left, right)):
-            raise jinja2.exceptions.SecurityError(f"the operator {operator} is allowed between plain numbers only")
-        return super().call_binop(context, operator, left, right)
-
-    def is_safe_attribute(self, obj, attr, value):
-        return not (isinstance(obj, str) and attr in self._PADDING) and super().is_safe_attribute(obj, attr, value)
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(text: str) -> jinja2.Template:
-    return _Sandbox().from_string(text)
-
-
-@functools.lru_cache(maxsize=64)
-def _variables(text: str) -> frozenset[str]:
-    return frozenset(find_undeclared_variables(_Sandbox().parse(text))) - set(_Sandbox().globals)
 
 
 @dataclass(frozen=True)
@@ -104,8 +63,11 @@ class PrimingTemplate:
                 f"`text` of a PrimingTemplate is {self.text!r}, which says nothing. For a teacher that sees what the student sees set "
                 "`priming=None`."
             )
+        _check_characters(self.text, "The priming text")
         try:
-            _compile(self.text)
+            compile_template(self.text)
+        except jinja2.exceptions.SecurityError as error:
+            raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"The priming text is not a valid Jinja template: {error.message} (line {error.lineno}). Text that contains "
@@ -137,7 +99,7 @@ class PrimingTemplate:
         known = set(columns)
         if known & {"messages", "completion"}:
             known.add("reference_answer")
-        unknown = sorted(_variables(self.text) - known)
+        unknown = sorted(template_variables(self.text) - known)
         if unknown:
             raise ValueError(
                 f"The priming template uses {', '.join(map(repr, unknown))}, which `{name}` does not have. Its columns are "
@@ -155,20 +117,17 @@ class PrimingTemplate:
         """
         self.check_columns(list(row), "the row")
         variables = dict(row)
-        if "reference_answer" in _variables(self.text):
+        if "reference_answer" in template_variables(self.text):
             variables.setdefault("reference_answer", _reference_answer(row))
-        text = ""
         try:
-            for part in _compile(self.text).generate(variables):
-                text += part
-                if len(text) > _MAX_LENGTH:
-                    raise jinja2.exceptions.SecurityError(f"it makes more than {_MAX_LENGTH} characters")
+            text = render_template(self.text, variables)
         except jinja2.exceptions.SecurityError as error:
             raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
         except Exception as error:  # whatever a template does with the values of a row
             raise ValueError(
-                f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: {error}."
+                f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: {str(error)[:500]}."
             ) from error
+        _check_characters(text, "The rendered priming text")
         return text
 
     def prime(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
@@ -181,7 +140,7 @@ class PrimingTemplate:
             ValueError: where the text cannot be placed: no user message, or a system message in a plain text.
         """
         text = self.render(row)
-        prompt, _ = split_row(dict(row))
+        prompt, _ = _split(row)
         if isinstance(prompt, str):
             if self.placement == "system":
                 raise ValueError(
@@ -206,7 +165,11 @@ class PrimingTemplate:
 
 
 def _with_text(message: dict[str, Any], before: str = "", after: str = "") -> dict[str, Any]:
-    content = message["content"]
+    content = message.get("content")
+    if content is None:
+        raise ValueError(
+            f"The {message['role']} message of a row has no content that a priming text could stand beside."
+        )
     if isinstance(content, str):
         return {**message, "content": before + content + after}
     parts = [{"type": "text", "text": text} for text in (before, after)]  # content as a list of parts
@@ -214,14 +177,50 @@ def _with_text(message: dict[str, Any], before: str = "", after: str = "") -> di
 
 
 def _reference_answer(row: Mapping[str, Any]) -> str:
-    _, completion = split_row(dict(row))
+    _, completion = _split(row)
     if isinstance(completion, list):
-        completion = completion[-1]["content"] if completion else None
+        completion = completion[-1].get("content") if completion else None
     if isinstance(completion, list):
         completion = "".join(part.get("text") or "" for part in completion)
     if not completion:
         raise ValueError("The priming template shows the teacher the row's answer, but a row has none.")
     return completion
+
+
+def _split(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A row's prompt and answer, which are texts, or messages with a role and a content."""
+    for name in ("messages", "prompt", "completion"):
+        value = row.get(name)
+        is_text = isinstance(value, str) and name != "messages"
+        if not (value is None or is_text or (isinstance(value, list) and all(map(_is_message, value)))):
+            raise ValueError(
+                f"`{name}` of a row is {str(value)[:100]!r}; it must be "
+                + ("" if name == "messages" else "a text, or ")
+                + "a list of messages with a `role` and a `content`."
+            )
+    prompt, completion = split_row(dict(row))
+    if prompt is None:
+        raise ValueError("A row has neither a prompt nor messages (both are missing or None). Filter such rows out.")
+    return prompt, completion
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, Mapping) and isinstance(part.get("text"), str | None) for part in content)
+    return isinstance(content, str | None)
+
+
+def _check_characters(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds {text[error.start]!r} at position {error.start}, half of a character that cannot be written. "
+            "Remove it from the template or the row."
+        ) from error
 
 
 PRIMING_TEMPLATES = {

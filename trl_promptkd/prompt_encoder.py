@@ -13,15 +13,14 @@ from typing import Any
 import peft
 import torch
 from peft import PromptTuningConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SchedulerType
 
 from ._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder, fill_prompt_learning_config
 from .config_checks import check_at_least_zero, check_kinds
-from .files import whole_file
+from .files import read_safetensors, whole_file
 from .forward import input_embeddings
 
 
@@ -262,7 +261,7 @@ class SoftPrompt(nn.Module):
 
         Raises:
             FileNotFoundError: where there is nothing.
-            ValueError: where there is a prompt of another shape.
+            ValueError: where there is a prompt of another shape or type, one that is not finite, or no prompt at all.
         """
         path = os.path.join(folder, _PARAMETERS_FILE)
         if not os.path.isfile(path):
@@ -270,12 +269,9 @@ class SoftPrompt(nn.Module):
                 f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely. Resume from another "
                 "checkpoint, or start afresh without `resume_from_checkpoint`."
             )
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged ({error}). Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
-            ) from error
+        state, _ = read_safetensors(
+            path, "Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
+        )
         have = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if have != found:
@@ -283,6 +279,12 @@ class SoftPrompt(nn.Module):
                 f"{path} holds another soft prompt than this run's: found {found}, expected {have}. Resume with the "
                 "`PromptEncoderConfig` the run was started with."
             )
+        for name, tensor in state.items():
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{path} holds a soft prompt whose {name!r} is {tensor.dtype} or not finite; it must be finite and torch.float32. Resume from "
+                    "another checkpoint."
+                )
         self.load_state_dict(state)
 
 

@@ -3,16 +3,17 @@
 import json
 import math
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 from torch import Tensor
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from .chunked_loss import StateGradient
+from .files import read_safetensors
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt, write_safetensors
 
 
@@ -132,8 +133,7 @@ class PromptOptimizer:
         tensors: dict[str, Tensor] = {}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        schedule = {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
-        metadata = {"scheduler": json.dumps(schedule), "loss_scale": json.dumps(self.loss_scale)}
+        metadata = {"scheduler": json.dumps(self._schedule()), "loss_scale": json.dumps(self.loss_scale)}
         write_safetensors(tensors, os.path.join(checkpoint, _STATE_FILE), metadata)
 
     def load(self, checkpoint: str) -> None:
@@ -141,19 +141,76 @@ class PromptOptimizer:
 
         Raises:
             FileNotFoundError: where the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
+            ValueError: where it holds anything but what `save` writes for this prompt and this schedule.
         """
-        tensors, metadata = _read(_state_path(checkpoint))
+        path = _state_path(checkpoint)
+        tensors, metadata = read_safetensors(path, "Resume from another checkpoint.")
         state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, tensor in tensors.items():
-            index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = tensor
+        state["state"] = self._moments(path, tensors)
+        try:
+            loss_scale, schedule = json.loads(metadata["loss_scale"]), json.loads(metadata["scheduler"])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ValueError(
+                f"The metadata of {path} do not hold `loss_scale` and `scheduler` as JSON: {error}. Resume from another checkpoint."
+            ) from error
+        if not _alike(loss_scale, 1.0) or loss_scale < 1:
+            raise ValueError(
+                f"`loss_scale` in {path} is {loss_scale!r}; it must be a number from 1. Resume from another checkpoint."
+            )
+        here = self._schedule()
+        if not _alike(schedule, here):
+            raise ValueError(
+                f"`scheduler` in {path} is {schedule!r}, which is not of the form of this run's, {here!r}. Resume with the schedule the run was "
+                "started with, or from another checkpoint."
+            )
         self.optimizer.load_state_dict(state)
-        self.loss_scale = json.loads(metadata["loss_scale"])
+        self.loss_scale = loss_scale
         # The lambdas are functions of this run's settings and stay
-        self.scheduler.load_state_dict(json.loads(metadata["scheduler"]) | {"lr_lambdas": [None]})
+        self.scheduler.load_state_dict(schedule | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
+
+    def _moments(self, path: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """AdamW's state of every parameter, or of none before the first step."""
+        parameters = list(self.soft_prompt.parameters())
+        shapes: dict[str, tuple[int, ...]] = {}
+        for index, parameter in enumerate(parameters):
+            shapes |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
+            shapes[f"{index}.exp_avg_sq"] = tuple(parameter.shape)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found not in ({}, shapes):
+            raise ValueError(
+                f"{path} holds another soft prompt than this run's: found {found}, expected {shapes}. Resume with the "
+                "`PromptEncoderConfig` the run was started with."
+            )
+        for name, tensor in tensors.items():
+            least = -math.inf if name.endswith(".exp_avg") else 0
+            if tensor.dtype != torch.float32 or not (tensor.isfinite() & (tensor >= least)).all():
+                raise ValueError(
+                    f"{name!r} in {path} is {tensor.dtype}, negative or not finite; it must be what AdamW keeps in torch.float32. Resume from "
+                    "another checkpoint."
+                )
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensor
+        return state
+
+    def _schedule(self) -> dict[str, Any]:
+        return {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
+
+
+def _alike(found: Any, expected: Any) -> bool:
+    """Whether two JSON values have one form: the same keys, lengths and kinds; numbers are finite and not negative."""
+    if isinstance(expected, dict):
+        same_keys = isinstance(found, dict) and found.keys() == expected.keys()
+        return same_keys and all(_alike(found[key], value) for key, value in expected.items())
+    if isinstance(expected, list):
+        same_length = isinstance(found, list) and len(found) == len(expected)
+        return same_length and all(map(_alike, found, expected))
+    if type(expected) in (int, float):
+        return type(found) in (int, float) and 0 <= found < 1e300
+    return type(found) is type(expected)
 
 
 def _state_path(checkpoint: str) -> str:
@@ -164,9 +221,3 @@ def _state_path(checkpoint: str) -> str:
             "another checkpoint, or start afresh without `resume_from_checkpoint`."
         )
     return path
-
-
-def _read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import torch
 from accelerate import Accelerator
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .files import whole_file
+from .files import remove_incomplete, whole_file
 from .rollouts import rollout_seed, sample_completions
 
 
@@ -90,7 +91,11 @@ def write_teacher_answers(
     keys = [answer_key(source, ids) for ids in dataset["teacher_prompt_ids"]]
     prompts = dict(zip(keys, dataset["teacher_prompt_ids"], strict=True))
 
-    shared: list[Any] = [_read_parts(folder, prompts) if accelerator.is_main_process else None]
+    shared: list[Any] = [None]
+    if accelerator.is_main_process:
+        remove_incomplete(folder)
+        num_ids = accelerator.unwrap_model(teacher).get_input_embeddings().num_embeddings
+        shared = [_read_parts(folder, prompts, num_ids)]
     known: dict[str, list[int]] = broadcast_object_list(shared)[0]
     missing = sorted(prompts.keys() - known.keys(), key=lambda key: (-len(prompts[key]), key))
     if known and missing:
@@ -168,20 +173,36 @@ def _write_part(
         pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
-def _read_parts(folder: str, wanted: Mapping[str, Any]) -> dict[str, list[int]]:
+def _read_parts(folder: str, wanted: Mapping[str, Any], num_ids: int) -> dict[str, list[int]]:
     """The answers in `folder` that are wanted.
 
     Raises:
-        ValueError: for a file that cannot be read, naming it.
+        ValueError: for a file that cannot be read, or holds anything but answers of ids below `num_ids`, naming it.
     """
     known: dict[str, list[int]] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "answers-*.parquet"))):
         try:
-            part = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"]).to_pydict()
-        except (OSError, pyarrow.ArrowException) as error:
+            part = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
+            _check_part(part, num_ids)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise ValueError(
                 f"{path} cannot be read as teacher answers ({type(error).__name__}: {error}). Delete it: its answers are then "
                 "written again."
             ) from error
-        known.update({key: ids for key, ids in zip(part["key"], part["completion_ids"], strict=True) if key in wanted})
+        rows = zip(part["key"].to_pylist(), part["completion_ids"].to_pylist(), strict=True)
+        known.update({key: ids for key, ids in rows if key in wanted})
     return known
+
+
+def _check_part(part: pyarrow.Table, num_ids: int) -> None:
+    types = {"key": pyarrow.string(), "completion_ids": pyarrow.list_(pyarrow.int64())}
+    found = dict(zip(part.schema.names, part.schema.types, strict=True))
+    if found != types:
+        raise ValueError(f"its columns are {found}, not {types}")
+    part.validate(full=True)
+    ids = pyarrow.compute.list_flatten(part["completion_ids"])
+    ends = pyarrow.compute.min_max(ids).as_py()
+    if part["key"].null_count or part["completion_ids"].null_count or ids.null_count:
+        raise ValueError("keys or ids are missing")
+    if len(ids) and not 0 <= ends["min"] <= ends["max"] < num_ids:
+        raise ValueError(f"ids go from {ends['min']} to {ends['max']}; they must be from 0 to {num_ids - 1}")

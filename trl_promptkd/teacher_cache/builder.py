@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..data import pad_rows
 from ..divergences import kl_divergence
-from ..files import whole_file
+from ..files import remove_incomplete, whole_file
 from ..forward import completion_states, inside_forward
 from ..primed_collator import tokenize_primed_dataset
 from ..priming import PrimingTemplate, resolve_priming
@@ -31,7 +31,7 @@ from ..teacher import freeze, load_teacher
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, digest, row_key
-from .reader import BASIS_FILE, TeacherCache, sha256_of
+from .reader import BASIS_FILE, TeacherCache, read_shard, sha256_of
 
 
 __all__ = ["build_teacher_cache"]
@@ -180,6 +180,7 @@ def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> 
     path = os.path.join(folder, MANIFEST_FILE)
     if accelerator.is_main_process:
         os.makedirs(folder, exist_ok=True)
+        remove_incomplete(folder)
         if not os.path.isfile(path):
             manifest.save(path)
     accelerator.wait_for_everyone()
@@ -327,7 +328,6 @@ class _Build:
                 name = os.path.basename(path)
                 damaged = checksums.get(name, "") != "" and sha256_of(path) != checksums[name]
                 try:
-                    keys = pyarrow.parquet.read_table(path, page_checksum_verification=True)["key"].to_pylist()
                     label = _label_of(path)
                 except (OSError, ValueError, pyarrow.ArrowException):
                     damaged, label = True, {}
@@ -336,6 +336,10 @@ class _Build:
                         f"{path} belongs to a cache that was made differently (another teacher, priming, preset, ...). Choose another `output_dir`, "
                         "or delete the file."
                     )
+                try:
+                    keys = [] if damaged else read_shard(path, self.manifest)["key"].to_pylist()
+                except ValueError:
+                    damaged = True
                 if damaged or label.get("basis") != self.label["basis"]:
                     why = "is damaged" if damaged else "was made with other coordinates"
                     logger.warning(f"The shard {path} {why}; its rows are made anew.")

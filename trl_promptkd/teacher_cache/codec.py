@@ -13,17 +13,28 @@ F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is ab
 hidden state h.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files import whole_file
+from ..files import read_safetensors, whole_file
 
 
-__all__ = ["PRESETS", "Basis", "Preset", "decode", "encode", "entropies", "tail_masses"]
+__all__ = [
+    "PRESETS",
+    "Basis",
+    "Preset",
+    "decode",
+    "encode",
+    "entropies",
+    "num_tokens",
+    "payload_columns",
+    "tail_masses",
+]
 
 _GROUPS = 8  # columns of coefficients that are compressed apart: their sizes differ by orders of magnitude
 _VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
@@ -159,23 +170,32 @@ class Basis:
         """Read what [`save`] wrote.
 
         Raises:
-            ValueError: where shapes do not fit together.
+            FileNotFoundError: where there is nothing.
+            ValueError: for tensors with other names or types, that do not fit together, or from which logits would not be finite.
         """
-        tensors = load_file(path)
-        if set(tensors) != {*cls._tensors(), "softcap"}:
-            raise ValueError(f"{path} is not the basis of a teacher cache: it holds {sorted(tensors)}.")
-        basis = cls(**{**tensors, "softcap": float(tensors["softcap"])})
-        hidden, rank = basis.analysis.shape
-        vocab = basis.offset.numel()
-        if (basis.mean.shape, basis.head.shape, basis.scale.shape, basis.offset.shape) != (
-            (hidden,),
-            (rank, vocab),
-            (rank,),
-            (vocab,),
-        ):
+        tensors, _ = read_safetensors(path, "Build the cache again.")
+        dtypes = {name: torch.float16 if name == "head" else torch.float32 for name in (*cls._tensors(), "softcap")}
+        found = {name: tensor.dtype for name, tensor in tensors.items()}
+        if found != dtypes:
+            raise ValueError(f"{path} is not the basis of a teacher cache: it holds {found}, not {dtypes}.")
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        hidden, rank, vocab = (math.prod(shapes[name]) for name in ("mean", "scale", "offset"))
+        if min(hidden, rank, vocab) < 1 or shapes != {
+            "mean": (hidden,),
+            "analysis": (hidden, rank),
+            "head": (rank, vocab),
+            "scale": (rank,),
+            "offset": (vocab,),
+            "softcap": (),
+        }:
+            raise ValueError(f"The tensors in {path} do not fit together: {shapes}.")
+        basis = cls(**{name: tensors[name] for name in cls._tensors()}, softcap=float(tensors["softcap"]))
+        largest = basis.scale.double().abs().sum() * 2 * _MAX_COEFFICIENT + basis.offset.double().abs().max()
+        others = (basis.mean, basis.analysis, basis.head)
+        finite = float(largest) < 1e37 and all(bool(tensor.isfinite().all()) for tensor in others)
+        if not finite or basis.head.abs().max() > 1 or not 0 <= basis.softcap < 1e37:
             raise ValueError(
-                f"The tensors in {path} do not fit together: "
-                + ", ".join(f"{name} {tuple(getattr(basis, name).shape)}" for name in cls._tensors())
+                f"The tensors in {path} are not finite, or too large for finite logits. Build the cache again."
             )
         return basis
 
@@ -224,6 +244,20 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
     return columns
 
 
+def payload_columns(preset: Preset) -> set[str]:
+    """The names of what [`encode`] makes."""
+    single = {"counts", "values", *(f"gaps_{byte}" for byte in range(3))}
+    if preset.draws:
+        return {*single, "entropy"}
+    coefficients = {"coefficients_high", *(f"coefficients_{group}" for group in range(_GROUPS))}
+    return coefficients | ({*single, "tail"} if preset.top_k else set())
+
+
+def num_tokens(columns: dict[str, bytes], basis: Basis | None) -> int:
+    """How many tokens' distributions are kept there, found without decoding them."""
+    return len(columns["counts"]) if basis is None else len(columns["coefficients_high"]) // basis.analysis.size(1)
+
+
 def _encode_ids(ids: Tensor, kept: Tensor) -> dict[str, bytes]:
     """Sorted ids as differences, a plane for each of their three bytes."""
     gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept].cpu().numpy().astype(np.uint32)
@@ -240,6 +274,8 @@ def _decode_ids(columns: dict[str, bytes], counts: Tensor, vocab_size: int) -> t
     kept = torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
     ids = torch.zeros(len(counts), width, dtype=torch.long, device=counts.device)
     ids[kept] = gaps
+    if (ids[:, 1:][kept[:, 1:]] == 0).any():
+        raise ValueError("A row's tokens are damaged: an id is there twice.")
     ids = ids.cumsum(dim=-1)
     if len(counts) and int(ids[kept].max()) >= vocab_size:
         raise ValueError("A row's tokens are damaged: an id is beyond the vocabulary.")
@@ -268,6 +304,8 @@ def _decode_draws(columns: dict[str, bytes], vocab_size: int, device: torch.devi
     times = np.frombuffer(columns["values"], dtype=np.uint8).astype(np.float32)
     if times.size != int(counts.sum()):
         raise ValueError("A row's tokens are damaged: their lengths do not fit together.")
+    if times.size and times.min() < 1:
+        raise ValueError("A row's tokens are damaged: one was drawn 0 times.")
     ids, kept = _decode_ids(columns, counts, vocab_size)
     shares = torch.zeros(kept.shape, device=device)
     shares[kept] = torch.from_numpy(times).to(device)
@@ -280,7 +318,12 @@ def _decode_draws(columns: dict[str, bytes], vocab_size: int, device: torch.devi
 
 def entropies(columns: dict[str, bytes]) -> Tensor:
     """Of the distributions that were drawn from: `(num_tokens,)` in nats, which the draws themselves underestimate."""
-    return torch.from_numpy(np.frombuffer(columns["entropy"], dtype=np.float16).astype(np.float32))
+    if len(columns["entropy"]) != 2 * len(columns["counts"]):
+        raise ValueError("A row's entropies are damaged: there is not one a token.")
+    values = torch.from_numpy(np.frombuffer(columns["entropy"], dtype=np.float16).astype(np.float32))
+    if not (values.isfinite() & (values >= 0)).all():
+        raise ValueError("A row's entropies are damaged: some are negative or not finite.")
+    return values
 
 
 @torch.no_grad()

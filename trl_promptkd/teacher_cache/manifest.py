@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -11,10 +14,20 @@ from ..files import whole_file
 from ..priming import PrimingTemplate
 
 
-__all__ = ["MANIFEST_FILE", "Manifest", "describe_priming", "describe_tokenizer", "digest", "row_key"]
+__all__ = [
+    "MANIFEST_FILE",
+    "MAX_VOCAB_SIZE",
+    "Manifest",
+    "describe_priming",
+    "describe_tokenizer",
+    "digest",
+    "row_key",
+]
 
 MANIFEST_FILE = "manifest.json"
 CODEC_VERSION = 1
+MAX_VOCAB_SIZE = 2**22  # 16 times the largest one there is
+_MAX_BYTES = 2**28
 _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
@@ -42,6 +55,76 @@ def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, A
 def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     """What the teacher saw besides the prompt: text, placement, and the text's hash."""
     return None if priming is None else {**asdict(priming), "hash": digest(priming.text)}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_int(value: Any, least: int = 0, most: float = 2**63) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _is_hash(value: Any, digits: int = 32) -> bool:
+    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_dict(value: Any, **kinds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](value[key]) for key in kinds)
+
+
+def _is_shard(value: Any) -> bool:
+    return _is_dict(
+        value, file=_is_text, rows=_is_int, tokens=_is_int, bytes=_is_int, sha256=lambda x: _is_hash(x, 64)
+    )
+
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+_HASH = (_is_hash, "a hash of 32 hexadecimal digits")
+_VOCAB_SIZE = (lambda x: _is_int(x, 1, MAX_VOCAB_SIZE), f"an integer from 1 to {MAX_VOCAB_SIZE}")
+_LIMIT = (lambda x: x is None or _is_int(x, 1), "null or a positive integer")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "teacher": (
+        lambda x: _is_dict(
+            x,
+            name=_is_text,
+            revision=lambda y: y is None or _is_text(y),
+            dtype=_is_text,
+            quantization=_is_text,
+            weights=_is_hash,
+        ),
+        "an object of the texts `name`, `revision` (or null), `dtype`, `quantization` and `weights` (a hash)",
+    ),
+    "tokenizer": _HASH,
+    "real_vocab_size": _VOCAB_SIZE,
+    "vocab_size": _VOCAB_SIZE,
+    "chat_template": _HASH,
+    "priming": (
+        lambda x: x is None or _is_dict(x, text=_is_text, placement=_is_text, hash=_is_hash),
+        "null, or an object of the texts `text`, `placement` and `hash`",
+    ),
+    "response_source": (lambda x: x in ("dataset", "teacher"), "'dataset' or 'teacher'"),
+    "preset": (_is_text, "a text"),
+    "temperature": (lambda x: _is_number(x) and x > 0, "a positive number"),
+    "codec_version": (_is_int, "an integer"),
+    "sampling": (lambda x: x is None or isinstance(x, dict), "null or an object"),
+    "max_length": _LIMIT,
+    "teacher_max_length": _LIMIT,
+    "data": (lambda x: x == "" or _is_hash(x), "empty or a hash of 32 hexadecimal digits"),
+    "shards": (
+        lambda x: isinstance(x, list) and all(map(_is_shard, x)),
+        "a list of objects of `file`, `rows`, `tokens`, `bytes` and `sha256`",
+    ),
+    "files": (
+        lambda x: isinstance(x, dict) and all(_is_hash(y, 64) for y in x.values()),
+        "an object of SHA-256 sums by file name",
+    ),
+    "receipt": (lambda x: isinstance(x, dict) and all(map(_is_number, x.values())), "an object of numbers"),
+}
 
 
 @dataclass
@@ -102,15 +185,32 @@ class Manifest:
             FileNotFoundError: where there is none.
             ValueError: where it is not a manifest, or of another version.
         """
+        if os.path.getsize(path) > _MAX_BYTES:
+            raise ValueError(f"{path} has {os.path.getsize(path)} bytes; a manifest has {_MAX_BYTES} at the most.")
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            json.dumps(values, ensure_ascii=False).encode()  # lone surrogates cannot be written again
+        except (ValueError, RecursionError, OSError) as error:
             raise ValueError(f"{path} is not JSON: {error}. The cache is damaged; build it again.") from error
         names = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(names)}.")
+        for name, (is_right, allowed) in _FIELDS.items():
+            if not is_right(values[name]):
+                raise ValueError(
+                    f"{path} holds `{name}` {str(values[name])[:200]!r}; it must be {allowed}. The manifest is damaged, or from elsewhere: build "
+                    "the cache again."
+                )
+        names_of_files = [*(shard["file"] for shard in values["shards"]), *values["files"]]
+        for name in names_of_files:
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{path} names a file outside its folder, or none at all: {name!r}. It must be a plain file name."
+                )
+        if len(set(names_of_files)) < len(names_of_files):
+            raise ValueError(f"{path} names a file twice: {sorted(names_of_files)}. Build the cache again.")
         manifest = cls(**values)
         if manifest.codec_version != CODEC_VERSION:
             raise ValueError(

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
 import torch
 from datasets import Dataset
@@ -14,13 +16,16 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .codec import PRESETS, Basis, decode, entropies
+from .codec import PRESETS, Basis, decode, entropies, num_tokens, payload_columns
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 
 
-__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "sha256_of"]
+__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "read_shard", "sha256_of"]
 
 BASIS_FILE = "basis.safetensors"
+_IDS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
+_MAX_BYTES = 2**33  # of one shard in memory; the builder's have 2**26 and a batch
+_LEAST_BYTES = 16  # a row's key alone: random digits, which nothing compresses
 
 
 def sha256_of(path: str) -> str:
@@ -33,6 +38,58 @@ def _sha256(file) -> str:  # Python 3.10
     while chunk := file.read(1 << 20):
         state.update(chunk)
     return state.hexdigest()
+
+
+def read_shard(path: str, manifest: Manifest) -> pyarrow.Table:
+    """A shard's rows, of which everything is checked that costs little; what they hold is checked when they are decoded.
+
+    Raises:
+        ValueError: for what [`build_teacher_cache`] does not write, naming the file and the column.
+    """
+    try:
+        metadata = pyarrow.parquet.read_metadata(path)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        size = sum(
+            group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)
+        )
+        if size > _MAX_BYTES or metadata.num_rows * _LEAST_BYTES > os.path.getsize(path):
+            raise ValueError(f"it claims {metadata.num_rows} rows and {size} bytes, more than fit into a shard")
+        schema = _schema(manifest, pyarrow.parquet.read_schema(path))
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
+        table.validate(full=True)
+        _check_ids(table, manifest)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"The cache's file {path} is damaged, or no shard of this cache: {error}. Delete it and build the cache again: only its rows are made "
+            "anew."
+        ) from error
+    return table
+
+
+def _schema(manifest: Manifest, found: pyarrow.Schema) -> pyarrow.Schema:
+    """What a shard's columns must be, if they are."""
+    types = {"key": pyarrow.string(), **dict.fromkeys(_IDS, pyarrow.list_(pyarrow.int32()))}
+    types |= dict.fromkeys(sorted(payload_columns(PRESETS[manifest.preset])), pyarrow.binary())
+    if sorted(found.names) != sorted(types):
+        raise ValueError(f"its columns are {sorted(found.names)}, not {sorted(types)}")
+    for name, kind in types.items():
+        if found.field(name).type != kind:
+            raise ValueError(f"`{name}` is a column of {found.field(name).type}, not {kind}")
+    return pyarrow.schema(types)
+
+
+def _check_ids(table: pyarrow.Table, manifest: Manifest) -> None:
+    for name in table.column_names:
+        if name != "prompt_ids" and table[name].null_count:
+            raise ValueError(f"`{name}` is missing in some rows")
+    limit = max(manifest.vocab_size, manifest.real_vocab_size)
+    for name in _IDS:
+        ids = pyarrow.compute.list_flatten(table[name])
+        ends = pyarrow.compute.min_max(ids).as_py()
+        if ids.null_count or (len(ids) and not 0 <= ends["min"] <= ends["max"] < limit):
+            raise ValueError(
+                f"`{name}` has ids from {ends['min']} to {ends['max']}; they must be from 0 to {limit - 1}"
+            )
 
 
 class TeacherCache:
@@ -66,11 +123,14 @@ class TeacherCache:
                 f"The cache's preset {self.manifest.preset!r} is unknown; it must be one of {sorted(PRESETS)}."
             )
         self.preset = PRESETS[self.manifest.preset]
+        if set(self.manifest.files) != (set() if self.preset.draws else {BASIS_FILE}):
+            raise ValueError(
+                f"The manifest of the teacher cache at {path} has checksums of {sorted(self.manifest.files)}, but the preset "
+                f"{self.manifest.preset!r} needs {'none' if self.preset.draws else BASIS_FILE}. Build the cache again."
+            )
         expected = {shard["file"]: shard["sha256"] for shard in self.manifest.shards} | self.manifest.files
         for name, checksum in expected.items():
             file = os.path.join(path, name)
-            if os.path.basename(name) != name:
-                raise ValueError(f"The cache's manifest names a file outside its folder: {name!r}.")
             if not os.path.isfile(file):
                 raise FileNotFoundError(
                     f"The cache's file {file} is missing. Build the cache again: only its rows are made anew."
@@ -81,13 +141,17 @@ class TeacherCache:
                     "rows are made anew."
                 )
         self.basis = None if self.preset.draws else Basis.load(os.path.join(path, BASIS_FILE))
+        if self.basis is not None and len(self.basis.offset) != self.manifest.vocab_size:
+            raise ValueError(
+                f"{os.path.join(path, BASIS_FILE)} is made for {len(self.basis.offset)} ids and the manifest says {self.manifest.vocab_size}: they "
+                "do not belong together. Build the cache again."
+            )
         self.device: torch.device | str = "cpu"
         # In memory: a copy on the disk could be an older one's
-        tables = [pyarrow.parquet.read_table(os.path.join(path, shard["file"])) for shard in self.manifest.shards]
-        table = pyarrow.concat_tables([part.replace_schema_metadata(None) for part in tables])
-        self.rows = Dataset(InMemoryTable(table))
+        tables = [read_shard(os.path.join(path, shard["file"]), self.manifest) for shard in self.manifest.shards]
+        self.rows = Dataset(InMemoryTable(pyarrow.concat_tables(tables)))
         self._index = {key: index for index, key in enumerate(self.rows["key"])}
-        self._payload = [name for name in self.rows.column_names if name not in _VISIBLE]
+        self._payload = sorted(payload_columns(self.preset))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -210,10 +274,14 @@ class CachedAnswers:
     """
 
     def __init__(self, cache: TeacherCache, indices: Sequence[int], vocab_size: int | None = None):
-        self.cache, self.vocab_size = cache, vocab_size
+        self.cache, self.vocab_size, self._indices = cache, vocab_size, list(indices)
         self._columns = cache._columns(indices) if indices else []
-        lengths = map(len, cache.rows.select_columns("completion_ids")[list(indices)]["completion_ids"])
-        self._ends = list(accumulate(lengths, initial=0))
+        ids = cache.rows.select_columns(["key", "teacher_prompt_ids", "completion_ids"])[list(indices)]
+        for row, key in enumerate(ids["key"]):
+            with self._naming(row):
+                kept = num_tokens(self._columns[row], cache.basis)
+                _check_row(key, ids["teacher_prompt_ids"][row], ids["completion_ids"][row], kept)
+        self._ends = list(accumulate(map(len, ids["completion_ids"]), initial=0))
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -234,19 +302,38 @@ class CachedAnswers:
         """Of what was drawn from, `(num_tokens,)` in nats; `None` where the cache does not hold draws."""
         if not self.cache.preset.draws:
             return None
-        true = [entropies(columns) for columns in self._columns]
+        true = []
+        for row, columns in enumerate(self._columns):
+            with self._naming(row):
+                true.append(entropies(columns))
         return torch.cat([torch.empty(0), *true]).to(self.cache.device)
 
     def _row(self, row: int) -> Tensor:
         if self._last[0] != row:  # a row that goes on in the next chunk is not decoded again
             cache = self.cache
             args = (cache.basis, cache.preset, cache.manifest.vocab_size, cache.device)
-            self._last = (row, decode(self._columns[row], *args))
+            with self._naming(row):
+                self._last = (row, decode(self._columns[row], *args))
         return self._last[1]
+
+    @contextmanager
+    def _naming(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(
+                f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its shard and build the cache "
+                "again."
+            ) from error
 
 
 def _with_prompt(row: dict) -> dict:
     return {"prompt_ids": row["teacher_prompt_ids"] if row["prompt_ids"] is None else row["prompt_ids"]}
 
 
-_VISIBLE = ("key", "prompt_ids", "teacher_prompt_ids", "completion_ids")
+def _check_row(key: str, teacher_prompt_ids: list[int], completion_ids: list[int], kept: int) -> None:
+    """Whether a row is what its key says, and has one distribution for each token of the answer."""
+    if key != row_key(teacher_prompt_ids, completion_ids):
+        raise ValueError("its key is not the hash of its token ids")
+    if kept != len(completion_ids):
+        raise ValueError(f"it has {len(completion_ids)} answer tokens, and distributions for {kept}")

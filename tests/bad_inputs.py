@@ -103,7 +103,8 @@ class Case:
 
     def row(self, message: str) -> str:
         """Of the table."""
-        problem, remedy = message.split(self.remedy, 1)
+        problem, found, remedy = message.partition(self.remedy)
+        assert found, f"{self.name}: {self.remedy!r} is not in {message!r}"
         error = "exit code 2" if self.error is ExitCode2 else f"`{self.error.__name__}`"
         cells = (
             self.does,
@@ -1030,8 +1031,24 @@ FILES = [
         "`PrimingTemplate.from_file` of a file with an unknown filter",
         lambda folder: PrimingTemplate.from_file(written(folder / "priming.txt", b"{{ a | shout }}")),
         ValueError,
-        "No filter named 'shout'",
-        "Text that contains '{{'",
+        "the filter 'shout' is not allowed",
+        "abs, capitalize",
+    ),
+    Case(
+        "collator_text",
+        "`data_collator='x'`",
+        partial(promptkd, data_collator="x"),
+        TypeError,
+        "`data_collator` is a str",
+        "it must be callable with a list of rows",
+    ),
+    Case(
+        "callbacks_text",
+        "`callbacks=['x']`",
+        partial(promptkd, callbacks=["x"]),
+        TypeError,
+        "`callbacks` holds a str",
+        "it must hold `transformers.TrainerCallback`s only",
     ),
     Case(
         "template_missing",
@@ -1118,6 +1135,22 @@ FILES = [
         "is not a whole checkpoint of this package: prompt_training_state.safetensors is missing",
         "Resume from an older one, or set `resume_from_checkpoint=True`",
         needs_weights=True,
+    ),
+    Case(
+        "cache_nowhere",
+        "a `teacher_cache` that is neither a folder nor on the Hub",
+        lambda folder: primed(folder, teacher=None, teacher_cache="no/such-cache"),
+        FileNotFoundError,
+        "'no/such-cache' is neither a folder nor a data set on the Hub",
+        "build a cache with `build_teacher_cache`",
+    ),
+    Case(
+        "cache_number",
+        "a `teacher_cache` that is a number",
+        lambda folder: primed(folder, teacher=None, teacher_cache=3),
+        TypeError,
+        "`teacher_cache` is a int",
+        "it must be a folder, the id of a data set on the Hub, or a `TeacherCache`",
     ),
     Case(
         "cache_none",
@@ -1356,9 +1389,8 @@ MODELS = [
         "a teacher's name that is wrong",
         lambda folder: promptkd(folder, model=tiny_model()),
         OSError,
-        "The teacher 'no/such-teacher' could not be loaded",
-        "Check the name (a Hub id or a folder)",
-        needs_weights=True,
+        "`teacher_model` is 'no/such-teacher', which cannot be loaded",
+        "Check the name, and that the Hub can be reached",
     ),
     Case(
         "teacher_truncated",
@@ -1368,6 +1400,16 @@ MODELS = [
         "could not be loaded",
         "Check the name (a Hub id or a folder), that you have access to it, and that its files are whole",
         needs_weights=True,
+    ),
+    Case(
+        "cache_of_a_small_teacher",
+        "a cache of a teacher with fewer entries than the tokenizer has tokens",
+        lambda folder: build_teacher_cache(
+            tiny_model(vocab_size=10), answered_dataset(4), str(folder / "cache"), tiny_tokenizer()
+        ),
+        ValueError,
+        "vocabulary has 10 entries, but the tokenizer has 30 tokens",
+        "must share one tokenizer",
     ),
     Case(
         "nan_teacher",
@@ -1394,7 +1436,7 @@ CASES = [case for cases in GROUPS.values() for case in cases]
 HEAD = """# Errors
 
 What goes wrong most easily, what you then read, and what to do: {number} inputs, each of them a case of
-`tests/test_bad_inputs.py`, which also keeps this page true. It is written by `python tests/bad_inputs.py > docs/errors.md`.
+`tests/test_bad_inputs.py`, which also keeps this page true. It is written by `python tests/bad_inputs.py`.
 
 All but {late} of them come before weights are loaded, which those need to be seen.
 """
@@ -1418,7 +1460,7 @@ def write_page() -> None:
         for case in cases:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
                 rows[f"{title}-{case.name}"] = case.row(case.message(Path(folder)))
-    sys.stdout.write(page(rows))
+    (Path(__file__).parent.parent / "docs" / "errors.md").write_text(page(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

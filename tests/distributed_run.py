@@ -35,6 +35,7 @@ import torch
 if settings["sharding"]:
     # accelerate shards on GPUs only; what it does there works on CPU ranks, too, where they are taken for GPUs
     import accelerate.state
+    import transformers.training_args
     from accelerate.utils import DistributedType
 
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
@@ -46,6 +47,7 @@ if settings["sharding"]:
         os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     backend = ("gloo", DistributedType.MULTI_GPU)
     accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: backend
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 from peft import LoraConfig
 from safetensors.torch import save_file

@@ -8,7 +8,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.utils import logging
 
 from .files import read_text
@@ -20,6 +27,7 @@ from .teacher import check_init_kwargs, check_same_tokenizer, load_teacher_token
 __all__ = [
     "check_arguments",
     "check_finite",
+    "check_found",
     "check_positions",
     "check_sharding",
     "check_soft_prompt",
@@ -33,7 +41,16 @@ _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswer
 
 
 def check_arguments(
-    trainer: str, args_class: Any, model, teacher_model, args: Any, train_dataset, peft_config, formatting_func
+    trainer: str,
+    args_class: Any,
+    model,
+    teacher_model,
+    args: Any,
+    train_dataset,
+    peft_config,
+    formatting_func,
+    data_collator=None,
+    callbacks=None,
 ) -> None:
     """Refuse arguments of a trainer that do not go together.
 
@@ -51,6 +68,17 @@ def check_arguments(
             f"`train_dataset` is a {type(train_dataset).__name__} with the keys {sorted(train_dataset)}; training takes one data set. Pass "
             "one of them, such as `dataset['train']`, or join them with `datasets.concatenate_datasets`."
         )
+    if data_collator is not None and not callable(data_collator):
+        raise TypeError(
+            f"`data_collator` is a {type(data_collator).__name__}; it must be callable with a list of rows and return a batch. Leave it away "
+            "for the trainer's own."
+        )
+    for callback in callbacks or []:
+        given = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(given, TrainerCallback):
+            raise TypeError(
+                f"`callbacks` holds a {given.__name__}; it must hold `transformers.TrainerCallback`s only."
+            )
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise TypeError(
             f"`peft_config` is a {type(peft_config).__name__}; it must be a configuration of PEFT's, such as `peft.LoraConfig()`."
@@ -150,14 +178,35 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
         )
 
 
+def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
+    """Refuse a name that no model has, before the weights of the other model are loaded.
+
+    Raises:
+        OSError: with what `transformers` says of it.
+    """
+    if not isinstance(name, str) or "gguf_file" in (init_kwargs or {}):
+        return
+    try:
+        AutoConfig.from_pretrained(name, **_config_kwargs(init_kwargs or {}, trust_remote_code))
+    except OSError as error:
+        raise OSError(
+            f"`{argument}` is {name!r}, which cannot be loaded. Check the name, and that the Hub can be reached. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
+    kwargs = {"trust_remote_code": trust_remote_code}
+    return kwargs | {
+        key: init_kwargs[key] for key in ("revision", "subfolder", "trust_remote_code") if key in init_kwargs
+    }
+
+
 def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
     """A model's configuration, or `None` where it cannot be had: whoever loads the model says why."""
     if "gguf_file" in init_kwargs:
         return None
-    kwargs = {"trust_remote_code": trust_remote_code}
-    kwargs |= {key: init_kwargs[key] for key in ("revision", "subfolder", "trust_remote_code") if key in init_kwargs}
     try:
-        return AutoConfig.from_pretrained(name, **kwargs)
+        return AutoConfig.from_pretrained(name, **_config_kwargs(init_kwargs, trust_remote_code))
     except Exception:
         return None
 

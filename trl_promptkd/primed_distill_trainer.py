@@ -20,7 +20,14 @@ from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
 from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_checkpoint
-from .checks import check_arguments, check_finite, check_positions, check_sharding, prepare_tokenizer
+from .checks import (
+    check_arguments,
+    check_finite,
+    check_found,
+    check_positions,
+    check_sharding,
+    prepare_tokenizer,
+)
 from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
@@ -171,6 +178,8 @@ class PrimedDistillTrainer(SFTTrainer):
             train_dataset,
             peft_config,
             formatting_func,
+            data_collator,
+            callbacks,
         )
         if compute_loss_func is not None:
             raise ValueError(
@@ -194,6 +203,7 @@ class PrimedDistillTrainer(SFTTrainer):
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
             data_collator = DataCollatorForPrimedDistillation(processing_class, self.priming, args.pad_to_multiple_of)
+        check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student
         super().__init__(
@@ -265,7 +275,11 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`response_source` is 'student', but a teacher cache knows nothing of the student's samples. Pass a live `teacher_model`, or "
                 "set `response_source` to 'dataset' or 'teacher'."
             )
-        cache = TeacherCache(cache) if isinstance(cache, str) else cache
+        cache = TeacherCache(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else cache
+        if not isinstance(cache, TeacherCache):
+            raise TypeError(
+                f"`teacher_cache` is a {type(cache).__name__}; it must be a folder, the id of a data set on the Hub, or a `TeacherCache`."
+            )
         cache.manifest.check_fits(processing_class, self.priming)
         cache.check_serves(args.kd_temperature, args.kd_beta, args.skew)
         if args.response_source == "teacher" and cache.manifest.response_source != "teacher":
@@ -602,6 +616,10 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
+        if test_dataset is None:
+            raise ValueError(
+                "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
+            )
         return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 
     def _prepare(self, dataset, name: str):

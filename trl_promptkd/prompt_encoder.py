@@ -30,6 +30,8 @@ ADAPTER_FOLDER = "teacher_prompt"  # beside the student's files, in checkpoints 
 _PARAMETERS_FILE = "prompt_encoder.safetensors"
 _INITS = {"text": "TEXT", "random": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 _ENCODERS = ("embedding", "mlp", "lstm")
+# Not those that wait for metrics
+_SCHEDULES = [s.value for s in SchedulerType if s not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)]
 
 
 @dataclass
@@ -108,7 +110,7 @@ class PromptEncoderConfig:
             self, "prompt_learning_rate", "prompt_weight_decay", "prompt_warmup_steps", "prompt_max_grad_norm"
         )
         if self.prompt_lr_scheduler_type is not None:
-            _check_choice("prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, [s.value for s in SchedulerType])
+            _check_choice("prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, _SCHEDULES)
 
     def to_peft(
         self,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import logging
 from trl import SFTConfig
 
 from ._trl import GKDConfig
@@ -19,6 +20,8 @@ from .sampling_config import SamplingConfig
 
 
 __all__ = ["PromptKDConfig"]
+
+logger = logging.get_logger(__name__)
 
 # Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
 _IGNORED = {
@@ -146,6 +149,10 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         check_at_least_zero(self, "regularization_coef")
         self.check_sampling()
         check_ignored(self, "PromptKD", _IGNORED)
+        if self.seq_kd and self.lmbda == 1:
+            logger.warning(
+                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower `lmbda`."
+            )
         # Rows are tokenized by this package, for conversations and plain texts alike
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

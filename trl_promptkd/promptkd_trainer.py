@@ -27,6 +27,7 @@ from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_check
 from .checks import (
     check_arguments,
     check_finite,
+    check_found,
     check_positions,
     check_sharding,
     check_soft_prompt,
@@ -181,6 +182,8 @@ class PromptKDTrainer(GKDTrainer):
             train_dataset,
             peft_config,
             formatting_func,
+            data_collator,
+            callbacks,
         )
         check_vllm(args, model, samples=args.lmbda > 0)
         self._tokenizes = data_collator is None
@@ -191,6 +194,7 @@ class PromptKDTrainer(GKDTrainer):
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
+        check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
@@ -488,6 +492,10 @@ class PromptKDTrainer(GKDTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
+        if test_dataset is None:
+            raise ValueError(
+                "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
+            )
         test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
         return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 

@@ -103,7 +103,9 @@ def _budget(context: Context) -> _Budget:
 @jinja2.pass_context
 def _finalize(context: Context, value: Any) -> Any:
     if value is None:
-        raise ValueError("a value that it writes is None; data sets fill missing values with it")
+        raise ValueError(
+            "a value that it writes is None, with which data sets fill missing values; filter such rows out, or write {{ column or '' }}"
+        )
     _budget(context).go_through(value)
     return value
 

@@ -14,12 +14,14 @@ import pyarrow.parquet
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..checks import check_positions
 from ..data import pad_rows
 from ..divergences import kl_divergence
 from ..files import remove_incomplete, whole_file
@@ -27,7 +29,7 @@ from ..forward import completion_states, inside_forward
 from ..primed_collator import tokenize_primed_dataset
 from ..priming import PrimingTemplate, resolve_priming
 from ..rollouts import rollout_config
-from ..teacher import freeze, load_teacher
+from ..teacher import freeze, load_teacher, shared_vocab_size
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, digest, row_key
@@ -101,6 +103,18 @@ def build_teacher_cache(
         raise ValueError(f"`preset` is {preset!r}; it must be one of {', '.join(map(repr, PRESETS))}.")
     if response_source not in ("dataset", "teacher"):
         raise ValueError(f"`response_source` is {response_source!r}; it must be 'dataset' or 'teacher'.")
+    if overlong not in ("drop", "error"):
+        raise ValueError(f"`overlong` is {overlong!r}; it must be 'drop' or 'error'.")
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("`dataset` is streamed, but rows are found by their content. Load it without streaming.")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: `AutoTokenizer.from_pretrained(name)`."
+        )
+    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    for name, value in numbers.items():
+        if not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"`{name}` is {value!r}; it must be above 0.")
     template = resolve_priming(priming)
     needed = None
     if response_source == "dataset":
@@ -110,6 +124,15 @@ def build_teacher_cache(
     )
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
+    if not isinstance(teacher, PreTrainedModel | PeftModel):
+        raise TypeError(
+            f"`teacher` is a {type(teacher).__name__}; it must be a name, a folder or a causal language model."
+        )
+    shared_vocab_size(teacher, teacher, processing_class)  # refuses one that is too small for the tokenizer
+    longest = max(dataset["length"]) + (max_new_tokens if response_source == "teacher" else 0)
+    check_positions(
+        "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
+    )
     accelerator = Accelerator()
     freeze(teacher)
     sampling: Any = None

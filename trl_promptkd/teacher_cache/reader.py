@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -107,7 +108,13 @@ class TeacherCache:
 
     def __init__(self, path: str, verify_checksums: bool = True):
         if not os.path.isdir(path):
-            path = snapshot_download(path, repo_type="dataset")
+            try:
+                path = snapshot_download(path, repo_type="dataset")
+            except (OSError, HFValidationError) as error:
+                raise FileNotFoundError(
+                    f"{path!r} is neither a folder nor a data set on the Hub that can be reached. Check it, or build a cache with "
+                    f"`build_teacher_cache`. ({str(error).splitlines()[0]})"
+                ) from error
         if not os.path.isfile(os.path.join(path, MANIFEST_FILE)):
             raise FileNotFoundError(
                 f"{path} has no {MANIFEST_FILE}: it is no teacher cache. Build one with `build_teacher_cache`."

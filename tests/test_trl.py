@@ -113,6 +113,7 @@ class TestImports:
             "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
+            "doctor",
             "cli",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}

@@ -167,10 +167,14 @@ def nan_weight(case):
     case["teacher"].lm_head.weight.data[3, 3] = float("nan")
 
 
-def never_five(output):
+def never_five(output, value=float("-inf")):
     output = output.clone()
-    output[..., 5] = float("-inf")
+    output[..., 5] = value
     return output
+
+
+def lowest_five(output):
+    return never_five(output, torch.finfo(output.dtype).min)
 
 
 def prefer_the_end(output):
@@ -253,6 +257,13 @@ BROKEN = [
         "warn",
         r"0 \(student\), 1 \(teacher\)",
         lambda c: hook(c["teacher"].lm_head, never_five),
+    ),
+    (
+        "the lowest number",
+        "finite_logits",
+        "warn",
+        r"1 \(teacher\)",
+        lambda c: hook(c["teacher"].lm_head, lowest_five),
     ),
     ("-inf in the loss", "window_split", "fail", "inf", lambda c: hook(c["teacher"].lm_head, never_five)),
     (
@@ -547,6 +558,18 @@ class TestCommand:
         report = json.loads(capsys.readouterr().out)
         assert report["passed"] is False
         assert next(c for c in report["checks"] if c["name"] == "tokenizers")["status"] == "fail"
+
+    def test_what_is_not_finite_is_null(self, folder, capsys):
+        teacher = pair()[1]
+        teacher.model.embed_tokens.weight.data[:, 0] = float("nan")
+        teacher.save_pretrained(folder / "teacher")
+        student = pair()[0]
+        student.lm_head.weight.data *= 1e30  # differences of log-probabilities overflow
+        student.save_pretrained(folder / "student")
+        assert main(flags(folder, "--json")) == 1
+        out = capsys.readouterr().out
+        assert "NaN" not in re.sub(r'"[^"]*"', "", out)
+        assert "Infinity" not in out
 
     def test_a_warning_is_exit_code_0(self, folder, capsys):
         for path in (folder / "teacher").glob("*token*"):

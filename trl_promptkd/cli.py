@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from contextlib import redirect_stdout
@@ -161,11 +162,18 @@ def run_doctor(args: argparse.Namespace) -> int:
         )
     about = {"model": args.model, "teacher": args.teacher, "dataset": args.dataset}
     if args.json:
-        checks = [asdict(finding) for finding in findings]
+        checks = [{**asdict(finding), "values": _without_nan(finding.values)} for finding in findings]
         print(json.dumps({**about, "passed": passed(findings), "checks": checks}, indent=1))
     else:
         print_table(findings, about)
     return 0 if passed(findings) else 1
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """What is not finite as null: JSON has no word for it."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def _load_rows(args: argparse.Namespace) -> Any:

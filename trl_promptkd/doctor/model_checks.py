@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 _MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats a token (16 bits, quantized)
-_GRADIENT_ERROR, _LOW_PRECISION_FACTOR = 0.05, 2.0
+_GRADIENT_ERROR, _GRADIENT_FACTOR = 0.05, 2.0  # of a slope: relatively (float32); up or down (16 bits, quantized)
+_STEPS, _COARSE_STEPS = (1e-2, 3e-3, 3e-2), (3e-2, 1e-1, 1e-2, 3e-1)  # shares of the soft prompt's norm
 _QUALITY_TOKENS = 2048  # that both models' answers are measured on, prompts included
 _FAR, _SAME = 3.0, 1e-4  # nats a token
 
@@ -194,19 +195,20 @@ def soft_prompt_gradient(case: Case) -> Finding | None:
     if gradient is None or not norm or not torch.isfinite(gradient).all():
         return Finding("soft_prompt_gradient", "fail", f"the gradient's norm is {norm}", advice, {"norm": norm})
     direction = gradient / norm
-    slopes = []
     exact = is_exact(teacher)
-    with torch.no_grad():
-        for share in (3e-3, 1e-2, 3e-2) if exact else (1e-2, 3e-2, 1e-1, 3e-1):
-            step = share * float(start.norm())
+    low, high = (1 - _GRADIENT_ERROR, 1 + _GRADIENT_ERROR) if exact else (1 / _GRADIENT_FACTOR, _GRADIENT_FACTOR)
+    slope = 0.0
+    for share in _STEPS if exact else _COARSE_STEPS:  # a small one drowns in rounding, a large one goes round the bend
+        step = share * float(start.detach().norm())
+        with torch.no_grad():
             (up, *_), _ = loss(start + step * direction)
             (down, *_), _ = loss(start - step * direction)
-            slopes.append(float(up - down) / (2 * step))
-    slope = min(slopes, key=lambda slope: abs(slope / norm - 1))
+        found_slope = float(up - down) / (2 * step)
+        if abs(found_slope / norm - 1) < abs(slope / norm - 1):
+            slope = found_slope
+        if low <= slope / norm <= high:
+            break
     ratio = slope / norm
-    low, high = (
-        (1 - _GRADIENT_ERROR, 1 + _GRADIENT_ERROR) if exact else (1 / _LOW_PRECISION_FACTOR, _LOW_PRECISION_FACTOR)
-    )
     values = {"norm": norm, "slope": slope}
     if not low <= ratio <= high:
         return Finding(

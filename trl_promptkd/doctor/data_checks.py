@@ -245,7 +245,8 @@ def positions(case: Case) -> Finding | None:
     return Finding(
         "positions",
         "pass",
-        f"at most {longest['student']} for the student and {longest['teacher']} for the teacher, samples and soft prompt included",
+        f"at most {longest['student']} for the student and {longest['teacher']} for the teacher, of which samples {new} and the soft prompt "
+        f"{virtual}",
         "",
         longest,
     )

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -181,7 +182,7 @@ def print_table(findings: Sequence[Finding], about: Mapping[str, Any]) -> None:
     if not console.is_terminal:
         console.width = 140
     styles = {"pass": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
-    table = Table(title=", ".join(f"{name} {value}" for name, value in about.items() if value), show_lines=True)
+    table = Table(title=", ".join(f"{name} {value}" for name, value in about.items() if value), box=box.SIMPLE)
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, no_wrap=column in ("check", ""), ratio={"found": 3, "what to do": 2}.get(column))
     for finding in findings:

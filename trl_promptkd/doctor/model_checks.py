@@ -34,7 +34,7 @@ __all__ = [
 _MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats a token (16 bits, quantized)
 _GRADIENT_ERROR, _GRADIENT_FACTOR = 0.05, 2.0  # of a slope: relatively (float32); up or down (16 bits, quantized)
 _STEPS, _COARSE_STEPS = (1e-2, 3e-3, 3e-2), (3e-2, 1e-1, 1e-2, 3e-1)  # shares of the soft prompt's norm
-_QUALITY_TOKENS = 2048  # that both models' answers are measured on, prompts included
+_QUALITY_TOKENS = 1024  # that both models' answers are measured on, prompts included
 _FAR, _SAME = 3.0, 1e-4  # nats a token
 
 
@@ -143,7 +143,7 @@ def _padding(case: Case, view: str, model: Any, soft_prompt: Tensor | None, name
     difference, kl = distances[worst]
     values = {"difference": difference, "kl": kl}
     about = f"{difference:.1e} in log-probabilities, {max(kl, 0.0):.1e} nats a token"
-    if soft_prompt is None:
+    if view == "student":
         naive = apart(model(input_ids=ids, attention_mask=mask).logits[:, :-1][trained][:, :size], bare)
         values["difference_without_position_ids"] = naive[0]
         about += f" (without position ids, as GKDTrainer asks, {naive[0]:.1e})"

@@ -1123,7 +1123,7 @@ FILES = [
         "resuming from a checkpoint that was cut off",
         truncated_prompt,
         ValueError,
-        "prompt_encoder.safetensors is damaged",
+        "prompt_encoder.safetensors cannot be read as safetensors",
         "Resume from another checkpoint",
         needs_weights=True,
     ),

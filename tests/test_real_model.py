@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from trl_promptkd import (
     PromptEncoderConfig,
     SoftPrompt,
 )
+from trl_promptkd.cli import main
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.forward import completion_states, forward_logits
 from trl_promptkd.priming import PRIMING_TEMPLATES
@@ -67,6 +69,20 @@ def rows(smollm2):
         for q, a in zip(QUESTIONS, ANSWERS, strict=True)
     ]
     return [row["prompt_ids"] for row in ids], [row["completion_ids"] for row in ids]
+
+
+def test_doctor_finds_nothing_wrong_with_the_quickstart(quickstart, smollm2, rows, tmp_path, capsys):
+    model, tokenizer, folder = smollm2
+    quickstart.cut_layers(model, 20, pad_rows(*rows, tokenizer.pad_token_id)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    start = time.perf_counter()
+    flags = ["--model", str(tmp_path), "--teacher", folder, "--dataset", str(quickstart.PROMPTS), "--json"]
+    assert main(["doctor", *flags, "--max_new_tokens", "32"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    print(f"{len(report['checks'])} checks in {time.perf_counter() - start:.0f} s, models loaded")
+    assert {check["name"]: check["found"] for check in report["checks"] if check["status"] != "pass"} == {}
+    values = {check["name"]: check["values"] for check in report["checks"]}
+    assert abs(values["soft_prompt_gradient"]["slope"] / values["soft_prompt_gradient"]["norm"] - 1) < 0.05
 
 
 class TestPadding:

@@ -5,6 +5,7 @@ import inspect
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 import trl
 from packaging.version import Version
@@ -134,6 +135,7 @@ class TestImports:
             "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
+            "doctor",
             "cli",
         ]
         modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
@@ -149,9 +151,15 @@ class TestImports:
                             f"{path} imports {node.module}"
                         )
 
-    def test_imports_inside_the_teacher_cache_point_up_its_list(self):
-        order = ["codec", "manifest", "reader", "builder", "verify", "__init__"]
-        files = {path.stem: path for path in (PACKAGE / "teacher_cache").glob("*.py")}
+    @pytest.mark.parametrize(
+        ("folder", "order"),
+        [
+            ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
+            ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
+        ],
+    )
+    def test_imports_inside_a_folder_point_up_its_list(self, folder, order):
+        files = {path.stem: path for path in (PACKAGE / folder).glob("*.py")}
         assert set(files) == set(order)
         for name, path in files.items():
             for node in ast.walk(ast.parse(path.read_text())):

@@ -2,21 +2,44 @@
 
 import argparse
 import json
+import math
+import os
 import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import AutoTokenizer
 
 from .data import name_columns
+from .doctor import diagnose, passed, print_table
 from .priming import PRIMING_TEMPLATES, PrimingTemplate
-from .teacher import load_teacher
+from .prompt_encoder import PromptEncoderConfig
+from .teacher import load_teacher, load_teacher_tokenizer
 from .teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
 from .teacher_cache.codec import PRESETS
 
 
 __all__ = ["main"]
+
+_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# Flags of `doctor` that are arguments of `diagnose`
+_SETTINGS = (
+    "lmbda",
+    "response_source",
+    "max_length",
+    "max_new_tokens",
+    "overlong",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "lora",
+    "rows",
+)
 
 
 def _json_dict(text: str) -> dict[str, Any]:
@@ -33,7 +56,9 @@ def _json_dict(text: str) -> dict[str, Any]:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
-    cache = parser.add_subparsers(dest="command", required=True).add_parser("cache", help="the offline teacher")
+    tools = parser.add_subparsers(dest="command", required=True)
+    _add_doctor(tools)
+    cache = tools.add_parser("cache", help="the offline teacher")
     commands = cache.add_subparsers(dest="action", required=True)
 
     build = commands.add_parser(
@@ -43,15 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
     build.add_argument("--teacher", required=True, help="Hub id or folder")
     build.add_argument("--output_dir", required=True, help="the cache's folder")
     build.add_argument("--dataset_name", default="json", help="Hub id, or json, csv, parquet with --data_files")
-    build.add_argument("--dataset_config", help="its configuration")
-    build.add_argument("--dataset_split", default="train", help="its split, or a part of it: train[:1000]")
     build.add_argument("--data_files", help="local files, or a pattern")
-    build.add_argument("--prompt_column", help="column to take as `prompt`")
-    build.add_argument("--completion_column", help="column to take as `completion`")
-    build.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
-    build.add_argument("--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt")
-    build.add_argument("--priming_file", help="a file with a priming text of your own (Jinja)")
-    build.add_argument("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
+    _add_data_arguments(build)
     build.add_argument("--preset", default="standard", choices=sorted(PRESETS), help="how much is kept")
     build.add_argument("--response_source", default="dataset", choices=["dataset", "teacher"], help="whose answers")
     build.add_argument("--max_length", type=int, help="longest row in tokens as the student sees it")
@@ -75,15 +93,125 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (build, verify):
         command.add_argument("--teacher_init_kwargs", type=_json_dict, default={}, help="JSON for from_pretrained")
         command.add_argument("--trust_remote_code", action="store_true")
+    for command, run in ((build, build_cache), (verify, verify_cache), (info, cache_info)):
+        command.set_defaults(run=run)
     return parser
 
 
-def build(args: argparse.Namespace) -> int:
+def _add_data_arguments(command: argparse.ArgumentParser) -> None:
+    """What a data set's rows are, and what the teacher sees besides them."""
+    command.add_argument("--dataset_config", help="its configuration")
+    command.add_argument("--dataset_split", default="train", help="its split, or a part of it: train[:1000]")
+    command.add_argument("--prompt_column", help="column to take as `prompt`")
+    command.add_argument("--completion_column", help="column to take as `completion`")
+    command.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
+    command.add_argument(
+        "--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt"
+    )
+    command.add_argument("--priming_file", help="a file with a priming text of your own (Jinja)")
+    command.add_argument("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
+
+
+def _add_doctor(tools: Any) -> None:
+    doctor = tools.add_parser(
+        "doctor", help="look at models and rows for what goes wrong silently; exits with 1 where a check fails"
+    )
+    doctor.add_argument("--model", required=True, help="the student: Hub id or folder")
+    doctor.add_argument("--teacher", help="Hub id or folder; without it the student teaches itself")
+    doctor.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
+    _add_data_arguments(doctor)
+    doctor.add_argument("--rows", type=int, default=16, help="how many rows to look at")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    run = doctor.add_argument_group("settings of the run, under the names of the trainers' configurations")
+    run.add_argument("--max_length", type=int, default=1024)
+    run.add_argument("--max_new_tokens", type=int, default=128)
+    run.add_argument("--overlong", default="error", choices=["drop", "error"])
+    run.add_argument("--per_device_train_batch_size", type=int, default=8)
+    run.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    run.add_argument("--num_virtual_tokens", type=int, default=7)
+    run.add_argument("--lmbda", type=float, default=1.0, help="PromptKD: below 1 the data's answers are needed")
+    run.add_argument("--response_source", default="dataset", choices=["dataset", "teacher", "student"])
+    run.add_argument("--lora", action="store_true", help="an adapter is to be trained, not all weights")
+    for role in ("model", "teacher"):
+        run.add_argument(f"--{role}_init_kwargs", type=json.loads, default={}, help="JSON for from_pretrained")
+    run.add_argument("--trust_remote_code", action="store_true")
+    doctor.set_defaults(run=run_doctor)
+
+
+def _priming(args: argparse.Namespace) -> str | PrimingTemplate | None:
     if args.priming is not None and args.priming_file is not None:
         raise ValueError("`--priming` and `--priming_file` are both given; choose one.")
-    priming: str | PrimingTemplate | None = args.priming
     if args.priming_file is not None:
-        priming = PrimingTemplate.from_file(args.priming_file, args.priming_placement)
+        return PrimingTemplate.from_file(args.priming_file, args.priming_placement)
+    return args.priming
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # standard output is for the findings alone
+        priming = _priming(args)
+        prompt_encoder_config = PromptEncoderConfig(num_virtual_tokens=args.num_virtual_tokens)
+        dataset = _load_rows(args)
+        revision = args.model_init_kwargs.get("revision") or "main"
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model, revision=revision, trust_remote_code=args.trust_remote_code
+        )
+        student = _load_model(args.model, {"dtype": "float32", **args.model_init_kwargs}, args.trust_remote_code)
+        teacher, teacher_tokenizer = None, None
+        if args.teacher is not None:
+            teacher = _load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+            teacher_tokenizer = load_teacher_tokenizer(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+        settings = {name: getattr(args, name) for name in _SETTINGS}
+        findings = diagnose(
+            student,
+            teacher,
+            dataset,
+            tokenizer,
+            teacher_tokenizer,
+            prompt_encoder_config=prompt_encoder_config,
+            priming=priming,
+            **settings,
+        )
+    about = {"model": args.model, "teacher": args.teacher, "dataset": args.dataset}
+    if args.json:
+        checks = [{**asdict(finding), "values": _without_nan(finding.values)} for finding in findings]
+        print(json.dumps({**about, "passed": passed(findings), "checks": checks}, indent=1))
+    else:
+        print_table(findings, about)
+    return 0 if passed(findings) else 1
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """What is not finite as null: JSON has no word for it."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def _load_rows(args: argparse.Namespace) -> Any:
+    """The data set of `--dataset`: a file by its ending, or a Hub id."""
+    kind = _FILES.get(os.path.splitext(args.dataset)[1])
+    if kind is not None and not os.path.isfile(args.dataset):
+        raise ValueError(f"`--dataset` is {args.dataset!r}, and there is no such file.")
+    files = None if kind is None else args.dataset
+    try:
+        dataset = load_dataset(
+            kind or args.dataset, name=args.dataset_config, data_files=files, split=args.dataset_split
+        )
+    except DatasetsError as error:
+        raise ValueError(f"`--dataset` is {args.dataset!r}, which cannot be read: {error}") from error
+    return name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
+
+
+def _load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
+    print(f"Loading {name}", file=sys.stderr)
+    model = load_teacher(name, init_kwargs, trust_remote_code)
+    quantized = getattr(model, "quantization_method", None) is not None  # is where it belongs already
+    return model.to("cuda") if torch.cuda.is_available() and not quantized else model
+
+
+def build_cache(args: argparse.Namespace) -> int:
+    priming = _priming(args)
     dataset = load_dataset(
         args.dataset_name, name=args.dataset_config, data_files=args.data_files, split=args.dataset_split
     )
@@ -133,12 +261,12 @@ def show(cache: TeacherCache) -> None:
         print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
 
 
-def info(args: argparse.Namespace) -> int:
+def cache_info(args: argparse.Namespace) -> int:
     show(TeacherCache(args.cache, verify_checksums=False))
     return 0
 
 
-def verify(args: argparse.Namespace) -> int:
+def verify_cache(args: argparse.Namespace) -> int:
     cache = TeacherCache(args.cache)
     print(f"Checksums of {len(cache.manifest.shards) + len(cache.manifest.files)} files are right.")
     name = args.teacher or cache.manifest.teacher["name"]
@@ -166,7 +294,7 @@ def verify(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        return {"build": build, "verify": verify, "info": info}[args.action](args)
+        return args.run(args)
     except (ValueError, OSError) as error:  # they say what to do
         print(f"trl-promptkd: {error}", file=sys.stderr)
         return 2

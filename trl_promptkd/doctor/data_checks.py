@@ -1,0 +1,338 @@
+"""Checks of tokenizers and rows, which ask no model anything.
+
+Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
+"""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..checks import check_positions
+from ..data import DataCollatorForPromptCompletion, check_columns, masked_rows, split_row
+from ..primed_collator import DataCollatorForPrimedDistillation
+from ..rollouts import stop_ids
+from ..teacher import check_same_tokenizer
+from .case import Case, Finding
+
+
+__all__ = [
+    "chat_template",
+    "data",
+    "lengths",
+    "positions",
+    "priming",
+    "special_tokens",
+    "tokenizers",
+    "trained_tokens",
+    "vocabulary",
+]
+
+
+def tokenizers(case: Case) -> Finding:
+    """Distributions over different token ids can be compared without any error, and mean nothing."""
+    size = len(case.tokenizer)
+    if case.distils_itself:
+        return Finding("tokenizers", "pass", f"{size} tokens; the student is its own teacher")
+    if case.teacher_tokenizer is None:
+        return Finding(
+            "tokenizers",
+            "warn",
+            "there is no tokenizer beside the teacher to compare with",
+            "Make sure that both models were trained with one tokenizer; if not, training compares unrelated tokens.",
+        )
+    check_same_tokenizer(case.tokenizer, case.teacher_tokenizer)
+    return Finding("tokenizers", "pass", f"{size} tokens, the same for both models")
+
+
+def vocabulary(case: Case) -> Finding:
+    """Models of one family pad their vocabularies differently; what is padding must not take part in a loss."""
+    sizes = [model.config.get_text_config().vocab_size for model in (case.student, case.teacher)]
+    if case.vocab_size is None:
+        return Finding("vocabulary", "pass", f"{sizes[0]} entries in both models, all compared")
+    return Finding(
+        "vocabulary",
+        "pass",
+        f"{sizes[0]} entries in the student, {sizes[1]} in the teacher, padded differently: compared on the {case.vocab_size} real ids",
+    )
+
+
+def special_tokens(case: Case) -> Finding:
+    """Without an end-of-text token that generation stops at, a student never learns to stop."""
+    tokenizer = case.tokenizer
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        return Finding(
+            "special_tokens",
+            "fail",
+            "the tokenizer has no end-of-text token, so that answers would not end",
+            "Set `tokenizer.eos_token` to the token that ends an answer.",
+        )
+    found = [f"end of text {tokenizer.eos_token!r} ({eos})"]
+    if pad == eos:
+        found.append("which also pads (safe: masks come from lengths)")
+    else:
+        found.append(f"pad {tokenizer.pad_token!r} ({pad})")
+    strangers = []
+    for role, model in (("student", case.student), ("teacher", case.teacher)):
+        published = model.generation_config.eos_token_id
+        ids = set(published if isinstance(published, list) else [published]) - {None}
+        if ids and eos not in ids:
+            names = {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)}
+            strangers.append(f"the {role} was published to stop at {names} instead")
+        elif ids - {eos}:
+            found.append(f"the {role} also stops at {sorted(ids - {eos})}")
+    if strangers:
+        return Finding(
+            "special_tokens",
+            "warn",
+            f"{', '.join(found)}; {'; '.join(strangers)}",
+            "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
+            "`generation_config.eos_token_id`) to the token that ends a turn.",
+        )
+    return Finding("special_tokens", "pass", ", ".join(found))
+
+
+def data(case: Case) -> Finding:
+    """Rows without prompts or answers train on nothing and say nothing."""
+    check_columns(Dataset.from_list(case.raw[:1]), "dataset", case.answers_needed)
+    total = len(case.raw)
+    prompts: list[list[Any] | None] = []
+    answers: list[list[Any] | None] = []
+    for row in case.raw:
+        if row.get("prompt_ids") is not None:
+            prompts.append(["tokenized"])
+            answers.append(["tokenized"] if row.get("completion_ids") else None)
+        else:
+            prompt, answer = split_row(row)
+            prompts.append(_texts(prompt))
+            answers.append(_texts(answer))
+    missing = sum(texts is None or None in texts for texts in prompts)
+    missing += sum(texts is not None and None in texts for texts in answers)
+    if missing:
+        return Finding(
+            "data",
+            "fail",
+            f"{missing} of {total} rows hold None where a prompt or a message should be",
+            "Filter such rows out with `dataset.filter`.",
+        )
+    unanswered = sum(texts is None for texts in answers)
+    blank = sum(texts is not None and not "".join(texts).strip() for texts in answers)
+    if unanswered and case.answers_needed is not None:
+        return Finding("data", "fail", f"{unanswered} of {total} rows have no answer", case.answers_needed)
+    if 0 < unanswered < total or blank:
+        return Finding(
+            "data",
+            "warn",
+            f"of {total} rows, {unanswered} have no answer and {blank} an empty one",
+            "An empty answer trains the student to stop at once. Filter such rows out.",
+        )
+    kind = "conversations" if case.is_conversational else "texts"
+    found = f"{total} rows of {kind}, " + (
+        "prompts only: the student writes the answers" if unanswered else "answered"
+    )
+    if not unanswered and case.answers_needed is None:
+        found += ", but a model writes what is trained on"
+    return Finding("data", "pass", found)
+
+
+def _texts(part: Any) -> list[Any] | None:
+    """The texts of a prompt or an answer; `None` in them where a message says nothing, not even an empty text."""
+    if part is None or isinstance(part, str):
+        return None if part is None else [part]
+    contents = [message["content"] for message in part]
+    return ["parts" if isinstance(content, list) else content for content in contents]
+
+
+def chat_template(case: Case) -> Finding:
+    """A template may write a prompt otherwise once an answer follows, or add a second beginning-of-text token."""
+    bos = case.tokenizer.bos_token_id
+    doubled = sum(bos is not None and row["prompt_ids"][:2] == [bos, bos] for row in case.tokenized)
+    if doubled:
+        return Finding(
+            "chat_template",
+            "warn",
+            f"{doubled} of {len(case.raw)} prompts begin with {case.tokenizer.bos_token!r} twice",
+            "A text that has been through the chat template already gets another from the tokenizer. Pass conversations (lists of "
+            "messages) instead, or take the token out of the texts.",
+        )
+    if not case.is_conversational:
+        found = "not used: the prompts are plain texts"
+        if case.tokenizer.chat_template is not None:
+            found += " (the tokenizer has a template; conversations would use it)"
+        return Finding("chat_template", "pass", found)
+    answered = sum(bool(row["completion_ids"]) for row in case.tokenized)
+    found = f"a prompt is written the same with and without its answer ({answered} rows)" if answered else "in use"
+    return Finding("chat_template", "pass", found)
+
+
+def priming(case: Case) -> Finding | None:
+    """A template may drop what it does not know, so that the priming text never reaches the teacher."""
+    if case.priming is None:
+        return None
+    case.priming.check_columns(list(case.raw[0]), "dataset")
+    extra = [len(row["teacher_prompt_ids"]) - len(row["prompt_ids"]) for row in case.views]
+    plain = sum(row["teacher_prompt_ids"] == row["prompt_ids"] for row in case.views)
+    if plain:
+        return Finding(
+            "priming",
+            "warn",
+            f"in {plain} of {len(extra)} rows the priming text is empty, and the teacher sees the student's prompt",
+            "Check the template's conditions and the columns that it writes.",
+        )
+    mean = sum(extra) / len(extra)
+    return Finding(
+        "priming",
+        "pass",
+        f"reaches the teacher's prompt in every row ({mean:.0f} tokens on average)",
+        "",
+        {"tokens": mean},
+    )
+
+
+def lengths(case: Case) -> Finding:
+    """Long rows are dropped or lose the end of their answer, and with it the token that says stop."""
+    sizes = {
+        "prompts": sorted(len(row["prompt_ids"]) for row in case.views),
+        "answers": sorted(len(row["completion_ids"]) for row in case.views),
+    }
+    if case.priming is not None:
+        sizes["teacher's prompts"] = sorted(len(row["teacher_prompt_ids"]) for row in case.views)
+    found = "tokens (median, 95 %, longest): " + "; ".join(
+        f"{name} {values[len(values) // 2]}, {values[int(0.95 * (len(values) - 1))]}, {values[-1]}"
+        for name, values in sizes.items()
+        if values[-1]
+    )
+    dropped = len(case.raw) - len(case.prepared)
+    limit = f"max_length={case.max_length}"
+    cut = 0
+    if case.priming is None and case.max_length is not None:
+        cut = sum(0 < case.max_length - len(row["prompt_ids"]) < len(row["completion_ids"]) for row in case.views)
+    figures = {"dropped": dropped, "cut": cut, "longest_prompt": sizes["prompts"][-1]}
+    if dropped:
+        return Finding(
+            "lengths",
+            "warn",
+            f"{dropped} of {len(case.raw)} rows do not fit into `{limit}` and are left out; {found}",
+            "Raise `max_length` to keep them.",
+            figures,
+        )
+    if cut and case.answers_needed is not None:
+        return Finding(
+            "lengths",
+            "warn",
+            f"{cut} of {len(case.raw)} answers are cut at `{limit}` and lose their end-of-text token; {found}",
+            "Raise `max_length` to train on them whole.",
+            figures,
+        )
+    return Finding("lengths", "pass", found, "", figures)
+
+
+def positions(case: Case) -> Finding | None:
+    """A model with learned positions stops a run in the middle when a row and its sample run out of them."""
+    samples = case.priming is None or case.answers_needed is None
+    new = case.max_new_tokens if samples else 0
+    virtual = 0 if case.soft_prompt is None else len(case.soft_prompt)
+    answers = [max(len(row["completion_ids"]), new) for row in case.views]
+    longest = {
+        "student": max(len(row["prompt_ids"]) + answer for row, answer in zip(case.views, answers, strict=True)),
+        "teacher": virtual
+        + max(len(row["teacher_prompt_ids"]) + answer for row, answer in zip(case.views, answers, strict=True)),
+    }
+    remedy = "Lower `max_new_tokens` or `max_length`, filter the longest rows out, or take a shorter priming text."
+    check_positions("student", case.student, longest["student"], remedy)
+    check_positions("teacher", case.teacher, longest["teacher"], remedy)
+    return Finding(
+        "positions",
+        "pass",
+        f"at most {longest['student']} for the student and {longest['teacher']} for the teacher, of which samples {new} and the soft prompt "
+        f"{virtual}",
+        "",
+        longest,
+    )
+
+
+def trained_tokens(case: Case) -> Finding | None:
+    """Where the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first token."""
+    rows: list[dict[str, Any]]
+    if case.data_collator is not None:
+        rows, expected = case.raw, [row["completion_ids"] for row in case.views]
+        batch = case.data_collator(rows)
+    else:
+        rows, expected = case.prepared, [row["completion_ids"] for row in case.prepared]
+        if case.priming is None:
+            batch = DataCollatorForPromptCompletion(case.tokenizer.pad_token_id)(rows)
+        else:
+            batch = DataCollatorForPrimedDistillation(case.tokenizer, case.priming)(rows)
+    if not any(expected):
+        return None
+    trained = _trained(batch, "")
+    share = sum(map(len, trained)) / int(batch["attention_mask"].sum())
+    ends = stop_ids(case.generation_config())
+    missing = [_missing(batch, row, answer) for row, answer in enumerate(expected) if answer]
+    no_first, no_end = (sum(which) for which in zip(*missing, strict=True))
+    if no_first or no_end:
+        return Finding(
+            "trained_tokens",
+            "fail",
+            f"of {len(missing)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their end-of-text token",
+            "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` drops the end of "
+            "text where it also pads), or leave `data_collator` away.",
+            {"first_token_missing": no_first, "end_missing": no_end, "share": share},
+        )
+    if "teacher_labels" in batch and _trained(batch, "teacher_") != trained:
+        return Finding(
+            "trained_tokens",
+            "fail",
+            "student and teacher are not compared on the same tokens: the two views' labels differ",
+            "Both views must hold the same completion; leave `data_collator` away.",
+        )
+    answers = [row["completion_ids"] for row in case.views if row["completion_ids"]]
+    endless = sum(ids[-1] not in ends for ids in answers)
+    if endless:
+        never = endless == len(answers) and case.answers_needed is not None
+        return Finding(
+            "trained_tokens",
+            "fail" if never else "warn",
+            f"{endless} of {len(answers)} answers do not end with a token that generation stops at",
+            "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer with.",
+            {"endless": endless, "share": share},
+        )
+    other = sum(bool(want) and got != want for got, want in zip(trained, expected, strict=True))
+    if other:
+        return Finding(
+            "trained_tokens",
+            "warn",
+            f"{other} of {len(missing)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
+            "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer not?",
+            {"share": share},
+        )
+    return Finding(
+        "trained_tokens",
+        "pass",
+        f"{share:.0%} of all tokens, in every row from the answer's first token to its last",
+        "",
+        {"share": share},
+    )
+
+
+def _missing(batch: dict[str, Tensor], row: int, answer: list[int]) -> tuple[bool, bool]:
+    """Whether a row's answer is not trained on at its first, and at its last token."""
+    mask = batch["attention_mask"][row].bool()
+    ids, is_trained = (values[row][mask].tolist() for values in (batch["input_ids"], batch["labels"] != -100))
+    if ids[-len(answer) :] == answer:
+        return not is_trained[-len(answer)], not is_trained[-1]
+    found = [token for token, known in zip(ids, is_trained, strict=True) if known]  # cut, or with another mask
+    return found[:1] != answer[:1], found[-1:] != answer[-1:]
+
+
+def _trained(batch: dict[str, Tensor], view: str) -> list[list[int]]:
+    """The tokens that a batch trains on, row by row. A label in column 0 has nothing before it; one that is not its column's id
+    stands for another token."""
+    labels = batch[f"{view}labels"]
+    wrong = (labels != -100) & (labels != batch[f"{view}input_ids"])
+    if wrong.any():
+        row = int(torch.nonzero(wrong)[0, 0])
+        raise ValueError(f"The labels of row {row} are not the ids that they stand at: labels are not to be shifted.")
+    return masked_rows(labels[:, 1:], labels[:, 1:] != -100)

@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError) as error:  # they say what to do
+    except (ValueError, OSError, DatasetsError) as error:  # they say what to do
         print(f"trl-promptkd: {error}", file=sys.stderr)
         return 2
 

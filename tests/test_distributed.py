@@ -137,7 +137,7 @@ def test_a_rank_with_nothing_to_train_on_takes_part(tmp_path, sharding, method):
 
 
 @pytest.mark.parametrize("sharding", ["", "fsdp2", "zero2", "zero3"], ids=name_of)
-def test_a_sharded_run_resumes(tmp_path, sharding):
+def test_an_interrupted_run_resumes(tmp_path, sharding):
     """One rank's SIGTERM stops both after the same step, with a whole checkpoint, which the next run goes on from."""
     settings = {"rows": 2, "steps": 4, "sampled": True, "sharding": sharding}
     (straight, _) = launch(tmp_path / "straight", 2, settings)

@@ -1,9 +1,11 @@
 import copy
+import json
 
 import pytest
 import torch
-from tiny import WORDS, tiny_model, tiny_tokenizer
+from tiny import WORDS, prompt_dataset, tiny_model, tiny_tokenizer
 
+from trl_promptkd import PromptKDTrainer
 from trl_promptkd.forward import input_embeddings
 from trl_promptkd.teacher import (
     check_same_tokenizer,
@@ -100,3 +102,39 @@ class TestLoading:
     @pytest.mark.parametrize(("family", "limit"), [("gpt2", 128), ("opt", 128), ("llama", None), ("gpt_neox", None)])
     def test_position_limit(self, family, limit):
         assert position_limit(tiny_model(family)) == limit
+
+
+class TestRemoteCode:
+    """A checkpoint whose configuration names code of its own, which leaves a mark when it runs."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        path = tmp_path / "model"
+        path.mkdir()
+        mark = f"open({str(tmp_path / 'mark')!r}, 'w').close()"
+        own = "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        (path / "own.py").write_text(
+            f"{own}{mark}\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\nclass OwnModel(LlamaForCausalLM):\n"
+            "    config_class = OwnConfig\n"
+        )
+        model = tiny_model()
+        model.save_pretrained(path)
+        config = json.loads((path / "config.json").read_text())
+        config |= {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+        }
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+
+    def test_remote_code_only_when_asked(self, folder, tmp_path, make_args, tokenizer):
+        rows = {"train_dataset": prompt_dataset(), "processing_class": tokenizer}
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_teacher(str(folder))
+        for names in ({"model": str(folder)}, {"model": tiny_model(), "teacher_model": str(folder)}):
+            with pytest.raises(ValueError, match="trust_remote_code"):
+                PromptKDTrainer(**names, args=make_args(), **rows)
+        assert load_teacher_tokenizer(str(folder)) is None
+        assert not (tmp_path / "mark").exists()
+        assert type(load_teacher(str(folder), trust_remote_code=True)).__name__ == "OwnModel"
+        assert (tmp_path / "mark").exists()

@@ -1132,7 +1132,7 @@ FILES = [
         "resuming from a checkpoint with a file missing",
         resumed_without_prompt,
         ValueError,
-        "is not a whole checkpoint of this package: prompt_training_state.safetensors is missing",
+        "is not a whole checkpoint: prompt_training_state.safetensors is missing",
         "Resume from an older one, or set `resume_from_checkpoint=True`",
         needs_weights=True,
     ),

@@ -59,8 +59,8 @@ class TestCheckpointToResume:
         (tmp_path / "checkpoint-99x").mkdir()
         assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
-    def damage_by_missing_list(self, folder):
-        (folder / LIST).unlink()
+    def damage_by_an_unfinished_save(self, folder):
+        (folder / "checkpoint_is_being_written").touch()
 
     def damage_by_list_that_is_no_list(self, folder):
         (folder / LIST).write_text("[]")
@@ -77,7 +77,7 @@ class TestCheckpointToResume:
     @pytest.mark.parametrize(
         ("damage", "why"),
         [
-            ("missing_list", f"it has no {LIST}, which is written last"),
+            ("an_unfinished_save", "it was being written when its run ended"),
             ("list_that_is_no_list", f"its {LIST} cannot be read"),
             ("half_a_list", f"its {LIST} cannot be read"),
             ("missing_file", "weights is missing"),
@@ -90,8 +90,17 @@ class TestCheckpointToResume:
         with caplog.at_level(logging.WARNING):
             assert checkpoint_to_resume(True, str(tmp_path)) == str(whole)
         assert f"{broken} is not whole and is skipped: {why}" in caplog.text
-        with pytest.raises(ValueError, match=f"not a whole checkpoint of this package: {why}"):
+        with pytest.raises(ValueError, match=f"not a whole checkpoint: {why}"):
             checkpoint_to_resume(str(broken), str(tmp_path))
+
+    def test_without_a_list_it_is_taken_on_the_users_word_only(self, tmp_path, caplog, propagate):
+        """Another trainer's, say."""
+        whole, foreign = fake_checkpoint(tmp_path, 3), fake_checkpoint(tmp_path, 4, whole=False)
+        with caplog.at_level(logging.WARNING):
+            assert checkpoint_to_resume(True, str(tmp_path)) == str(whole)
+            assert checkpoint_to_resume(foreign, str(tmp_path)) == str(foreign)
+        assert f"{foreign} is not whole and is skipped: it has no {LIST}" in caplog.text
+        assert f"{foreign} cannot be checked: it has no {LIST}" in caplog.text
 
     def test_none_is_whole(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"holds no whole checkpoint\. Start without it"):
@@ -141,8 +150,10 @@ class TestKilledWhileSaving:
     def test_old_ones_go_only_when_the_new_one_is_whole(self, method, make_args, make_primed_args, monkeypatch):
         trainer = make_trainer(method, make_args, make_primed_args, save_total_limit=1)
         run_dir = trainer.args.output_dir
-        fake = os.path.join(run_dir, "checkpoint-8")  # left behind by a killed run, and of a higher number
-        os.makedirs(fake)
+        left_behind = os.path.join(run_dir, "checkpoint-8")  # by a killed run, and of a higher number
+        os.makedirs(left_behind)
+        with open(os.path.join(left_behind, "checkpoint_is_being_written"), "w"):
+            pass
         there = []
         original = trainer._save_rng_state
 
@@ -173,7 +184,7 @@ class TestKilledWhileSaving:
         monkeypatch.setattr(trainer, "_save_rng_state", killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=f"{run_dir}/checkpoint-1")
-        with pytest.raises(ValueError, match="written last"):
+        with pytest.raises(ValueError, match="was being written when its run ended"):
             checkpoint_to_resume(f"{run_dir}/checkpoint-2", run_dir)
 
 
@@ -205,6 +216,36 @@ class TestSaveOnInterrupt:
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 3
         assert equal(final(trainer), final(straight))
+
+    def test_a_training_that_fails_gives_the_signal_back(self, method, make_args, make_primed_args, monkeypatch):
+        before = signal.getsignal(signal.SIGTERM)
+        trainer = make_trainer(method, make_args, make_primed_args, save_strategy="no", save_on_interrupt=True)
+        callbacks = len(trainer.callback_handler.callbacks)
+
+        def fail(*args, **kwargs):
+            assert signal.getsignal(signal.SIGTERM) != before
+            raise FloatingPointError
+
+        monkeypatch.setattr(trainer, "compute_loss", fail)
+        with pytest.raises(FloatingPointError):
+            trainer.train()
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert len(trainer.callback_handler.callbacks) == callbacks
+
+    def test_a_signal_after_the_last_step_is_not_lost(self, method, make_args, make_primed_args):
+        class AtTheEnd(TrainerCallback):
+            def on_train_end(self, args, state, control, **kwargs):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        caught = []
+        before = signal.signal(signal.SIGTERM, lambda *args: caught.append(args))
+        try:
+            trainer = make_trainer(method, make_args, make_primed_args, save_strategy="no", save_on_interrupt=True)
+            trainer.add_callback(AtTheEnd())
+            trainer.train()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert len(caught) == 1
 
     def test_transformers_own_way_is_refused(self, method, make_args, make_primed_args):
         make = make_args if method == "promptkd" else make_primed_args

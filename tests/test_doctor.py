@@ -15,6 +15,7 @@ from trl_promptkd.cli import main
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.doctor import diagnose, passed
 from trl_promptkd.doctor import memory as memory_module
+from trl_promptkd.doctor.data_checks import _texts
 from trl_promptkd.primed_collator import tokenize_primed_row
 from trl_promptkd.priming import resolve_priming
 from trl_promptkd.rollouts import generate_completions
@@ -412,6 +413,11 @@ class TestHealthy:
         assert {name for name, finding in findings.items() if finding.status != "pass"} == {"quality"}
         assert "ruled out, 1 by the teacher" in findings["finite_logits"].found
         assert 0 < findings["quality"].values["reverse_kl"] < 100
+
+    def test_a_message_with_tool_calls_only_says_something(self):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+        assert _texts([{"role": "user", "content": "red"}, call]) == ["red", "other"]
+        assert _texts([{"role": "user", "content": None, "tool_calls": None}]) == [None]
 
     def test_prompts_only(self):
         findings = self.assert_all_pass(healthy(dataset=[{"prompt": text} for text in PROMPTS]), "window_split")

@@ -83,6 +83,11 @@ ENDLESS = {
     "searches": "{% for i in range(20000) %}{% if 'zz' in document %}{% endif %}{% endfor %}",
     "slices": "{% for i in range(20000) %}{% set x = document[1:] %}{% endfor %}",
     "filters": "{% for i in range(9999) %}{% if document | title %}{% endif %}{% endfor %}",
+    "methods": "{% for i in range(9999) %}{% set x = document.upper() %}{% endfor %}",
+    "join as a method": "{{ document.join(document) }}",
+    "replace as a method": "{{ document.replace('o', document) }}",
+    "replace nothing as a method": "{{ document.replace('', document) }}",
+    "count": "{% for i in range(20000) %}{% set x = document.count('zz') %}{% endfor %}",
     "tests": "{% for i in range(9999) %}{% if document is lower %}{% endif %}{% endfor %}",
 }
 FORBIDDEN = {
@@ -235,7 +240,9 @@ class TestTemplates:
     def test_what_is_refused_is_named_with_its_line_and_what_is_allowed(self):
         with pytest.raises(ValueError, match=r"the filter 'urlize' is not allowed; abs, .*upper.* are \(line 2\)"):
             PrimingTemplate("a\n{{ prompt | urlize }}")
-        with pytest.raises(ValueError, match=r"`macro` is not allowed; output, if, for, set and with are \(line 1\)"):
+        with pytest.raises(
+            ValueError, match=r"`macro` is not allowed; output, if, for, with and set \(to a value\) are \(line 1\)"
+        ):
             PrimingTemplate("{% macro f() %}{% endmacro %}")
         with pytest.raises(
             ValueError, match=r"the functions namespace, range and the methods capitalize, .* \(line 1\)"
@@ -257,6 +264,7 @@ class TestTemplates:
             ("{{ turns | selectattr('role', 'equalto', 'user') | map(attribute='content') | join }}", "<ü>"),
             ("{{ name | replace(' ', '') if 'Lee' in name and tags is not none else '' }} {{ (name ~ '!')[2:] }}", "annLee nn Lee !"),
             ("{% with x = n + 1 %}{{ x }}{% endwith %}{{ name.split()[0] }}{{ name.split() | reverse | join('-') }}", "4annLee-ann"),
+            ("{{ ', '.join(tags) }}{{ name.strip().replace(' ', '-').removeprefix('ann') }}{{ name.count('e') }}{{ name.find('L') }}", "a, b-Lee25"),
             ("{{ tags | sort(reverse=true) | join }}{{ [3, 1] | max }}{{ tags | unique | list | length }}", "ba32"),
         ],
     )  # fmt: skip

@@ -3,11 +3,15 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import WORDS, prompt_dataset, tiny_model, tiny_tokenizer
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from trl_promptkd import PromptKDTrainer
+from trl_promptkd.checks import check_found
 from trl_promptkd.forward import input_embeddings
 from trl_promptkd.teacher import (
+    check_init_kwargs,
     check_same_tokenizer,
     freeze,
     load_teacher,
@@ -138,3 +142,19 @@ class TestRemoteCode:
         assert not (tmp_path / "mark").exists()
         assert type(load_teacher(str(folder), trust_remote_code=True)).__name__ == "OwnModel"
         assert (tmp_path / "mark").exists()
+
+
+class TestTeachersByName:
+    def test_an_adapters_folder_is_found(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "base")
+        base = load_teacher(str(tmp_path / "base"))
+        adapter = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        adapter.save_pretrained(tmp_path / "adapter")
+        check_found("teacher_model", str(tmp_path / "adapter"), None, False)
+        assert isinstance(load_teacher(str(tmp_path / "adapter")), PreTrainedModel)
+        with pytest.raises(OSError, match="`teacher_model` is 'no/such-model', which cannot be loaded"):
+            check_found("teacher_model", "no/such-model", {"local_files_only": True}, False)
+
+    def test_what_bitsandbytes_writes_of_itself_is_taken(self):
+        settings = BitsAndBytesConfig(load_in_4bit=True).to_dict()
+        check_init_kwargs("teacher_model_init_kwargs", {"quantization_config": settings})

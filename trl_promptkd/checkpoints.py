@@ -2,7 +2,7 @@
 
 A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a checkpoint:
 transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its files, which is written
-last, and every file of that list in its length.
+last, and every file of that list in its length; while it is written, it holds a file that says so.
 """
 
 import json
@@ -10,7 +10,9 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,20 +24,26 @@ from transformers.utils import logging
 from .files import whole_file
 
 
-__all__ = ["SaveOnInterrupt", "checkpoint_to_resume", "save_whole_checkpoint"]
+__all__ = ["checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
 
 logger = logging.get_logger(__name__)
 
 _LIST_FILE = "whole_checkpoint.json"
+_BEGUN_FILE = "checkpoint_is_being_written"
+_NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 
 
 def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: str) -> None:
     """Call `save`, which writes the checkpoint of this step to `run_dir`, list its files, and then remove what is too old."""
     args = trainer.args
     folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
-    path = os.path.join(folder, _LIST_FILE)
-    if args.should_save and os.path.exists(path):
-        os.remove(path)  # an earlier run's, of files that are about to be written anew
+    path, begun = os.path.join(folder, _LIST_FILE), os.path.join(folder, _BEGUN_FILE)
+    if args.should_save:
+        os.makedirs(folder, exist_ok=True)
+        with open(begun, "w"):
+            pass
+        if os.path.exists(path):
+            os.remove(path)  # an earlier run's, of files that are about to be written anew
     trainer.accelerator.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None  # the old ones stay until this one is whole
     try:
@@ -44,13 +52,16 @@ def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: s
         args.save_total_limit = limit
     trainer.accelerator.wait_for_everyone()  # every rank writes its random state
     if args.should_save:
-        written = {"files": _sizes(folder)}
+        sizes = {name: size for name, size in _sizes(folder).items() if name != _BEGUN_FILE}
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(written, file, indent=1)
+            json.dump({"files": sizes}, file, indent=1)
+        os.remove(begun)
         if limit:
             for old in _checkpoints(run_dir):
-                if _problem(old) is not None:  # what a killed run left behind must not outlive a whole one
-                    shutil.rmtree(old)
+                if os.path.exists(
+                    os.path.join(old, _BEGUN_FILE)
+                ):  # what a killed run left must not outlive a whole one
+                    shutil.rmtree(old, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=limit,
@@ -64,7 +75,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
     Args:
         resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`; those
-            that are not whole are skipped, with a warning.
+            that are not whole are skipped, with a warning. A folder without a list of its files (another trainer's, or one that was copied
+            in part) is taken on the user's word, with a warning.
 
     Raises:
         FileNotFoundError: for a folder that is not there, and where no checkpoint is whole.
@@ -73,15 +85,21 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
     if resume_from_checkpoint is not True:
-        if not os.path.isdir(resume_from_checkpoint):
-            raise FileNotFoundError(f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is not a folder.")
-        problem = _problem(resume_from_checkpoint)
-        if problem is not None:
-            raise ValueError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is not a whole checkpoint of this package: {problem}. Resume "
-                "from an older one, or set `resume_from_checkpoint=True` for the newest whole one."
+        folder = os.fspath(resume_from_checkpoint)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {folder!r}, which is not a folder. Check the path, or set it to True for the newest whole "
+                "checkpoint in `output_dir`."
             )
-        return resume_from_checkpoint
+        problem = _problem(folder)
+        if problem == _NO_LIST:
+            logger.warning(f"The checkpoint {folder} cannot be checked: {problem}.")
+        elif problem is not None:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an older one, or set "
+                "`resume_from_checkpoint=True` for the newest whole one."
+            )
+        return folder
     there = _checkpoints(output_dir)
     for folder in there:
         problem = _problem(folder)
@@ -110,47 +128,64 @@ def _sizes(folder: str) -> dict[str, int]:
 
 def _problem(folder: str) -> str | None:
     """Why a checkpoint is not whole; `None` where it is."""
+    if os.path.exists(os.path.join(folder, _BEGUN_FILE)):
+        return "it was being written when its run ended"
     try:
         with open(os.path.join(folder, _LIST_FILE), encoding="utf-8") as file:
             listed = json.load(file)["files"]
+        wanted = {str(name): int(size) for name, size in listed.items()}
     except FileNotFoundError:
-        return f"it has no {_LIST_FILE}, which is written last"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _NO_LIST
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {_LIST_FILE} cannot be read ({error})"
     found = _sizes(folder)
-    for name, size in listed.items():
+    for name, size in wanted.items():
         if found.get(name) != size:
             return f"{name} " + (f"has {found[name]} bytes instead of {size}" if name in found else "is missing")
     return None
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """
-    On SIGTERM, as clusters send it before they take a machine away: finish the step, save a checkpoint, and end the training.
+@contextmanager
+def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """Around a training: on SIGTERM, as clusters send it before they take a machine away, the step is finished, a checkpoint saved, and
+    the training ended. Does nothing unless `save_on_interrupt` is set.
 
     transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been stepped and the student
-    not, and on each rank when its own signal comes; here all ranks stop at the end of the same step.
+    not, and on each rank when its own signal comes; here all ranks stop at the end of the same step. A signal that comes too late for that
+    ends the process when the training is over.
 
-    Args:
-        accelerator ([`~accelerate.Accelerator`]): Tells the ranks of each other's signals.
+    Raises:
+        ValueError: outside the main thread, which alone gets signals.
     """
+    if not trainer.args.save_on_interrupt:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            "`save_on_interrupt` is True, but `train()` was not called in the main thread, which alone gets signals. Set it to False."
+        )
+    callback = _SaveOnInterrupt(trainer.accelerator)
+    before = signal.signal(signal.SIGTERM, callback.on_signal)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    if callback.asked and not callback.saved:
+        os.kill(os.getpid(), signal.SIGTERM)
 
+
+class _SaveOnInterrupt(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.asked = False
-        self._before: Any = None
+        self.asked = self.saved = False
 
-    def _on_signal(self, signum: int, frame: Any) -> None:
+    def on_signal(self, signum: int, frame: Any) -> None:
         self.asked = True
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._on_signal)
 
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor(float(self.asked), device=self.accelerator.device)
         if self.accelerator.reduce(asked, reduction="sum") > 0:
             logger.warning(f"SIGTERM: a checkpoint is saved after step {state.global_step}, and training ends.")
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._before)
+            self.saved = control.should_save = control.should_training_stop = True

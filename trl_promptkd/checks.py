@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from .files import read_text
 from .forward import TokenStates
@@ -37,6 +37,10 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
+_HUB_KWARGS = (
+    *("revision", "subfolder", "trust_remote_code", "code_revision"),
+    *("token", "cache_dir", "local_files_only", "force_download", "proxies"),
+)
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
 
 
@@ -184,11 +188,17 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
     Raises:
         OSError: with what `transformers` says of it.
     """
-    if not isinstance(name, str) or "gguf_file" in (init_kwargs or {}):
+    if not isinstance(name, str) or {"gguf_file", "config"} & set(init_kwargs or {}):
         return
+    kwargs = _config_kwargs(init_kwargs or {}, trust_remote_code)
     try:
-        AutoConfig.from_pretrained(name, **_config_kwargs(init_kwargs or {}, trust_remote_code))
-    except OSError as error:
+        AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "code_revision")}
+        if find_adapter_config_file(name, **kwargs) is not None:
+            return  # an adapter, which is loaded with the model below it
+        if isinstance(error, ValueError):
+            raise
         raise OSError(
             f"`{argument}` is {name!r}, which cannot be loaded. Check the name, and that the Hub can be reached. ({str(error).splitlines()[0]})"
         ) from error
@@ -196,9 +206,7 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
 
 def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
     kwargs = {"trust_remote_code": trust_remote_code}
-    return kwargs | {
-        key: init_kwargs[key] for key in ("revision", "subfolder", "trust_remote_code") if key in init_kwargs
-    }
+    return kwargs | {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
 
 
 def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:

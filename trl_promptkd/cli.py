@@ -134,7 +134,7 @@ def _add_doctor(tools: Any) -> None:
     run.add_argument("--response_source", default="dataset", choices=["dataset", "teacher", "student"])
     run.add_argument("--lora", action="store_true", help="an adapter is to be trained, not all weights")
     for role in ("model", "teacher"):
-        run.add_argument(f"--{role}_init_kwargs", type=json.loads, default={}, help="JSON for from_pretrained")
+        run.add_argument(f"--{role}_init_kwargs", type=_json_dict, default={}, help="JSON for from_pretrained")
     run.add_argument("--trust_remote_code", action="store_true")
     doctor.set_defaults(run=run_doctor)
 
@@ -152,10 +152,9 @@ def run_doctor(args: argparse.Namespace) -> int:
         priming = _priming(args)
         prompt_encoder_config = PromptEncoderConfig(num_virtual_tokens=args.num_virtual_tokens)
         dataset = _load_rows(args)
-        revision = args.model_init_kwargs.get("revision") or "main"
-        tokenizer = AutoTokenizer.from_pretrained(
-            args.model, revision=revision, trust_remote_code=args.trust_remote_code
-        )
+        tokenizer = load_teacher_tokenizer(args.model, args.model_init_kwargs, args.trust_remote_code)
+        if tokenizer is None:
+            raise ValueError(f"`--model` is {args.model!r}, beside which there is no tokenizer. Save one there.")
         student = _load_model(args.model, {"dtype": "float32", **args.model_init_kwargs}, args.trust_remote_code)
         teacher, teacher_tokenizer = None, None
         if args.teacher is not None:

@@ -44,7 +44,7 @@ def check_kinds(config: Any, *classes: type) -> None:
         TypeError: naming the field, its value and what it must be.
         ValueError: for a text that is not the JSON of a `dict`.
     """
-    hints = get_type_hints(type(config))
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = type(config).__dataclass_fields__
     names = [name for cls in classes for name in cls.__annotations__ if name in fields]
     for name in dict.fromkeys(names):
@@ -124,9 +124,8 @@ def check_share(config: Any, *names: str) -> None:
 
 def check_training(config: Any) -> None:
     """Refuse values of fields of the base classes that both methods rely on, and that nobody else looks at in time."""
-    hints = get_type_hints(type(config))
     for name in (*_BATCH_SIZES, "seed"):
-        _check_kind(name, getattr(config, name), hints[name])
+        _check_kind(name, getattr(config, name), int)
     check_positive(config, *_BATCH_SIZES, "max_length", "pad_to_multiple_of")
     check_at_least_zero(config, "learning_rate", "seed", "dataset_num_proc")
 

@@ -38,7 +38,7 @@ def on_shared_support(*logits: Tensor) -> tuple[Tensor, ...]:
         `Tensor`s of the same shapes: the same ones where no token is ruled out, otherwise copies in which such tokens have a low, finite
         logit and no gradient.
     """
-    if all(bool(part.amin() > _RULED_OUT) for part in logits if part.numel()):
+    if not logits[0].numel() or torch.stack([part.detach().amin() for part in logits]).amin() > _RULED_OUT:
         return logits
     ruled_out = torch.stack([(part <= _RULED_OUT) for part in logits]).any(dim=0)
     return tuple(part.masked_fill(ruled_out, _RULED_OUT) for part in logits)

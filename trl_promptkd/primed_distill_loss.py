@@ -110,5 +110,9 @@ def primed_loss_sums(
 
 
 def log_prob_sums(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
-    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one scalar."""
+    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one scalar.
+
+    That of a token which is ruled out is low and finite, as in [`primed_loss_sums`].
+    """
+    (logits,) = on_shared_support(logits)
     return (logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).sum(),)

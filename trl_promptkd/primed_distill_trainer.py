@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
-from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_checkpoint
+from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
     check_finite,
@@ -234,7 +234,13 @@ class PrimedDistillTrainer(SFTTrainer):
         else:
             teacher = build_teacher(self.model, teacher_model, args)
         writes = args.response_source == "teacher" and self.teacher_cache is None
-        self._teacher_fingerprint = weights_fingerprint(teacher) if writes else ""
+        # Of the main process: the others may have loaded no weights yet
+        self._teacher_fingerprint = broadcast_object_list([weights_fingerprint(teacher) if writes else ""])[0]
+        if writes and teacher is self.model and any(p.device.type == "meta" for p in teacher.parameters()):
+            raise ValueError(
+                "`response_source` is 'teacher' and the student its own teacher, but FSDP2 has loaded its weights on one rank only, and shards them when "
+                "training starts. Set `fsdp_cpu_ram_efficient_loading: false`, or pass `teacher_model`."
+            )
         self.shared_vocab_size = shared_vocab_size(
             self.model,
             teacher if self.teacher_cache is None else self.teacher_cache.manifest.vocab_size,
@@ -256,8 +262,6 @@ class PrimedDistillTrainer(SFTTrainer):
         self._train_means, self._eval_means = Means(), Means()
         self._train_batches = self._eval_batches = 0
         self._last_rollouts: tuple[list[list[int]], ...] = ()
-        if args.save_on_interrupt:
-            self.add_callback(SaveOnInterrupt(self.accelerator))
 
     # ------------------------------------------------------------------------------------------------ the data
 
@@ -524,7 +528,8 @@ class PrimedDistillTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with saved_on_interrupt(self):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
-from .checkpoints import SaveOnInterrupt, checkpoint_to_resume, save_whole_checkpoint
+from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
     check_finite,
@@ -259,8 +259,6 @@ class PromptKDTrainer(GKDTrainer):
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
         self._last_rollouts: tuple[list[list[int]], ...] = ()
         self.add_callback(CollusionCallback())
-        if args.save_on_interrupt:
-            self.add_callback(SaveOnInterrupt(self.accelerator))
 
     # ------------------------------------------------------------------------------------------------ setting up
 
@@ -411,7 +409,8 @@ class PromptKDTrainer(GKDTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with saved_on_interrupt(self):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Past GKDTrainer, which would sample here, one micro-batch at a time

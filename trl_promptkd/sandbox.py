@@ -31,7 +31,15 @@ _STEP = 20  # a value, an operation, or a node in a loop costs as much as so man
 _MAX_NUMBER = 10**15
 _SCALARS = (str, int, float, datetime.date, datetime.time, datetime.timedelta, type(None))
 _NODES = (
-    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.If, nodes.For, nodes.Assign, nodes.With),
+    *(
+        nodes.Template,
+        nodes.Output,
+        nodes.TemplateData,
+        nodes.If,
+        nodes.For,
+        nodes.Assign,
+        nodes.With,
+    ),
     *(nodes.Const, nodes.Name, nodes.NSRef, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair, nodes.Keyword),
     *(nodes.Getattr, nodes.Getitem, nodes.Slice, nodes.Call, nodes.Filter, nodes.Test, nodes.CondExpr),
     *(nodes.BinExpr, nodes.UnaryExpr, nodes.Compare, nodes.Operand, nodes.Concat),
@@ -39,8 +47,8 @@ _NODES = (
 _FUNCTIONS = frozenset(["namespace", "range"])
 # fmt: off
 _METHODS = frozenset([
-    "capitalize", "endswith", "get", "items", "keys", "lower", "lstrip", "rstrip", "split", "splitlines",
-    "startswith", "strip", "title", "upper", "values",
+    "capitalize", "count", "endswith", "find", "get", "isdigit", "items", "join", "keys", "lower", "lstrip", "removeprefix",
+    "removesuffix", "replace", "rstrip", "split", "splitlines", "startswith", "strip", "title", "upper", "values",
 ])
 _LIST_FILTERS = frozenset([
     "dictsort", "items", "join", "list", "map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr",
@@ -196,7 +204,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context, function, /, *args, **kwargs):
-        _pay_for_call(_budget(context), "", getattr(function, "__self__", None), [*args, *kwargs.values()])
+        value = getattr(function, "__self__", None)
+        if isinstance(value, str | list | dict):
+            _budget(context).go_through(value)
+        _pay_for_call(_budget(context), "", value, [*args, *kwargs.values()])
         result = super().call(context, function, *args, **kwargs)
         return list(result) if isinstance(result, KeysView | ValuesView | ItemsView) else result
 
@@ -243,7 +254,7 @@ def _check_nodes(tree: nodes.Template) -> None:
     for node in tree.find_all(nodes.Node):
         what = ""
         if not isinstance(node, _NODES):
-            what = f"`{type(node).__name__.lower()}` is not allowed; output, if, for, set and with are"
+            what = f"`{type(node).__name__.lower()}` is not allowed; output, if, for, with and set (to a value) are"
         elif isinstance(node, nodes.For) and node.recursive:
             what = "recursive loops are not allowed"
         elif isinstance(node, nodes.Filter) and node.name not in _FILTERS:

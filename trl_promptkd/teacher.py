@@ -89,7 +89,7 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
     if not isinstance(quantization, Mapping) or quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return
     known = {*inspect.signature(BitsAndBytesConfig).parameters, "quant_method"}
-    unknown = sorted(set(quantization) - known)
+    unknown = sorted(name for name in quantization if name not in known and not name.startswith("_"))
     if unknown or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         problem = f"holds {unknown[0]!r}, which bitsandbytes does not know" if unknown else "quantizes nothing"
         raise ValueError(
@@ -240,7 +240,14 @@ def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerat
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(teacher, accelerator)
     if accelerator.is_fsdp2 and getattr(teacher, "quantization_method", None) is None:
-        return fsdp2_prepare_model(accelerator, teacher)
+        # The plugin keeps the classes of the layers that it shards one by one, and the student's may be others
+        plugin = accelerator.state.fsdp_plugin
+        of_student = (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
+        plugin.transformer_cls_names_to_wrap = None
+        try:
+            return fsdp2_prepare_model(accelerator, teacher)
+        finally:
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = of_student
     if accelerator.is_fsdp2:
         return teacher.to(accelerator.device)
     return accelerator.prepare_model(teacher, evaluation_mode=True)

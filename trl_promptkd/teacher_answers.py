@@ -131,6 +131,8 @@ def _write_mine(
     unwritten: dict[str, list[int]] = {}
     written = time.monotonic()
     share = batches[accelerator.process_index :: accelerator.num_processes]
+    # A teacher that is sharded is asked by all ranks equally often
+    share += [[]] * (-(-len(batches) // accelerator.num_processes) - len(share))
     total = sum(map(len, share))
     description = f"Teacher writes answers for {name}"
     with tqdm(total=total, desc=description, unit="answer", disable=not accelerator.is_local_main_process) as bar:
@@ -140,12 +142,12 @@ def _write_mine(
                 accelerator,
                 [prompts[key] for key in batch],
                 generation_config,
-                rollout_seed(args.seed, f"answers/{batch[0]}", 0, 0),
+                rollout_seed(args.seed, f"answers/{batch[0] if batch else ''}", 0, 0),
                 args,
                 vocab_size=vocab_size,
             )
             unwritten.update(zip(batch, answers, strict=True))
-            if index == len(share) - 1 or time.monotonic() - written > _SECONDS_A_PART:
+            if unwritten and (index == len(share) - 1 or time.monotonic() - written > _SECONDS_A_PART):
                 _write_part(folder, unwritten, prompts, processing_class)
                 mine.update(unwritten)
                 unwritten, written = {}, time.monotonic()

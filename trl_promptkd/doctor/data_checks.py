@@ -141,8 +141,13 @@ def _texts(part: Any) -> list[Any] | None:
     """The texts of a prompt or an answer; `None` in them where a message says nothing, not even an empty text."""
     if part is None or isinstance(part, str):
         return None if part is None else [part]
-    contents = [message["content"] for message in part]
-    return ["parts" if isinstance(content, list) else content for content in contents]
+    return [_text(message) for message in part]
+
+
+def _text(message: dict[str, Any]) -> str | None:
+    content = message.get("content")
+    says_otherwise = any(value is not None for key, value in message.items() if key not in ("role", "content"))
+    return "other" if isinstance(content, list) or (content is None and says_otherwise) else content  # tool calls
 
 
 def chat_template(case: Case) -> Finding:

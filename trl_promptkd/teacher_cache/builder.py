@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,7 +114,7 @@ def build_teacher_cache(
         )
     numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
     for name, value in numbers.items():
-        if not isinstance(value, int | float) or not value > 0:
+        if not isinstance(value, Real) or not value > 0:
             raise ValueError(f"`{name}` is {value!r}; it must be above 0.")
     template = resolve_priming(priming)
     needed = None

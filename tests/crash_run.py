@@ -73,10 +73,7 @@ def train() -> None:
             train_dataset=answered_dataset(16),
             priming=PrimingTemplate("red blue "),
         )
-    try:
-        trainer.train(resume_from_checkpoint=True)
-    except FileNotFoundError:
-        trainer.train()  # killed before the first checkpoint was whole
+    trainer.train(resume_from_checkpoint=bool(steps_begun()))  # as a script would that is started again and again
     if trainer.state.global_step == STEPS:
         tensors = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         if method == "promptkd":
@@ -120,7 +117,7 @@ def half_written() -> int:
     count = 0
     for step in steps_begun():
         try:
-            checkpoint_to_resume(f"{run_dir}/checkpoint-{step}", run_dir)
+            checkpoint_to_resume(f"{run_dir}/checkpoint-{step}", folder)
         except ValueError:
             count += 1
     return count

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer, weights
 from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from trl_promptkd import PrimedDistillTrainer, PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.checkpoints import checkpoint_to_resume
@@ -91,7 +92,7 @@ class TestCheckpointToResume:
             assert checkpoint_to_resume(True, str(tmp_path)) == str(whole)
         assert f"{broken} is not whole and is skipped: {why}" in caplog.text
         with pytest.raises(ValueError, match=f"not a whole checkpoint: {why}"):
-            checkpoint_to_resume(str(broken), str(tmp_path))
+            checkpoint_to_resume(str(broken), str(tmp_path / "another run"))
 
     def test_without_a_list_it_is_taken_on_the_users_word_only(self, tmp_path, caplog, propagate):
         """Another trainer's, say."""
@@ -102,11 +103,30 @@ class TestCheckpointToResume:
         assert f"{foreign} is not whole and is skipped: it has no {LIST}" in caplog.text
         assert f"{foreign} cannot be checked: it has no {LIST}" in caplog.text
 
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_a_run_that_was_killed_before_its_first_whole_one_starts_afresh(
+        self, by_name, tmp_path, caplog, propagate
+    ):
+        """Also where `transformers.trainer_utils.get_last_checkpoint` named the folder."""
+        for step in (1, 2):
+            self.damage_by_an_unfinished_save(fake_checkpoint(tmp_path, step, whole=False))
+        (tmp_path / "checkpoint-3").mkdir()
+        resume = get_last_checkpoint(str(tmp_path)) if by_name else True
+        with caplog.at_level(logging.WARNING):
+            assert checkpoint_to_resume(resume, str(tmp_path)) is None
+        assert caplog.text.count("was being written when its run ended") == 3
+        assert "Training starts afresh" in caplog.text
+
+    def test_an_unfinished_one_of_this_run_is_skipped_by_name_too(self, tmp_path):
+        whole = fake_checkpoint(tmp_path, 3)
+        self.damage_by_an_unfinished_save(fake_checkpoint(tmp_path, 4, whole=False))
+        assert checkpoint_to_resume(get_last_checkpoint(str(tmp_path)), str(tmp_path)) == str(whole)
+
     def test_none_is_whole(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"holds no whole checkpoint\. Start without it"):
+        with pytest.raises(ValueError, match=r"holds no whole checkpoint\. Start without it"):
             checkpoint_to_resume(True, str(tmp_path / "nowhere"))
         fake_checkpoint(tmp_path, 1, whole=False)
-        with pytest.raises(FileNotFoundError, match=r"no whole checkpoint \(1 that are not\)"):
+        with pytest.raises(ValueError, match=r"no whole checkpoint \(1 that are not\)"):
             checkpoint_to_resume(True, str(tmp_path))
         with pytest.raises(FileNotFoundError, match="checkpoint-7', which is not a folder"):
             checkpoint_to_resume(str(tmp_path / "checkpoint-7"), str(tmp_path))
@@ -184,8 +204,7 @@ class TestKilledWhileSaving:
         monkeypatch.setattr(trainer, "_save_rng_state", killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=f"{run_dir}/checkpoint-1")
-        with pytest.raises(ValueError, match="was being written when its run ended"):
-            checkpoint_to_resume(f"{run_dir}/checkpoint-2", run_dir)
+        assert checkpoint_to_resume(f"{run_dir}/checkpoint-2", run_dir) == f"{run_dir}/checkpoint-1"
 
 
 class Signal(TrainerCallback):

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 
 _LIST_FILE = "whole_checkpoint.json"
 _BEGUN_FILE = "checkpoint_is_being_written"
+_UNFINISHED = "it was being written when its run ended"
 _NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 
 
@@ -71,16 +72,17 @@ def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: s
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that a run goes on from.
+    """The checkpoint that a run goes on from; `None` for a fresh start.
 
     Args:
-        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`; those
-            that are not whole are skipped, with a warning. A folder without a list of its files (another trainer's, or one that was copied
-            in part) is taken on the user's word, with a warning.
+        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`. Those that
+            are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that was being written when its run ended, for
+            an older one. Where nothing but such folders is left, the run starts afresh. A folder without a list of its files (another
+            trainer's, or one that was copied in part) is taken on the user's word, with a warning.
 
     Raises:
-        FileNotFoundError: for a folder that is not there, and where no checkpoint is whole.
-        ValueError: for a folder that is no whole checkpoint.
+        FileNotFoundError: for a folder that is not there.
+        ValueError: for a folder that is no whole checkpoint, and where there is none in `output_dir`.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -94,21 +96,29 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         problem = _problem(folder)
         if problem == _NO_LIST:
             logger.warning(f"The checkpoint {folder} cannot be checked: {problem}.")
-        elif problem is not None:
+        if problem in (None, _NO_LIST):
+            return folder
+        of_this_run = os.path.realpath(folder) in map(os.path.realpath, _checkpoints(output_dir))
+        if problem != _UNFINISHED or not of_this_run:
             raise ValueError(
                 f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an older one, or set "
                 "`resume_from_checkpoint=True` for the newest whole one."
             )
-        return folder
-    there = _checkpoints(output_dir)
+    there, problems = _checkpoints(output_dir), []
+    if resume_from_checkpoint is not True:
+        there = [path for path in there if _step(path) <= _step(folder)]
     for folder in there:
         problem = _problem(folder)
         if problem is None:
             return folder
         logger.warning(f"The checkpoint {folder} is not whole and is skipped: {problem}.")
-    raise FileNotFoundError(
+        problems.append(problem)
+    if problems and set(problems) == {_UNFINISHED}:
+        logger.warning(f"{output_dir} holds no whole checkpoint: no run got that far. Training starts afresh.")
+        return None
+    raise ValueError(
         f"`resume_from_checkpoint` is True, but {output_dir} holds no whole checkpoint"
-        + (f" ({len(there)} that are not)" if there else "")
+        + (f" ({len(problems)} that are not)" if problems else "")
         + ". Start without it, or name a checkpoint's folder."
     )
 
@@ -117,7 +127,11 @@ def _checkpoints(run_dir: str) -> list[str]:
     """The checkpoints in a folder, whole or not, the newest first."""
     there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     found = [name for name in there if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
-    return [os.path.join(run_dir, name) for name in sorted(found, key=lambda name: -int(name.split("-")[1]))]
+    return [os.path.join(run_dir, name) for name in sorted(found, key=_step, reverse=True)]
+
+
+def _step(folder: str) -> int:
+    return int(folder.rstrip(os.sep).rsplit("-", 1)[1])
 
 
 def _sizes(folder: str) -> dict[str, int]:
@@ -128,8 +142,8 @@ def _sizes(folder: str) -> dict[str, int]:
 
 def _problem(folder: str) -> str | None:
     """Why a checkpoint is not whole; `None` where it is."""
-    if os.path.exists(os.path.join(folder, _BEGUN_FILE)):
-        return "it was being written when its run ended"
+    if os.path.exists(os.path.join(folder, _BEGUN_FILE)) or not os.listdir(folder):
+        return _UNFINISHED
     try:
         with open(os.path.join(folder, _LIST_FILE), encoding="utf-8") as file:
             listed = json.load(file)["files"]

@@ -207,6 +207,18 @@ class TestKilledWhileSaving:
         assert checkpoint_to_resume(f"{run_dir}/checkpoint-2", run_dir) == f"{run_dir}/checkpoint-1"
 
 
+@pytest.mark.parametrize("method", ["promptkd", "primed"])
+def test_a_run_that_was_killed_after_its_last_step_trains_no_further(method, make_args, make_primed_args):
+    """transformers would take one step more wherever the last epoch is not whole."""
+    fixtures, settings = (method, make_args, make_primed_args), {"lr_scheduler_type": "constant"}
+    straight = make_trainer(*fixtures, **settings)
+    straight.train()
+    trainer = make_trainer(*fixtures, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+    assert equal(final(trainer), final(straight))
+
+
 class Signal(TrainerCallback):
     """A SIGTERM within step 2."""
 

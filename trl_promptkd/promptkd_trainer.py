@@ -353,6 +353,8 @@ class PromptKDTrainer(GKDTrainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """Collect a window's micro-batches, sample their completions, and count the tokens that will be trained on."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None  # resumed after its last step, of which the base class would take one more
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None

@@ -82,7 +82,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` is left as it is.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once. `None` for all.
+            Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """

@@ -79,7 +79,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
             `"drop"` leaves them out and reports how many.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once, in every pass. `None` for all.
+            Tokens whose logits exist at once, in every pass. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """

@@ -1,0 +1,29 @@
+"""The command `trl-promptkd`."""
+
+import argparse
+import sys
+
+from datasets.exceptions import DatasetsError
+
+from .cache import add_cache
+from .doctor import add_doctor
+
+
+__all__ = ["main"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
+    tools = parser.add_subparsers(dest="command", required=True)
+    for add_tool in (add_doctor, add_cache):
+        add_tool(tools)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, DatasetsError) as error:  # they say what to do
+        print(f"trl-promptkd: {error}", file=sys.stderr)
+        return 2

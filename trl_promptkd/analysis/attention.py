@@ -26,7 +26,7 @@ from ..forward import completion_states
 
 __all__ = ["MEASURES", "AttentionReport", "HeadVariance", "attention_layers", "head_matrices", "measure_attention"]
 
-MEASURES = ("entropy", "self_attention", "sparsity", "similarity")
+MEASURES = ("entropy", "self_focus", "sparsity", "similarity")
 SHARE_ABOVE = 0.1
 QUERIES = ("completion", "all")
 
@@ -197,7 +197,7 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
         `Tensor` of shape `(4,)` in float64, in the order of `MEASURES`:
 
         - entropy: of each query's attention, `-sum_j a_j log a_j`, in nats;
-        - self_attention: the entries on the diagonal;
+        - self_focus: the entries on the diagonal;
         - sparsity: the number of entries above 0.1;
         - similarity: of each row, the cosine between a head's matrix and that of the same head in the layer before; NaN without one.
     """
@@ -245,7 +245,7 @@ def measure_attention(
 ) -> AttentionReport:
     """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in them.
 
-    Of a layer, `entropy` and `self_attention` are means over heads and over the queries of all rows, `sparsity` is the share of
+    Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the share of
     the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
 
     The variance of a head: of each entry of its matrix, over the models; the mean of that over a row's visible entries; the

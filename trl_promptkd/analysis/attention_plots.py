@@ -1,0 +1,124 @@
+"""Pictures of attention: the measures of each layer, and the heads in which models differ most."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..files import whole_file
+from .attention import MEASURES, SHARE_ABOVE, AttentionReport, HeadVariance
+
+
+__all__ = ["import_pyplot", "plot_heads", "plot_measures"]
+
+_TITLES = {
+    "entropy": ("Entropy of a query's attention", "nats"),
+    "self_focus": ("Attention to itself", "weight on the diagonal"),
+    "sparsity": (f"Weights above {SHARE_ABOVE}", "share of the visible ones"),
+    "similarity": ("Likeness to the layer before", "cosine"),
+}
+# Okabe and Ito's, which readers with any kind of colour vision tell apart; markers do so without colours
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vPX"
+_MAX_NAMED_TOKENS = 40
+
+
+def import_pyplot() -> Any:
+    """matplotlib's `pyplot`, drawing into files.
+
+    Raises:
+        ImportError: where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            'Plots need matplotlib, which is not installed. Install it: pip install "trl_promptkd[analysis]"'
+        ) from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_measures(report: AttentionReport, path: str) -> None:
+    """The four measures, a line a model, over the layers; over relative depth where models have different numbers of them."""
+    plt = import_pyplot()
+    counts = {len(values["entropy"]) for values in report.measures.values()}
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    for axes, measure in zip(panels.flat, MEASURES, strict=True):
+        for index, (name, values) in enumerate(report.measures.items()):
+            numbers = np.array(values[measure], dtype=float)  # None, of the first layer's similarity, is NaN
+            layers = np.arange(len(numbers))
+            axes.plot(
+                layers if len(counts) == 1 else layers / max(len(numbers) - 1, 1),
+                numbers,
+                color=_COLORS[index % len(_COLORS)],
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=4,
+                linewidth=1.5,
+                label=name,
+            )
+        title, unit = _TITLES[measure]
+        axes.set(title=title, ylabel=unit, xlabel="layer" if len(counts) == 1 else "depth (0: first layer, 1: last)")
+        if len(counts) == 1:
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3, linewidth=0.5)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    _save(figure, path)
+
+
+def plot_heads(
+    matrices: Mapping[str, Sequence[Tensor]], heads: Sequence[HeadVariance], tokens: Sequence[str], path: str
+) -> None:
+    """Heat maps of some heads on one row: a line of maps a model, a column a head.
+
+    Args:
+        matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last tokens.
+        tokens: The row's, as texts; up to 40 of them are written at the axes, of longer rows their numbers.
+    """
+    plt = import_pyplot()
+    from matplotlib.colors import PowerNorm
+
+    lines, columns = len(matrices), len(heads)
+    figure, panels = plt.subplots(
+        lines,
+        columns,
+        figsize=(1 + 3.2 * columns, 0.9 + 2.7 * lines),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for line, (name, of_model) in zip(panels, matrices.items(), strict=True):
+        for axes, head, matrix in zip(line, heads, of_model, strict=True):
+            first = len(tokens) - len(matrix)  # number of the first query
+            numbers = matrix.numpy()
+            future = np.triu(np.ones_like(numbers, dtype=bool), k=first + 1)
+            image = axes.imshow(
+                np.ma.masked_array(numbers, future),
+                cmap="viridis",
+                norm=PowerNorm(0.5, vmin=0, vmax=1),
+                aspect="auto",
+                interpolation="nearest",
+                extent=(-0.5, len(tokens) - 0.5, len(tokens) - 0.5, first - 0.5),
+            )
+            axes.set_title(f"{name}\nlayer {head.layers[name]}, head {head.head}", fontsize=9)
+            if len(tokens) <= _MAX_NAMED_TOKENS:
+                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
+                axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=6)
+            else:
+                axes.xaxis.get_major_locator().set_params(integer=True)
+                axes.yaxis.get_major_locator().set_params(integer=True)
+        line[0].set_ylabel("from token")
+    for axes in panels[-1]:
+        axes.set_xlabel("to token")
+    figure.colorbar(image, ax=panels, label="attention weight (square-root scale)", shrink=0.8, aspect=30)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str) -> None:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    import_pyplot().close(figure)

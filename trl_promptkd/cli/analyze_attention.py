@@ -1,0 +1,200 @@
+"""`trl-promptkd analyze attention`."""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
+from ..analysis.attention_plots import import_pyplot, plot_heads, plot_measures
+from ..data import check_columns, tokenize_dataset
+from ..files import read_safetensors, whole_file
+from ..teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit, shared_vocab_size
+from .common import add_row_arguments, json_dict, load_model, load_rows
+
+
+_ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
+
+
+def add_attention(commands: Any) -> None:
+    attention = commands.add_parser(
+        "attention", help="where several models look, layer by layer, and the heads in which they differ most"
+    )
+    attention.add_argument(
+        "--models", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters"
+    )
+    attention.add_argument("--teacher", help="Hub id or folder")
+    attention.add_argument(
+        "--prompt", help="folder of the teacher's soft prompt (teacher_prompt/): adds the prompted teacher"
+    )
+    attention.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
+    add_row_arguments(attention)
+    attention.add_argument("--output_dir", required=True, help="folder for attention.json and the plots")
+    attention.add_argument("--rows", type=int, default=16, help="how many rows to look at")
+    attention.add_argument(
+        "--queries",
+        default="completion",
+        choices=QUERIES,
+        help="whose attention counts: of the answer's tokens or of all",
+    )
+    attention.add_argument("--max_length", type=int, default=512, help="longest row; memory grows with its square")
+    attention.add_argument("--batch_size", type=int, default=4, help="rows at once")
+    attention.add_argument("--heads", type=int, default=4, help="how many heads to draw, on the first row")
+    attention.add_argument(
+        "--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained, of all models"
+    )
+    attention.add_argument("--trust_remote_code", action="store_true")
+    attention.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    attention.set_defaults(run=run_attention)
+
+
+def run_attention(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # standard output is for the result alone
+        _check_arguments(args)
+        import_pyplot()
+        dataset = load_rows(args)
+        answers_needed = _ANSWERS_NEEDED if args.queries == "completion" else None
+        check_columns(dataset, "--dataset", answers_needed)
+        dataset = dataset.select(range(min(args.rows, len(dataset))))
+        tokenizer = _shared_tokenizer(args)
+        rows = tokenize_dataset(dataset, "--dataset", tokenizer, args.max_length, answers_needed, overlong="drop")
+        models, prompts = _load(args, tokenizer, max(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows))
+        rows = list(rows)
+        report = measure_attention(models, rows, prompts, args.queries, args.batch_size)
+        result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
+        os.makedirs(args.output_dir, exist_ok=True)
+        with (
+            whole_file(os.path.join(args.output_dir, "attention.json")) as path,
+            open(path, "w", encoding="utf-8") as file,
+        ):
+            json.dump(result, file, indent=1)
+        plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
+        shown = report.heads[: args.heads]
+        if shown:
+            matrices = head_matrices(models, rows[0], shown, prompts, args.queries)
+            ids = rows[0]["prompt_ids"] + rows[0]["completion_ids"]
+            tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
+            plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print_tables(report, args)
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    for name in ("rows", "batch_size", "max_length", "heads"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be above 0.")
+    if args.prompt is not None and args.teacher is None:
+        raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
+    folders = [os.path.normpath(name) for name in _folders(args)]
+    twice = next((name for name in folders if folders.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is given twice in `--models` and `--teacher`. Give each model once.")
+
+
+def _folders(args: argparse.Namespace) -> list[str]:
+    return [*args.models, *([] if args.teacher is None else [args.teacher])]
+
+
+def _shared_tokenizer(args: argparse.Namespace) -> Any:
+    """The first model's, after a look at the others': their attention is compared token by token."""
+    tokenizer = load_teacher_tokenizer(args.models[0], args.model_init_kwargs, args.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(
+            f"`--models` begins with {args.models[0]!r}, beside which there is no tokenizer. Save one there."
+        )
+    for name in _folders(args)[1:]:
+        other = load_teacher_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
+        if other is None:
+            print(f"There is no tokenizer beside {name}; it is asked with that of {args.models[0]}.")
+            continue
+        try:
+            check_same_tokenizer(tokenizer, other)
+        except ValueError as error:
+            raise ValueError(f"{args.models[0]!r} and {name!r} cannot be compared. {error}") from error
+    return tokenizer
+
+
+def _load(args: argparse.Namespace, tokenizer: Any, longest_row: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The models by their labels, and the soft prompt by the prompted teacher's."""
+    names = [os.path.basename(os.path.normpath(name)) for name in _folders(args)]
+    labels = names if len(set(names)) == len(names) else _folders(args)
+    models: dict[str, Any] = {}
+    for label, name in zip(labels, _folders(args), strict=True):
+        models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
+        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
+        limit = position_limit(models[label])
+        if limit is not None and longest_row > limit:
+            raise ValueError(
+                f"{name!r} has {limit} positions, but the longest row has {longest_row}. Set `--max_length {limit}`."
+            )
+    if args.prompt is None:
+        return models, {}
+    teacher = models[labels[-1]]
+    prompted = f"{labels[-1]}, prompted"
+    return {**models, prompted: teacher}, {prompted: _soft_prompt(args.prompt, teacher)}
+
+
+def _soft_prompt(folder: str, teacher: Any) -> Tensor:
+    """The soft prompt in a PEFT adapter, `(num_virtual_tokens, hidden)`, such as a trainer writes to teacher_prompt/."""
+    advice = "`--prompt` must be the folder of a soft prompt, such as teacher_prompt/ beside a student."
+    path = os.path.join(folder, "adapter_model.safetensors")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} does not exist. {advice}")
+    tensors, _ = read_safetensors(path, advice)
+    prompt = tensors.get("prompt_embeddings")
+    weight = teacher.get_input_embeddings().weight
+    if prompt is None or prompt.ndim != 2 or prompt.size(1) != weight.size(1):
+        found = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())[:3]}
+        raise ValueError(
+            f"{path} holds no soft prompt of this teacher, whose embeddings have {weight.size(1)} numbers, but {found}. {advice}"
+        )
+    return prompt.to(weight.device)
+
+
+def _print_tables(report: AttentionReport, args: argparse.Namespace) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    title = f"Attention of {report.num_queries} tokens in {report.num_rows} rows of {args.dataset}, means over layers"
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for column in (
+        "layers",
+        "entropy (nats)",
+        "self focus",
+        "sparsity (share > 0.1)",
+        "likeness to layer before",
+        "to soft prompt",
+    ):
+        table.add_column(column, justify="right")
+    for name, measures in report.measures.items():
+        means = [_mean(measures[measure]) for measure in MEASURES]
+        share = report.soft_prompt_share.get(name)
+        table.add_row(Text(name), str(len(measures["entropy"])), *means, "" if share is None else _mean(share))
+    console.print(table)
+    if report.heads:
+        heads = Table(title="Heads in which the models differ most", box=box.SIMPLE)
+        for column in ("head", "layer", "variance of a weight"):
+            heads.add_column(column, justify="right")
+        for head in report.heads[: args.heads]:
+            layers = sorted(set(head.layers.values()))
+            heads.add_row(str(head.head), " / ".join(map(str, layers)), f"{head.variance:.2e}")
+        console.print(heads)
+    console.print(f"Numbers and plots: {args.output_dir}", soft_wrap=True)
+
+
+def _mean(values: Any) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else ""

@@ -278,6 +278,32 @@ def build_command(folder: Path, *flags: str):
     command(folder, "cache", "build", "--teacher", "no/such-teacher", "--output_dir", "FOLDER/cache", *flags)
 
 
+def attention_command(folder: Path, *flags: str, models: tuple[str, ...] = ("no/such-student",)):
+    written(folder / "rows.json", b'{"prompt": "the cat", "completion": "sat"}\n')
+    files = ("--dataset", "FOLDER/rows.json", "--output_dir", "FOLDER/out")
+    command(folder, "analyze", "attention", "--models", *models, *files, *flags)
+
+
+def saved(path: Path, **settings) -> str:
+    tiny_model(**settings).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def other_tokenizer(path: Path) -> str:
+    tiny_tokenizer(words=WORDS[::-1]).save_pretrained(path)
+    return str(path)
+
+
+def attention_prompt(folder: Path):
+    (folder / "prompt").mkdir()
+    save_file({"prompt_embeddings": torch.zeros(3, 16)}, folder / "prompt" / "adapter_model.safetensors")
+    teacher = saved(folder / "teacher", seed=1)
+    attention_command(
+        folder, "--teacher", teacher, "--prompt", "FOLDER/prompt", models=(saved(folder / "student"),)
+    )
+
+
 # ---------------------------------------------------------------------------------------------------- the cases
 
 
@@ -645,6 +671,30 @@ ARGUMENTS = [
         ExitCode2,
         "arguments are required",
         "--teacher",
+    ),
+    Case(
+        "attention_rows",
+        "`trl-promptkd analyze attention --rows 0`",
+        lambda folder: attention_command(folder, "--rows", "0"),
+        ExitCode2,
+        "`--rows` is 0",
+        "it must be above 0",
+    ),
+    Case(
+        "attention_prompt_without_teacher",
+        "... `--prompt` without `--teacher`",
+        lambda folder: attention_command(folder, "--prompt", "teacher_prompt"),
+        ExitCode2,
+        "`--prompt` is 'teacher_prompt', but whose prompt it is is not said",
+        "Pass `--teacher`, too",
+    ),
+    Case(
+        "attention_twice",
+        "... the same model twice",
+        lambda folder: attention_command(folder, models=("a", "b", "a/")),
+        ExitCode2,
+        "'a' is given twice in `--models` and `--teacher`",
+        "Give each model once",
     ),
     Case(
         "cli_two_primings",

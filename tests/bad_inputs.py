@@ -26,6 +26,7 @@ import torch
 from conftest import short_run
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     BertConfig,
@@ -278,29 +279,33 @@ def build_command(folder: Path, *flags: str):
     command(folder, "cache", "build", "--teacher", "no/such-teacher", "--output_dir", "FOLDER/cache", *flags)
 
 
-def attention_command(folder: Path, *flags: str, models: tuple[str, ...] = ("no/such-student",)):
-    written(folder / "rows.json", b'{"prompt": "the cat", "completion": "sat"}\n')
+def attention_command(
+    folder: Path,
+    *flags: str,
+    models: tuple[str, ...] = ("no/such-student",),
+    rows: bytes = b'{"prompt": "the cat", "completion": "sat"}\n',
+):
+    written(folder / "rows.json", rows)
     files = ("--dataset", "FOLDER/rows.json", "--output_dir", "FOLDER/out")
     command(folder, "analyze", "attention", "--models", *models, *files, *flags)
 
 
-def saved(path: Path, **settings) -> str:
+def saved_tokenizer(path: Path, **kwargs) -> str:
+    tiny_tokenizer(**kwargs).save_pretrained(path)
+    return str(path)
+
+
+def saved_model(path: Path, **settings) -> str:
     tiny_model(**settings).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return str(path)
-
-
-def other_tokenizer(path: Path) -> str:
-    tiny_tokenizer(words=WORDS[::-1]).save_pretrained(path)
-    return str(path)
+    return saved_tokenizer(path)
 
 
 def attention_prompt(folder: Path):
     (folder / "prompt").mkdir()
     save_file({"prompt_embeddings": torch.zeros(3, 16)}, folder / "prompt" / "adapter_model.safetensors")
-    teacher = saved(folder / "teacher", seed=1)
+    teacher = saved_model(folder / "teacher", seed=1)
     attention_command(
-        folder, "--teacher", teacher, "--prompt", "FOLDER/prompt", models=(saved(folder / "student"),)
+        folder, "--teacher", teacher, "--prompt", "FOLDER/prompt", models=(saved_model(folder / "student"),)
     )
 
 
@@ -1050,6 +1055,14 @@ DATA = [
         "`prompt_column` is 'quest'",
         "the columns are ['completion', 'prompt']",
     ),
+    Case(
+        "attention_no_answers",
+        "`trl-promptkd analyze attention` on prompts without answers",
+        lambda folder: attention_command(folder, rows=b'{"prompt": "the cat"}\n'),
+        ExitCode2,
+        "`--dataset` holds prompts without answers",
+        "for that of prompts too pass `--queries all`",
+    ),
 ]
 FILES = [
     Case(
@@ -1290,6 +1303,28 @@ FILES = [
         "it is no teacher cache",
         "Build one with",
     ),
+    Case(
+        "attention_prompt",
+        "`trl-promptkd analyze attention --prompt` with the soft prompt of another teacher",
+        attention_prompt,
+        ExitCode2,
+        "holds no soft prompt of this teacher, whose embeddings have 32 numbers, but {'prompt_embeddings': (3, 16)}",
+        "`--prompt` must be the folder of a soft prompt",
+        needs_weights=True,
+    ),
+    Case(
+        "attention_no_prompt",
+        "... with a folder that has none",
+        lambda folder: attention_command(
+            folder,
+            *("--teacher", saved_model(folder / "teacher", seed=1), "--prompt", "FOLDER"),
+            models=(saved_model(folder / "student"),),
+        ),
+        ExitCode2,
+        "adapter_model.safetensors does not exist",
+        "`--prompt` must be the folder of a soft prompt",
+        needs_weights=True,
+    ),
 ]
 MODELS = [
     Case(
@@ -1432,6 +1467,29 @@ MODELS = [
         ValueError,
         "trains weights of the model below it, which is to be the teacher",
         "Set `bias='none'`",
+        needs_weights=True,
+    ),
+    Case(
+        "attention_tokenizers",
+        "`trl-promptkd analyze attention` on models of different tokenizers",
+        lambda folder: attention_command(
+            folder, models=(saved_tokenizer(folder / "one"), saved_tokenizer(folder / "two", words=WORDS[::-1]))
+        ),
+        ExitCode2,
+        "the first token that differs has id 6, which is 'suppose'",
+        "Choose two models of one family",
+    ),
+    Case(
+        "attention_positions",
+        "... on rows that need more positions than GPT-2 has",
+        lambda folder: attention_command(
+            folder,
+            rows=b'{"prompt": "the cat", "completion": "' + b"sat " * 200 + b'"}\n',
+            models=(saved_model(folder / "student", family="gpt2"),),
+        ),
+        ExitCode2,
+        "has 128 positions, but the longest row has 203",
+        "Set `--max_length 128`",
         needs_weights=True,
     ),
     Case(

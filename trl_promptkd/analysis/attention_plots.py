@@ -21,7 +21,7 @@ _TITLES = {
 # Okabe and Ito's, which readers with any kind of colour vision tell apart; markers do so without colours
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_MAX_NAMED_TOKENS = 40
+_MAX_NAMED_TOKENS = 36  # as many as there is room for
 
 
 def import_pyplot() -> Any:
@@ -76,7 +76,7 @@ def plot_heads(
 
     Args:
         matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last tokens.
-        tokens: The row's, as texts; up to 40 of them are written at the axes, of longer rows their numbers.
+        tokens: The row's, as texts; up to 36 of them are written at the axes, of longer rows their numbers.
     """
     plt = import_pyplot()
     from matplotlib.colors import PowerNorm
@@ -85,7 +85,7 @@ def plot_heads(
     figure, panels = plt.subplots(
         lines,
         columns,
-        figsize=(1 + 3.2 * columns, 0.9 + 2.7 * lines),
+        figsize=(1 + 3.4 * columns, 0.9 + 3.2 * lines),
         layout="constrained",
         squeeze=False,
         sharex=True,
@@ -120,5 +120,5 @@ def plot_heads(
 
 def _save(figure: Any, path: str) -> None:
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=90)
     import_pyplot().close(figure)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from trl_promptkd.analysis.attention import (
     text_attention,
     visible_entries,
 )
+from trl_promptkd.analysis.attention_plots import plot_heads
 from trl_promptkd.cli import main
 from trl_promptkd.data import tokenize_row
 
@@ -326,6 +328,12 @@ def test_head_matrices_are_those_of_the_row(tokenizer):
             assert matrix.numpy() == pytest.approx(alone(model, ROWS[1])[head.layers[name]][head.head][6:], abs=1e-5)
 
 
+def test_tokens_are_no_formulas(tmp_path):
+    heads = [HeadVariance(0, {"m": 0}, 0.0)]
+    plot_heads({"m": [torch.eye(3)[1:]]}, heads, [r"$\no$", "$$", "x"], str(tmp_path / "heads.png"))
+    assert (tmp_path / "heads.png").stat().st_size > 1000
+
+
 @pytest.fixture
 def folder(tmp_path):
     for seed, name in enumerate(("student", "teacher")):
@@ -379,6 +387,13 @@ class TestCommand:
             "attention.json",
             "attention_measures.png",
         ]
+
+    def test_without_matplotlib_nothing_is_loaded(self, folder, capsys, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert main(flags(folder)) == 2
+        printed = capsys.readouterr().err
+        assert 'Install it: pip install "trl_promptkd[analysis]"' in printed
+        assert "Loading" not in printed
 
     def test_a_saved_adapter_is_measured_on_its_base(self, folder):
         base = tiny_model(seed=0)

@@ -106,8 +106,8 @@ def plot_heads(
             )
             axes.set_title(f"{name}\nlayer {head.layers[name]}, head {head.head}", fontsize=9)
             if len(tokens) <= _MAX_NAMED_TOKENS:
-                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6)
-                axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=6)
+                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
+                axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=6, parse_math=False)
             else:
                 axes.xaxis.get_major_locator().set_params(integer=True)
                 axes.yaxis.get_major_locator().set_params(integer=True)

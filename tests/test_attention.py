@@ -18,8 +18,6 @@ from trl_promptkd.analysis.attention import (
     MEASURES,
     HeadVariance,
     RunningVariance,
-    attention_layers,
-    eager_attention,
     head_matrices,
     layer_sums,
     measure_attention,
@@ -27,6 +25,7 @@ from trl_promptkd.analysis.attention import (
     text_attention,
     visible_entries,
 )
+from trl_promptkd.analysis.attention_layers import attention_layers, eager_attention
 from trl_promptkd.analysis.attention_plots import plot_heads
 from trl_promptkd.cli import main
 from trl_promptkd.data import tokenize_row
@@ -234,9 +233,15 @@ class TestMeasureAttention:
             measure_attention(**{"models": {"m": tiny_model()}, "rows": ROWS, **change})
 
     def test_a_model_that_gives_no_weights_is_refused(self, monkeypatch):
-        monkeypatch.setattr(module, "_holds_weights", lambda output, size: False)
+        monkeypatch.setattr(module, "attention_layers", lambda *args: iter(()))
         with pytest.raises(ValueError, match=r"The layers of 'm' .* give away no attention weights"):
             measure_attention({"m": tiny_model()}, ROWS)
+
+    def test_weights_that_are_not_finite_are_refused(self):
+        model = tiny_model()
+        model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match="The attention of 'm' is not finite from layer 1 on"):
+            measure_attention({"m": model}, ROWS)
 
     def test_an_error_in_the_forward_pass_reaches_the_caller(self):
         model = tiny_model("gpt2")

@@ -157,7 +157,7 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
-            ("analysis", ["attention", "attention_plots", "__init__"]),
+            ("analysis", ["attention_layers", "attention", "attention_plots", "__init__"]),
             ("cli", ["common", "cache", "doctor", "analyze_attention", "analyze", "__init__", "__main__"]),
         ],
     )

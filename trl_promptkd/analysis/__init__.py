@@ -1,6 +1,7 @@
 """What distillation did to a model, beyond its scores: `trl-promptkd analyze`.
 
-`attention.py` (where several models look, layer by layer), `attention_plots.py` (its pictures).
+`attention_layers.py` (one layer's weights at a time), `attention.py` (where several models look, layer by layer), `attention_plots.py`
+(its pictures).
 """
 
 from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention

@@ -1,18 +1,15 @@
 """Where models look: four measures of each layer's attention, and the heads in which models differ most.
 
-All models walk through their layers side by side. [`attention_layers`] stops a forward pass after each layer and hands its
-attention over, so that of each model only one layer's matrices, and those of the layer before, exist at a time. The models
-themselves must all fit into memory.
+All models walk through their layers side by side, so that of each only one layer's matrices, and those of the layer before, exist
+at a time. The models themselves must all fit into memory.
 """
 
 import math
-import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
-from queue import Queue
 from typing import Any
 
 import torch
@@ -21,10 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..data import pad_rows
-from ..forward import completion_states
+from .attention_layers import attention_layers, eager_attention, model_device
 
 
-__all__ = ["MEASURES", "AttentionReport", "HeadVariance", "attention_layers", "head_matrices", "measure_attention"]
+__all__ = ["MEASURES", "AttentionReport", "HeadVariance", "head_matrices", "measure_attention"]
 
 MEASURES = ("entropy", "self_focus", "sparsity", "similarity")
 SHARE_ABOVE = 0.1
@@ -64,90 +61,6 @@ class AttentionReport:
     heads: list[HeadVariance]
     num_rows: int
     num_queries: int
-
-
-def attention_layers(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None = None
-) -> Generator[Tensor, None, None]:
-    """The attention weights of one layer after the other; in between, the forward pass stands still and keeps none of them.
-
-    It runs in a thread of its own, which waits inside a hook while the caller has the weights. Only one of the two runs at a time.
-
-    Args:
-        model: A causal language model, plain or PEFT, in evaluation mode and with eager attention [`eager_attention`].
-        input_ids, attention_mask (`Tensor` of shape `(batch, seq)`): Rows padded on either side.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row's first token.
-
-    Yields:
-        `Tensor` of shape `(batch, heads, num_virtual_tokens + seq, num_virtual_tokens + seq)`: queries and keys. Without a soft
-        prompt they are the columns of `input_ids`; with one, column `i` of `input_ids` is found at `num_virtual_tokens + i`, and the soft
-        prompt directly before a row's first token.
-    """
-    size = input_ids.size(1) + (0 if soft_prompt is None else soft_prompt.size(0))
-    layers: Queue[Any] = Queue()  # a layer's weights; at last an error, or None at the end
-    go_on, stopped = threading.Semaphore(0), threading.Event()
-
-    def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
-        if threading.current_thread() is not thread or not _holds_weights(output, size):
-            return None  # the same model may be asked by others, with and without a soft prompt
-        layers.put(output[1])
-        go_on.acquire()
-        if stopped.is_set():
-            raise _StoppedError
-        return (output[0], None, *output[2:])  # the layer needs them no more, and must not keep them
-
-    def ask() -> None:
-        # One more column of padding: `completion_states` does not ask for the last one
-        ids, mask = F.pad(input_ids, (0, 1)), F.pad(attention_mask, (0, 1))
-        try:
-            with torch.no_grad():
-                completion_states(model, ids, mask, torch.full_like(ids, -100), soft_prompt)
-            layers.put(None)
-        except _StoppedError:
-            pass
-        except Exception as error:
-            layers.put(error)
-
-    hooks = [module.register_forward_hook(hand_over) for module in model.modules()]
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    try:
-        while (weights := layers.get()) is not None:
-            if isinstance(weights, Exception):
-                raise weights
-            yield weights
-            del weights
-            go_on.release()
-    finally:
-        stopped.set()
-        go_on.release()
-        thread.join()
-        for hook in hooks:
-            hook.remove()
-
-
-class _StoppedError(Exception):
-    """Ends a forward pass that nobody waits for."""
-
-
-def _holds_weights(output: Any, size: int) -> bool:
-    """Whether a module's output is that of an attention layer: states, and weights `(batch, heads, size, size)`."""
-    if not isinstance(output, tuple) or len(output) < 2 or not isinstance(output[1], Tensor):
-        return False
-    return output[1].ndim == 4 and output[1].shape[2:] == (size, size)
-
-
-@contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Inside, the model computes attention such that its weights exist, and is in evaluation mode."""
-    before, was_training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        model.train(was_training)
 
 
 def text_attention(weights: Tensor, attention_mask: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,8 +174,8 @@ def measure_attention(
         batch_size (`int`): Rows at a time; it changes no result.
 
     Raises:
-        ValueError: for no models or rows, a batch size below 1, other `queries`, a row without any, and a model that gives away no
-            weights.
+        ValueError: for no models or rows, a batch size below 1, other `queries`, a row without any, a model that gives away no weights,
+            and weights that are not finite.
     """
     if not models:
         raise ValueError("`models` is empty; it must hold at least one model by its name.")
@@ -346,7 +259,7 @@ class _Walker:
 
     def __init__(self, name: str, model: nn.Module, soft_prompt: Tensor | None):
         self.name, self.model, self.soft_prompt = name, model, soft_prompt
-        two = torch.ones(1, 2, dtype=torch.long, device=_device(model))
+        two = torch.ones(1, 2, dtype=torch.long, device=model_device(model))
         heads = [weights.size(1) for weights in attention_layers(model, two, two)]
         if not heads:
             raise ValueError(
@@ -369,6 +282,17 @@ class _Walker:
                 del attention
 
     def measures(self, counts: Tensor) -> dict[str, list[float | None]]:
+        """Measure -> a mean a layer, of the sums divided by `counts`, one a measure.
+
+        Raises:
+            ValueError: where attention is not finite.
+        """
+        broken = (~self.sums[:, 0].isfinite()).nonzero()
+        if len(broken):
+            raise ValueError(
+                f"The attention of {self.name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN; where they are float16, "
+                "load them in float32."
+            )
         means = (self.sums / counts).T.tolist()
         return {
             measure: [None if math.isnan(value) else value for value in values]
@@ -380,7 +304,7 @@ def _text_layers(
     model: nn.Module, batch: _Batch, soft_prompt: Tensor | None
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
     """[`text_attention`] of layer after layer."""
-    ids, mask, queries = (x.to(_device(model)) for x in (batch.input_ids, batch.attention_mask, batch.queries))
+    ids, mask, queries = (x.to(model_device(model)) for x in (batch.input_ids, batch.attention_mask, batch.queries))
     with closing(attention_layers(model, ids, mask, soft_prompt)) as layers:
         for weights in layers:
             attention = text_attention(weights, mask.to(weights.device), queries.to(weights.device))
@@ -406,7 +330,7 @@ def _walk_together(walkers: Sequence[_Walker], batch: _Batch, depth: int, heads:
                 steps = same_depth(layer, depth, walker.num_layers) - reached[index]
                 reached[index] += steps
                 attention = next(islice(walk, steps - 1, None))
-                over_models.add(attention[:, :heads].to(_device(walkers[0].model)))
+                over_models.add(attention[:, :heads].to(model_device(walkers[0].model)))
                 del attention
             # Entries that do not count are 0 in all models, and so is their variance
             sums = over_models.variance().sum(dim=(2, 3)).cpu().double()  # (batch, heads)
@@ -445,7 +369,3 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], queries: str) -> None:
 
 def _length(row: Mapping[str, Any]) -> int:
     return len(row["prompt_ids"]) + len(row["completion_ids"])
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device

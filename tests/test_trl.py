@@ -135,6 +135,7 @@ class TestImports:
             "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
+            "analysis",
             "doctor",
             "cli",
         ]
@@ -156,7 +157,20 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
-            ("cli", ["common", "cache", "doctor", "__init__", "__main__"]),
+            (
+                "analysis",
+                [
+                    *("figures", "asking", "saved_prompt", "token_classes"),
+                    *("exposure", "prompt", "prompt_report", "__init__"),
+                ],
+            ),
+            (
+                "cli",
+                [
+                    *("common", "cache", "doctor", "analyze_common", "analyze_exposure", "analyze_prompt", "analyze"),
+                    *("__init__", "__main__"),
+                ],
+            ),
         ],
     )
     def test_imports_inside_a_folder_point_up_its_list(self, folder, order):

@@ -31,13 +31,18 @@ def json_dict(text: str) -> dict[str, Any]:
     return value
 
 
-def add_data_arguments(command: argparse.ArgumentParser) -> None:
-    """What a data set's rows are, and what the teacher sees besides them."""
+def add_row_arguments(command: argparse.ArgumentParser) -> None:
+    """What a data set's rows are."""
     command.add_argument("--dataset_config", help="its configuration")
     command.add_argument("--dataset_split", default="train", help="its split, or a part of it: train[:1000]")
     command.add_argument("--prompt_column", help="column to take as `prompt`")
     command.add_argument("--completion_column", help="column to take as `completion`")
     command.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
+
+
+def add_data_arguments(command: argparse.ArgumentParser) -> None:
+    """What a data set's rows are, and what the teacher sees besides them."""
+    add_row_arguments(command)
     command.add_argument(
         "--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt"
     )

@@ -1,0 +1,24 @@
+"""`trl-promptkd analyze`: what a student, a teacher and a soft prompt do, measured on the user's own rows.
+
+`figures.py` (the plots' look), `asking.py` (several models at the same tokens), `saved_prompt.py`, `token_classes.py`, `exposure.py` (how a
+student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt has become, and what it does).
+"""
+
+from .exposure import ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
+from .prompt import nearest_tokens, prompt_drift, prompt_effect
+from .saved_prompt import find_prompts, initial_prompt, read_prompt
+
+
+__all__ = [
+    "ExposureBias",
+    "exposure_bias",
+    "find_prompts",
+    "initial_prompt",
+    "nearest_tokens",
+    "plot_exposure",
+    "prefix_kl",
+    "prompt_drift",
+    "prompt_effect",
+    "read_prompt",
+    "sample_prefixes",
+]

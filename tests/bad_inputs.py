@@ -278,6 +278,31 @@ def build_command(folder: Path, *flags: str):
     command(folder, "cache", "build", "--teacher", "no/such-teacher", "--output_dir", "FOLDER/cache", *flags)
 
 
+def analyze(folder: Path, analysis: str, *flags: str):
+    written(folder / "rows.json", b'{"prompt": "the cat"}\n')
+    command(folder, "analyze", analysis, "--teacher", "no/such-teacher", *flags)
+
+
+def analyze_prompt(folder: Path, *flags: str, teacher=None):
+    """Of a saved prompt, with a teacher whose tokenizer is there and whose weights may be."""
+    saved(folder, teacher)
+    if not (folder / "run").exists():
+        soft_prompt().save_adapter(str(folder / "run" / "teacher_prompt"))
+    written(folder / "rows.json", b'{"prompt": "the cat"}\n')
+    command(folder, "analyze", "prompt", "--teacher", "FOLDER/teacher", "--prompt", "FOLDER/run", *flags)
+
+
+def prompts_of_two_runs(folder: Path):
+    for step, virtual in ((1, 3), (2, 7)):
+        soft_prompt(virtual).save_adapter(str(folder / "run" / f"checkpoint-{step}" / "teacher_prompt"))
+    analyze_prompt(folder)
+
+
+def prompt_of_another_kind(folder: Path):
+    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "run")
+    analyze_prompt(folder)
+
+
 # ---------------------------------------------------------------------------------------------------- the cases
 
 
@@ -662,6 +687,32 @@ ARGUMENTS = [
         "argument --teacher_init_kwargs: '{dtype: float32}' is not the",
         "JSON of a dict, such as",
     ),
+    Case(
+        "cli_analyze_rows",
+        "`trl-promptkd analyze exposure --rows 0`",
+        lambda folder: analyze(
+            folder, "exposure", "--student", "no/such-student", "--dataset", "FOLDER/rows.json", "--rows", "0"
+        ),
+        ExitCode2,
+        "argument --rows: '0' is not allowed",
+        "it must be a whole number, 1 or more",
+    ),
+    Case(
+        "cli_analyze_no_student",
+        "`trl-promptkd analyze prompt --responses student` without `--student`",
+        lambda folder: analyze(folder, "prompt", "--prompt", "FOLDER", "--responses", "student"),
+        ExitCode2,
+        "there is no `--student`",
+        "Pass one, or set `--responses dataset`",
+    ),
+    Case(
+        "cli_analyze_no_dataset",
+        "the same with `--student` and without `--dataset`",
+        lambda folder: analyze(folder, "prompt", "--prompt", "FOLDER", "--responses", "student", "--student", "x"),
+        ExitCode2,
+        "there is no `--dataset`, whose prompts it answers",
+        "Pass one",
+    ),
 ]
 
 
@@ -1000,6 +1051,14 @@ DATA = [
         "`prompt_column` is 'quest'",
         "the columns are ['completion', 'prompt']",
     ),
+    Case(
+        "cli_analyze_answers",
+        "`trl-promptkd analyze prompt --responses dataset` of rows without answers",
+        lambda folder: analyze_prompt(folder, "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "`--dataset` holds prompts without answers",
+        "Set `--responses student`",
+    ),
 ]
 FILES = [
     Case(
@@ -1240,6 +1299,34 @@ FILES = [
         "it is no teacher cache",
         "Build one with",
     ),
+    Case(
+        "cli_analyze_no_prompt",
+        "`trl-promptkd analyze exposure --prompt` of a folder without a soft prompt",
+        lambda folder: analyze(
+            folder,
+            "exposure",
+            *("--student", "no/such-student", "--dataset", "FOLDER/rows.json", "--prompt", "FOLDER"),
+        ),
+        ExitCode2,
+        "holds no soft prompt",
+        "Pass the folder",
+    ),
+    Case(
+        "cli_analyze_lora",
+        "`trl-promptkd analyze prompt --prompt` of a LoRA adapter",
+        prompt_of_another_kind,
+        ExitCode2,
+        "run holds a LORA adapter, which is no soft prompt",
+        "Pass the folder of a soft prompt",
+    ),
+    Case(
+        "cli_analyze_two_runs",
+        "`trl-promptkd analyze prompt --prompt` of a folder with the checkpoints of two runs",
+        prompts_of_two_runs,
+        ExitCode2,
+        "they are not of one run",
+        "Pass the folder of one run",
+    ),
 ]
 MODELS = [
     Case(
@@ -1427,6 +1514,36 @@ MODELS = [
         FloatingPointError,
         "The loss is nan at step 1",
         "Check the weights for NaN",
+        needs_weights=True,
+    ),
+    Case(
+        "cli_analyze_tokenizer",
+        "`trl-promptkd analyze` with a teacher beside which there is no tokenizer",
+        lambda folder: analyze(folder, "exposure", "--student", "no/such-student", "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "`--teacher` is 'no/such-teacher', beside which there is no tokenizer",
+        "Save one there",
+    ),
+    Case(
+        "cli_analyze_another_teacher",
+        "`trl-promptkd analyze prompt` of a prompt for another teacher",
+        lambda folder: analyze_prompt(folder, teacher=tiny_model(hidden_size=64)),
+        ExitCode2,
+        "has 32 numbers a token, but the teacher's embeddings have 64",
+        "Pass the teacher that it was trained with",
+        needs_weights=True,
+    ),
+    Case(
+        "cli_analyze_nan",
+        "`trl-promptkd analyze prompt` with a teacher with NaN among its weights",
+        lambda folder: analyze_prompt(
+            folder,
+            *("--dataset", "FOLDER/rows.json", "--responses", "student", "--student", "FOLDER/teacher"),
+            teacher=spoiled(tiny_model()),
+        ),
+        ExitCode2,
+        "hold NaN or infinities",
+        "Check its weights",
         needs_weights=True,
     ),
 ]

@@ -6,7 +6,7 @@ from typing import Any
 from ..files import whole_file
 
 
-__all__ = ["check_matplotlib", "line_colors", "new_figure", "save_figure"]
+__all__ = ["add_scale", "check_matplotlib", "line_colors", "new_figure", "save_figure"]
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines on white
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,6 +46,15 @@ def line_colors(number: int) -> Sequence[Any]:
 
     shades = matplotlib.colormaps["viridis"]
     return [shades(0.92 * index / (number - 1)) for index in range(number)]
+
+
+def add_scale(figure: Any, axes: Any, colors: Sequence[Any], label: str) -> None:
+    """A scale beside `axes` that says which colour is which, from 1 on, where there are too many for a legend."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    shades = ScalarMappable(Normalize(0.5, len(colors) + 0.5), ListedColormap(colors))
+    figure.colorbar(shades, ax=axes, label=label)
 
 
 def save_figure(figure: Any, path: str) -> None:

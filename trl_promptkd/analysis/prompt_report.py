@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .figures import line_colors, new_figure, save_figure
+from .figures import add_scale, line_colors, new_figure, save_figure
 from .prompt import Change, Drift
 
 
@@ -23,17 +23,15 @@ def plot_classes(by_class: Mapping[str, Mapping[str, float]], path: str) -> None
     """
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
     keys = [key for key in titles if key in by_class["all tokens"]]
-    names = [name for name in by_class if name != "all tokens"]
-    figure = new_figure(9 if len(keys) > 1 else 6, 1.5 + 0.36 * len(names))
+    names = list(by_class)
+    figure = new_figure(9 if len(keys) > 1 else 6, 1 + 0.36 * len(names))
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for panel, key, color in zip(panels, keys, line_colors(2), strict=False):
-        bars = panel.barh(range(len(names)), [by_class[name][key] for name in names], color=color, height=0.7)
-        panel.bar_label(bars, fmt="%.3g", padding=3, fontsize=9)
-        mean = by_class["all tokens"][key]
-        panel.axvline(mean, color="black", linewidth=1, linestyle="--", label=f"all tokens: {mean:.3g}")
+        colors = ["dimgray" if name == "all tokens" else color for name in names]
+        bars = panel.barh(range(len(names)), [by_class[name][key] for name in names], color=colors, height=0.7)
+        panel.bar_label(bars, fmt="%#.3g", padding=3, fontsize=9)
         panel.set(title=titles[key], xlabel="mean, nats a token")
         panel.margins(x=0.16)
-        panel.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / len(names) - 0.1), fontsize=9, frameon=False)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), [f"{name} ({by_class[name]['tokens']:,})" for name in names])
     panels[0].invert_yaxis()
@@ -41,12 +39,12 @@ def plot_classes(by_class: Mapping[str, Mapping[str, float]], path: str) -> None
     save_figure(figure, path)
 
 
-def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str) -> None:
+def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str, start: int = 0) -> None:
     """How far each virtual token has come, over checkpoints.
 
     Args:
-        drifts: Name, step and drift of each checkpoint, the oldest first; the start, at step 0, is drawn besides. A prompt without a step,
-            saved when its run was over, stands last.
+        drifts: Name, step and drift of each checkpoint, the oldest first. A prompt without a step, saved when its run was over, stands last.
+        start (`int`): The step of what the drift is taken from, which is drawn besides.
 
     Raises:
         ImportError: without matplotlib.
@@ -54,27 +52,37 @@ def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str) -> No
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     steps = [step for _, step, _ in drifts if step is not None]
-    positions = [0, *steps] + [_after(steps)] * (len(drifts) - len(steps))
+    positions = [start, *steps] + [_after(steps)] * (len(drifts) - len(steps))
     tokens = len(drifts[0][2].relative)
     marker = "o" if len(positions) <= 20 else None
-    for token, color in enumerate(line_colors(tokens)):
-        look = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4}
-        left.plot(positions, [0.0, *(drift.relative[token] for _, _, drift in drifts)], label=str(token + 1), **look)
+    named = tokens <= 12  # more lines have no room for names, and are told apart by a scale
+    colors = line_colors(tokens)
+    for token, color in enumerate(colors):
+        label = str(token + 1) if named else None
+        look = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4 if named else 0.8}
+        left.plot(positions, [0.0, *(drift.relative[token] for _, _, drift in drifts)], label=label, **look)
         right.plot(positions, [1.0, *(drift.cosine[token] for _, _, drift in drifts)], **look)
     overall = [0.0, *(drift.overall for _, _, drift in drifts)]
-    left.plot(positions, overall, color="black", linewidth=2, linestyle="--", label="all together")
-    left.set(title="Distance from the start, as a share of its norm", ylim=(0, None))
+    left.plot(positions, overall, color="dimgray", linewidth=2.6, linestyle="--", label="all together")
+    left.set(title="Distance from the start (share of its norm)", ylim=(0, None))
     right.set(title="Cosine with the start")
     for panel in (left, right):
         panel.set_xlabel("step")
         panel.grid(alpha=0.25, linewidth=0.6)
         if len(steps) < len(drifts):
-            ticks = [tick for tick in panel.get_xticks() if 0 <= tick <= max([*steps, 0])]
+            ticks = [tick for tick in panel.get_xticks() if start <= tick <= max([*steps, start])]
             panel.set_xticks([*ticks, positions[-1]], [*(f"{tick:g}" for tick in ticks), "\nlast saved"])
         else:
             panel.xaxis.get_major_locator().set_params(integer=True)
-    columns = min(tokens + 1, 11)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False, title="virtual token")
+    figure.legend(
+        loc="outside lower center",
+        ncols=min(tokens + 1, 13),
+        fontsize=9,
+        frameon=False,
+        title="virtual token" if named else None,
+    )
+    if not named:
+        add_scale(figure, right, colors, "virtual token")
     save_figure(figure, path)
 
 
@@ -108,7 +116,7 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
                 axes.text(
                     column,
                     row,
-                    f"{value:.2f}",
+                    f"{round(value, 2) + 0.0:.2f}",  # no minus before a zero
                     ha="center",
                     va="center",
                     fontsize=8,
@@ -161,7 +169,7 @@ def _example(change: Change) -> str:
         for line in zip(*columns.values(), strict=True)
     )
     return (
-        f"<article>\n<p>Row {change.row}, token {change.place + 1} of the answer; KL(prompted || plain) {change.kl:.3f} nats</p>\n"
+        f"<article>\n<p>Row {change.row} (of those looked at, from 0), token {change.place + 1} of the answer; KL(prompted || plain) {change.kl:.3f} nats</p>\n"
         f"<pre>{html.escape(change.context)}<mark>{html.escape(change.token)}</mark></pre>\n"
         f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</article>"
     )

@@ -25,7 +25,7 @@ def at_least_one(text: str) -> int:
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of them; it must be a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a whole number, 1 or more")
     return value
 
 
@@ -112,14 +112,14 @@ def check_room(
     check_positions(role, model, longest, "Lower `--max_length` or `--max_new_tokens`.")
 
 
-def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    """A table on standard output; numbers stand on the right."""
+def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
+    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console.width = 140
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index == 0 else "right")
+        table.add_column(Text(column), justify="left" if index < left else "right")
     for line in lines:
         table.add_row(*(Text(str(cell)) for cell in line))
     console.print(table)

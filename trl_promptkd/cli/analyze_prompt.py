@@ -105,7 +105,9 @@ def look_at(
     drifts: list[tuple[str, int | None, Drift]] = []
     if initial is not None:
         drifts = [(prompt.name, prompt.step, prompt_drift(prompt.embeddings, initial)) for prompt in prompts]
-        plot_drift(drifts, os.path.join(args.output_dir, "drift.png"))
+    if len(drifts) > 1:
+        start = drifts[0][1] or 0 if initial is prompts[0].embeddings else 0
+        plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
     return {
         "looked_at": prompts[-1].folder,
         "nearest": [
@@ -131,7 +133,6 @@ def compare(
     rows: list[dict[str, list[int]]],
     args: argparse.Namespace,
 ) -> PromptEffect:
-    rows = sorted(rows, key=lambda row: -len(row["prompt_ids"]) - len(row["completion_ids"]))
     student = None
     if args.student is not None:
         student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code).eval()
@@ -172,9 +173,14 @@ def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Name
     for index, of_token in enumerate(found["nearest"], start=1):
         by_cosine = "  ".join(f"{token['token']!r} {token['cosine']:.2f}" for token in of_token["cosine"][:3])
         closest = of_token["distance"][0]
-        lines.append([index, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}"])
-    title = f"Nearest tokens to each virtual token of {found['looked_at']}"
-    print_table(title, ["", "by cosine", "by distance (1: the typical norm)"], lines)
+        line = [index, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}"]
+        if found["drift"]:
+            last = found["drift"][-1]
+            line += [number(last["relative"][index - 1], ".4f"), number(last["cosine"][index - 1], ".4f")]
+        lines.append(line)
+    title = f"Virtual tokens of {found['looked_at']}: nearest tokens by cosine and by distance (1: the typical norm), and their way from the start"
+    columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
+    print_table(title, columns if found["drift"] else columns[:3], lines, left=3)
     lines = [
         [
             drift["name"],

@@ -7,6 +7,7 @@ teacher has.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,40 +200,48 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     Raises:
         ImportError: without matplotlib.
     """
-    figure = new_figure(9, 7.2)
-    axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, line_colors(len(students)), strict=True))
     styles = dict(zip(teachers, ("-", "--", ":", "-."), strict=False))
+    entries = [*students, *(f"{teacher} teacher" for teacher in teachers)]
+    lines = -(-len(entries) // max(115 // (max(map(len, entries)) + 7), 1))  # of the legend
+    figure = new_figure(9, 6.6 + 0.2 * lines)
+    axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
+    shaded = len(results) <= 4  # more would hide each other
     for (student, teacher), result in results.items():
         shown = result.well_covered()
         positions = range(1, shown + 1)
-        look = {"color": colors[student], "linestyle": styles[teacher], "linewidth": 1.6}
+        look = {"color": colors[student], "linestyle": styles[teacher], "linewidth": 1.6 if len(results) <= 8 else 1.1}
         if shown == 1:
             look["marker"] = "o"
-        axes["error"].plot(positions, result.ex_acc_err[:shown], label=f"{student}, {teacher} teacher", **look)
-        if len(results) <= 4:  # more would hide each other
-            axes["error"].fill_between(
-                positions, result.low[:shown], result.high[:shown], color=colors[student], alpha=0.13, linewidth=0
-            )
+        axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
+        if shaded:
+            area = {"color": colors[student], "alpha": 0.13, "linewidth": 0}
+            axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], **area)
         axes["student"].plot(positions, result.kl_on_student[:shown], **look)
         axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
-    title = "Exposure bias" + (" (shaded: 95 % interval over rows)" if len(results) <= 4 else "")
-    axes["error"].set(title=title, xlabel="position l", ylabel="ExAccErr(l), %")
+    _label(axes, shaded, max(map(ExposureBias.well_covered, results.values())))
+    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
+    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
+    columns = -(-len(entries) // lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    save_figure(figure, path)
+
+
+def _label(axes: Mapping[str, Any], shaded: bool, longest: int) -> None:
+    axes["error"].set(
+        title="Exposure bias" + (" (shaded: 95 % interval over rows)" if shaded else ""), ylabel="ExAccErr(l), %"
+    )
     axes["error"].axhline(0, color="gray", linewidth=0.6)
-    if max(map(ExposureBias.well_covered, results.values())) >= READ_AT:
+    if longest >= READ_AT:
         axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
         mark = axes["error"].get_xaxis_transform()
-        axes["error"].text(READ_AT, 0.99, f" l = {READ_AT}", transform=mark, va="top", color="dimgray", fontsize=9)
+        axes["error"].text(READ_AT, 0.98, f"  l = {READ_AT}", transform=mark, va="top", color="dimgray", fontsize=9)
     axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats")
     axes["teacher"].set(title="On the teacher's prefixes")
     axes["teacher"].sharey(axes["student"])
+    axes["student"].set_ylim(bottom=0)
     for panel in axes.values():
+        panel.set_xlabel("position l")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.25, linewidth=0.6)
-        panel.set_xlabel("position l")
-    axes["student"].set_ylim(bottom=0)
-    longest = max(map(len, (f"{student}, {teacher} teacher" for student, teacher in results)))
-    columns = min(len(results), max(110 // (longest + 8), 1))
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    save_figure(figure, path)

@@ -29,6 +29,9 @@ from .analyze_common import (
 from .common import load_model, without_nan
 
 
+_COLUMNS = 5  # that fit on a screen beside each other
+
+
 def add_exposure(commands: Any) -> None:
     exposure = commands.add_parser(
         "exposure",
@@ -142,12 +145,13 @@ def table_of(results: dict[tuple[str, str], ExposureBias]) -> str:
 
 def show(results: dict[tuple[str, str], ExposureBias]) -> None:
     pairs = {f"{student}, {teacher} teacher": result for (student, teacher), result in results.items()}
-    longest = max(map(len, pairs.values()))
-    lines = []
-    for position in [1, *range(5, longest + 1, 5)]:
-        cells = [_cell(result, position) for result in pairs.values()]
-        lines.append([position, *cells])
-    print_table("ExAccErr(l) in percent, with its 95 % interval over rows", ["l", *pairs], lines)
+    if len(pairs) <= _COLUMNS:
+        longest = max(map(len, pairs.values()))
+        lines = [
+            [position, *(_cell(result, position) for result in pairs.values())]
+            for position in (1, *range(5, longest + 1, 5))
+        ]
+        print_table("ExAccErr(l) in percent, with its 95 % interval over rows", ["l", *pairs], lines)
     lines = []
     for name, result in pairs.items():
         position = min(READ_AT, len(result))

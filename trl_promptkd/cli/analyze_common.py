@@ -125,6 +125,6 @@ def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any
     console.print(table)
 
 
-def number(value: float, form: str = ".3f") -> str:
+def number(value: float, digits: int) -> str:
     """A number, or a dash where it is not defined."""
-    return "\N{EM DASH}" if value != value else f"{value:{form}}"
+    return "\N{EM DASH}" if value != value else f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero

@@ -157,7 +157,9 @@ def show(results: dict[tuple[str, str], ExposureBias]) -> None:
         position = min(READ_AT, len(result))
         at = result.at(position)
         rows = f"{at['rows_on_student']}, {at['rows_on_teacher']}"
-        lines.append([name, position, number(at["regret"]), number(at["expected"]), _cell(result, position), rows])
+        lines.append(
+            [name, position, number(at["regret"], 3), number(at["expected"], 3), _cell(result, position), rows]
+        )
     columns = ["", "l", "R(l), nats", "eps(l), nats", "ExAccErr(l), %", "rows with l: student's, teacher's"]
     print_table(f"Read at l = {READ_AT}, or the last position before it", columns, lines)
 
@@ -166,6 +168,5 @@ def _cell(result: ExposureBias, position: int) -> str:
     if position > len(result):
         return ""
     at = result.at(position)
-    if at["low"] != at["low"] or at["ex_acc_err"] != at["ex_acc_err"]:
-        return number(at["ex_acc_err"], ".1f")
-    return f"{at['ex_acc_err']:.1f} ({at['low']:.1f} to {at['high']:.1f})"
+    error, low, high = (number(at[name], 1) for name in ("ex_acc_err", "low", "high"))
+    return f"{error} ({low} to {high})" if at["low"] == at["low"] else error

@@ -133,18 +133,18 @@ def compare(
     rows: list[dict[str, list[int]]],
     args: argparse.Namespace,
 ) -> PromptEffect:
-    student = None
+    student, sampled = None, 0
+    if args.responses == "student":
+        rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
+    check_room("teacher", teacher, rows, sampled, len(soft_prompt))
     if args.student is not None:
         student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code).eval()
-    sampled = args.max_new_tokens if args.responses == "student" else 0
-    check_room("teacher", teacher, rows, sampled, len(soft_prompt))
+        check_room("student", student, rows, sampled)
     vocab_size = compared_ids(tokenizer, teacher, student)
     sampling = sampling_of(args, teacher, tokenizer)
     prompt_ids, completions = [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows]
-    if student is not None:
-        check_room("student", student, rows, sampled)
-        if args.responses == "student":
-            completions = sample_prefixes(student, prompt_ids, sampling, args.seed, args.batch_size, vocab_size)
+    if student is not None and sampled:
+        completions = sample_prefixes(student, prompt_ids, sampling, args.seed, args.batch_size, vocab_size)
     return prompt_effect(
         teacher,
         soft_prompt,
@@ -176,7 +176,7 @@ def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Name
         line = [index, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}"]
         if found["drift"]:
             last = found["drift"][-1]
-            line += [number(last["relative"][index - 1], ".4f"), number(last["cosine"][index - 1], ".4f")]
+            line += [number(last["relative"][index - 1], 4), number(last["cosine"][index - 1], 4)]
         lines.append(line)
     title = f"Virtual tokens of {found['looked_at']}: nearest tokens by cosine and by distance (1: the typical norm), and their way from the start"
     columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
@@ -184,7 +184,7 @@ def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Name
     lines = [
         [
             drift["name"],
-            number(drift["overall"], ".4f"),
+            number(drift["overall"], 4),
             f"{min(drift['relative']):.4f} to {max(drift['relative']):.4f}",
             f"{min(drift['cosine']):.4f} to {max(drift['cosine']):.4f}",
         ]
@@ -199,9 +199,9 @@ def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Name
             [
                 name,
                 f"{values['tokens']:,}",
-                number(values["prompted_plain"], ".4f"),
-                number(values.get("prompted_student", float("nan")), ".4f"),
-                number(100 * values["share"], ".1f"),
+                number(values["prompted_plain"], 4),
+                number(values.get("prompted_student", float("nan")), 4),
+                number(100 * values["share"], 1),
             ]
             for name, values in effect.by_class().items()
         ]

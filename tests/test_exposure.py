@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from reference import kl, log_probs
 from tiny import WORDS, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
 from trl_promptkd.analysis.exposure import ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
@@ -183,6 +184,15 @@ class TestCommand:
         assert len(rows) == sum(len(curve["positions"]) for curve in result["curves"])
         assert float(rows[1]["regret"]) == result["curves"][0]["positions"][1]["regret"]
         assert (folder / "out" / "exposure.png").stat().st_size > 10_000
+
+    def test_a_lora_adapter_as_a_student(self, folder, capsys):
+        model = AutoModelForCausalLM.from_pretrained(folder / "a")
+        adapter = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+        adapter.save_pretrained(folder / "adapter")
+        assert main(flags(folder, "--json", students=["a", "adapter"])) == 0
+        base, adapted = json.loads(capsys.readouterr().out)["curves"]
+        at_start = [curve["positions"][0]["kl_on_student"] for curve in (base, adapted)]
+        assert abs(at_start[0] - at_start[1]) > 1e-2
 
     def test_json_is_all_that_is_printed(self, folder, capsys):
         assert main(flags(folder, "--json", students=["teacher"])) == 0

@@ -289,7 +289,8 @@ def analyze_prompt(folder: Path, *flags: str, teacher=None):
     if not (folder / "run").exists():
         soft_prompt().save_adapter(str(folder / "run" / "teacher_prompt"))
     written(folder / "rows.json", b'{"prompt": "the cat"}\n')
-    command(folder, "analyze", "prompt", "--teacher", "FOLDER/teacher", "--prompt", "FOLDER/run", *flags)
+    where = ("--prompt", "FOLDER/run", "--output_dir", "FOLDER/out")
+    command(folder, "analyze", "prompt", "--teacher", "FOLDER/teacher", *where, *flags)
 
 
 def prompts_of_two_runs(folder: Path):

@@ -178,7 +178,7 @@ def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Name
             last = found["drift"][-1]
             line += [number(last["relative"][index - 1], 4), number(last["cosine"][index - 1], 4)]
         lines.append(line)
-    title = f"Virtual tokens of {found['looked_at']}: nearest tokens by cosine and by distance (1: the typical norm), and their way from the start"
+    title = f"Virtual tokens of {found['looked_at']} and the tokens nearest to them (distance 1: the typical norm)"
     columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
     print_table(title, columns if found["drift"] else columns[:3], lines, left=3)
     lines = [

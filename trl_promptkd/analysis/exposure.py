@@ -207,20 +207,28 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     lines = -(-len(entries) // max(115 // (max(map(len, entries)) + 7), 1))  # of the legend
     figure = new_figure(9, 6.6 + 0.2 * lines)
     axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
-    shaded = len(results) <= 4  # more would hide each other
-    for (student, teacher), result in results.items():
+    longest = max(map(ExposureBias.well_covered, results.values()))
+    intervals = "shaded" if len(results) <= 2 else f"bars at l = {READ_AT}" if len(results) <= 8 else None
+    for index, ((student, teacher), result) in enumerate(results.items()):
         shown = result.well_covered()
         positions = range(1, shown + 1)
         look = {"color": colors[student], "linestyle": styles[teacher], "linewidth": 1.6 if len(results) <= 8 else 1.1}
         if shown == 1:
             look["marker"] = "o"
         axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
-        if shaded:
+        if intervals == "shaded":
             area = {"color": colors[student], "alpha": 0.13, "linewidth": 0}
             axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], **area)
+        elif intervals is not None and shown >= READ_AT:
+            at = result.at(READ_AT)
+            beside = READ_AT + 0.016 * longest * (
+                index - (len(results) - 1) / 2
+            )  # bars at one place would hide each other
+            bar = axes["error"].vlines(beside, at["low"], at["high"], color=colors[student], linewidth=2, alpha=0.7)
+            bar.set_linestyle(styles[teacher])
         axes["student"].plot(positions, result.kl_on_student[:shown], **look)
         axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
-    _label(axes, shaded, max(map(ExposureBias.well_covered, results.values())))
+    _label(axes, intervals, longest)
     looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
     handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
     columns = -(-len(entries) // lines)
@@ -228,12 +236,13 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     save_figure(figure, path)
 
 
-def _label(axes: Mapping[str, Any], shaded: bool, longest: int) -> None:
+def _label(axes: Mapping[str, Any], intervals: str | None, longest: int) -> None:
     axes["error"].set(
-        title="Exposure bias" + (" (shaded: 95 % interval over rows)" if shaded else ""), ylabel="ExAccErr(l), %"
+        title="Exposure bias" + (f" ({intervals}: 95 % interval over rows)" if intervals else ""),
+        ylabel="ExAccErr(l), %",
     )
     axes["error"].axhline(0, color="gray", linewidth=0.6)
-    if longest >= READ_AT:
+    if longest >= READ_AT and intervals in ("shaded", None):
         axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
         mark = axes["error"].get_xaxis_transform()
         axes["error"].text(READ_AT, 0.98, f"  l = {READ_AT}", transform=mark, va="top", color="dimgray", fontsize=9)

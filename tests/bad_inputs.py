@@ -26,7 +26,6 @@ import torch
 from conftest import short_run
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from safetensors.torch import save_file
 from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     BertConfig,
@@ -300,13 +299,30 @@ def saved_model(path: Path, **settings) -> str:
     return saved_tokenizer(path)
 
 
-def attention_prompt(folder: Path):
-    (folder / "prompt").mkdir()
-    save_file({"prompt_embeddings": torch.zeros(3, 16)}, folder / "prompt" / "adapter_model.safetensors")
-    teacher = saved_model(folder / "teacher", seed=1)
-    attention_command(
-        folder, "--teacher", teacher, "--prompt", "FOLDER/prompt", models=(saved_model(folder / "student"),)
-    )
+def analyze(folder: Path, analysis: str, *flags: str):
+    written(folder / "rows.json", b'{"prompt": "the cat"}\n')
+    command(folder, "analyze", analysis, "--teacher", "no/such-teacher", *flags)
+
+
+def analyze_prompt(folder: Path, *flags: str, teacher=None):
+    """Of a saved prompt, with a teacher whose tokenizer is there and whose weights may be."""
+    saved(folder, teacher)
+    if not (folder / "run").exists():
+        soft_prompt().save_adapter(str(folder / "run" / "teacher_prompt"))
+    written(folder / "rows.json", b'{"prompt": "the cat"}\n')
+    where = ("--prompt", "FOLDER/run", "--output_dir", "FOLDER/out")
+    command(folder, "analyze", "prompt", "--teacher", "FOLDER/teacher", *where, *flags)
+
+
+def prompts_of_two_runs(folder: Path):
+    for step, virtual in ((1, 3), (2, 7)):
+        soft_prompt(virtual).save_adapter(str(folder / "run" / f"checkpoint-{step}" / "teacher_prompt"))
+    analyze_prompt(folder)
+
+
+def prompt_of_another_kind(folder: Path):
+    get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "run")
+    analyze_prompt(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- the cases
@@ -678,14 +694,6 @@ ARGUMENTS = [
         "--teacher",
     ),
     Case(
-        "attention_rows",
-        "`trl-promptkd analyze attention --rows 0`",
-        lambda folder: attention_command(folder, "--rows", "0"),
-        ExitCode2,
-        "`--rows` is 0",
-        "it must be above 0",
-    ),
-    Case(
         "attention_prompt_without_teacher",
         "... `--prompt` without `--teacher`",
         lambda folder: attention_command(folder, "--prompt", "teacher_prompt"),
@@ -716,6 +724,32 @@ ARGUMENTS = [
         ExitCode2,
         "argument --teacher_init_kwargs: '{dtype: float32}' is not the",
         "JSON of a dict, such as",
+    ),
+    Case(
+        "cli_analyze_rows",
+        "`trl-promptkd analyze exposure --rows 0`",
+        lambda folder: analyze(
+            folder, "exposure", "--student", "no/such-student", "--dataset", "FOLDER/rows.json", "--rows", "0"
+        ),
+        ExitCode2,
+        "argument --rows: '0' is not allowed",
+        "it must be a whole number, 1 or more",
+    ),
+    Case(
+        "cli_analyze_no_student",
+        "`trl-promptkd analyze prompt --responses student` without `--student`",
+        lambda folder: analyze(folder, "prompt", "--prompt", "FOLDER", "--responses", "student"),
+        ExitCode2,
+        "there is no `--student`",
+        "Pass one, or set `--responses dataset`",
+    ),
+    Case(
+        "cli_analyze_no_dataset",
+        "the same with `--student` and without `--dataset`",
+        lambda folder: analyze(folder, "prompt", "--prompt", "FOLDER", "--responses", "student", "--student", "x"),
+        ExitCode2,
+        "there is no `--dataset`, whose prompts it answers",
+        "Pass one",
     ),
 ]
 
@@ -1058,10 +1092,20 @@ DATA = [
     Case(
         "attention_no_answers",
         "`trl-promptkd analyze attention` on prompts without answers",
-        lambda folder: attention_command(folder, rows=b'{"prompt": "the cat"}\n'),
+        lambda folder: attention_command(
+            folder, rows=b'{"prompt": "the cat"}\n', models=(saved_tokenizer(folder / "student"),)
+        ),
         ExitCode2,
         "`--dataset` holds prompts without answers",
         "for that of prompts too pass `--queries all`",
+    ),
+    Case(
+        "cli_analyze_answers",
+        "`trl-promptkd analyze prompt --responses dataset` of rows without answers",
+        lambda folder: analyze_prompt(folder, "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "`--dataset` holds prompts without answers",
+        "Set `--responses student`",
     ),
 ]
 FILES = [
@@ -1304,26 +1348,32 @@ FILES = [
         "Build one with",
     ),
     Case(
-        "attention_prompt",
-        "`trl-promptkd analyze attention --prompt` with the soft prompt of another teacher",
-        attention_prompt,
-        ExitCode2,
-        "holds no soft prompt of this teacher, whose embeddings have 32 numbers, but {'prompt_embeddings': (3, 16)}",
-        "`--prompt` must be the folder of a soft prompt",
-        needs_weights=True,
-    ),
-    Case(
-        "attention_no_prompt",
-        "... with a folder that has none",
-        lambda folder: attention_command(
+        "cli_analyze_no_prompt",
+        "`trl-promptkd analyze exposure --prompt` of a folder without a soft prompt",
+        lambda folder: analyze(
             folder,
-            *("--teacher", saved_model(folder / "teacher", seed=1), "--prompt", "FOLDER"),
-            models=(saved_model(folder / "student"),),
+            "exposure",
+            *("--student", "no/such-student", "--dataset", "FOLDER/rows.json", "--prompt", "FOLDER"),
         ),
         ExitCode2,
-        "adapter_model.safetensors does not exist",
-        "`--prompt` must be the folder of a soft prompt",
-        needs_weights=True,
+        "holds no soft prompt",
+        "Pass the folder",
+    ),
+    Case(
+        "cli_analyze_lora",
+        "`trl-promptkd analyze prompt --prompt` of a LoRA adapter",
+        prompt_of_another_kind,
+        ExitCode2,
+        "run holds a LORA adapter, which is no soft prompt",
+        "Pass the folder of a soft prompt",
+    ),
+    Case(
+        "cli_analyze_two_runs",
+        "`trl-promptkd analyze prompt --prompt` of a folder with the checkpoints of two runs",
+        prompts_of_two_runs,
+        ExitCode2,
+        "they are not of one run",
+        "Pass the folder of one run",
     ),
 ]
 MODELS = [
@@ -1488,8 +1538,8 @@ MODELS = [
             models=(saved_model(folder / "student", family="gpt2"),),
         ),
         ExitCode2,
-        "has 128 positions, but the longest row has 203",
-        "Set `--max_length 128`",
+        "has 128 positions, but the longest row needs 203",
+        "Lower `--max_length`.",
         needs_weights=True,
     ),
     Case(
@@ -1535,6 +1585,36 @@ MODELS = [
         FloatingPointError,
         "The loss is nan at step 1",
         "Check the weights for NaN",
+        needs_weights=True,
+    ),
+    Case(
+        "cli_analyze_tokenizer",
+        "`trl-promptkd analyze` with a teacher beside which there is no tokenizer",
+        lambda folder: analyze(folder, "exposure", "--student", "no/such-student", "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "`--teacher` is 'no/such-teacher', beside which there is no tokenizer",
+        "Save one there",
+    ),
+    Case(
+        "cli_analyze_another_teacher",
+        "`trl-promptkd analyze prompt` of a prompt for another teacher",
+        lambda folder: analyze_prompt(folder, teacher=tiny_model(hidden_size=64)),
+        ExitCode2,
+        "has 32 numbers a token, but the teacher's embeddings have 64",
+        "Pass the teacher that it was trained with",
+        needs_weights=True,
+    ),
+    Case(
+        "cli_analyze_nan",
+        "`trl-promptkd analyze prompt` with a teacher with NaN among its weights",
+        lambda folder: analyze_prompt(
+            folder,
+            *("--dataset", "FOLDER/rows.json", "--responses", "student", "--student", "FOLDER/teacher"),
+            teacher=spoiled(tiny_model()),
+        ),
+        ExitCode2,
+        "hold NaN or infinities",
+        "Check its weights",
         needs_weights=True,
     ),
 ]

@@ -19,10 +19,10 @@ def kl(log_a, log_b):
 
 
 @torch.no_grad()
-def greedy(model, prompt, max_new_tokens, eos):
+def greedy(model, prompt, max_new_tokens, eos, soft_prompt=None):
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(int(log_probs(model, [*ids, 0], len(ids), soft_prompt).argmax()))
         if ids[-1] == eos:
             break
     return ids[len(prompt) :]

@@ -349,6 +349,7 @@ def folder(tmp_path):
     (tmp_path / "teacher_prompt").mkdir()
     prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     save_file({"prompt_embeddings": prompt}, tmp_path / "teacher_prompt" / "adapter_model.safetensors")
+    (tmp_path / "teacher_prompt" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
     return tmp_path
 
 
@@ -397,7 +398,7 @@ class TestCommand:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert main(flags(folder)) == 2
         printed = capsys.readouterr().err
-        assert 'Install it: pip install "trl_promptkd[analysis]"' in printed
+        assert 'Install it with `pip install "trl_promptkd[analysis]"`' in printed
         assert "Loading" not in printed
 
     def test_a_saved_adapter_is_measured_on_its_base(self, folder):

@@ -29,6 +29,14 @@ class TestGenerateCompletions:
         got = generate_completions(model, PROMPTS, config(do_sample=False), batch_size)
         assert got == [greedy(model, prompt, 8, EOS) for prompt in PROMPTS]
 
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+    def test_greedy_behind_a_soft_prompt_equals_each_prompt_alone(self, family):
+        model = tiny_model(family)
+        soft_prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+        got = generate_completions(model, PROMPTS, config(do_sample=False), soft_prompt=soft_prompt)
+        assert got == [greedy(model, prompt, 8, EOS, soft_prompt) for prompt in PROMPTS]
+        assert got != [greedy(model, prompt, 8, EOS) for prompt in PROMPTS]
+
     def test_a_completion_ends_with_its_first_end_of_text(self):
         completions = [ids for seed in range(20) for ids in sample(tiny_model(), seed)]
         ended = [ids for ids in completions if EOS in ids]

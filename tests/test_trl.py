@@ -157,8 +157,28 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
-            ("analysis", ["attention_layers", "attention", "attention_plots", "__init__"]),
-            ("cli", ["common", "cache", "doctor", "analyze_attention", "analyze", "__init__", "__main__"]),
+            (
+                "analysis",
+                [
+                    *("figures", "asking", "saved_prompt", "token_classes"),
+                    *(
+                        "exposure",
+                        "prompt",
+                        "prompt_report",
+                        "attention_layers",
+                        "attention",
+                        "attention_plots",
+                        "__init__",
+                    ),
+                ],
+            ),
+            (
+                "cli",
+                [
+                    *("common", "cache", "doctor", "analyze_common", "analyze_exposure", "analyze_prompt"),
+                    *("analyze_attention", "analyze", "__init__", "__main__"),
+                ],
+            ),
         ],
     )
     def test_imports_inside_a_folder_point_up_its_list(self, folder, order):

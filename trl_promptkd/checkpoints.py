@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .files import whole_file
 
 
-__all__ = ["checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
+__all__ = ["checkpoint_folders", "checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: s
             json.dump({"files": sizes}, file, indent=1)
         os.remove(begun)
         if limit:
-            for old in _checkpoints(run_dir):
+            for old in checkpoint_folders(run_dir):
                 if os.path.exists(
                     os.path.join(old, _BEGUN_FILE)
                 ):  # what a killed run left must not outlive a whole one
@@ -98,13 +98,13 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
             logger.warning(f"The checkpoint {folder} cannot be checked: {problem}.")
         if problem in (None, _NO_LIST):
             return folder
-        of_this_run = os.path.realpath(folder) in map(os.path.realpath, _checkpoints(output_dir))
+        of_this_run = os.path.realpath(folder) in map(os.path.realpath, checkpoint_folders(output_dir))
         if problem != _UNFINISHED or not of_this_run:
             raise ValueError(
                 f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an older one, or set "
                 "`resume_from_checkpoint=True` for the newest whole one."
             )
-    there, problems = _checkpoints(output_dir), []
+    there, problems = checkpoint_folders(output_dir), []
     if resume_from_checkpoint is not True:
         there = [path for path in there if _step(path) <= _step(folder)]
     for folder in there:
@@ -123,7 +123,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     )
 
 
-def _checkpoints(run_dir: str) -> list[str]:
+def checkpoint_folders(run_dir: str) -> list[str]:
     """The checkpoints in a folder, whole or not, the newest first."""
     there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     found = [name for name in there if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-__all__ = ["read_safetensors", "read_text", "remove_incomplete", "whole_file"]
+__all__ = ["read_safetensors", "read_text", "remove_incomplete", "whole_file", "write_text"]
 
 _INCOMPLETE = ".incomplete"
 
@@ -51,6 +51,12 @@ def whole_file(path: str) -> Iterator[str]:
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def write_text(path: str, text: str) -> None:
+    """Write `text` as UTF-8, so that `path` holds either what it held before or all of it."""
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
 
 def _sync(path: str) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "input_embeddings",
     "inside_forward",
     "is_sharded",
+    "prompted_embeddings",
     "whole_weights",
 ]
 
@@ -239,9 +240,7 @@ def _inputs(
     if soft_prompt is None:
         inputs["input_ids"] = input_ids
     else:
-        with torch.no_grad():
-            token_embeds = input_embeddings(bare)(input_ids)
-        inputs["inputs_embeds"], attention_mask = _prepend_soft_prompt(token_embeds, attention_mask, soft_prompt)
+        inputs["inputs_embeds"], attention_mask = prompted_embeddings(bare, input_ids, attention_mask, soft_prompt)
     inputs["attention_mask"] = attention_mask
     # The class's signature: wrappers may hide it. Models without positions (BLOOM, MPT) count them from the mask themselves
     if "position_ids" in inspect.signature(type(asked).forward).parameters:
@@ -291,8 +290,10 @@ def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
         )
 
 
-def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """Put the soft prompt between a row's left padding and its first token.
+def prompted_embeddings(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The embeddings of rows with the soft prompt between a row's left padding and its first token.
 
     PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:
     the token at column `i` is found at column `i + num_virtual_tokens` in every row.
@@ -300,6 +301,8 @@ def _prepend_soft_prompt(token_embeds: Tensor, attention_mask: Tensor, soft_prom
     Returns:
         Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.
     """
+    with torch.no_grad():
+        token_embeds = input_embeddings(model)(input_ids)
     seq, hidden = token_embeds.shape[1:]
     virtual = soft_prompt.size(0)
     columns = torch.arange(virtual + seq, device=token_embeds.device)  # (virtual + seq)

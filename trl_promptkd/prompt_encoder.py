@@ -27,7 +27,7 @@ from .forward import input_embeddings
 __all__ = ["ADAPTER_FOLDER", "PromptEncoderConfig", "SoftPrompt", "check_peft_config"]
 
 ADAPTER_FOLDER = "teacher_prompt"  # beside the student's files, in checkpoints and on the Hub
-_PARAMETERS_FILE = "prompt_encoder.safetensors"
+PARAMETERS_FILE = "prompt_encoder.safetensors"
 _INITS = {"text": "TEXT", "random": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 _ENCODERS = ("embedding", "mlp", "lstm")
 # Not those that wait for metrics
@@ -256,7 +256,7 @@ class SoftPrompt(nn.Module):
         config.save_pretrained(folder)
         # P-tuning adapters hold the network's output, which is all that is needed to use the prompt
         write_safetensors({"prompt_embeddings": self().detach()}, os.path.join(folder, "adapter_model.safetensors"))
-        write_safetensors(self.state_dict(), os.path.join(folder, _PARAMETERS_FILE))
+        write_safetensors(self.state_dict(), os.path.join(folder, PARAMETERS_FILE))
 
     def load_parameters(self, folder: str) -> None:
         """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`.
@@ -265,7 +265,7 @@ class SoftPrompt(nn.Module):
             FileNotFoundError: where there is nothing.
             ValueError: where there is a prompt of another shape or type, one that is not finite, or no prompt at all.
         """
-        path = os.path.join(folder, _PARAMETERS_FILE)
+        path = os.path.join(folder, PARAMETERS_FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(
                 f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely. Resume from another "

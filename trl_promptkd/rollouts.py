@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -25,7 +25,7 @@ from transformers.generation import GenerationMode
 
 from ._trl import sampling_loop, unwrap_model_for_generation
 from .data import pad_rows
-from .forward import is_sharded
+from .forward import is_sharded, prompted_embeddings
 
 
 __all__ = [
@@ -130,6 +130,7 @@ def generate_completions(
     batch_size: int | None = None,
     vocab_size: int | None = None,
     in_step: bool = False,
+    soft_prompt: Tensor | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, with a KV cache, in evaluation mode.
 
@@ -142,6 +143,7 @@ def generate_completions(
         batch_size: Prompts generated at once; `None` for all.
         vocab_size: Number of ids that stand for tokens, where the model has more.
         in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the others need.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each prompt's first token.
 
     Returns:
         One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
@@ -161,17 +163,22 @@ def generate_completions(
             rows = order[start : start + batch_size]
             prompts = [prompt_ids[row] for row in rows]
             batch = pad_rows(prompts, [[]] * len(prompts), generation_config.pad_token_id)
+            ids, mask = (batch[name].to(model.device) for name in ("prompts", "prompt_attention_mask"))
+            inputs, width = {"input_ids": ids}, ids.size(1)
+            if soft_prompt is not None:  # `generate` then returns the new tokens alone
+                embeds, mask = prompted_embeddings(model, ids, mask, soft_prompt)
+                inputs, width = {"inputs_embeds": embeds}, 0
             sequences = model.generate(
-                input_ids=batch["prompts"].to(model.device),
-                attention_mask=batch["prompt_attention_mask"].to(model.device),
+                **inputs,
+                attention_mask=mask,
                 generation_config=generation_config,
                 logits_processor=processors,
                 # `generate` keeps `synced_gpus` from a loop of one's own
                 custom_generate=partial(_sample_by_drawing, synced_gpus=in_step) if draws else None,
                 synced_gpus=in_step,
             )
-            for row, ids in zip(rows, sequences[:, batch["prompts"].size(1) :].tolist(), strict=True):
-                completions[row] = up_to_the_end(ids, ends)
+            for row, new in zip(rows, sequences[:, width:].tolist(), strict=True):
+                completions[row] = up_to_the_end(new, ends)
     finally:
         base.generation_config = published
         model.train(was_training)

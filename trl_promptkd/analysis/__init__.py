@@ -1,10 +1,30 @@
-"""What distillation did to a model, beyond its scores: `trl-promptkd analyze`.
+"""`trl-promptkd analyze`: what a student, a teacher and a soft prompt do, measured on the user's own rows.
 
-`attention_layers.py` (one layer's weights at a time), `attention.py` (where several models look, layer by layer), `attention_plots.py`
-(its pictures).
+`figures.py` (the plots' look), `asking.py` (several models at the same tokens), `saved_prompt.py`, `token_classes.py`, `exposure.py` (how a
+student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt has become, and what it does), `attention_layers.py` (one layer's
+weights at a time), `attention.py` and `attention_plots.py` (where several models look, layer by layer).
 """
 
 from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention
+from .exposure import ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
+from .prompt import nearest_tokens, prompt_drift, prompt_effect
+from .saved_prompt import find_prompts, initial_prompt, read_prompt
 
 
-__all__ = ["AttentionReport", "HeadVariance", "head_matrices", "measure_attention"]
+__all__ = [
+    "AttentionReport",
+    "ExposureBias",
+    "HeadVariance",
+    "exposure_bias",
+    "find_prompts",
+    "head_matrices",
+    "initial_prompt",
+    "measure_attention",
+    "nearest_tokens",
+    "plot_exposure",
+    "prefix_kl",
+    "prompt_drift",
+    "prompt_effect",
+    "read_prompt",
+    "sample_prefixes",
+]

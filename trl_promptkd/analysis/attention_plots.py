@@ -1,16 +1,15 @@
 """Pictures of attention: the measures of each layer, and the heads in which models differ most."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..files import whole_file
 from .attention import MEASURES, SHARE_ABOVE, AttentionReport, HeadVariance
+from .figures import line_colors, new_figure, save_figure
 
 
-__all__ = ["import_pyplot", "plot_heads", "plot_measures"]
+__all__ = ["plot_heads", "plot_measures"]
 
 _TITLES = {
     "entropy": ("Entropy of a query's attention", "nats"),
@@ -18,35 +17,15 @@ _TITLES = {
     "sparsity": (f"Weights above {SHARE_ABOVE}", "share of the visible ones"),
     "similarity": ("Likeness to the layer before", "cosine"),
 }
-# Okabe and Ito's, which readers with any kind of colour vision tell apart; markers do so without colours
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
 _MAX_NAMED_TOKENS = 36  # as many as there is room for
 
 
-def import_pyplot() -> Any:
-    """matplotlib's `pyplot`, drawing into files.
-
-    Raises:
-        ImportError: where matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            'Plots need matplotlib, which is not installed. Install it: pip install "trl_promptkd[analysis]"'
-        ) from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def plot_measures(report: AttentionReport, path: str) -> None:
     """The four measures, a line a model, over the layers; over relative depth where models have different numbers of them."""
-    plt = import_pyplot()
     counts = {len(values["entropy"]) for values in report.measures.values()}
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    figure = new_figure(9, 6)
+    panels, colors = figure.subplots(2, 2), line_colors(len(report.measures))
     for axes, measure in zip(panels.flat, MEASURES, strict=True):
         for index, (name, values) in enumerate(report.measures.items()):
             numbers = np.array(values[measure], dtype=float)  # None, of the first layer's similarity, is NaN
@@ -54,7 +33,7 @@ def plot_measures(report: AttentionReport, path: str) -> None:
             axes.plot(
                 layers if len(counts) == 1 else layers / max(len(numbers) - 1, 1),
                 numbers,
-                color=_COLORS[index % len(_COLORS)],
+                color=colors[index],
                 marker=_MARKERS[index % len(_MARKERS)],
                 markersize=4,
                 linewidth=1.5,
@@ -66,7 +45,7 @@ def plot_measures(report: AttentionReport, path: str) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3, linewidth=0.5)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_heads(
@@ -78,19 +57,11 @@ def plot_heads(
         matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last tokens.
         tokens: The row's, as texts; up to 36 of them are written at the axes, of longer rows their numbers.
     """
-    plt = import_pyplot()
+    lines, columns = len(matrices), len(heads)
+    figure = new_figure(1 + 3.4 * columns, 0.9 + 3.2 * lines)
     from matplotlib.colors import PowerNorm
 
-    lines, columns = len(matrices), len(heads)
-    figure, panels = plt.subplots(
-        lines,
-        columns,
-        figsize=(1 + 3.4 * columns, 0.9 + 3.2 * lines),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for line, (name, of_model) in zip(panels, matrices.items(), strict=True):
         for axes, head, matrix in zip(line, heads, of_model, strict=True):
             first = len(tokens) - len(matrix)  # number of the first query
@@ -115,10 +86,4 @@ def plot_heads(
     for axes in panels[-1]:
         axes.set_xlabel("to token")
     figure.colorbar(image, ax=panels, label="attention weight (square-root scale)", shrink=0.8, aspect=30)
-    _save(figure, path)
-
-
-def _save(figure: Any, path: str) -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=90)
-    import_pyplot().close(figure)
+    save_figure(figure, path)

@@ -8,18 +8,17 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
-from ..analysis.attention_plots import import_pyplot, plot_heads, plot_measures
-from ..data import check_columns, tokenize_dataset
-from ..files import read_safetensors, whole_file
-from ..teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit, shared_vocab_size
-from .common import add_row_arguments, json_dict, load_model, load_rows
+from ..analysis.attention_plots import plot_heads, plot_measures
+from ..analysis.figures import check_matplotlib
+from ..analysis.saved_prompt import check_fits, find_prompts
+from ..checks import check_positions
+from ..files import write_text
+from ..teacher import check_same_tokenizer, load_teacher_tokenizer, shared_vocab_size
+from .analyze_common import at_least_one, number, print_table, tokenized_rows
+from .common import add_row_arguments, json_dict, load_model
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -34,21 +33,24 @@ def add_attention(commands: Any) -> None:
     )
     attention.add_argument("--teacher", help="Hub id or folder")
     attention.add_argument(
-        "--prompt", help="folder of the teacher's soft prompt (teacher_prompt/): adds the prompted teacher"
+        "--prompt",
+        help="folder of the teacher's soft prompt (teacher_prompt/), or of its run: adds the prompted teacher",
     )
     attention.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
     add_row_arguments(attention)
     attention.add_argument("--output_dir", required=True, help="folder for attention.json and the plots")
-    attention.add_argument("--rows", type=int, default=16, help="how many rows to look at")
+    attention.add_argument("--rows", type=at_least_one, default=16, help="how many rows to look at")
     attention.add_argument(
         "--queries",
         default="completion",
         choices=QUERIES,
         help="whose attention counts: of the answer's tokens or of all",
     )
-    attention.add_argument("--max_length", type=int, default=512, help="longest row; memory grows with its square")
-    attention.add_argument("--batch_size", type=int, default=4, help="rows at once")
-    attention.add_argument("--heads", type=int, default=4, help="how many heads to draw, on the first row")
+    attention.add_argument(
+        "--max_length", type=at_least_one, default=512, help="longest row; memory grows with its square"
+    )
+    attention.add_argument("--batch_size", type=at_least_one, default=4, help="rows at once")
+    attention.add_argument("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
     attention.add_argument(
         "--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained, of all models"
     )
@@ -60,23 +62,14 @@ def add_attention(commands: Any) -> None:
 def run_attention(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # standard output is for the result alone
         _check_arguments(args)
-        import_pyplot()
-        dataset = load_rows(args)
-        answers_needed = _ANSWERS_NEEDED if args.queries == "completion" else None
-        check_columns(dataset, "--dataset", answers_needed)
-        dataset = dataset.select(range(min(args.rows, len(dataset))))
+        check_matplotlib()
         tokenizer = _shared_tokenizer(args)
-        rows = tokenize_dataset(dataset, "--dataset", tokenizer, args.max_length, answers_needed, overlong="drop")
+        rows = tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
         models, prompts = _load(args, tokenizer, max(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows))
-        rows = list(rows)
         report = measure_attention(models, rows, prompts, args.queries, args.batch_size)
         result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
         os.makedirs(args.output_dir, exist_ok=True)
-        with (
-            whole_file(os.path.join(args.output_dir, "attention.json")) as path,
-            open(path, "w", encoding="utf-8") as file,
-        ):
-            json.dump(result, file, indent=1)
+        write_text(os.path.join(args.output_dir, "attention.json"), json.dumps(result, indent=1))
         plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
         shown = report.heads[: args.heads]
         if shown:
@@ -92,9 +85,6 @@ def run_attention(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    for name in ("rows", "batch_size", "max_length", "heads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be above 0.")
     if args.prompt is not None and args.teacher is None:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
     folders = [os.path.normpath(name) for name in _folders(args)]
@@ -134,67 +124,47 @@ def _load(args: argparse.Namespace, tokenizer: Any, longest_row: int) -> tuple[d
     for label, name in zip(labels, _folders(args), strict=True):
         models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
         shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
-        limit = position_limit(models[label])
-        if limit is not None and longest_row > limit:
-            raise ValueError(
-                f"{name!r} has {limit} positions, but the longest row has {longest_row}. Set `--max_length {limit}`."
-            )
+        check_positions(f"model {name!r}", models[label], longest_row, "Lower `--max_length`.")
     if args.prompt is None:
         return models, {}
     teacher = models[labels[-1]]
     prompted = f"{labels[-1]}, prompted"
-    return {**models, prompted: teacher}, {prompted: _soft_prompt(args.prompt, teacher)}
-
-
-def _soft_prompt(folder: str, teacher: Any) -> Tensor:
-    """The soft prompt in a PEFT adapter, `(num_virtual_tokens, hidden)`, such as a trainer writes to teacher_prompt/."""
-    advice = "`--prompt` must be the folder of a soft prompt, such as teacher_prompt/ beside a student."
-    path = os.path.join(folder, "adapter_model.safetensors")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} does not exist. {advice}")
-    tensors, _ = read_safetensors(path, advice)
-    prompt = tensors.get("prompt_embeddings")
-    weight = teacher.get_input_embeddings().weight
-    if prompt is None or prompt.ndim != 2 or prompt.size(1) != weight.size(1):
-        found = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())[:3]}
-        raise ValueError(
-            f"{path} holds no soft prompt of this teacher, whose embeddings have {weight.size(1)} numbers, but {found}. {advice}"
-        )
-    return prompt.to(weight.device)
+    prompt = find_prompts(args.prompt)[-1]
+    check_fits(prompt, teacher)
+    return {**models, prompted: teacher}, {prompted: prompt.embeddings.to(teacher.device)}
 
 
 def _print_tables(report: AttentionReport, args: argparse.Namespace) -> None:
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    title = f"Attention of {report.num_queries} tokens in {report.num_rows} rows of {args.dataset}, means over layers"
-    table = Table(title=title, box=box.SIMPLE)
-    table.add_column("model", no_wrap=True)
-    for column in (
-        "layers",
-        "entropy (nats)",
-        "self focus",
-        "sparsity (share > 0.1)",
-        "likeness to layer before",
-        "to soft prompt",
-    ):
-        table.add_column(column, justify="right")
+    lines = []
     for name, measures in report.measures.items():
         means = [_mean(measures[measure]) for measure in MEASURES]
         share = report.soft_prompt_share.get(name)
-        table.add_row(Text(name), str(len(measures["entropy"])), *means, "" if share is None else _mean(share))
-    console.print(table)
+        lines.append([name, len(measures["entropy"]), *means, "" if share is None else _mean(share)])
+    print_table(
+        f"Attention of {report.num_queries} tokens in {report.num_rows} rows of {args.dataset}, means over layers",
+        [
+            "model",
+            "layers",
+            "entropy (nats)",
+            "self focus",
+            "sparsity (share > 0.1)",
+            "likeness to layer before",
+            "to soft prompt",
+        ],
+        lines,
+    )
     if report.heads:
-        heads = Table(title="Heads in which the models differ most", box=box.SIMPLE)
-        for column in ("head", "layer", "variance of a weight"):
-            heads.add_column(column, justify="right")
-        for head in report.heads[: args.heads]:
-            layers = sorted(set(head.layers.values()))
-            heads.add_row(str(head.head), " / ".join(map(str, layers)), f"{head.variance:.2e}")
-        console.print(heads)
-    console.print(f"Numbers and plots: {args.output_dir}", soft_wrap=True)
+        print_table(
+            "Heads in which the models differ most",
+            ["layer", "head", "variance of a weight"],
+            [
+                [" / ".join(map(str, sorted(set(head.layers.values())))), head.head, f"{head.variance:.2e}"]
+                for head in report.heads[: args.heads]
+            ],
+        )
+    print(f"Numbers and plots: {args.output_dir}")
 
 
 def _mean(values: Any) -> str:
     known = [value for value in values if value is not None]
-    return f"{sum(known) / len(known):.3f}" if known else ""
+    return number(sum(known) / len(known), 3) if known else ""

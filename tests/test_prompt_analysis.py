@@ -1,0 +1,360 @@
+import json
+import math
+import os
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from reference import kl, log_probs
+from safetensors.torch import save_file
+from tiny import CONFIGS, WORDS, prompt_dataset, tiny_model, tiny_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
+from trl_promptkd.analysis.prompt import Change, Drift, nearest_tokens, prompt_drift, prompt_effect, similarity
+from trl_promptkd.analysis.prompt_report import changes_page, plot_drift, plot_similarity
+from trl_promptkd.analysis.saved_prompt import find_prompts, initial_prompt
+from trl_promptkd.analysis.token_classes import TOKEN_CLASSES, token_classes
+from trl_promptkd.cli import main
+
+
+PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
+ANSWERS = [[9, 8, 0], [20], [21, 6, 11, 10, 12, 0]]
+
+
+def some_prompt(virtual=3, seed=1):
+    return torch.randn(virtual, 32, generator=torch.Generator().manual_seed(seed))
+
+
+class TestNearestTokens:
+    @pytest.mark.parametrize("family", ["llama", "gemma3"])  # Gemma scales its embeddings
+    def test_a_prompt_at_known_tokens_finds_them(self, family):
+        teacher = tiny_model(family)
+        with torch.no_grad():
+            embeddings = teacher.get_input_embeddings()(torch.arange(40)).float()
+        found = nearest_tokens(torch.stack([embeddings[7], 2 * embeddings[21]]), teacher, 40, number=3)
+        typical = float(embeddings.norm(dim=-1).median())
+        for of_token, token, away in zip(found, (7, 21), (0.0, float(embeddings[21].norm()) / typical), strict=True):
+            best = of_token["cosine"][0]
+            assert best[0] == token
+            assert best[1] == pytest.approx(1, abs=1e-5)
+            assert best[2] == pytest.approx(away, abs=1e-5)
+        assert found[0]["distance"][0][0] == 7
+        expected = [float((2 * embeddings[21] - embeddings[i]).norm()) / typical for i in range(40)]
+        by_distance = sorted(range(40), key=expected.__getitem__)[:3]
+        assert [token for token, _, _ in found[1]["distance"]] == by_distance
+        assert found[1]["distance"][0][2] == pytest.approx(expected[by_distance[0]], rel=1e-5)
+
+    def test_padding_of_the_vocabulary_is_never_near(self):
+        teacher = tiny_model()
+        embeddings = teacher.get_input_embeddings().weight.detach()
+        assert nearest_tokens(embeddings[35:36], teacher, 40)[0]["cosine"][0][0] == 35
+        assert all(token < 30 for token, _, _ in nearest_tokens(embeddings[35:36], teacher, 30)[0]["cosine"])
+
+
+class TestDrift:
+    def test_values_by_hand(self):
+        drift = prompt_drift(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        assert drift.relative == pytest.approx([4 / 3, 1.0])
+        assert drift.cosine == pytest.approx([3 / 5, 1.0])
+        assert drift.overall == pytest.approx(math.sqrt(17 / 10))
+
+    def test_it_is_0_at_the_start_and_what_is_logged_later(self):
+        prompt = SoftPrompt(PromptEncoderConfig(), tiny_model(), tiny_tokenizer())
+        start = prompt_drift(prompt().detach(), prompt.initial)
+        assert (set(start.relative), start.overall) == ({0.0}, 0.0)
+        assert start.cosine == pytest.approx([1.0] * 7)
+        prompt.encoder.embedding.weight.data.add_(some_prompt(7))
+        assert prompt_drift(prompt().detach(), prompt.initial).overall == pytest.approx(prompt.drift())
+
+    def test_similarity_by_hand(self):
+        assert similarity(torch.tensor([[2.0, 0.0], [3.0, 3.0]])).flatten().tolist() == pytest.approx(
+            [1, math.sqrt(0.5), math.sqrt(0.5), 1]
+        )
+
+
+def byte_tokenizer(pieces):
+    """A tokenizer on bytes, as GPT-2's, with merges that make `pieces`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<eos>", "<mark>", *alphabet])}
+    merges = []
+    for piece in pieces:
+        text = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)[0][0]
+        for end in range(2, len(text) + 1):
+            if text[:end] not in vocab:
+                vocab[text[:end]] = len(vocab)
+                merges.append((text[: end - 1], text[end - 1]))
+    backend = Tokenizer(models.BPE(vocab, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", additional_special_tokens=["<mark>"])
+
+
+class TestTokenClasses:
+    def test_each_class(self):
+        tokenizer = byte_tokenizer([" The", " c", " 4"])
+        text = " The cat's\n42 (b) é."
+        ids = tokenizer(text)["input_ids"]
+        pieces = [tokenizer.convert_ids_to_tokens(token) for token in ids]
+        expected = {
+            "ĠThe": "first token",
+            "Ġc": "word start",
+            "a": "word continuation",
+            "t": "word continuation",
+            "'": "punctuation",
+            "s": "word continuation",  # of "cat's"
+            "Ċ": "whitespace",
+            "4": "number",
+            "2": "number",
+            "Ġ": "whitespace",
+            "(": "punctuation",
+            "b": "word start",
+            ")": "punctuation",
+            ".": "punctuation",
+        }
+        found = token_classes([5], [*ids, 1, 0], tokenizer, {0})
+        assert found[-2:] == ["other", "end of text"]
+        for piece, got in zip(pieces, found, strict=False):
+            if piece in expected:
+                assert got == expected[piece], piece
+        assert found[pieces.index("Ã")] == "other"  # half a character
+        assert set(found) <= set(TOKEN_CLASSES)
+
+    def test_words_without_marks_of_their_own(self):
+        tokenizer = tiny_tokenizer()
+        ids = tokenizer("the cat . sat")["input_ids"]
+        assert token_classes([7], [*ids, 0], tokenizer, {0}) == [
+            *("first token", "word start", "punctuation", "word start", "end of text")
+        ]
+
+    def test_an_end_of_text_at_once_is_a_first_token(self):
+        assert token_classes([7], [0], tiny_tokenizer(), {0}) == ["first token"]
+
+
+class TestPromptEffect:
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("batch_size", [2, 8])
+    def test_it_equals_each_row_alone(self, family, batch_size):
+        teacher, student, soft_prompt = tiny_model(family, seed=2), tiny_model(family, seed=1), some_prompt()
+        tokenizer = tiny_tokenizer()
+        effect = prompt_effect(
+            teacher, soft_prompt, student, PROMPTS, ANSWERS, tokenizer, {0}, batch_size, max_changes=4
+        )
+        plain_kl, student_kl, moved = [], [], []
+        with torch.no_grad():
+            for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+                ids, first = prompt + answer, len(prompt)
+                pp = log_probs(teacher, ids, first, soft_prompt)
+                p, q = log_probs(teacher, ids, first), log_probs(student, ids, first)
+                for place in range(len(answer)):
+                    plain_kl.append(float(kl(pp[place], p[place])))
+                    student_kl.append(float(kl(pp[place], q[place])))
+                    if int(pp[place].argmax()) != int(p[place].argmax()):
+                        moved.append((plain_kl[-1], row, place, pp[place], p[place], q[place]))
+        assert effect.prompted_plain == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
+        assert effect.prompted_student == pytest.approx(student_kl, rel=1e-3, abs=1e-5)
+
+        classes = ["first token", "word start", "end of text", "first token", "first token"]
+        assert effect.classes[:5] == classes
+        table = effect.by_class()
+        firsts = [0, 3, 4]
+        assert table["first token"]["tokens"] == 3
+        assert table["first token"]["prompted_plain"] == pytest.approx(sum(plain_kl[i] for i in firsts) / 3, rel=1e-3)
+        assert table["first token"]["prompted_student"] == pytest.approx(
+            sum(student_kl[i] for i in firsts) / 3, rel=1e-3
+        )
+        assert table["all tokens"]["tokens"] == 10
+        assert table["all tokens"]["prompted_plain"] == pytest.approx(sum(plain_kl) / 10, rel=1e-3)
+        shares = [values["share"] for name, values in table.items() if name != "all tokens"]
+        assert sum(shares) == pytest.approx(1)
+
+        assert effect.changed == len(moved) > 4
+        moved.sort(key=lambda item: -item[0])
+        for change, (there, row, place, pp, p, q) in zip(effect.changes, moved[:4], strict=True):
+            assert (change.row, change.place) == (row, place)
+            assert change.kl == pytest.approx(there, rel=1e-3)
+            for top, log_p in ((change.prompted, pp), (change.plain, p), (change.student, q)):
+                values, ids = log_p.topk(3)
+                assert [text.strip() for text, _ in top] == [tokenizer.decode([i]).strip() for i in ids.tolist()]
+                assert [share for _, share in top] == pytest.approx(values.exp().tolist(), rel=1e-3)
+            assert change.context == tokenizer.decode([*PROMPTS[row], *ANSWERS[row][:place]])
+
+    def test_without_a_student(self):
+        effect = prompt_effect(tiny_model(), some_prompt(), None, PROMPTS, ANSWERS, tiny_tokenizer(), {0})
+        assert effect.prompted_student == []
+        assert "prompted_student" not in effect.by_class()["all tokens"]
+        assert all(change.student == [] for change in effect.changes)
+
+
+class TestPage:
+    def test_text_from_data_is_escaped(self):
+        bad = "<script>alert('x')</script>"
+        change = Change(0, 1, 0.5, bad, bad, *[[(bad, 0.5)] * 3] * 3)
+        page = changes_page([change], bad, bad)
+        assert "<script" not in page
+        assert page.count("&lt;script&gt;") == 2 + 1 + 2 + 9
+
+    def test_blanks_and_line_breaks_are_seen_and_tables_have_the_models_there_are(self):
+        change = Change(0, 1, 0.5, "a", "b", [("\n", 0.5)] * 3, [("\t", 0.5)] * 3, [])
+        page = changes_page([change], "t", "s")
+        assert page.count("<code>\u21b5</code>") == 3
+        assert re.findall("<th>(.*?)</th>", page) == ["plain teacher", "prompted teacher"]
+
+
+def trained(folder, make_args, config=None, **kwargs):
+    args = make_args(output_dir=str(folder / "run"), max_steps=3, save_strategy="steps", save_steps=1, **kwargs)
+    trainer = PromptKDTrainer(
+        model=tiny_model(seed=1),
+        teacher_model=tiny_model(seed=2),
+        args=args,
+        train_dataset=prompt_dataset(8),
+        processing_class=tiny_tokenizer(),
+        prompt_encoder_config=config or PromptEncoderConfig(num_virtual_tokens=4, prompt_learning_rate=0.05),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+class TestSavedPrompts:
+    def test_a_runs_checkpoints_in_order_from_its_start(self, tmp_path, make_args):
+        trainer = trained(tmp_path, make_args)
+        prompts = find_prompts(str(tmp_path / "run"))
+        assert [prompt.name for prompt in prompts] == [
+            "checkpoint-1",
+            "checkpoint-2",
+            "checkpoint-3",
+        ]  # the last is saved twice
+        initial, known_by = initial_prompt(prompts, tiny_model(seed=2), tiny_tokenizer())
+        assert known_by == "the start that was saved with the prompt"
+        ids = tiny_tokenizer()("suppose you are a")["input_ids"]
+        start = tiny_model(seed=2).get_input_embeddings().weight[tiny_tokenizer()("Suppose you are a")["input_ids"]]
+        assert len(ids) == 4
+        assert initial.equal(start.detach())
+        overall = [prompt_drift(prompt.embeddings, initial).overall for prompt in prompts]
+        assert overall[0] > 0
+        assert overall[-1] == pytest.approx(trainer.soft_prompt.drift())
+        shutil.rmtree(tmp_path / "run" / "checkpoint-2" / "teacher_prompt")  # as a killed run may leave it
+        assert [prompt.step for prompt in find_prompts(str(tmp_path / "run"))] == [1, 3]
+        assert find_prompts(str(tmp_path / "run" / "checkpoint-1"))[0].embeddings.equal(prompts[0].embeddings)
+
+    def test_a_run_that_went_on_after_its_last_checkpoint(self, tmp_path, make_args):
+        trainer = trained(tmp_path, make_args)
+        trainer.soft_prompt.encoder.embedding.weight.data.add_(1)
+        trainer.save_model()
+        prompts = find_prompts(str(tmp_path / "run"))
+        assert [prompt.step for prompt in prompts] == [1, 2, 3, None]
+
+    @pytest.mark.parametrize("encoder", ["embedding", "mlp", "lstm"])
+    def test_every_encoders_adapter(self, tmp_path, encoder):
+        prompt = SoftPrompt(PromptEncoderConfig(encoder=encoder, prompt_init="random"), tiny_model(), tiny_tokenizer())
+        prompt.save_adapter(str(tmp_path / "teacher_prompt"))
+        (found,) = find_prompts(str(tmp_path))
+        assert found.embeddings.equal(prompt().detach())
+        assert found.initial.equal(prompt.initial)
+
+    def test_an_adapter_that_peft_wrote(self, tmp_path):
+        """It holds no start: a text is embedded again; what was random is not known, or is the first checkpoint's."""
+        tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the cat sat", "num_virtual_tokens": 3}
+        for name, more in (("text", text), ("random", {"prompt_tuning_init": "RANDOM", "num_virtual_tokens": 3})):
+            config = PromptTuningConfig(
+                task_type="CAUSAL_LM", tokenizer_name_or_path=str(tmp_path / "tokenizer"), **more
+            )
+            model = get_peft_model(tiny_model(), config)
+            with torch.no_grad():
+                model.prompt_encoder.default.embedding.weight.add_(1)
+            model.save_pretrained(tmp_path / name)
+        (prompt,) = find_prompts(str(tmp_path / "text"))
+        initial, known_by = initial_prompt([prompt], tiny_model(), tiny_tokenizer())
+        assert "'the cat sat', embedded again" in known_by
+        torch.testing.assert_close(prompt.embeddings, initial + 1)
+        (prompt,) = find_prompts(str(tmp_path / "random"))
+        assert initial_prompt([prompt], tiny_model(), tiny_tokenizer())[0] is None
+        initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
+        assert initial.equal(prompt.embeddings)
+        assert known_by.startswith("random, as")
+
+    def test_what_is_no_soft_prompt_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
+            find_prompts(str(tmp_path))
+        get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+        with pytest.raises(ValueError, match="holds a LORA adapter"):
+            find_prompts(str(tmp_path / "lora"))
+        for step, virtual in ((1, 3), (2, 4)):
+            prompt = SoftPrompt(PromptEncoderConfig(num_virtual_tokens=virtual), tiny_model(), tiny_tokenizer())
+            prompt.save_adapter(str(tmp_path / "mixed" / f"checkpoint-{step}" / "teacher_prompt"))
+        with pytest.raises(ValueError, match="not of one run"):
+            find_prompts(str(tmp_path / "mixed"))
+        broken = tmp_path / "mixed" / "checkpoint-1" / "teacher_prompt"
+        save_file({"prompt_embeddings": torch.full((3, 32), float("nan"))}, broken / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="is not finite"):
+            find_prompts(str(broken))
+        (broken / "adapter_config.json").write_text("[]")
+        with pytest.raises(ValueError, match="is not an adapter's configuration"):
+            find_prompts(str(broken))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, seed in (("teacher", 2), ("student", 1)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    rows = [{"question": " ".join(WORDS[i : i + 2 + i % 4]), "answer": f" {WORDS[i]} ."} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompt = SoftPrompt(PromptEncoderConfig(num_virtual_tokens=3), tiny_model(seed=2), tiny_tokenizer())
+    for step in (1, 2):
+        prompt.encoder.embedding.weight.data.add_(some_prompt(seed=step))
+        prompt.save_adapter(str(tmp_path / "run" / f"checkpoint-{step}" / "teacher_prompt"))
+    return tmp_path
+
+
+def flags(folder, *more, dataset=True):
+    data = ("--dataset", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer")
+    return [
+        *("analyze", "prompt", "--teacher", str(folder / "teacher"), "--prompt", str(folder / "run")),
+        *(data if dataset else ()),
+        *("--rows", "9", "--max_new_tokens", "6", "--output_dir", str(folder / "out"), *more),
+    ]
+
+
+class TestCommand:
+    @pytest.mark.parametrize("responses", ["dataset", "student"])
+    def test_tables_plots_and_page(self, folder, capsys, responses):
+        assert main(flags(folder, "--student", str(folder / "student"), "--responses", responses)) == 0
+        out = capsys.readouterr().out
+        assert "checkpoint-2" in out
+        assert "end of text" in out or responses == "student"
+        assert sorted(os.listdir(folder / "out")) == [
+            *("changes.html", "drift.png", "kl_by_class.png", "prompt.json", "similarity.png")
+        ]
+        result = json.loads((folder / "out" / "prompt.json").read_text())
+        assert [entry["step"] for entry in result["drift"]] == [1, 2]
+        tokens = result["classes"]["all tokens"]["tokens"]
+        assert result["changed"]["of"] == tokens
+        assert tokens == 27 if responses == "dataset" else tokens != 27  # word, full stop, end of text
+        assert result["classes"]["first token"]["tokens"] == 9
+
+    def test_the_prompt_alone(self, folder, capsys):
+        assert main(flags(folder, "--json", dataset=False)) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert len(result["nearest"]) == 3
+        assert "classes" not in result
+        assert sorted(os.listdir(folder / "out")) == ["drift.png", "prompt.json", "similarity.png"]
+
+    def test_another_teachers_prompt(self, folder, capsys):
+        tiny_model(seed=2, **{**CONFIGS["llama"][1], "hidden_size": 64}).save_pretrained(folder / "teacher")
+        assert main(flags(folder)) == 2
+        assert "has 32 numbers a token, but the teacher's embeddings have 64" in capsys.readouterr().err
+
+
+class TestPlots:
+    def test_many_checkpoints_many_tokens_and_a_last_prompt(self, tmp_path):
+        drifts = [(f"checkpoint-{i}", i, Drift([i / 100.0] * 30, [1 - i / 400] * 30, i / 100)) for i in range(1, 60)]
+        plot_drift([*drifts, ("teacher_prompt", None, drifts[-1][2])], str(tmp_path / "drift.png"))
+        plot_drift([("teacher_prompt", None, drifts[0][2])], str(tmp_path / "one.png"))
+        plot_similarity(torch.eye(30), str(tmp_path / "similarity.png"))
+        assert all((tmp_path / name).stat().st_size > 5000 for name in ("drift.png", "one.png", "similarity.png"))

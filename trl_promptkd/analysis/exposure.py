@@ -1,0 +1,256 @@
+"""Exposure bias: how much faster a student's errors add up on its own prefixes than on its teacher's.
+
+A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher and `q` the
+student, KL(p || q) at each position is measured twice: behind prefixes that the student has sampled, and behind prefixes that the
+teacher has.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..divergences import kl_divergence
+from ..rollouts import generate_completions, own_random_state, rollout_seed
+from .asking import log_probs_together
+from .figures import line_colors, new_figure, save_figure
+
+
+__all__ = ["ExposureBias", "exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
+
+READ_AT = 15  # the position at which the PromptKD paper reads ExAccErr
+_ROUNDING = 1e-6  # nats a token; below, KL divergences of float32 models are rounding
+_COVERAGE = 0.95  # of the intervals
+
+
+def sample_prefixes(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    seed: int = 42,
+    batch_size: int = 8,
+    vocab_size: int | None = None,
+    soft_prompt: Tensor | None = None,
+    bar: tqdm | None = None,
+) -> list[list[int]]:
+    """One completion for each prompt, whose beginnings are the prefixes.
+
+    All models draw the same random numbers: a student that is close to its teacher then writes much the same, and chance plays a
+    smaller part in how they differ. The numbers depend on `seed` and on which rows are in a batch; the global random state stays as it was.
+
+    Args:
+        generation_config: Such as [`~trl_promptkd.rollouts.rollout_config`] makes, at temperature 1.
+        batch_size (`int`): Rows sampled at once.
+        vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
+        bar: A progress bar that counts rows.
+    """
+    completions: list[list[int]] = []
+    for start in range(0, len(prompt_ids), batch_size):
+        part = prompt_ids[start : start + batch_size]
+        with own_random_state(rollout_seed(seed, "exposure", start, 0), model.device):
+            completions += generate_completions(
+                model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt
+            )
+        if bar is not None:
+            bar.update(len(part))
+    return completions
+
+
+def prefix_kl(
+    student: nn.Module,
+    teacher: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    batch_size: int = 8,
+    vocab_size: int | None = None,
+    soft_prompt: Tensor | None = None,
+    bar: tqdm | None = None,
+) -> Tensor:
+    """KL(p || q) behind every prefix of some completions.
+
+    Args:
+        student, teacher: `q` and `p`, in evaluation mode.
+        completion_ids: None is empty.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before the teacher's input.
+
+    Returns:
+        `Tensor` of shape `(rows, longest completion)` in float64, nats: column `l - 1` belongs to position `l`, whose prefix has `l - 1`
+        tokens. NaN where a row has ended: after its end-of-text token there is no next position.
+    """
+    rows: list[Tensor] = []
+    for start in range(0, len(prompt_ids), batch_size):
+        completions = completion_ids[start : start + batch_size]
+        chunks = log_probs_together(
+            [(teacher, soft_prompt), (student, None)],
+            prompt_ids[start : start + batch_size],
+            completions,
+            pad_token_id,
+            vocab_size,
+        )
+        values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
+        rows += values.split([len(ids) for ids in completions])
+        if bar is not None:
+            bar.update(len(completions))
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
+
+
+@dataclass(frozen=True)
+class ExposureBias:
+    """
+    Accumulated errors, a value for each position from 1 on. NaN stands where a value is not defined.
+
+    Args:
+        kl_on_student, kl_on_teacher: Mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats.
+        regret, expected: R(l) and eps(l): their sums up to the position.
+        ex_acc_err: ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, in percent.
+        low, high: Ends of its 95 % interval, by resampling rows.
+        rows_on_student, rows_on_teacher: How many rows have the position.
+    """
+
+    kl_on_student: list[float]
+    kl_on_teacher: list[float]
+    regret: list[float]
+    expected: list[float]
+    ex_acc_err: list[float]
+    low: list[float]
+    high: list[float]
+    rows_on_student: list[int]
+    rows_on_teacher: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ex_acc_err)
+
+    def at(self, position: int) -> dict[str, float]:
+        """All values at a position, the first of which is 1."""
+        return {name: values[position - 1] for name, values in vars(self).items()}
+
+    def well_covered(self) -> int:
+        """The last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
+        pairs = list(zip(self.rows_on_student, self.rows_on_teacher, strict=True))
+        wanted = max(0.1 * max(map(max, pairs)), 2)
+        return max((index + 1 for index, pair in enumerate(pairs) if min(pair) >= wanted), default=len(self))
+
+
+def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> ExposureBias:
+    """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean KL(p || q) on prefixes
+    sampled from the student and from the teacher.
+
+    The mean at a position is over the rows that still have it: those that have ended count no more. At position 1 there is no prefix,
+    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats a token: the student is the teacher) it is NaN.
+    The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the rows, with replacement; both sides of a row are
+    drawn together, as they share the prompt. Draws in which no row has a position are left out from there on, and without at least two
+    rows there is no interval.
+
+    Args:
+        on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the teacher's
+            prefixes behind the same prompts; their widths may differ.
+        resamples (`int`): Draws for the interval.
+        seed (`int`): Of the draws.
+
+    Returns:
+        [`ExposureBias`], up to the last position that a row has on both sides.
+
+    Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.
+    """
+    reached = [side.isfinite().any(dim=0).sum().item() for side in (on_student, on_teacher)]
+    sides = [side[:, : int(min(reached))].double() for side in (on_student, on_teacher)]
+    rows = len(on_student)
+    counts = [side.isfinite().sum(dim=0) for side in sides]
+    means = [_means(torch.ones(1, rows, dtype=torch.float64), side)[0] for side in sides]
+    regret, expected = (mean.cumsum(dim=0) for mean in means)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(rows, (resamples, rows), generator=generator)
+    weights = torch.zeros(resamples, rows, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(resamples, rows, dtype=torch.float64)
+    )
+    draws = _ex_acc_err(*(_means(weights, side).cumsum(dim=1) for side in sides))
+    enough = torch.minimum(*counts) >= 2
+    tail = (1 - _COVERAGE) / 2
+    low, high = (
+        torch.where(enough, draws.nanquantile(quantile, dim=0), float("nan")) for quantile in (tail, 1 - tail)
+    )
+    columns = (*means, regret, expected, _ex_acc_err(regret, expected), low, high, *counts)
+    return ExposureBias(*(column.tolist() for column in columns))
+
+
+def _means(weights: Tensor, side: Tensor) -> Tensor:
+    """Means over rows, `(draws, positions)`, with `weights` of shape `(draws, rows)`; NaN where no row has the position."""
+    return (weights @ side.nan_to_num(0.0)) / (weights @ side.isfinite().double())
+
+
+def _ex_acc_err(regret: Tensor, expected: Tensor) -> Tensor:
+    positions = torch.arange(1, expected.size(-1) + 1)
+    defined = expected > _ROUNDING * positions
+    return torch.where(defined, (regret - expected) / expected * 100, float("nan"))
+
+
+def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) -> None:
+    """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
+
+    Args:
+        results: By student and teacher.
+        path: Of the PNG file.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
+    colors = dict(zip(students, line_colors(len(students)), strict=True))
+    styles = dict(zip(teachers, ("-", "--", ":", "-."), strict=False))
+    entries = [*students, *(f"{teacher} teacher" for teacher in teachers)]
+    lines = -(-len(entries) // max(115 // (max(map(len, entries)) + 7), 1))  # of the legend
+    figure = new_figure(9, 6.6 + 0.2 * lines)
+    axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
+    longest = max(map(ExposureBias.well_covered, results.values()))
+    intervals = "shaded" if len(results) <= 2 else f"bars at l = {READ_AT}" if len(results) <= 8 else None
+    for index, ((student, teacher), result) in enumerate(results.items()):
+        shown = result.well_covered()
+        positions = range(1, shown + 1)
+        look = {"color": colors[student], "linestyle": styles[teacher], "linewidth": 1.6 if len(results) <= 8 else 1.1}
+        if shown == 1:
+            look["marker"] = "o"
+        axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
+        if intervals == "shaded":
+            area = {"color": colors[student], "alpha": 0.13, "linewidth": 0}
+            axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], **area)
+        elif intervals is not None and shown >= READ_AT:
+            at = result.at(READ_AT)
+            beside = READ_AT + 0.016 * longest * (
+                index - (len(results) - 1) / 2
+            )  # bars at one place would hide each other
+            bar = axes["error"].vlines(beside, at["low"], at["high"], color=colors[student], linewidth=2, alpha=0.7)
+            bar.set_linestyle(styles[teacher])
+        axes["student"].plot(positions, result.kl_on_student[:shown], **look)
+        axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
+    _label(axes, intervals, longest)
+    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
+    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
+    columns = -(-len(entries) // lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    save_figure(figure, path)
+
+
+def _label(axes: Mapping[str, Any], intervals: str | None, longest: int) -> None:
+    axes["error"].set(
+        title="Exposure bias" + (f" ({intervals}: 95 % interval over rows)" if intervals else ""),
+        ylabel="ExAccErr(l), %",
+    )
+    axes["error"].axhline(0, color="gray", linewidth=0.6)
+    if longest >= READ_AT and intervals in ("shaded", None):
+        axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
+        mark = axes["error"].get_xaxis_transform()
+        axes["error"].text(READ_AT, 0.98, f"  l = {READ_AT}", transform=mark, va="top", color="dimgray", fontsize=9)
+    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats")
+    axes["teacher"].set(title="On the teacher's prefixes")
+    axes["teacher"].sharey(axes["student"])
+    axes["student"].set_ylim(bottom=0)
+    for panel in axes.values():
+        panel.set_xlabel("position l")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.25, linewidth=0.6)

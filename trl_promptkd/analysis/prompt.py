@@ -1,0 +1,232 @@
+"""What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens of an answer the
+teacher behind it differs from the plain teacher and from the student.
+
+Notation: `q` the student, `p` the plain teacher, `pP` the teacher behind the soft prompt.
+"""
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..divergences import kl_divergence
+from ..forward import input_embeddings
+from .asking import log_probs_together
+from .token_classes import TOKEN_CLASSES, token_classes, token_text
+
+
+__all__ = ["Change", "Drift", "PromptEffect", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
+
+_BLOCK = 8192  # embeddings of the vocabulary that exist in float32 at once
+
+
+@torch.no_grad()
+def nearest_tokens(
+    soft_prompt: Tensor, teacher: PreTrainedModel, vocab_size: int, number: int = 5
+) -> list[dict[str, list[tuple[int, float, float]]]]:
+    """The tokens whose input embeddings are nearest to each virtual token.
+
+    Args:
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
+        teacher: Whose embeddings they are compared with, scaled where the model scales them.
+        vocab_size (`int`): Number of ids that stand for tokens.
+        number (`int`): Tokens a virtual token.
+
+    Returns:
+        For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those with the smallest
+        Euclidean distance, each as (token id, cosine, distance). Distances are shares of the typical norm, the median norm of the
+        vocabulary's embeddings.
+    """
+    embeddings: Any = input_embeddings(teacher)
+    device = embeddings.weight.device
+    prompt = soft_prompt.to(device)
+    cosines, distances, norms = [], [], []
+    for start in range(0, vocab_size, _BLOCK):
+        block = embeddings(torch.arange(start, min(start + _BLOCK, vocab_size), device=device)).float()
+        cosines.append(nn.functional.cosine_similarity(prompt.unsqueeze(1), block.unsqueeze(0), dim=-1))
+        distances.append((prompt.unsqueeze(1) - block.unsqueeze(0)).norm(dim=-1))
+        norms.append(block.norm(dim=-1))
+    cosine = torch.cat(cosines, dim=1)  # (num_virtual_tokens, vocab)
+    distance = torch.cat(distances, dim=1) / torch.cat(norms).median()
+    number = min(number, vocab_size)
+    chosen = {"cosine": cosine.topk(number).indices, "distance": distance.topk(number, largest=False).indices}
+    return [
+        {
+            by: [(int(i), float(cosine[row, i]), float(distance[row, i])) for i in ids[row]]
+            for by, ids in chosen.items()
+        }
+        for row in range(len(prompt))
+    ]
+
+
+@dataclass(frozen=True)
+class Drift:
+    """
+    How far a soft prompt has come from its start.
+
+    Args:
+        relative: |P_i - S_i| / |S_i| of each virtual token.
+        cosine: Between P_i and S_i.
+        overall: |P - S| / |S| of all of them together: what is logged as `prompt/drift`.
+    """
+
+    relative: list[float]
+    cosine: list[float]
+    overall: float
+
+
+def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> Drift:
+    """[`Drift`] of a soft prompt from what it started from, both of shape `(num_virtual_tokens, hidden)`."""
+    away = soft_prompt - initial
+    return Drift(
+        relative=(away.norm(dim=-1) / initial.norm(dim=-1)).tolist(),
+        cosine=nn.functional.cosine_similarity(soft_prompt, initial, dim=-1).tolist(),
+        overall=float(away.norm() / initial.norm()),
+    )
+
+
+def similarity(soft_prompt: Tensor) -> Tensor:
+    """The cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`."""
+    unit = nn.functional.normalize(soft_prompt, dim=-1)
+    return unit @ unit.T
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    A place where the soft prompt changed the teacher's likeliest next token.
+
+    Args:
+        row, place: Which row, and which token of its answer, from 0.
+        kl: KL(pP || p) there, in nats.
+        context: The end of the text before it.
+        token: The answer's own token there.
+        plain, prompted, student: The three likeliest tokens of each model with their probabilities; `student` is empty without one.
+    """
+
+    row: int
+    place: int
+    kl: float
+    context: str
+    token: str
+    plain: list[tuple[str, float]]
+    prompted: list[tuple[str, float]]
+    student: list[tuple[str, float]]
+
+
+@dataclass
+class PromptEffect:
+    """
+    What a soft prompt does at the tokens of some answers, an entry a token.
+
+    Args:
+        classes: The tokens' classes ([`~trl_promptkd.analysis.token_classes.token_classes`]).
+        prompted_plain: KL(pP || p), in nats.
+        prompted_student: KL(pP || q), in nats; empty without a student.
+        changed: How many tokens there are at which the teacher's likeliest next token is another one.
+        changes: The places of the largest KL(pP || p) among them, the largest first.
+    """
+
+    classes: list[str] = field(default_factory=list)
+    prompted_plain: list[float] = field(default_factory=list)
+    prompted_student: list[float] = field(default_factory=list)
+    changed: int = 0
+    changes: list[Change] = field(default_factory=list)
+
+    def by_class(self) -> dict[str, dict[str, float]]:
+        """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats a token, and
+        `share`, its part of the sum of KL(pP || p). Last `all tokens`."""
+        table = {}
+        for name in (*TOKEN_CLASSES, "all tokens"):
+            places = [i for i, found in enumerate(self.classes) if name in (found, "all tokens")]
+            if not places:
+                continue
+            total = sum(self.prompted_plain)
+            part = sum(self.prompted_plain[i] for i in places)
+            table[name] = {"tokens": len(places), "prompted_plain": part / len(places)}
+            if self.prompted_student:
+                table[name]["prompted_student"] = sum(self.prompted_student[i] for i in places) / len(places)
+            table[name]["share"] = part / total if total > 0 else float("nan")
+        return table
+
+
+@torch.no_grad()
+def prompt_effect(
+    teacher: PreTrainedModel,
+    soft_prompt: Tensor,
+    student: PreTrainedModel | None,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    processing_class: PreTrainedTokenizerBase,
+    ends: Set[int],
+    batch_size: int = 8,
+    vocab_size: int | None = None,
+    max_changes: int = 20,
+) -> PromptEffect:
+    """Compare the teacher behind a soft prompt with the plain teacher, and with the student, at every token of some answers.
+
+    A token's values are those of the distributions of which it is the outcome: behind all tokens before it.
+
+    Args:
+        teacher, student: In evaluation mode; the student may be left out.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): Stands before the teacher's input.
+        completion_ids: The answers, from whomever; none is empty.
+        ends: Ids that end a text.
+        max_changes (`int`): Places to keep, at most.
+
+    Raises:
+        ValueError: where a model's logits are not numbers.
+    """
+    effect = PromptEffect()
+    asked: list[tuple[nn.Module, Tensor | None]] = [(teacher, soft_prompt), (teacher, None)]
+    asked += [] if student is None else [(student, None)]
+    pad = int(processing_class.pad_token_id)
+    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
+        prompts, completions = (rows[start : start + batch_size] for rows in (prompt_ids, completion_ids))
+        places = [(row, place) for row, ids in enumerate(completions) for place in range(len(ids))]
+        for prompt, completion in zip(prompts, completions, strict=True):
+            effect.classes += token_classes(prompt, completion, processing_class, ends)
+        found: list[tuple[float, tuple[int, int], list[list[tuple[int, float]]]]] = []
+        done = 0
+        for log_probs in log_probs_together(asked, prompts, completions, pad, vocab_size):
+            prompted, plain = log_probs[:2]
+            kl = kl_divergence(prompted, plain)
+            effect.prompted_plain += kl.tolist()
+            if student is not None:
+                effect.prompted_student += kl_divergence(prompted, log_probs[2]).tolist()
+            changed = (prompted.argmax(dim=-1) != plain.argmax(dim=-1)).nonzero().flatten().tolist()
+            effect.changed += len(changed)
+            for index in sorted(changed, key=lambda i: -float(kl[i]))[:max_changes]:
+                found.append((float(kl[index]), places[done + index], [_top(part[index]) for part in log_probs]))
+            done += len(kl)
+        for kl_there, (row, place), tops in sorted(found, key=lambda item: -item[0])[:max_changes]:
+            before = [*prompts[row], *completions[row][:place]]
+            text = _texts_after(before[-1], processing_class)
+            likeliest = [[(text(token), probability) for token, probability in top] for top in tops]
+            effect.changes.append(
+                Change(
+                    row=start + row,
+                    place=place,
+                    kl=kl_there,
+                    context=processing_class.decode(before[-64:], skip_special_tokens=False),
+                    token=text(completions[row][place]),
+                    prompted=likeliest[0],
+                    plain=likeliest[1],
+                    student=likeliest[2] if student is not None else [],
+                )
+            )
+        effect.changes = sorted(effect.changes, key=lambda change: -change.kl)[:max_changes]
+    return effect
+
+
+def _top(log_probs: Tensor) -> list[tuple[int, float]]:
+    values, ids = log_probs.topk(3)
+    return list(zip(ids.tolist(), values.exp().tolist(), strict=True))
+
+
+def _texts_after(before: int, processing_class: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    return lambda token: token_text(token, before, processing_class)

@@ -1,0 +1,149 @@
+"""Soft prompts as they lie on the disk: one adapter, or those of all checkpoints of a run."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .._trl import PromptTuningInit
+from ..checkpoints import checkpoint_folders
+from ..files import read_safetensors
+from ..forward import input_embeddings
+from ..prompt_encoder import ADAPTER_FOLDER, PARAMETERS_FILE, initial_embeddings
+
+
+__all__ = ["SavedPrompt", "check_fits", "find_prompts", "initial_prompt", "read_prompt"]
+
+_ADAPTER, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class SavedPrompt:
+    """
+    A soft prompt from a folder.
+
+    Args:
+        name: For tables: the checkpoint's or the folder's name.
+        folder: Where it lies.
+        embeddings (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
+        initial (`Tensor` of the same shape, *optional*): What it started from, where that was saved with it.
+        config: The adapter's configuration.
+        step: Of the checkpoint; `None` for a prompt that was saved when its run was over.
+    """
+
+    name: str
+    folder: str
+    embeddings: Tensor
+    initial: Tensor | None
+    config: dict[str, Any]
+    step: int | None = None
+
+
+def read_prompt(folder: str, name: str | None = None, step: int | None = None) -> SavedPrompt:
+    """The soft prompt of a PEFT adapter's folder, such as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT itself writes it.
+
+    Raises:
+        FileNotFoundError: where there is no adapter.
+        ValueError: where there is one of another kind, or one that cannot be read.
+    """
+    advice = "Pass the folder of a soft prompt (`.../teacher_prompt`), or a run's folder that holds it."
+    for file in (_CONFIG, _ADAPTER):
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise FileNotFoundError(
+                f"{os.path.join(folder, file)} is missing, so that there is no soft prompt. {advice}"
+            )
+    try:
+        with open(os.path.join(folder, _CONFIG), encoding="utf-8") as text:
+            config = json.load(text)
+        kind = config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{os.path.join(folder, _CONFIG)} is not an adapter's configuration ({error!r}). {advice}"
+        ) from error
+    tensors, _ = read_safetensors(os.path.join(folder, _ADAPTER), advice)
+    embeddings = tensors.get("prompt_embeddings")
+    if kind not in ("PROMPT_TUNING", "P_TUNING") or embeddings is None or embeddings.ndim != 2:
+        raise ValueError(f"{folder} holds a {kind} adapter, which is no soft prompt before a model's input. {advice}")
+    if not embeddings.isfinite().all():
+        raise ValueError(f"The soft prompt in {folder} is not finite. Take that of an earlier checkpoint.")
+    initial = None
+    path = os.path.join(folder, PARAMETERS_FILE)
+    if os.path.isfile(path):
+        initial = read_safetensors(path, advice)[0].get("initial")
+    return SavedPrompt(
+        name or os.path.basename(os.path.normpath(folder)), folder, embeddings.float(), initial, config, step
+    )
+
+
+def find_prompts(path: str) -> list[SavedPrompt]:
+    """The soft prompts at `path`, the oldest first: an adapter's own folder, or those of a run's checkpoints and its last one.
+
+    Checkpoints without a prompt, as a killed run may leave them, are left out; so is the run's last prompt where it is the last
+    checkpoint's.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: as for [`read_prompt`], and where they are not of one shape.
+    """
+    if os.path.isfile(os.path.join(path, _CONFIG)) and not os.path.isdir(os.path.join(path, ADAPTER_FOLDER)):
+        return [read_prompt(path)]
+    prompts = []
+    for checkpoint in reversed(checkpoint_folders(path)):
+        folder, name = os.path.join(checkpoint, ADAPTER_FOLDER), os.path.basename(checkpoint)
+        if os.path.isfile(os.path.join(folder, _ADAPTER)) and os.path.isfile(os.path.join(folder, _CONFIG)):
+            prompts.append(read_prompt(folder, name, int(name.rsplit("-", 1)[1])))
+    last = os.path.join(path, ADAPTER_FOLDER)
+    if os.path.isdir(last):
+        prompt = read_prompt(last)
+        if not prompts or not prompt.embeddings.equal(prompts[-1].embeddings):
+            prompts.append(prompt)
+    if not prompts:
+        raise FileNotFoundError(
+            f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor checkpoint-*/{ADAPTER_FOLDER}/. Pass the folder that "
+            "PromptKDTrainer wrote to, or the one of the adapter itself."
+        )
+    for prompt in prompts:
+        if prompt.embeddings.shape != prompts[0].embeddings.shape:
+            raise ValueError(
+                f"The soft prompts in {prompt.folder} and {prompts[0].folder} have the shapes {tuple(prompt.embeddings.shape)} and "
+                f"{tuple(prompts[0].embeddings.shape)}: they are not of one run. Pass the folder of one run, or of one prompt."
+            )
+    return prompts
+
+
+def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
+    """Refuse a soft prompt of another model.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    width, expected = prompt.embeddings.size(1), teacher.get_input_embeddings().weight.size(1)
+    if width != expected:
+        raise ValueError(
+            f"The soft prompt in {prompt.folder} has {width} numbers a token, but the teacher's embeddings have {expected}. Pass the teacher that "
+            f"it was trained with ({prompt.config.get('base_model_name_or_path') or 'its name is not recorded'})."
+        )
+
+
+def initial_prompt(
+    prompts: list[SavedPrompt], teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase
+) -> tuple[Tensor | None, str]:
+    """What the last of some soft prompts of one run started from, and how that is known.
+
+    PromptKDTrainer saves the start beside the prompt. Of a prompt that PEFT wrote, an initial text is embedded again (by the teacher's
+    embeddings, which never change); of a random one, the first checkpoint is taken where there are several, and there is nothing otherwise.
+    """
+    last = prompts[-1]
+    if last.initial is not None:
+        return last.initial, "the start that was saved with the prompt"
+    text = last.config.get("prompt_tuning_init_text")
+    if last.config.get("prompt_tuning_init") == "TEXT" and text:
+        embeddings = input_embeddings(teacher)
+        init = initial_embeddings(PromptTuningInit.TEXT, text, len(last.embeddings), embeddings, processing_class)
+        return init.cpu(), f"the initial text {text!r}, embedded again"
+    if len(prompts) > 1:
+        return prompts[0].embeddings, f"{prompts[0].name}, as the start was random and is not recorded"
+    return None, "not known: it was random and is not recorded"

@@ -1,0 +1,71 @@
+"""What kind of token stands at a place of an answer."""
+
+from collections.abc import Sequence, Set
+
+from transformers import PreTrainedTokenizerBase
+
+
+__all__ = ["TOKEN_CLASSES", "token_classes", "token_text"]
+
+TOKEN_CLASSES = (
+    "first token",
+    "word start",
+    "word continuation",
+    "number",
+    "punctuation",
+    "whitespace",
+    "end of text",
+    "other",
+)
+
+
+def token_text(token: int, before: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a token adds to the text after the token `before` it, white space included.
+
+    A token alone would lose its space in some tokenizers (SentencePiece), or not be a character yet (bytes).
+    """
+    kwargs = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    if before is None:
+        return tokenizer.decode([token], **kwargs)
+    alone, both = tokenizer.decode([before], **kwargs), tokenizer.decode([before, token], **kwargs)
+    return both[len(alone) :] if both.startswith(alone) else tokenizer.decode([token], **kwargs)
+
+
+def token_classes(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Set[int]
+) -> list[str]:
+    """The class of each token of a completion, one of `TOKEN_CLASSES`; the first that fits:
+
+    - first token: at the completion's first place, whatever it is;
+    - end of text: one of `ends`; other special tokens are "other";
+    - whitespace: nothing but blanks and line breaks;
+    - number: a digit and no letter;
+    - word start: a letter, after a blank or anything but a letter, a digit or an apostrophe;
+    - word continuation: any other letter;
+    - punctuation: any other text (symbols too);
+    - other: no text of its own, such as a part of a character.
+    """
+    special = set(tokenizer.all_special_ids)
+    ids = [*prompt_ids[-1:], *completion_ids]
+    texts = [token_text(token, ids[i - 1] if i else None, tokenizer) for i, token in enumerate(ids)]
+    texts = texts[len(ids) - len(completion_ids) :]
+    classes, before = [], ""
+    for place, (token, text) in enumerate(zip(completion_ids, texts, strict=True)):
+        classes.append(_class_of(token, text, before, place, special, ends))
+        before = text or before
+    return classes
+
+
+def _class_of(token: int, text: str, before: str, place: int, special: Set[int], ends: Set[int]) -> str:
+    if place == 0:
+        return "first token"
+    if token in ends:
+        return "end of text"
+    if token in special or not text or not text.replace("\N{REPLACEMENT CHARACTER}", ""):
+        return "other"
+    if text.isspace():
+        return "whitespace"
+    if any(map(str.isalpha, text)):
+        inside = before[-1:].isalnum() or before[-1:] in ("'", "\N{RIGHT SINGLE QUOTATION MARK}")
+        return "word continuation" if inside and not text[0].isspace() else "word start"
+    return "number" if any(map(str.isdigit, text)) else "punctuation"

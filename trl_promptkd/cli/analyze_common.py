@@ -1,0 +1,130 @@
+"""What the commands of `trl-promptkd analyze` share: flags, rows, how texts are sampled, and tables."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import check_positions
+from ..data import check_columns, tokenize_dataset
+from ..rollouts import rollout_config
+from ..teacher import check_same_tokenizer, load_teacher_tokenizer, shared_vocab_size
+from .common import add_row_arguments, json_dict, load_rows
+
+
+def at_least_one(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a whole number, 1 or more")
+    return value
+
+
+def add_analysis_arguments(command: argparse.ArgumentParser, output_dir: str, rows: int, max_new_tokens: int) -> None:
+    """Models, rows, sampling and output; `--student` and `--dataset` are each command's own."""
+    command.add_argument("--teacher", required=True, help="Hub id or folder")
+    add_row_arguments(command)
+    command.add_argument("--rows", type=at_least_one, default=rows, help=f"how many rows, from the first ({rows})")
+    command.add_argument(
+        "--max_length",
+        type=at_least_one,
+        default=512,
+        help="longest row of the data in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut",
+    )
+    command.add_argument(
+        "--max_new_tokens", type=at_least_one, default=max_new_tokens, help=f"longest sample ({max_new_tokens})"
+    )
+    command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
+    command.add_argument("--seed", type=int, default=42, help="of the samples (42)")
+    command.add_argument("--output_dir", default=output_dir, help=f"where the files go ({output_dir})")
+    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    for role in ("student", "teacher"):
+        command.add_argument(f"--{role}_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
+    command.add_argument("--trust_remote_code", action="store_true")
+
+
+def tokenizer_of(args: argparse.Namespace, students: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, after it has been compared with the students'.
+
+    Raises:
+        ValueError: where there is none, or where a student's differs.
+    """
+    tokenizer = load_teacher_tokenizer(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"`--teacher` is {args.teacher!r}, beside which there is no tokenizer. Save one there.")
+    for student in students:
+        other = load_teacher_tokenizer(student, args.student_init_kwargs, args.trust_remote_code)
+        if other is not None:
+            check_same_tokenizer(other, tokenizer)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenized_rows(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, answers_needed: str | None = None
+) -> list[dict[str, list[int]]]:
+    """The first rows of `--dataset`, with `prompt_ids` and `completion_ids`."""
+    dataset = load_rows(args)
+    check_columns(dataset, "--dataset", answers_needed)
+    dataset = dataset.select(range(min(args.rows, len(dataset))))
+    return list(tokenize_dataset(dataset, "--dataset", tokenizer, args.max_length, answers_needed, overlong="drop"))
+
+
+def sampling_of(
+    args: argparse.Namespace, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> GenerationConfig:
+    """Sampling at temperature 1 from the whole distribution, until an end-of-text token of the teacher's or the tokenizer's: all models end
+    at the same ones."""
+    settings = SimpleNamespace(
+        max_new_tokens=args.max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, generation_kwargs=None
+    )
+    config: GenerationConfig = rollout_config(teacher, teacher, tokenizer, settings)
+    return config
+
+
+def compared_ids(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, student: PreTrainedModel | None) -> int:
+    """How many token ids are sampled and compared: the tokenizer's real ones, as far as both models have them.
+
+    Raises:
+        ValueError: where a model has fewer entries than the tokenizer has tokens.
+    """
+    models = [teacher] if student is None else [teacher, student]
+    shared_vocab_size(models[-1], teacher, tokenizer)
+    sizes = [model.config.get_text_config().vocab_size for model in models]
+    return min(max(tokenizer.get_vocab().values()) + 1, *sizes)
+
+
+def check_room(
+    role: str, model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], new_tokens: int, virtual: int = 0
+) -> None:
+    """Refuse rows that would run out of learned positions (GPT-2, OPT)."""
+    longest = virtual + max(len(row["prompt_ids"]) + max(new_tokens, len(row["completion_ids"])) for row in rows)
+    check_positions(role, model, longest, "Lower `--max_length` or `--max_new_tokens`.")
+
+
+def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
+    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if index < left else "right")
+    for line in lines:
+        table.add_row(*(Text(str(cell)) for cell in line))
+    console.print(table)
+
+
+def number(value: float, digits: int) -> str:
+    """A number, or a dash where it is not defined."""
+    return "\N{EM DASH}" if value != value else f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero

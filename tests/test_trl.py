@@ -135,6 +135,7 @@ class TestImports:
             "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
+            "metrics",
             "doctor",
             "cli",
         ]
@@ -156,6 +157,7 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
+            ("metrics", ["numbers", "answers", "scores", "__init__"]),
             ("cli", ["common", "cache", "doctor", "__init__", "__main__"]),
         ],
     )

@@ -136,6 +136,8 @@ class TestImports:
             "primed_distill_config",
             "primed_distill_trainer",
             "metrics",
+            "evaluation",
+            "callbacks",
             "doctor",
             "cli",
         ]
@@ -158,7 +160,7 @@ class TestImports:
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "answers", "scores", "__init__"]),
-            ("cli", ["common", "cache", "doctor", "__init__", "__main__"]),
+            ("cli", ["common", "cache", "doctor", "eval", "__init__", "__main__"]),
         ],
     )
     def test_imports_inside_a_folder_point_up_its_list(self, folder, order):

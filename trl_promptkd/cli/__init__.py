@@ -7,6 +7,7 @@ from datasets.exceptions import DatasetsError
 
 from .cache import add_cache
 from .doctor import add_doctor
+from .eval import add_eval
 
 
 __all__ = ["main"]
@@ -15,7 +16,7 @@ __all__ = ["main"]
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
     tools = parser.add_subparsers(dest="command", required=True)
-    for add_tool in (add_doctor, add_cache):
+    for add_tool in (add_doctor, add_cache, add_eval):
         add_tool(tools)
     return parser
 
@@ -24,6 +25,6 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, OSError, DatasetsError) as error:  # they say what to do
+    except (ValueError, OSError, ImportError, DatasetsError) as error:  # they say what to do
         print(f"trl-promptkd: {error}", file=sys.stderr)
         return 2

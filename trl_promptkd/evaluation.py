@@ -24,7 +24,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .checks import check_positions
 from .data import tokenize_row
 from .files import read_text, remove_incomplete, whole_file
-from .metrics import gsm8k_accuracy, instruction_scores, reference_number
+from .metrics import gsm8k_accuracy, instruction_scores, reference_number, rouge_scorer
 from .rollouts import generate_completions, rollout_config, rollout_seed
 from .teacher_answers import answer_key, weights_fingerprint
 
@@ -127,12 +127,11 @@ def evaluation_rows(
         prompts.append(ids)
         references.append(reference)
     if not prompts:
-        why = (
-            f"all {left_out} prompts are longer than `max_prompt_length={max_prompt_length}`"
-            if left_out
-            else "it is empty"
-        )
-        raise ValueError(f"`{name}` has no rows to evaluate on: {why}. Check its path, split and filters.")
+        if left_out:
+            raise ValueError(
+                f"`{name}` has no rows to evaluate on: all {left_out} prompts are longer than `max_prompt_length={max_prompt_length}`. Raise it."
+            )
+        raise ValueError(f"`{name}` is empty: it has no rows to evaluate on. Check its path, split and filters.")
     return EvaluationRows(prompts, references, left_out)
 
 
@@ -218,7 +217,7 @@ def score_answers(task: str, answers: Sequence[str], references: Sequence[Any]) 
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    datasets: Mapping[str, Dataset | IterableDataset],
+    datasets: Mapping[str, Dataset | IterableDataset | EvaluationRows],
     task: str = "instruct",
     template: str | None = None,
     seeds: Sequence[int] | None = None,
@@ -236,7 +235,7 @@ def evaluate_model(
     Args:
         model (`PreTrainedModel` or `PeftModel`): On its device.
         tokenizer (`PreTrainedTokenizerBase`): The model's.
-        datasets (`dict`): Name -> rows, see [`evaluation_rows`].
+        datasets (`dict`): Name -> rows, as they are or as [`evaluation_rows`] has read them.
         task (`str`, *optional*, defaults to `"instruct"`): Or `"gsm8k"`.
         template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. `None`: `"chat"` where the tokenizer has a chat template; else `"paper"` for
             instructions and `"plain"` for GSM8K (the bare question, as response priming's student sees it).
@@ -271,7 +270,9 @@ def evaluate_model(
     if not datasets:
         raise ValueError("`datasets` is empty. Give at least one data set.")
     sets = {
-        name: evaluation_rows(dataset, name, task, tokenizer, template, num_rows, max_prompt_length)
+        name: dataset
+        if isinstance(dataset, EvaluationRows)
+        else evaluation_rows(dataset, name, task, tokenizer, template, num_rows, max_prompt_length)
         for name, dataset in datasets.items()
     }
     longest = max_new_tokens + max(len(ids) for rows in sets.values() for ids in rows.prompt_ids)
@@ -309,7 +310,7 @@ def check_evaluation_settings(
     top_k: int = 0,
     **numbers: int | None,
 ) -> str:
-    """Refuse settings that nothing can be evaluated with.
+    """Refuse settings that nothing can be evaluated with, before anything is.
 
     Args:
         numbers: By name; each must be above 0, or `None`.
@@ -319,6 +320,7 @@ def check_evaluation_settings(
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
+        ImportError: where what scores the answers is not installed.
     """
     for name, number in numbers.items():
         if number is not None and number < 1:
@@ -326,6 +328,8 @@ def check_evaluation_settings(
     for name, choice, allowed in (("task", task, TASKS), ("template", template, (None, *TEMPLATES))):
         if choice not in allowed:
             raise ValueError(f"`{name}` is {choice!r}; it must be {' or '.join(map(repr, allowed))}.")
+    if task == "instruct":
+        rouge_scorer()
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`.")
     if template is None:

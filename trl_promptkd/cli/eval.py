@@ -17,21 +17,19 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation import PAPER_SEEDS, TEMPLATES, evaluate_model
+from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
 from ..teacher import load_teacher_tokenizer
 from .common import json_dict, load_model, load_rows
 
 
-# Flags that are arguments of `evaluate_model`
+# Flags that are settings of `evaluate_model` under the same names
 _SETTINGS = (
-    "template",
     "temperature",
     "top_p",
     "top_k",
     "max_new_tokens",
     "batch_size",
     "max_prompt_length",
-    "output_dir",
 )
 
 
@@ -92,10 +90,15 @@ def run_eval(args: argparse.Namespace) -> int:
             for name, dataset in zip(names, args.dataset, strict=True)
         }
         tokenizer = _load_tokenizer(args)
-        model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
         settings = {name: getattr(args, name) for name in _SETTINGS}
-        seeds = None if getattr(args, "greedy", False) else args.seeds
-        result = evaluate_model(model, tokenizer, datasets, args.task, seeds=seeds, num_rows=args.rows, **settings)
+        settings |= {"seeds": None if getattr(args, "greedy", False) else args.seeds, "num_rows": args.rows}
+        template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
+        rows = {
+            name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
+            for name, dataset in datasets.items()
+        }
+        model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
+        result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
     result = {"model": args.model, **result}
     if args.json:
         print(json.dumps(result, indent=1))

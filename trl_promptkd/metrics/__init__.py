@@ -7,7 +7,14 @@ import os
 from typing import Any
 
 from .answers import RULES, extract_answer, extract_final_number
-from .scores import gsm8k_accuracy, gsm8k_row_scores, instruction_row_scores, instruction_scores, reference_number
+from .scores import (
+    gsm8k_accuracy,
+    gsm8k_row_scores,
+    instruction_row_scores,
+    instruction_scores,
+    reference_number,
+    rouge_scorer,
+)
 
 
 __all__ = [
@@ -21,6 +28,7 @@ __all__ = [
     "load",
     "module_path",
     "reference_number",
+    "rouge_scorer",
 ]
 
 _MODULES = ("gsm8k", "instruction_scores")

@@ -16,6 +16,7 @@ __all__ = [
     "instruction_scores",
     "normalized",
     "reference_number",
+    "rouge_scorer",
 ]
 
 
@@ -58,7 +59,7 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
                 raise TypeError(
                     f"`references[{row}]` holds {_shown(text)}; it must be texts only. Write them as texts."
                 )
-    scorer = _rouge_scorer()
+    scorer = rouge_scorer()
     return [
         {
             "rougeL": 100 * max(scorer.score(text, prediction)["rougeL"].fmeasure for text in texts),
@@ -77,7 +78,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @lru_cache(maxsize=1)
-def _rouge_scorer() -> Any:
+def rouge_scorer() -> Any:
+    """`rouge_score`'s scorer of ROUGE-L.
+
+    Raises:
+        ImportError: where it is not installed, saying how to install it.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:

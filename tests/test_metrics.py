@@ -82,6 +82,7 @@ FIRST_LINE = [
     ("$470.00. $470.00. \nAnswer: $470.00. \nAnswer: $47", 470),
     ("80\n The correct answer is:  80\n The", 80),
     ("18 18 18", 18),
+    ("12 apples and 12 pears\nThe answer is 15.", 12),
     ("18 eggs\nHere is why: 16 - 3 = 13.", 18),
     ("**18**\n\nShe eats 3 and bakes with 4, 16 - 7 = 9, 9 * 2 = 18.", 18),
     ("Answer: 18\n\nBecause 16 - 3 - 4 = 9 and 9 * 2 = 18.", 18),

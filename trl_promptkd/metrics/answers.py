@@ -5,11 +5,10 @@ r"""The final number of an answer to a word problem, by the rules of the respons
 3. the number after "the [final/correct] answer is";
 4. the last number.
 
-Source: Goyal et al. (arXiv 2412.17846) and its released code. The code reads them with one pattern each. What is different here, as that one is
-misled by it:
+Source: the paper's released code (arXiv 2412.17846), which reads numbers as runs of digits and commas. What is different here, as that is misled:
 
 - numbers are read as a reader would ([`find_numbers`]): signs, fractions, separators, LaTeX, units, no labels of steps;
-- of several boxes and of several statements the last one counts, but not what follows in a new question that a model has gone on with;
+- of several boxes and of several statements the last one counts (there: the first), but not what follows in a new question that a model has gone on with;
 - a first line that is a sentence with one number in it is a step of a derivation where one follows, and no answer;
 - where the last sentence with a number holds several, the result of an equation goes before what comes after it
   ("... = 255 miles after 4 hours").
@@ -154,7 +153,7 @@ def _first_line(text: str, numbers: list[Number]) -> float | None:
         return None
     first = text[:end]
     rest = [number for number in numbers if number.start >= end]
-    if not rest or _STATEMENT.search(first) or _answers_at_once(first, found[0]):
+    if not rest or len(found) > 1 or _STATEMENT.search(first) or _answers_at_once(first, found[0]):
         return found[0].value
     goes_on = first.startswith("1.") or _STATEMENT.search(text, end) or _DERIVATION.search(text, end)
     return None if goes_on else found[0].value

@@ -267,7 +267,7 @@ class TestExtractAnswer:
         for row in rows:
             reasoning, _, gold = row["answer"].rpartition("\n#### ")
             right += extract_final_number(reasoning) == float(gold.replace(",", ""))
-        assert right >= 0.94 * len(rows)
+        assert right >= 0.99 * len(rows)
 
 
 PIECES = st.sampled_from(

@@ -153,7 +153,8 @@ def _first_line(text: str, numbers: list[Number]) -> float | None:
         return None
     first = text[:end]
     rest = [number for number in numbers if number.start >= end]
-    if not rest or len(found) > 1 or _STATEMENT.search(first) or _answers_at_once(first, found[0]):
+    repeats = len(found) > 1 and "=" not in first
+    if not rest or repeats or _STATEMENT.search(first) or _answers_at_once(first, found[0]):
         return found[0].value
     goes_on = first.startswith("1.") or _STATEMENT.search(text, end) or _DERIVATION.search(text, end)
     return None if goes_on else found[0].value

@@ -41,6 +41,7 @@ from trl import SFTConfig
 
 from trl_promptkd import (
     DataCollatorForPrimedDistillation,
+    GenerationMetricsCallback,
     PrimedDistillConfig,
     PrimedDistillTrainer,
     PrimingTemplate,
@@ -52,6 +53,8 @@ from trl_promptkd import (
     build_teacher_cache,
 )
 from trl_promptkd.cli import main
+from trl_promptkd.evaluation import evaluate_model
+from trl_promptkd.metrics import gsm8k_accuracy, instruction_scores, load
 
 
 NAN = float("nan")
@@ -118,6 +121,7 @@ def _neutral(message: str, folder: Path) -> str:
     """Without the folders of this run, and without what other packages say, which changes with their versions."""
     message = message.replace(f"{folder}{os.sep}", "").replace(str(folder), "folder").replace(os.getcwd(), "/home/you")
     message = re.sub(r"shard-\w+", "shard-0a1b", message)
+    message = re.sub(r"greedy-\w+\.jsonl", "greedy-0a1b.jsonl", message)
     return re.sub(r" \((We couldn't|'utf-8' codec|Error while).*?\)(?=\.|$)", "", message, flags=re.DOTALL)
 
 
@@ -323,6 +327,32 @@ def prompts_of_two_runs(folder: Path):
 def prompt_of_another_kind(folder: Path):
     get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "run")
     analyze_prompt(folder)
+
+
+def evaluate_rows(rows: Any, **settings: Any):
+    """Refused before the model is asked, so that there is none."""
+    tokenizer = settings.pop("tokenizer", None) or tiny_tokenizer()
+    evaluate_model(None, tokenizer, {"rows": Dataset.from_list(rows)}, **settings)
+
+
+def without_chat_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def eval_command(folder: Path, *flags: str):
+    tiny_tokenizer().save_pretrained(folder / "model")
+    written(folder / "rows.json", b'{"instruction": "the cat", "output": "sat"}\n')
+    command(folder, "eval", "instruct", "--model", "FOLDER/model", *flags)
+
+
+def damaged_answers(folder: Path):
+    model, settings = tiny_model(), {"max_new_tokens": 2, "output_dir": str(folder / "answers")}
+    evaluate_model(model, tiny_tokenizer(), {"rows": answered_dataset(2)}, **settings)
+    (path,) = (folder / "answers").iterdir()
+    os.replace(written(path, b"{}"), path)
+    evaluate_model(model, tiny_tokenizer(), {"rows": answered_dataset(2)}, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------- the cases
@@ -751,6 +781,56 @@ ARGUMENTS = [
         "there is no `--dataset`, whose prompts it answers",
         "Pass one",
     ),
+    Case(
+        "metric_name",
+        "`metrics.load('rouge')`",
+        lambda folder: load("rouge"),
+        ValueError,
+        "The metric is 'rouge'",
+        "it must be 'gsm8k' or 'instruction_scores'",
+    ),
+    Case(
+        "eval_task",
+        "`GenerationMetricsCallback(..., task='mmlu')`",
+        lambda folder: GenerationMetricsCallback(
+            promptkd(folder, model=tiny_model(), teacher=tiny_model()), chat_dataset(), task="mmlu"
+        ),
+        ValueError,
+        "`task` is 'mmlu'",
+        "it must be 'instruct' or 'gsm8k'",
+    ),
+    Case(
+        "callback_trainer",
+        "`GenerationMetricsCallback` without a trainer",
+        lambda folder: GenerationMetricsCallback(chat_dataset(), chat_dataset()),
+        TypeError,
+        "`trainer` is a Dataset; it must be a Trainer",
+        "Make it first",
+    ),
+    Case(
+        "eval_seeds",
+        "`evaluate_model(seeds=[10, 10])`",
+        lambda folder: evaluate_rows(chat_dataset(), seeds=[10, 10]),
+        ValueError,
+        "`seeds` are [10, 10]",
+        "they must be different whole numbers",
+    ),
+    Case(
+        "eval_template",
+        "`evaluate_model(template='chat')`, and a tokenizer without a chat template",
+        lambda folder: evaluate_rows(chat_dataset(), template="chat", tokenizer=without_chat_template()),
+        ValueError,
+        "the tokenizer has no chat template",
+        "Choose 'paper' or 'plain'",
+    ),
+    Case(
+        "cli_eval_batch_size",
+        "`trl-promptkd eval instruct --batch_size 0`",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/rows.json", "--batch_size", "0"),
+        ExitCode2,
+        "`batch_size` is 0",
+        "it must be above 0",
+    ),
 ]
 
 
@@ -1107,6 +1187,54 @@ DATA = [
         "`--dataset` holds prompts without answers",
         "Set `--responses student`",
     ),
+    Case(
+        "evaluate_columns",
+        "`evaluate_model` with rows that have none of the columns it reads",
+        lambda folder: evaluate_rows([{"text": "the cat"}]),
+        ValueError,
+        "Row 0 of `rows`: it has none of `instruction`, `question`, `prompt` and `messages`; its columns are ['text']",
+        "Rename columns",
+    ),
+    Case(
+        "eval_no_answer",
+        "`evaluate_model` with a row without a right answer",
+        lambda folder: evaluate_rows([{"instruction": "the cat", "output": None}]),
+        ValueError,
+        "its right answer is None",
+        "it must be a text or a list of texts",
+    ),
+    Case(
+        "eval_no_number",
+        "`task='gsm8k'` with a right answer without a number",
+        lambda folder: evaluate_rows([{"question": "the cat", "answer": "unknown"}], task="gsm8k"),
+        ValueError,
+        "the right answer is 'unknown', which holds no finite number to compare with",
+        "Give the right answer as a number",
+    ),
+    Case(
+        "eval_long_prompts",
+        "`max_prompt_length` below all prompts",
+        lambda folder: evaluate_rows([{"prompt": "the cat sat", "completion": "on"}], max_prompt_length=2),
+        ValueError,
+        "all 1 prompts are longer than `max_prompt_length=2`",
+        "Raise it",
+    ),
+    Case(
+        "references_flat",
+        "`instruction_scores(['the cat'], ['the cat'])`",
+        lambda folder: instruction_scores(["the cat"], ["the cat"]),
+        TypeError,
+        "`references[0]` is 'the cat', a str; it must be a list of texts",
+        "Write [text] for a single one",
+    ),
+    Case(
+        "references_unequal",
+        "other numbers of `predictions` and `references`",
+        lambda folder: gsm8k_accuracy(["18"], [18, 3]),
+        ValueError,
+        "There are 1 `predictions` and 2 `references`",
+        "Give one of each a row",
+    ),
 ]
 FILES = [
     Case(
@@ -1374,6 +1502,22 @@ FILES = [
         ExitCode2,
         "they are not of one run",
         "Pass the folder of one run",
+    ),
+    Case(
+        "eval_answers",
+        "answers of an evaluation, in `output_dir`, that are damaged",
+        damaged_answers,
+        ValueError,
+        "line 1, is no answer of this evaluation",
+        "Delete the file",
+    ),
+    Case(
+        "cli_eval_file",
+        "`trl-promptkd eval instruct --dataset` with a file that is not there",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/none.jsonl"),
+        ExitCode2,
+        "none.jsonl', and there is no such file",
+        "Check the path",
     ),
 ]
 MODELS = [

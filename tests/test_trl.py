@@ -135,7 +135,10 @@ class TestImports:
             "teacher_cache",
             "primed_distill_config",
             "primed_distill_trainer",
+            "metrics",
+            "evaluation",
             "analysis",
+            "callbacks",
             "doctor",
             "cli",
         ]
@@ -157,6 +160,7 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
+            ("metrics", ["numbers", "answers", "scores", "__init__"]),
             (
                 "analysis",
                 [
@@ -175,7 +179,7 @@ class TestImports:
             (
                 "cli",
                 [
-                    *("common", "cache", "doctor", "analyze_common", "analyze_exposure", "analyze_prompt"),
+                    *("common", "cache", "doctor", "eval", "analyze_common", "analyze_exposure", "analyze_prompt"),
                     *("analyze_attention", "analyze", "__init__", "__main__"),
                 ],
             ),

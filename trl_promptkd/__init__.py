@@ -1,5 +1,6 @@
 """Prompt-shaped knowledge distillation for Hugging Face TRL."""
 
+from .callbacks import GenerationMetricsCallback
 from .primed_collator import DataCollatorForPrimedDistillation
 from .primed_distill_config import PrimedDistillConfig
 from .primed_distill_trainer import PrimedDistillTrainer
@@ -12,6 +13,7 @@ from .teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cac
 
 __all__ = [
     "DataCollatorForPrimedDistillation",
+    "GenerationMetricsCallback",
     "PrimedDistillConfig",
     "PrimedDistillTrainer",
     "PrimingTemplate",

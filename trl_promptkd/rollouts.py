@@ -105,20 +105,37 @@ class _Draw(LogitsProcessor):
 
     On a CPU, `torch.multinomial` takes an exponential random number for every entry of the vocabulary, one after the other: a
     fifth of the time of a small model's rollouts. Here it is one uniform number a row.
+
+    Args:
+        row_seeds: Of the rows of a batch; each then draws from a state of its own, whatever rows it is among. `None`: from torch's.
+        num_tokens: The longest completion.
     """
+
+    def __init__(self, row_seeds: Sequence[int] | None = None, num_tokens: int = 0):
+        self.numbers, self.step = None, 0
+        if row_seeds is not None:
+            states = [torch.Generator().manual_seed(seed) for seed in row_seeds]
+            self.numbers = torch.stack(
+                [torch.rand(num_tokens, dtype=torch.float64, generator=state) for state in states]
+            )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         distribution = scores.double().softmax(dim=-1).cumsum(dim=-1)
-        uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * distribution[:, -1:]
+        if self.numbers is None:
+            uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        else:
+            uniform = self.numbers[:, self.step : self.step + 1].to(scores.device)
+            self.step += 1
+        uniform = uniform * distribution[:, -1:]
         # `right`: an entry without probability is never the first whose distribution function exceeds the number
         drawn = torch.searchsorted(distribution, uniform, right=True).clamp(max=scores.size(-1) - 1)
         return torch.full_like(scores, float("-inf")).scatter_(-1, drawn, 0.0)
 
 
-def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):
     """transformers' own sampling loop, after whose temperature, top-k and so on [`_Draw`] comes."""
     generation_config.do_sample = False
-    processors = LogitsProcessorList([*logits_processor, _Draw()])
+    processors = LogitsProcessorList([*logits_processor, draw])
     return sampling_loop(model, input_ids, processors, stopping_criteria, generation_config, **kwargs)
 
 
@@ -131,6 +148,7 @@ def generate_completions(
     vocab_size: int | None = None,
     in_step: bool = False,
     soft_prompt: Tensor | None = None,
+    row_seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, with a KV cache, in evaluation mode.
 
@@ -144,6 +162,8 @@ def generate_completions(
         vocab_size: Number of ids that stand for tokens, where the model has more.
         in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the others need.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each prompt's first token.
+        row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size` nor on the other
+            prompts. `None`: all from torch's random state.
 
     Returns:
         One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
@@ -151,7 +171,8 @@ def generate_completions(
     ends = stop_ids(generation_config)
     processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
     batch_size = batch_size or len(prompt_ids)
-    draws = model.device.type == "cpu" and generation_config.get_generation_mode() == GenerationMode.SAMPLE
+    draws = generation_config.get_generation_mode() == GenerationMode.SAMPLE
+    draws = draws and (model.device.type == "cpu" or row_seeds is not None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     published, was_training = base.generation_config, model.training
     completions: list[list[int]] = [[] for _ in prompt_ids]
@@ -168,13 +189,15 @@ def generate_completions(
             if soft_prompt is not None:  # `generate` then returns the new tokens alone
                 embeds, mask = prompted_embeddings(model, ids, mask, soft_prompt)
                 inputs, width = {"inputs_embeds": embeds}, 0
+            seeds = None if row_seeds is None else [row_seeds[row] for row in rows]
+            draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
             sequences = model.generate(
                 **inputs,
                 attention_mask=mask,
                 generation_config=generation_config,
                 logits_processor=processors,
                 # `generate` keeps `synced_gpus` from a loop of one's own
-                custom_generate=partial(_sample_by_drawing, synced_gpus=in_step) if draws else None,
+                custom_generate=partial(_sample_by_drawing, draw=draw, synced_gpus=in_step) if draws else None,
                 synced_gpus=in_step,
             )
             for row, new in zip(rows, sequences[:, width:].tolist(), strict=True):
@@ -193,12 +216,14 @@ def sample_completions(
     seed: int,
     args: Any,
     vocab_size: int | None = None,
+    row_seeds: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """[`generate_completions`] for a model as a trainer holds it: wrapped, under checkpointing, in mixed precision.
 
     Args:
         seed: The completions' own random state; see [`rollout_seed`].
         args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
+        row_seeds: As in [`generate_completions`].
     """
     in_step = accelerator.num_processes > 1 and is_sharded(model)
     num_rows = len(prompt_ids)
@@ -206,6 +231,7 @@ def sample_completions(
         # All ranks ask for equally many tokens of equally many batches; what fills a rank up is thrown away
         most = max(gather_object([num_rows]))
         prompt_ids = [*prompt_ids, *[[generation_config.pad_token_id]] * (most - num_rows)]
+        row_seeds = None if row_seeds is None else [*row_seeds, *[0] * (most - num_rows)]
     if not prompt_ids:
         return []
     checkpointing = args.gradient_checkpointing_kwargs
@@ -216,6 +242,6 @@ def sample_completions(
         unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=checkpointing) as unwrapped,
     ):
         completions = generate_completions(
-            unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size, in_step
+            unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size, in_step, row_seeds=row_seeds
         )
     return completions[:num_rows]

@@ -37,15 +37,16 @@ _SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
 
 
 @torch.no_grad()
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, everything: bool = False) -> str:
     """A hash that tells one set of frozen weights from another, from names, shapes and a few entries of each tensor.
 
-    What is trained is left out: it is the adapter above a teacher that is the student's own start. (Take the fingerprint while
+    What is trained is left out unless `everything` counts: it is the adapter above a teacher that is the student's own start. (Take the fingerprint while
     that adapter is on: PEFT freezes it when it is switched off.) Of weights that are not in memory, only name and shape count.
     """
     digest = hashlib.blake2b(digest_size=16)
     parameters = list(model.named_parameters())
-    for name, parameter in [pair for pair in parameters if not pair[1].requires_grad] or parameters:
+    frozen = [] if everything else [pair for pair in parameters if not pair[1].requires_grad]
+    for name, parameter in frozen or parameters:
         digest.update(f"{name}/{tuple(parameter.shape)}/{parameter.dtype}".encode())
         if parameter.device.type != "meta":
             flat = parameter.detach().reshape(-1)

@@ -8,6 +8,7 @@ from datasets.exceptions import DatasetsError
 from .analyze import add_analyze
 from .cache import add_cache
 from .doctor import add_doctor
+from .eval import add_eval
 
 
 __all__ = ["main"]
@@ -16,7 +17,7 @@ __all__ = ["main"]
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
     tools = parser.add_subparsers(dest="command", required=True)
-    for add_tool in (add_doctor, add_cache, add_analyze):
+    for add_tool in (add_doctor, add_cache, add_eval, add_analyze):
         add_tool(tools)
     return parser
 

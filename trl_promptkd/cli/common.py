@@ -69,7 +69,9 @@ def load_rows(args: argparse.Namespace) -> Any:
     """The data set of `--dataset`: a file by its ending, or a Hub id."""
     kind = _FILES.get(os.path.splitext(args.dataset)[1])
     if kind is not None and not os.path.isfile(args.dataset):
-        raise ValueError(f"`--dataset` is {args.dataset!r}, and there is no such file.")
+        raise ValueError(
+            f"`--dataset` is {args.dataset!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
+        )
     files = None if kind is None else args.dataset
     try:
         dataset = load_dataset(

@@ -1,0 +1,193 @@
+"""`trl-promptkd eval instruct | gsm8k`."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
+from ..teacher import load_teacher_tokenizer
+from .common import json_dict, load_model, load_rows
+
+
+# Flags that are settings of `evaluate_model` under the same names
+_SETTINGS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_new_tokens",
+    "batch_size",
+    "max_prompt_length",
+)
+
+
+def add_eval(tools: Any) -> None:
+    evaluation = tools.add_parser("eval", help="let a model answer, and score its answers")
+    tasks = evaluation.add_subparsers(dest="task", required=True)
+    instruct = tasks.add_parser(
+        "instruct",
+        help="ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
+    )
+    gsm8k = tasks.add_parser("gsm8k", help="accuracy of final numbers, by the response priming paper's rules; greedy")
+    instruct.add_argument("--seeds", type=int, nargs="+", default=list(PAPER_SEEDS), help="sample once for each")
+    instruct.add_argument("--greedy", action="store_true", help="answer greedily instead, once")
+    gsm8k.add_argument("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
+    for command in (instruct, gsm8k):
+        _add_arguments(command)
+        command.set_defaults(run=run_eval)
+
+
+def _add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
+    command.add_argument(
+        "--dataset",
+        required=True,
+        action="append",
+        help="Hub id, or a .json, .jsonl, .csv or .parquet file; several of them make a table of sets",
+    )
+    command.add_argument("--dataset_config", help="their configuration")
+    command.add_argument(
+        "--dataset_split", default="train", help="their split (a file's is `train`), or a part of it: test[:100]"
+    )
+    command.add_argument("--prompt_column", help="column to take as `prompt`, as it is")
+    command.add_argument("--completion_column", help="column to take as `completion`, the right answer")
+    command.add_argument(
+        "--template",
+        choices=TEMPLATES,
+        help="around instructions and questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)",
+    )
+    command.add_argument("--rows", type=int, help="the first rows of each set only")
+    command.add_argument("--max_prompt_length", type=int, help="leave rows with longer prompts out (they are counted)")
+    command.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
+    command.add_argument("--temperature", type=float, default=1.0, help="of samples")
+    command.add_argument("--top_p", type=float, default=1.0, help="of samples")
+    command.add_argument("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
+    command.add_argument("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
+    command.add_argument("--output_dir", help="keep the answers there; a run that starts again goes on where it was")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
+    command.add_argument("--trust_remote_code", action="store_true")
+    command.set_defaults(conversational=False)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):  # standard output is for the results alone
+        names = _set_names(args.dataset)
+        datasets = {
+            name: load_rows(argparse.Namespace(**{**vars(args), "dataset": dataset}))
+            for name, dataset in zip(names, args.dataset, strict=True)
+        }
+        tokenizer = _load_tokenizer(args)
+        settings = {name: getattr(args, name) for name in _SETTINGS}
+        settings |= {"seeds": None if getattr(args, "greedy", False) else args.seeds, "num_rows": args.rows}
+        template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
+        rows = {
+            name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
+            for name, dataset in datasets.items()
+        }
+        model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
+        result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
+    result = {"model": args.model, **result}
+    if args.json:
+        print(json.dumps(result, indent=1))
+    else:
+        _print_tables(result)
+    if args.task == "gsm8k" and importlib.util.find_spec("lm_eval") is not None:
+        print(
+            f"For the figure of the standard harness beside it: lm_eval --model hf --model_args pretrained={args.model} --tasks gsm8k",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def _dtype() -> str:
+    return "auto" if torch.cuda.is_available() else "float32"
+
+
+def _set_names(datasets: Sequence[str]) -> list[str]:
+    """Short names: of files the last part, with the folder's where two are alike."""
+    short = [os.path.splitext(os.path.basename(name))[0] if os.path.isfile(name) else name for name in datasets]
+    if len(set(short)) < len(short):
+        short = [
+            f"{os.path.basename(os.path.dirname(os.path.abspath(name)))}/{stem}" if os.path.isfile(name) else name
+            for name, stem in zip(datasets, short, strict=True)
+        ]
+    if len(set(short)) < len(short):
+        raise ValueError(
+            f"Two of `--dataset` are called alike: {short}. Give each once, and rename files of one name."
+        )
+    return short
+
+
+def _load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model, or that of the model below an adapter."""
+    tokenizer = load_teacher_tokenizer(args.model, args.model_init_kwargs, args.trust_remote_code)
+    if tokenizer is None and os.path.isfile(os.path.join(args.model, "adapter_config.json")):
+        base = PeftConfig.from_pretrained(args.model).base_model_name_or_path
+        tokenizer = load_teacher_tokenizer(base or "", {}, args.trust_remote_code)
+    if tokenizer is None:
+        raise ValueError(f"`--model` is {args.model!r}, beside which there is no tokenizer. Save one there.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    settings = result["settings"]
+    how = "greedy" if settings["seeds"] is None else f"sampled, seeds {' '.join(map(str, settings['seeds']))}"
+    title = f"{result['model']}: {result['task']}, template {result['template']}, {how}, at most {settings['max_new_tokens']} tokens"
+    sets = result["sets"]
+    metrics = list(next(iter(sets.values()))["mean"])
+    console.print(Text(title))
+    table = Table(box=box.SIMPLE)
+    table.add_column("set")
+    for column in ("rows", "left out", *(f"{metric}, %" for metric in metrics)):
+        table.add_column(column, justify="right")
+    for name, values in sets.items():
+        scores = [_score(values["mean"][metric], values["std"][metric]) for metric in metrics]
+        table.add_row(Text(name), str(values["rows"]), str(values["left_out"]), *scores)
+    if len(sets) > 1:
+        means = [sum(values["mean"][metric] for values in sets.values()) / len(sets) for metric in metrics]
+        table.add_row("mean of sets", "", "", *(_score(mean, None) for mean in means))
+    console.print(table)
+    if settings["seeds"] is not None and len(settings["seeds"]) > 1:
+        console.print("Mean and standard deviation over seeds.")
+    if result["task"] == "gsm8k":
+        _print_rules(console, sets)
+
+
+def _score(mean: float, std: float | None) -> str:
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def _print_rules(console: Console, sets: dict[str, Any]) -> None:
+    """How many answers each rule has read, and how many of those are right, over all sets and seeds."""
+    console.print("Where the final number was read:")
+    table = Table(box=box.SIMPLE)
+    for column in ("rule", "answers", "right"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    counts: dict[str, list[int]] = {}
+    for values in sets.values():
+        for run in values["runs"]:
+            for rule, found in run["rules"].items():
+                both = counts.setdefault(rule, [0, 0])
+                both[0] += found["rows"]
+                both[1] += found["correct"]
+    for rule, (rows, right) in counts.items():
+        table.add_row(rule, str(rows), str(right))
+    console.print(table)

@@ -1,0 +1,69 @@
+"""What answers are worth: instruction ROUGE-L and exact match, and the accuracy of final numbers (GSM8K).
+
+As functions, and as local modules for `evaluate`: `evaluate.load("rouge")` would fetch a script from the Hub.
+"""
+
+import os
+from typing import Any
+
+from .answers import RULES, extract_answer, extract_final_number
+from .scores import (
+    gsm8k_accuracy,
+    gsm8k_row_scores,
+    instruction_row_scores,
+    instruction_scores,
+    reference_number,
+    rouge_scorer,
+)
+
+
+__all__ = [
+    "RULES",
+    "extract_answer",
+    "extract_final_number",
+    "gsm8k_accuracy",
+    "gsm8k_row_scores",
+    "instruction_row_scores",
+    "instruction_scores",
+    "load",
+    "module_path",
+    "reference_number",
+    "rouge_scorer",
+]
+
+_MODULES = ("gsm8k", "instruction_scores")
+
+
+def module_path(name: str) -> str:
+    """The file of a local `evaluate` module, for `evaluate.load`.
+
+    Args:
+        name: `"instruction_scores"` or `"gsm8k"`.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"The metric is {name!r}; it must be {' or '.join(map(repr, _MODULES))}.")
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules", f"{name}.py")
+
+
+def load(name: str) -> Any:
+    """One of the metrics as an `evaluate.EvaluationModule`; nothing is fetched.
+
+    Args:
+        name: `"instruction_scores"` or `"gsm8k"`.
+
+    Raises:
+        ImportError: where `evaluate` is not installed.
+        ValueError: for another name.
+    """
+    path = module_path(name)
+    try:
+        import evaluate
+    except ImportError as error:
+        raise ImportError(
+            'A metric\'s module needs the package evaluate, which is not installed. Run `pip install "trl_promptkd[evaluate]"`, or use the '
+            "functions of trl_promptkd.metrics."
+        ) from error
+    return evaluate.load(path)

@@ -51,31 +51,37 @@ class TestCollusionCallback:
                 callback.on_log(None, state, None)
         return [record.getMessage() for record in caplog.records if "following the student" in record.getMessage()]
 
-    def test_warns_once_when_gain_grows_and_the_entropy_falls(self, caplog, propagate):
-        # The end of the run in which a prompt learned 100 times as fast as its student
-        history = [entry(0.02, 1.2, 2.0), entry(0.4, 0.9, 1.7), entry(0.67, 0.85, 1.2), entry(0.67, 0.85, 1.1)]
+    def test_warns_once_when_the_gain_is_a_large_share(self, caplog, propagate):
+        # The end of a run in which a prompt learned 100 times as fast as its student
+        history = [entry(0.02, 1.2, 2.0), entry(0.29, 1.2, 1.7), entry(0.67, 0.85, 1.2), entry(0.67, 0.85, 1.1)]
         (message,) = self.warnings(caplog, history)
         assert "Step 3" in message
-        assert "fell from 2.00 to 1.20" in message
+        assert "entropy went from 2.00 to 1.20" in message
         assert "prompt_learning_rate" in message
+        assert "eval_strategy" in message
 
-    def test_warns_when_gain_grows_and_the_forward_kl_rises(self, caplog, propagate):
-        history = [
-            entry(0.0, 1.0, 2.0),
-            {"eval_forward_kl": 11.8},
-            entry(0.6, 0.9, 2.0),
-            {"eval_forward_kl": 15.4},
-            entry(0.6, 0.9, 2.0),
-        ]
+    def test_warns_where_the_entropy_rises(self, caplog, propagate):
+        """As it did in the study's real model: gain, KL(student || plain) and entropy of steps 1, 7 and 17."""
+        history = [entry(0.018, 1.759, 4.81), entry(0.236, 1.215, 4.29), entry(0.628, 1.158, 5.41)]
+        (message,) = self.warnings(caplog, history)
+        assert "Step 3" in message
+
+    def test_says_that_the_forward_kl_rose(self, caplog, propagate):
+        history = [entry(0.0, 1.0, 2.0), {"eval_forward_kl": 11.8}, {"eval_forward_kl": 15.4}, entry(0.6, 0.9, 2.0)]
         (message,) = self.warnings(caplog, history)
         assert "rose from 11.80 to 15.40" in message
 
     @pytest.mark.parametrize(
         "history",
         [
-            [entry(0.02, 1.2, 2.0), entry(0.1, 0.9, 1.2)],  # a small gain; the student grows surer, as it should
-            [entry(0.02, 1.2, 2.0), entry(0.4, 0.9, 1.9)],  # a large gain without a loss of entropy
+            [entry(0.02, 1.2, 2.0), entry(0.22, 0.9, 1.2)],  # a smaller gain
             [entry(0.6, 0.9, 2.0), entry(0.62, 0.9, 1.2)],  # a gain that was there from the start
+            [
+                entry(0.0, 1.0, 2.0),
+                {"eval_forward_kl": 9.8},
+                {"eval_forward_kl": 9.7},
+                entry(0.6, 0.9, 2.0),
+            ],  # cleared
             [entry(0.67, 0.85, 1.2)],
         ],
     )

@@ -83,27 +83,22 @@ class CollusionCallback(TrainerCallback):
     """
     Warns once when the soft prompt seems to follow the student instead of leading it.
 
-    A prompt that learns too fast moves to wherever the student is: the loss KL(student || prompted teacher) looks
-    wonderful while the student collapses onto a few answers. The sign is a prompt gain, KL(student || plain) minus
-    KL(student || prompted), that has grown to a large share of KL(student || plain), while the student's entropy has fallen
-    or KL(plain teacher || student) on neutral answers has risen.
+    A prompt that learns too fast moves to wherever the student is: the loss KL(student || prompted teacher) looks wonderful
+    while the student gets no closer to the plain teacher. The sign is a prompt gain, KL(student || plain) minus
+    KL(student || prompted), that has grown to a large share of KL(student || plain): most of what looks like progress is then the
+    prompt's. The entropies are no sign: they may fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on
+    neutral answers, that has not risen since the run's first evaluation clears the prompt.
+
+    Source of the thresholds: docs/study.md. On a real model the share stayed below a tenth where the prompt learned at the
+    student's rate, and passed a quarter long before the end where it learned a hundred times as fast and the student got worse.
 
     Args:
         gain_share (`float`, *optional*, defaults to `0.25`): Share of KL(student || plain) that the gain must have reached.
         gain_growth (`float`, *optional*, defaults to `0.05`): Nats a token by which it must have grown since the first log.
-        entropy_drop (`float`, *optional*, defaults to `0.2`): Share by which the student's entropy must have fallen.
-        forward_kl_rise (`float`, *optional*, defaults to `0.05`): Or the share by which `eval_forward_kl` must have risen.
     """
 
-    def __init__(
-        self,
-        gain_share: float = 0.25,
-        gain_growth: float = 0.05,
-        entropy_drop: float = 0.2,
-        forward_kl_rise: float = 0.05,
-    ):
+    def __init__(self, gain_share: float = 0.25, gain_growth: float = 0.05):
         self.gain_share, self.gain_growth = gain_share, gain_growth
-        self.entropy_drop, self.forward_kl_rise = entropy_drop, forward_kl_rise
         self.warned = False
 
     def on_log(self, args, state, control, **kwargs):
@@ -114,21 +109,18 @@ class CollusionCallback(TrainerCallback):
         gain, plain = last["kl/prompt_gain"], last["kl/student_plain"]
         if gain < self.gain_share * plain or gain - first["kl/prompt_gain"] < self.gain_growth:
             return
-        signs = []
-        if last["entropy/student"] < (1 - self.entropy_drop) * first["entropy/student"]:
-            signs.append(
-                f"the student's entropy fell from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
-            )
         forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
-        if len(forward) > 1 and forward[-1] > (1 + self.forward_kl_rise) * forward[0]:
-            signs.append(
-                f"KL(plain teacher || student) on neutral answers rose from {forward[0]:.2f} to {forward[-1]:.2f} nats"
-            )
-        if signs:
-            self.warned = True
-            logger.warning(
-                f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. The prompt gain "
-                f"is {gain:.2f} of {plain:.2f} nats a token, up from {first['kl/prompt_gain']:.2f}, while {' and '.join(signs)}. "
-                "A falling loss does not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), "
-                "raise `regularization_coef`, or warm the student up with supervised fine-tuning first."
-            )
+        if len(forward) > 1 and forward[-1] <= forward[0]:
+            return
+        self.warned = True
+        said = f"the student's entropy went from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
+        if len(forward) > 1:
+            said += f", and KL(plain teacher || student) on neutral answers rose from {forward[0]:.2f} to {forward[-1]:.2f}"
+        else:
+            said += "; evaluate during training (`eval_strategy`) to see `eval_forward_kl`"
+        logger.warning(
+            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. The prompt gain is {gain:.2f} of "
+            f"{plain:.2f} nats a token, up from {first['kl/prompt_gain']:.2f}; {said}. A falling loss does not mean success here. Lower "
+            "`prompt_learning_rate` (the paper uses the student's own), raise `regularization_coef`, or warm the student up with supervised "
+            "fine-tuning first."
+        )

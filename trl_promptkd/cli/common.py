@@ -16,6 +16,7 @@ from ..priming import PRIMING_TEMPLATES, PrimingTemplate
 from ..teacher import load_teacher
 
 
+FILE_SPLIT = "train"  # that a file's rows are
 _FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -72,10 +73,14 @@ def load_rows(args: argparse.Namespace) -> Any:
         raise ValueError(
             f"`--dataset` is {args.dataset!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
         )
+    if kind is None and args.dataset_split is None:
+        raise ValueError(
+            f"`--dataset` is {args.dataset!r}, whose split is not said. Pass `--dataset_split` (such as test)."
+        )
     files = None if kind is None else args.dataset
     try:
         dataset = load_dataset(
-            kind or args.dataset, name=args.dataset_config, data_files=files, split=args.dataset_split
+            kind or args.dataset, name=args.dataset_config, data_files=files, split=args.dataset_split or FILE_SPLIT
         )
     except DatasetsError as error:
         raise ValueError(f"`--dataset` is {args.dataset!r}, which cannot be read: {error}") from error

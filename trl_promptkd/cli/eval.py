@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
 from ..teacher import load_teacher_tokenizer
-from .common import json_dict, load_model, load_rows
+from .common import FILE_SPLIT, json_dict, load_model, load_rows
 
 
 # Flags that are settings of `evaluate_model` under the same names
@@ -41,7 +41,9 @@ def add_eval(tools: Any) -> None:
         help="ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
     )
     gsm8k = tasks.add_parser("gsm8k", help="accuracy of final numbers, by the response priming paper's rules; greedy")
-    instruct.add_argument("--seeds", type=int, nargs="+", default=list(PAPER_SEEDS), help="sample once for each")
+    instruct.add_argument(
+        "--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})"
+    )
     instruct.add_argument("--greedy", action="store_true", help="answer greedily instead, once")
     gsm8k.add_argument("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
     for command in (instruct, gsm8k):
@@ -59,10 +61,11 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dataset_config", help="their configuration")
     command.add_argument(
-        "--dataset_split", default="train", help="their split (a file's is `train`), or a part of it: test[:100]"
+        "--dataset_split",
+        help="their split, or a part of it: test[:100]; must be given for a Hub id (a file's is `train`)",
     )
-    command.add_argument("--prompt_column", help="column to take as `prompt`, as it is")
-    command.add_argument("--completion_column", help="column to take as `completion`, the right answer")
+    command.add_argument("--prompt_column", help="column to take as the prompt, as it is, before all others")
+    command.add_argument("--completion_column", help="column to take as the right answer, before all others")
     command.add_argument(
         "--template",
         choices=TEMPLATES,
@@ -85,13 +88,10 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
 def run_eval(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # standard output is for the results alone
         names = _set_names(args.dataset)
-        datasets = {
-            name: load_rows(argparse.Namespace(**{**vars(args), "dataset": dataset}))
-            for name, dataset in zip(names, args.dataset, strict=True)
-        }
+        datasets = {name: _load_set(args, dataset) for name, dataset in zip(names, args.dataset, strict=True)}
         tokenizer = _load_tokenizer(args)
         settings = {name: getattr(args, name) for name in _SETTINGS}
-        settings |= {"seeds": None if getattr(args, "greedy", False) else args.seeds, "num_rows": args.rows}
+        settings |= {"seeds": _seeds(args), "num_rows": args.rows}
         template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
         rows = {
             name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
@@ -99,6 +99,9 @@ def run_eval(args: argparse.Namespace) -> int:
         }
         model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
         result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
+    for name, dataset in zip(names, args.dataset, strict=True):
+        about = {"source": dataset, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}
+        result["sets"][name] = {**about, **result["sets"][name]}
     result = {"model": args.model, **result}
     if args.json:
         print(json.dumps(result, indent=1))
@@ -110,6 +113,38 @@ def run_eval(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def _seeds(args: argparse.Namespace) -> list[int] | None:
+    if args.task == "gsm8k":
+        return args.seeds
+    if args.greedy and args.seeds is not None:
+        raise ValueError(
+            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Leave one of them away."
+        )
+    return None if args.greedy else args.seeds or list(PAPER_SEEDS)
+
+
+def _load_set(args: argparse.Namespace, dataset: str) -> Any:
+    """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the same."""
+    unnamed = {"dataset": dataset, "prompt_column": None, "completion_column": None}
+    rows = load_rows(argparse.Namespace(**{**vars(args), **unnamed}))
+    given = (
+        ("completion_column", args.completion_column, "references", ()),
+        ("prompt_column", args.prompt_column, "prompt", ("instruction", "question", "messages")),
+    )
+    for flag, column, name, others in given:
+        if column is None:
+            continue
+        if column not in rows.column_names:
+            raise ValueError(
+                f"`--{flag}` is {column!r}; the columns are {sorted(rows.column_names)}. Name one of them."
+            )
+        rows = rows.remove_columns(
+            [other for other in (name, *others) if other in rows.column_names and other != column]
+        )
+        rows = rows if column == name else rows.rename_column(column, name)
+    return rows
 
 
 def _dtype() -> str:
@@ -156,15 +191,20 @@ def _print_tables(result: dict[str, Any]) -> None:
     console.print(Text(title))
     table = Table(box=box.SIMPLE)
     table.add_column("set")
-    for column in ("rows", "left out", *(f"{metric}, %" for metric in metrics)):
+    for column in ("rows", "left out", *(f"{metric}, %" for metric in metrics), "ended, %"):
         table.add_column(column, justify="right")
     for name, values in sets.items():
         scores = [_score(values["mean"][metric], values["std"][metric]) for metric in metrics]
-        table.add_row(Text(name), str(values["rows"]), str(values["left_out"]), *scores)
+        ended = f"{100 * values['terminated_share']:.1f}"
+        table.add_row(Text(name), str(values["rows"]), str(values["left_out"]), *scores, ended)
     if len(sets) > 1:
         means = [sum(values["mean"][metric] for values in sets.values()) / len(sets) for metric in metrics]
-        table.add_row("mean of sets", "", "", *(_score(mean, None) for mean in means))
+        table.add_row("mean of sets", "", "", *(_score(mean, None) for mean in means), "")
     console.print(table)
+    console.print("ended: answers that ended by themselves; the others were cut.")
+    for name, values in sets.items():
+        part = "" if values["config"] is None else f", configuration {values['config']}"
+        console.print(Text(f"{name}: {values['source']}{part}, split {values['split']}, data {values['data_hash']}"))
     if settings["seeds"] is not None and len(settings["seeds"]) > 1:
         console.print("Mean and standard deviation over seeds.")
     if result["task"] == "gsm8k":

@@ -739,7 +739,7 @@ ARGUMENTS = [
         lambda folder: attention_command(folder, models=("a", "b", "a/")),
         ExitCode2,
         "'a' is given twice in `--models` and `--teacher`",
-        "Give each model once",
+        "Give each once",
     ),
     Case(
         "cli_two_primings",
@@ -840,6 +840,14 @@ ARGUMENTS = [
         ExitCode2,
         "`--greedy` and `--seeds` [1] are both given",
         "Leave one of them away",
+    ),
+    Case(
+        "cli_eval_twice",
+        "`trl-promptkd eval instruct --dataset a --dataset a`",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/rows.json", "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "is given twice in `--dataset`",
+        "Give each once",
     ),
     Case(
         "cli_eval_split",
@@ -1254,6 +1262,18 @@ DATA = [
         ExitCode2,
         "`--prompt_column` is 'text'; the columns are ['instruction', 'output']",
         "Name one of them",
+    ),
+    Case(
+        "cli_analyze_overlong",
+        "`trl-promptkd analyze prompt --max_length` below all prompts",
+        lambda folder: analyze_prompt(
+            folder,
+            *("--dataset", "FOLDER/rows.json", "--max_length", "1"),
+            *("--responses", "student", "--student", "FOLDER/student"),
+        ),
+        ExitCode2,
+        "They would be left out, so that no row remains",
+        "Set `max_length` to at least",
     ),
     Case(
         "eval_no_answer",

@@ -582,7 +582,7 @@ class TestCommand:
         assert main(flags(folder, "instruct", "model", ("none.jsonl",))) == 2
         assert "there is no such file" in capsys.readouterr().err
         assert main(flags(folder, "instruct", "model", ("rows.jsonl", "rows.jsonl"))) == 2
-        assert "Two of `--dataset` are called alike" in capsys.readouterr().err
+        assert "is given twice in `--dataset`. Give each once." in capsys.readouterr().err
         assert main(flags(folder, "instruct", "none")) == 2
         assert "beside which there is no tokenizer" in capsys.readouterr().err
 

@@ -36,6 +36,8 @@ from transformers import (
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 from trl import SFTConfig
 
@@ -737,7 +739,7 @@ ARGUMENTS = [
         lambda folder: attention_command(folder, models=("a", "b", "a/")),
         ExitCode2,
         "'a' is given twice in `--models` and `--teacher`",
-        "Give each model once",
+        "Give each once",
     ),
     Case(
         "cli_two_primings",
@@ -822,6 +824,48 @@ ARGUMENTS = [
         ValueError,
         "the tokenizer has no chat template",
         "Choose 'paper' or 'plain'",
+    ),
+    Case(
+        "eval_greedy_temperature",
+        "`evaluate_model(temperature=0.7)` without seeds",
+        lambda folder: evaluate_rows(chat_dataset(), temperature=0.7),
+        ValueError,
+        "`temperature` is 0.7, but answers are greedy",
+        "Give seeds",
+    ),
+    Case(
+        "cli_eval_greedy_seeds",
+        "`trl-promptkd eval instruct --greedy --seeds 1`",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/rows.json", "--greedy", "--seeds", "1"),
+        ExitCode2,
+        "`--greedy` and `--seeds` [1] are both given",
+        "Leave one of them away",
+    ),
+    Case(
+        "cli_eval_twice",
+        "`trl-promptkd eval instruct --dataset a --dataset a`",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/rows.json", "--dataset", "FOLDER/rows.json"),
+        ExitCode2,
+        "is given twice in `--dataset`",
+        "Give each once",
+    ),
+    Case(
+        "cli_eval_split",
+        "`trl-promptkd eval instruct --dataset openai/gsm8k` without a split",
+        lambda folder: eval_command(folder, "--dataset", "openai/gsm8k"),
+        ExitCode2,
+        "`--dataset` is 'openai/gsm8k', whose split is not said",
+        "Pass `--dataset_split`",
+    ),
+    Case(
+        "callback_no_tokenizer",
+        "`GenerationMetricsCallback` of a trainer without `processing_class`",
+        lambda folder: GenerationMetricsCallback(
+            Trainer(tiny_model(), TrainingArguments(str(folder), use_cpu=True, report_to="none")), chat_dataset()
+        ),
+        ValueError,
+        "The trainer's `processing_class` is none; it must be a tokenizer",
+        "Make the trainer with",
     ),
     Case(
         "cli_eval_batch_size",
@@ -1194,6 +1238,42 @@ DATA = [
         ValueError,
         "Row 0 of `rows`: it has none of `instruction`, `question`, `prompt` and `messages`; its columns are ['text']",
         "Rename columns",
+    ),
+    Case(
+        "eval_empty_instruction",
+        "`evaluate_model` with an empty `instruction`",
+        lambda folder: evaluate_rows([{"instruction": "", "output": "sat"}]),
+        ValueError,
+        "its `instruction` is '', which asks nothing",
+        "Filter such rows out",
+    ),
+    Case(
+        "eval_messages",
+        "`evaluate_model` with `messages` that end with the user's turn, and no `references`",
+        lambda folder: evaluate_rows([{"messages": [USER]}]),
+        ValueError,
+        "its `messages` are no conversation that ends with an assistant message",
+        "Filter such rows out",
+    ),
+    Case(
+        "cli_eval_column",
+        "`trl-promptkd eval instruct --prompt_column text` without such a column",
+        lambda folder: eval_command(folder, "--dataset", "FOLDER/rows.json", "--prompt_column", "text"),
+        ExitCode2,
+        "`--prompt_column` is 'text'; the columns are ['instruction', 'output']",
+        "Name one of them",
+    ),
+    Case(
+        "cli_analyze_overlong",
+        "`trl-promptkd analyze prompt --max_length` below all prompts",
+        lambda folder: analyze_prompt(
+            folder,
+            *("--dataset", "FOLDER/rows.json", "--max_length", "1"),
+            *("--responses", "student", "--student", "FOLDER/student"),
+        ),
+        ExitCode2,
+        "They would be left out, so that no row remains",
+        "Set `max_length` to at least",
     ),
     Case(
         "eval_no_answer",

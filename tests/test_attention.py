@@ -384,6 +384,18 @@ class TestCommand:
         assert result == json.loads((folder / "out" / "attention.json").read_text())
         assert result["num_queries"] == 4 * (3 + 3)
 
+    def test_the_soft_prompt_takes_positions_too(self, folder, capsys):
+        """128 positions: enough for 127 tokens, not for three virtual ones before them."""
+        for name, seed in (("student", 0), ("teacher", 1)):
+            tiny_model("gpt2", seed=seed).save_pretrained(folder / name)
+        row = {"question": "the " * 120, "answer": "cat " * 6}
+        (folder / "rows.jsonl").write_text(json.dumps(row))
+        given = flags(folder, "--max_length", "128")
+        assert main(given) == 2
+        assert "teacher' has 128 positions, but the longest row needs 130" in capsys.readouterr().err
+        at = given.index("--prompt")
+        assert main([*given[:at], *given[at + 2 :]]) == 0
+
     def test_one_model_has_measures_and_no_heads(self, folder, capsys):
         given = flags(folder)
         del given[4:8]  # teacher and prompt

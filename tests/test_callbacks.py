@@ -9,7 +9,7 @@ import torch
 from conftest import short_run
 from datasets import Dataset
 from tiny import answered_dataset, difference, tiny_model, tiny_tokenizer, weights
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import (
@@ -19,6 +19,7 @@ from trl_promptkd import (
     PrimingTemplate,
     PromptKDConfig,
     PromptKDTrainer,
+    callbacks,
 )
 from trl_promptkd._trl import GKDConfig, GKDTrainer
 from trl_promptkd.evaluation import evaluate_model
@@ -176,6 +177,61 @@ class TestGenerationMetricsCallback:
         assert found["eval_rougeL"] == pytest.approx(expected["rougeL"])
         assert found["eval_exact_match"] == expected["exact_match"]
         assert [log["eval_rougeL"] for log in records.logs if "eval_rougeL" in log] == [found["eval_rougeL"]]
+
+    @pytest.mark.parametrize("passed", ["before", "after"])
+    def test_early_stopping_sees_the_metrics_wherever_it_was_passed(self, passed, tmp_path):
+        """Answers of which 3, 2 and 1 of 6 are right: after the second evaluation without a better one it stops."""
+        trainer = make(
+            "sft",
+            tmp_path,
+            max_steps=6,
+            metric_for_best_model="rougeL",
+            load_best_model_at_end=True,
+            save_only_model=True,
+        )
+        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3, num_completions_to_print=0)
+        right = iter([3, 2, 1])
+
+        def answers():
+            number = next(right)
+            return [row["completion"] if i < number else "nothing" for i, row in enumerate(ROWS)]
+
+        callback._answers = answers
+        both = [callback, EarlyStoppingCallback(early_stopping_patience=2)]
+        for one in reversed(both) if passed == "before" else both:
+            trainer.add_callback(one)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        assert trainer.state.best_global_step == 1
+
+    def test_rows_are_scored_once_and_only_shown_prompts_are_decoded(self, tmp_path, monkeypatch):
+        trainer = make("sft", tmp_path, save_strategy="no")
+        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3, num_completions_to_print=0)
+        trainer.add_callback(callback)
+        scored, decoded = [], []
+        original = callbacks.row_scores
+        monkeypatch.setattr(callbacks, "row_scores", lambda *args: scored.append(1) or original(*args))
+        decode = type(callback.tokenizer).batch_decode
+        monkeypatch.setattr(
+            type(callback.tokenizer),
+            "batch_decode",
+            lambda self, rows, **kwargs: decoded.append(len(rows)) or decode(self, rows, **kwargs),
+        )
+        trainer.evaluate()
+        assert (scored, decoded) == ([1], [len(ROWS)])  # the answers alone
+        callback.num_completions_to_print = 2
+        trainer.evaluate()
+        assert decoded[1:] == [len(ROWS), 2]
+
+    def test_processors_give_their_tokenizer_and_nothing_else_will_do(self, tmp_path):
+        trainer = make("sft", tmp_path, save_strategy="no")
+        trainer.processing_class = SimpleNamespace(tokenizer=tiny_tokenizer())
+        trainer.add_callback(GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3))
+        assert GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3)._answers()
+        for nothing, found in ((None, "none"), (SimpleNamespace(), "a SimpleNamespace")):
+            trainer.processing_class = nothing
+            with pytest.raises(ValueError, match=f"`processing_class` is {found}; it must be a tokenizer"):
+                GenerationMetricsCallback(trainer, ROWS)
 
     def test_gsm8k(self, tmp_path):
         trainer = make("sft", tmp_path, save_strategy="no")

@@ -1,15 +1,18 @@
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import WORDS, answered_dataset, chat_dataset, tiny_model, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import evaluation
-from trl_promptkd.cli import main
+from trl_promptkd.cli import main, make_parser
+from trl_promptkd.cli.eval import _load_set
+from trl_promptkd.data import tokenize_row
 from trl_promptkd.evaluation import evaluate_model, evaluation_rows, instruction_text
 from trl_promptkd.metrics import instruction_scores
 from trl_promptkd.rollouts import generate_completions
@@ -77,7 +80,28 @@ class TestEvaluationRows:
         assert found.references[0] == ["a student"]
 
     def test_gold_numbers(self):
-        assert self.read([{"question": "the", "answer": "3 + 4 = 7\n#### 1,007"}], "gsm8k")[1] == [1007.0]
+        assert self.read([{"question": "the", "answer": "3 + 4 = 7\n#### 1,007"}], "gsm8k")[1] == [[1007.0]]
+
+    @pytest.mark.parametrize("template", ["chat", "plain"])
+    def test_tools_and_template_settings_reach_the_chat_template_as_in_training(self, template):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{% if tools %}red {% endif %}{{ color }} " + tokenizer.chat_template
+        more = {"tools": [{"name": "red"}], "chat_template_kwargs": {"color": "blue"}}
+        messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+        rows = [
+            {"messages": messages, **more},
+            {"prompt": messages[:1], "references": ["sat"], **more},
+            {"instruction": "the cat", "output": "sat", **more},
+        ]
+        for row in rows if template == "chat" else rows[:2]:
+            dataset = Dataset.from_list([row])
+            (ids,) = evaluation_rows(dataset, "rows", "instruct", tokenizer, template).prompt_ids
+            assert tokenizer.decode(ids) == "red blue <user> the cat <assistant>"
+            assert ids == tokenize_row({"messages": messages, **more}, tokenizer)["prompt_ids"]
+
+    def test_conversations_that_end_with_a_question_have_their_answers_beside_them(self):
+        row = {"messages": [{"role": "user", "content": "the cat"}], "references": ["sat", "on"]}
+        assert self.read([row]) == (["<user> the cat <assistant>"], [["sat", "on"]])
 
     def test_first_rows_and_long_prompts(self):
         rows = [{"prompt": "the " * n, "completion": "a"} for n in (1, 5, 2, 9)]
@@ -96,7 +120,12 @@ class TestEvaluationRows:
                 {},
                 "Row 0 of `rows`: the right answer is 'no number'",
             ),
-            ([{"instruction": "", "output": "a"}], "instruct", {}, "its prompt has no tokens"),
+            ([{"prompt": "", "completion": "a"}], "instruct", {}, "its prompt has no tokens"),
+            *(
+                ([{"instruction": " ", "output": "a"}], "instruct", {"template": template}, "its `instruction` is ' '")
+                for template in ("chat", "paper", "plain")
+            ),
+            ([{"instruction": "a", "output": True}], "instruct", {}, "its right answer is True; it must be a text"),
             ([{"messages": [{"role": "user", "content": "a"}]}], "instruct", {}, "ends with an assistant message"),
             (
                 [{"prompt": "a b", "completion": "a"}],
@@ -162,12 +191,12 @@ class TestEvaluateModel:
             assert line["completion"] == greedy_alone(model, tokenizer, row["prompt"])
 
     def test_samples_follow_the_models_distribution(self):
-        """First tokens of 3,000 seeds against the probabilities; twice the expected total variation is far off."""
+        """First tokens of 3,000 equal prompts against the probabilities; twice the expected total variation is far off."""
         model, tokenizer = tiny_model(), tiny_tokenizer()
         prompt = tokenizer("the cat")["input_ids"]
         config = evaluation.evaluation_config(model, tokenizer, 1, greedy=False)
         ids = generate_completions(
-            model, [prompt] * 3000, config, 500, row_seeds=[evaluation.evaluation_seed(10, row) for row in range(3000)]
+            model, [prompt] * 3000, config, 500, row_seeds=evaluation.evaluation_seeds(10, [prompt] * 3000)
         )
         counts = torch.bincount(torch.tensor([row[0] for row in ids]), minlength=40) / 3000
         with torch.no_grad():
@@ -222,6 +251,115 @@ class TestEvaluateModel:
         assert evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "killed"), **settings) == whole
         assert asked == []
 
+    def test_answers_are_of_the_prompt_whatever_rows_are_before_it(self, tmp_path):
+        rows = Dataset.from_list(
+            [{"prompt": text, "completion": "a"} for text in ("the cat", "dog", "the cat", "red")]
+        )
+        for name, part in (("all", rows), ("last", rows.select([3, 2]))):
+            common = {"seeds": [3], "output_dir": str(tmp_path / name), "max_new_tokens": 6}
+            evaluate_model(tiny_model(), tiny_tokenizer(), {"a": part}, **common)
+        ((one, _, two, last),) = completions_of(tmp_path / "all").values()
+        ((again, first),) = completions_of(tmp_path / "last").values()
+        assert again["completion"] == last["completion"]
+        assert first["completion"] == one["completion"] != two["completion"]  # equal prompts are told apart
+
+    def test_what_was_cut_is_told_from_what_ended(self, tmp_path):
+        model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
+        settings = {"seeds": [1, 2], "max_new_tokens": 12, "output_dir": str(tmp_path)}
+        result = evaluate_model(model, tokenizer, {"a": rows}, **settings)
+        shares = [run["terminated_share"] for run in result["sets"]["a"]["runs"]]
+        assert 0 < sum(shares) < 2
+        lines = sorted(completions_of(tmp_path).items())
+        for share, (_, answers) in zip(shares, lines, strict=True):
+            lengths = [len(tokenizer(line["completion"])["input_ids"]) for line in answers]
+            assert [line["ended"] for line in answers] == [length < 12 for length in lengths]
+            assert share == sum(line["ended"] for line in answers) / 6
+        assert result["sets"]["a"]["terminated_share"] == pytest.approx(sum(shares) / 2)
+        assert evaluate_model(model, tokenizer, {"a": rows}, **settings) == result  # of the kept answers
+
+    def test_two_runs_of_one_evaluation_leave_each_other_their_answers(self, tmp_path, monkeypatch):
+        """A second run begins, and ends, while the first one is in its second batch."""
+        monkeypatch.setattr(evaluation, "_SECONDS_A_PART", 0.0)
+        model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
+        settings = {"max_new_tokens": 6, "batch_size": 2, "output_dir": str(tmp_path)}
+        original, calls = evaluation.generate_completions, []
+
+        def generate(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                (path,) = tmp_path.glob("*.jsonl")
+                being_written = tmp_path / f"{path.name}.1.incomplete"
+                being_written.write_text("half")
+                evaluate_model(model, tokenizer, {"a": rows}, **settings)
+                assert being_written.exists()
+            if len(calls) == 5:  # the first run has written its second batch over what the second one wrote
+                assert len(next(iter(completions_of(tmp_path).values()))) == 6
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(evaluation, "generate_completions", generate)
+        evaluate_model(model, tokenizer, {"a": rows}, **settings)
+        assert len(calls) == 5
+
+    def test_what_a_killed_run_left_half_written_goes(self, tmp_path):
+        settings = {"max_new_tokens": 6, "output_dir": str(tmp_path)}
+        evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        (path,) = tmp_path.iterdir()
+        left, other = tmp_path / f"{path.name}.1.incomplete", tmp_path / "b.jsonl.1.incomplete"
+        for file in (left, other):
+            file.write_text("half")
+            os.utime(file, (0, 0))
+        evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        assert (left.exists(), other.exists()) == (False, True)
+
+    def test_adapters_configurations_and_tokenizers_have_answers_of_their_own(self, tmp_path):
+        """One model in memory: with its adapter, without, with another, with a stronger one, with other positions; then another tokenizer."""
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_model(), config)
+        model.add_adapter("other", config)
+        tokenizer, rows = tiny_tokenizer(), answered_dataset(6)
+        found = []
+
+        def evaluate(expected_files, tokenizer=tokenizer):
+            evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path), **SMALL)
+            files = completions_of(tmp_path)
+            new = [name for name in files if name not in dict(found)]
+            found.extend((name, [line["completion"] for line in files[name]]) for name in new)
+            assert len(found) == expected_files
+
+        evaluate(1)
+        with model.disable_adapter():
+            evaluate(2)
+        model.set_adapter("other")
+        evaluate(3)
+        model.set_adapter("default")
+        evaluate(3)
+        for layer in model.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale("default", 8.0)
+        evaluate(4)
+        model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_theta": 20.0}
+        evaluate(5)
+        evaluate(6, tiny_tokenizer([*WORDS[:-2], "five", "six"]))
+        answers = [texts for _, texts in found]
+        assert answers[1] == [greedy_alone(tiny_model(), tokenizer, row["prompt"]) for row in rows]
+        assert all(texts != answers[0] for texts in answers[1:4])
+
+    def test_a_soft_prompt_that_is_off_has_answers_of_its_own(self, tmp_path):
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        model = get_peft_model(tiny_model(), config)
+        settings = {"output_dir": str(tmp_path), **SMALL}
+        evaluate_model(model, tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        with model.disable_adapter():
+            evaluate_model(model, tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        assert len(completions_of(tmp_path)) == 2
+
+    def test_a_tokenizer_that_has_padded_is_the_same_one(self):
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        before = evaluation.model_source(model, tokenizer)
+        tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=3)
+        assert evaluation.model_source(model, tokenizer) == before
+
     def test_other_weights_prompts_and_settings_have_other_answers(self, tmp_path):
         common = {"seeds": None, "output_dir": str(tmp_path), **SMALL}
         tokenizer, rows = tiny_tokenizer(), answered_dataset(4)
@@ -246,9 +384,11 @@ class TestEvaluateModel:
         [
             "{",
             "[]",
-            '{"row": 9, "completion": "a"}',
-            '{"row": 0, "completion": 1}',
-            '{"row": true, "completion": "a"}',
+            '{"row": 9, "completion": "a", "ended": true}',
+            '{"row": 0, "completion": 1, "ended": true}',
+            '{"row": 0, "completion": "a", "ended": 1}',
+            '{"row": 0, "completion": "a"}',
+            '{"row": true, "completion": "a", "ended": true}',
             "[" * 100_000,
         ],
     )
@@ -283,6 +423,18 @@ class TestEvaluateModel:
             "first_line": {"rows": 1, "correct": 1},
         }
 
+    def test_gsm8k_any_of_the_right_answers_is_right(self):
+        answers, references = ["It is 7.", "It is 8.", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
+        assert evaluation.score_answers("gsm8k", answers, references)["accuracy"] == 50.0
+        assert evaluation.row_scores("gsm8k", answers, references) == {"accuracy": [100.0, 100.0, 0.0, 0.0]}
+
+    def test_the_hash_of_the_data_is_of_prompts_and_right_answers(self):
+        rows = answered_dataset(2)
+        other = rows.map(lambda row: {"completion": "cat"})
+        result = evaluate_model(tiny_model(), tiny_tokenizer(), {"a": rows, "b": rows, "c": other}, **SMALL)
+        a, b, c = (values["data_hash"] for values in result["sets"].values())
+        assert a == b != c
+
     def test_padded_vocabularies_give_real_tokens_only(self):
         model = tiny_model(vocab_size=400)
         result = evaluate_model(model, tiny_tokenizer(), {"a": answered_dataset(4)}, seeds=[1], **SMALL)
@@ -299,6 +451,9 @@ class TestEvaluateModel:
             ({"seeds": [1], "temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
             ({"seeds": [1], "top_p": float("nan")}, "`top_p` is nan"),
             ({"seeds": [1], "top_k": -1}, "`top_k` is -1"),
+            ({"temperature": 0.7}, "`temperature` is 0.7, but answers are greedy.*Give seeds"),
+            ({"top_p": 0.9}, "`top_p` is 0.9, but answers are greedy"),
+            ({"top_k": 5}, "`top_k` is 5, but answers are greedy"),
             ({"batch_size": 0}, "`batch_size` is 0; it must be above 0"),
             ({"datasets": {}}, "`datasets` is empty"),
             ({"tokenizer": without_template(), "template": "chat"}, "the tokenizer has no chat template"),
@@ -376,11 +531,58 @@ class TestCommand:
         assert answers["adapter"] == answers["merged"]
         assert answers["adapter"] != answers["model"]
 
+    def test_columns_that_are_named_win(self, folder, capsys):
+        rows = [
+            {
+                "instruction": "the cat",
+                "question": "a dog",
+                "output": "1",
+                "references": ["2"],
+                "mine": "red",
+                "gold": "3",
+            }
+        ]
+        (folder / "wide.json").write_text(json.dumps(rows[0]))
+        columns = ("--prompt_column", "mine", "--completion_column", "gold")
+        out = folder / "out"
+        assert main(flags(folder, "gsm8k", "model", ("wide.json",), *columns, "--output_dir", str(out))) == 0
+        ((line,),) = completions_of(out).values()
+        assert line["prompt"] == "red"
+        capsys.readouterr()
+        seen = []
+        for more in (columns[:2], columns[2:], ()):
+            args = make_parser().parse_args(flags(folder, "gsm8k", "model", ("wide.json",), *more))
+            found = evaluation_rows(_load_set(args, args.dataset[0]), "a", "gsm8k", tiny_tokenizer(), "plain")
+            seen.append((tiny_tokenizer().decode(found.prompt_ids[0]), found.references[0]))
+        assert seen == [("red", [2.0]), ("the cat", [3.0]), ("the cat", [2.0])]
+        assert main(flags(folder, "gsm8k", "model", ("wide.json",), "--prompt_column", "none")) == 2
+        assert "`--prompt_column` is 'none'; the columns are" in capsys.readouterr().err
+
+    def test_what_was_evaluated_is_in_the_result(self, folder, capsys):
+        split = ("--dataset_split", "train[:4]", "--greedy")
+        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), *split, "--json")) == 0
+        result = json.loads(capsys.readouterr().out)["sets"]["rows"]
+        assert (result["source"], result["split"], result["rows"]) == (str(folder / "rows.jsonl"), "train[:4]", 4)
+        assert 0 <= result["terminated_share"] <= 1
+        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), *split)) == 0
+        out = capsys.readouterr().out.replace("\n", "")
+        assert f"split train[:4], data {result['data_hash']}" in out
+        assert str(folder / "rows.jsonl") in out
+        assert "ended, %" in out
+
+    def test_flags_that_would_not_be_used_are_refused(self, folder, capsys):
+        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), "--greedy", "--seeds", "1")) == 2
+        assert "`--greedy` and `--seeds` [1] are both given" in capsys.readouterr().err
+        assert main(flags(folder, "gsm8k", "model", ("problems.jsonl",), "--temperature", "0.5")) == 2
+        assert "`temperature` is 0.5, but answers are greedy" in capsys.readouterr().err
+        assert main(["eval", "gsm8k", "--model", str(folder / "model"), "--dataset", "openai/gsm8k"]) == 2
+        assert "whose split is not said. Pass `--dataset_split`" in capsys.readouterr().err
+
     def test_errors_are_one_line(self, folder, capsys):
         assert main(flags(folder, "instruct", "model", ("none.jsonl",))) == 2
         assert "there is no such file" in capsys.readouterr().err
         assert main(flags(folder, "instruct", "model", ("rows.jsonl", "rows.jsonl"))) == 2
-        assert "Two of `--dataset` are called alike" in capsys.readouterr().err
+        assert "is given twice in `--dataset`. Give each once." in capsys.readouterr().err
         assert main(flags(folder, "instruct", "none")) == 2
         assert "beside which there is no tokenizer" in capsys.readouterr().err
 

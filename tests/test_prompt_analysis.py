@@ -8,9 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import kl, log_probs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, WORDS, prompt_dataset, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
@@ -219,6 +221,29 @@ def trained(folder, make_args, config=None, **kwargs):
     return trainer
 
 
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+def test_nearest_tokens_takes_no_memory_for_each_pair_of_embeddings():
+    teacher = tiny_model()
+    prompt = torch.randn(50, 32)
+    with Largest() as largest:
+        found = nearest_tokens(prompt, teacher, 40, number=2)
+    assert largest.numbers <= 50 * 40  # not times the width
+    embeddings = teacher.get_input_embeddings().weight.detach()
+    cosines = torch.nn.functional.cosine_similarity(prompt[:, None].double(), embeddings[None].double(), dim=-1)
+    assert [row["cosine"][0][0] for row in found] == cosines.argmax(dim=1).tolist()
+
+
 class TestSavedPrompts:
     def test_a_runs_checkpoints_in_order_from_its_start(self, tmp_path, make_args):
         trainer = trained(tmp_path, make_args)
@@ -277,6 +302,27 @@ class TestSavedPrompts:
         initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
         assert initial.equal(prompt.embeddings)
         assert known_by.startswith("random, as")
+
+    @pytest.mark.parametrize("number", [2, 3, 9])
+    def test_a_text_that_peft_began_with_a_special_token(self, tmp_path, number):
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            "<system> $A", special_tokens=[("<system>", 4)]
+        )
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        config = PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            tokenizer_name_or_path=str(tmp_path / "tokenizer"),
+            prompt_tuning_init="TEXT",
+            prompt_tuning_init_text="the cat sat",
+            num_virtual_tokens=number,
+        )
+        model = get_peft_model(tiny_model(), config)
+        start = model.prompt_encoder.default.embedding.weight.detach().clone()
+        assert start[0].equal(tiny_model().get_input_embeddings().weight[4])
+        model.save_pretrained(tmp_path / "text")
+        initial, _ = initial_prompt(find_prompts(str(tmp_path / "text")), tiny_model(), tokenizer)
+        assert initial.equal(start)
 
     def test_what_is_no_soft_prompt_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
@@ -337,6 +383,20 @@ class TestCommand:
         assert result["changed"]["of"] == tokens
         assert tokens == 27 if responses == "dataset" else tokens != 27  # word, full stop, end of text
         assert result["classes"]["first token"]["tokens"] == 9
+
+    def test_a_drift_that_is_not_finite_is_null_in_the_json(self, folder, capsys):
+        """A start of zeros has no direction and no length."""
+        path = folder / "run" / "checkpoint-2" / "teacher_prompt" / "prompt_encoder.safetensors"
+        tensors = load_file(path)
+        save_file({name: t.zero_() if name == "initial" else t for name, t in tensors.items()}, path)
+        assert main(flags(folder, "--json", dataset=False)) == 0
+
+        def refuse(word):
+            raise AssertionError(word)
+
+        out = capsys.readouterr().out
+        for text in (out, (folder / "out" / "prompt.json").read_text()):
+            assert json.loads(text, parse_constant=refuse)["drift"][-1]["overall"] is None
 
     def test_the_prompt_alone(self, folder, capsys):
         assert main(flags(folder, "--json", dataset=False)) == 0

@@ -8,7 +8,7 @@ from typing import Any
 import pandas
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
@@ -17,12 +17,11 @@ from .evaluation import (
     check_evaluation_settings,
     evaluation_config,
     evaluation_rows,
-    evaluation_seed,
+    evaluation_seeds,
     real_vocab_size,
-    score_answers,
+    row_scores,
 )
 from .files import whole_file
-from .metrics import gsm8k_row_scores, instruction_row_scores
 from .rollouts import sample_completions
 
 
@@ -46,8 +45,8 @@ class GenerationMetricsCallback(TrainerCallback):
     trainer.train()
     ```
 
-    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too. Other callbacks that look at these metrics
-    (`EarlyStoppingCallback`) must be added after it.
+    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too. `EarlyStoppingCallback` may look at these
+    metrics, whichever of the two comes first; other callbacks that do must be added after this one.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -99,7 +98,7 @@ class GenerationMetricsCallback(TrainerCallback):
             )
         batch_size = trainer.args.per_device_eval_batch_size if batch_size is None else batch_size
         seeds = None if seed is None else [seed]
-        tokenizer: Any = trainer.processing_class
+        self.tokenizer = tokenizer = _tokenizer_of(trainer)
         template = check_evaluation_settings(
             task,
             template,
@@ -119,24 +118,31 @@ class GenerationMetricsCallback(TrainerCallback):
         check_positions("model", model, longest, "Lower `max_new_tokens`, or filter the longest rows out.")
         self.generation_config = evaluation_config(model, tokenizer, max_new_tokens, seed is None, temperature)
         self.vocab_size = real_vocab_size(model, tokenizer)
+        self.row_seeds = None if seed is None else evaluation_seeds(seed, self.rows.prompt_ids)
         self.settings = SimpleNamespace(
             rollout_batch_size=batch_size,
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         )
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Come before the callback that stops early by these metrics, wherever it was passed."""
+        callbacks = self.trainer.callback_handler.callbacks
+        first = next((i for i, other in enumerate(callbacks) if isinstance(other, EarlyStoppingCallback)), None)
+        if first is not None and first < callbacks.index(self):
+            callbacks.remove(self)
+            callbacks.insert(first, self)
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if metrics is None or not self._is_first_of_an_evaluation(metrics):
             return
         answers = self._answers()
-        scores = score_answers(self.task, answers, self.rows.references)
-        if self.task == "instruct":
-            named = {f"eval_{name}": value for name, value in scores.items()}
-        else:
-            named = {"eval_gsm8k": scores["accuracy"]}
+        scores = row_scores(self.task, answers, self.rows.references)
+        names = {"rougeL": "eval_rougeL", "exact_match": "eval_exact_match", "accuracy": "eval_gsm8k"}
+        named = {names[name]: sum(values) / len(values) for name, values in scores.items()}
         metrics.update(named)
         self.trainer.log(dict(named))  # the evaluation's own have been logged already
         if state.is_world_process_zero:
-            self._show(answers)
+            self._show(answers, scores)
 
     def _is_first_of_an_evaluation(self, metrics: dict[str, float]) -> bool:
         """Whether these are the metrics of the trainer's evaluation; of the first data set where it has a `dict` of them."""
@@ -146,7 +152,7 @@ class GenerationMetricsCallback(TrainerCallback):
 
     def _answers(self) -> list[str]:
         """The answers to all rows, on every process; each process writes its share."""
-        accelerator, tokenizer = self.trainer.accelerator, self.trainer.processing_class
+        accelerator, tokenizer = self.trainer.accelerator, self.tokenizer
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         mine = range(rank, len(self.rows.prompt_ids), num_ranks)
         completions = sample_completions(
@@ -157,26 +163,24 @@ class GenerationMetricsCallback(TrainerCallback):
             self.seed or 0,
             self.settings,
             vocab_size=self.vocab_size,
-            row_seeds=None if self.seed is None else [evaluation_seed(self.seed, row) for row in mine],
+            row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
         )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
         written = gather_object(list(zip(mine, texts, strict=True)))
         return [text for _, text in sorted(written)]
 
-    def _show(self, answers: list[str]) -> None:
+    def _show(self, answers: list[str], scores: dict[str, list[float]]) -> None:
         """Print the first answers with their scores, and keep all of them where that is asked for."""
-        step, tokenizer = self.trainer.state.global_step, self.trainer.processing_class
-        prompts = tokenizer.batch_decode(self.rows.prompt_ids, skip_special_tokens=True)
-        if self.task == "instruct":
-            found = instruction_row_scores(answers, self.rows.references)
-            scores = {name: [row[name] for row in found] for name in ("rougeL", "exact_match")}
-        else:
-            scores = {"correct": [float(row["correct"]) for row in gsm8k_row_scores(answers, self.rows.references)]}
+        step = self.trainer.state.global_step
+        num_printed = len(answers) if self.num_completions_to_print is None else self.num_completions_to_print
+        shown = len(answers) if self.log_completions else num_printed
+        if not shown:
+            return
+        prompts = self.tokenizer.batch_decode(self.rows.prompt_ids[:shown], skip_special_tokens=True)
         # TRL would draw the rows to print from Python's global random state: here they are the first ones
-        shown = len(answers) if self.num_completions_to_print is None else self.num_completions_to_print
-        if shown:
-            first = {name: values[:shown] for name, values in scores.items()}
-            print_prompt_completions_sample(prompts[:shown], answers[:shown], first, None, step)
+        if num_printed:
+            first = {name: values[:num_printed] for name, values in scores.items()}
+            print_prompt_completions_sample(prompts[:num_printed], answers[:num_printed], first, None, step)
         if not self.log_completions:
             return
         columns = {"step": [step] * len(answers), "prompt": prompts, "completion": answers, **scores}
@@ -189,3 +193,16 @@ class GenerationMetricsCallback(TrainerCallback):
                 backend = importlib.import_module(name)
                 if name == "trackio" or backend.run is not None:
                     backend.log({"eval_completions": backend.Table(dataframe=pandas.DataFrame(columns))})
+
+
+def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
+    """The trainer's tokenizer, or that of its processor of texts and images."""
+    given = trainer.processing_class
+    tokenizer = given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        found = "none" if given is None else f"a {type(given).__name__}"
+        raise ValueError(
+            f"The trainer's `processing_class` is {found}; it must be a tokenizer, which reads and writes the answers. Make the trainer with "
+            "`processing_class=tokenizer`."
+        )
+    return tokenizer

@@ -353,7 +353,9 @@ def sift_overlong(
     if too_long:
         found = f"{len(too_long)} of {len(dataset)} {what} in `{name}` do not fit into `{bound}`."
         remedy = f"Set `{field}` to at least {max(too_long)}"
-        if overlong == "error" or len(too_long) == len(dataset):
+        if overlong != "error" and len(too_long) == len(dataset):
+            raise ValueError(f"{found} They would be left out, so that no row remains. {remedy}, or pass other rows.")
+        if overlong == "error":
             raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
         logger.warning(f"{found} They are left out. {remedy} to keep them.")
         dataset = dataset.select([index for index, length in enumerate(lengths) if not length])

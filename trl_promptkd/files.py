@@ -2,6 +2,7 @@
 
 import glob
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -67,11 +68,17 @@ def _sync(path: str) -> None:
         os.close(descriptor)
 
 
-def remove_incomplete(folder: str) -> None:
-    """Remove what killed processes left in `folder` half-written; only while nobody writes there."""
-    for path in glob.glob(os.path.join(glob.escape(folder), f"*{_INCOMPLETE}")):
+def remove_incomplete(folder: str, name: str = "", older_than: float = 0.0) -> None:
+    """Remove what killed processes left in `folder` half-written.
+
+    Args:
+        name: Of the file whose remains they are; those of all files without it.
+        older_than: Seconds; where others may be writing, so many that what is older is no longer written to.
+    """
+    for path in glob.glob(f"{os.path.join(glob.escape(folder), glob.escape(name))}*{_INCOMPLETE}"):
         with suppress(FileNotFoundError):  # a process that is just ending may have been quicker
-            os.remove(path)
+            if older_than == 0 or time.time() - os.path.getmtime(path) > older_than:
+                os.remove(path)
 
 
 def read_safetensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..divergences import kl_divergence
-from ..rollouts import generate_completions, own_random_state, rollout_seed
+from ..rollouts import generate_completions, rollout_seed
 from .asking import log_probs_together
 from .figures import line_colors, new_figure, save_figure
 
@@ -40,11 +40,11 @@ def sample_prefixes(
     """One completion for each prompt, whose beginnings are the prefixes.
 
     All models draw the same random numbers: a student that is close to its teacher then writes much the same, and chance plays a
-    smaller part in how they differ. The numbers depend on `seed` and on which rows are in a batch; the global random state stays as it was.
+    smaller part in how they differ. A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
 
     Args:
         generation_config: Such as [`~trl_promptkd.rollouts.rollout_config`] makes, at temperature 1.
-        batch_size (`int`): Rows sampled at once.
+        batch_size (`int`): Rows sampled at once; it changes nothing.
         vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
         bar: A progress bar that counts rows.
@@ -52,10 +52,10 @@ def sample_prefixes(
     completions: list[list[int]] = []
     for start in range(0, len(prompt_ids), batch_size):
         part = prompt_ids[start : start + batch_size]
-        with own_random_state(rollout_seed(seed, "exposure", start, 0), model.device):
-            completions += generate_completions(
-                model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt
-            )
+        seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
+        completions += generate_completions(
+            model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
+        )
         if bar is not None:
             bar.update(len(part))
     return completions

@@ -47,8 +47,9 @@ def nearest_tokens(
     cosines, distances, norms = [], [], []
     for start in range(0, vocab_size, _BLOCK):
         block = embeddings(torch.arange(start, min(start + _BLOCK, vocab_size), device=device)).float()
-        cosines.append(nn.functional.cosine_similarity(prompt.unsqueeze(1), block.unsqueeze(0), dim=-1))
-        distances.append((prompt.unsqueeze(1) - block.unsqueeze(0)).norm(dim=-1))
+        cosines.append(nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(block, dim=-1).T)
+        # Norms and products alone would lose the distance of a virtual token that has hardly moved
+        distances.append(torch.cdist(prompt, block, compute_mode="donot_use_mm_for_euclid_dist"))
         norms.append(block.norm(dim=-1))
     cosine = torch.cat(cosines, dim=1)  # (num_virtual_tokens, vocab)
     distance = torch.cat(distances, dim=1) / torch.cat(norms).median()

@@ -5,14 +5,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .._trl import PromptTuningInit
 from ..checkpoints import checkpoint_folders
 from ..files import read_safetensors
 from ..forward import input_embeddings
-from ..prompt_encoder import ADAPTER_FOLDER, PARAMETERS_FILE, initial_embeddings
+from ..prompt_encoder import ADAPTER_FOLDER, PARAMETERS_FILE
 
 
 __all__ = ["SavedPrompt", "check_fits", "find_prompts", "initial_prompt", "read_prompt"]
@@ -128,6 +128,7 @@ def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
         )
 
 
+@torch.no_grad()
 def initial_prompt(
     prompts: list[SavedPrompt], teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase
 ) -> tuple[Tensor | None, str]:
@@ -141,9 +142,11 @@ def initial_prompt(
         return last.initial, "the start that was saved with the prompt"
     text = last.config.get("prompt_tuning_init_text")
     if last.config.get("prompt_tuning_init") == "TEXT" and text:
-        embeddings = input_embeddings(teacher)
-        init = initial_embeddings(PromptTuningInit.TEXT, text, len(last.embeddings), embeddings, processing_class)
-        return init.cpu(), f"the initial text {text!r}, embedded again"
+        embeddings: Any = input_embeddings(teacher)
+        ids = processing_class(text)["input_ids"]  # PEFT, other than PromptKDTrainer, counts special tokens in
+        number = len(last.embeddings)
+        ids = torch.tensor((ids * number)[:number], device=embeddings.weight.device)
+        return embeddings(ids).float().cpu(), f"the initial text {text!r}, embedded again"
     if len(prompts) > 1:
         return prompts[0].embeddings, f"{prompts[0].name}, as the start was random and is not recorded"
     return None, "not known: it was random and is not recorded"

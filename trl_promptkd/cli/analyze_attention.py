@@ -1,7 +1,6 @@
 """`trl-promptkd analyze attention`."""
 
 import argparse
-import json
 import os
 import sys
 from contextlib import redirect_stdout
@@ -16,9 +15,18 @@ from ..analysis.figures import check_matplotlib
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..checks import check_positions
 from ..files import write_text
-from ..teacher import check_same_tokenizer, load_teacher_tokenizer, shared_vocab_size
-from .analyze_common import at_least_one, number, print_table, tokenized_rows
-from .common import add_row_arguments, json_dict, load_model
+from ..teacher import check_same_tokenizer, shared_vocab_size
+from .analyze_common import at_least_one, number, tokenized_rows
+from .common import (
+    add_row_arguments,
+    json_dict,
+    json_text,
+    load_model,
+    load_tokenizer,
+    needed_tokenizer,
+    print_table,
+    short_names,
+)
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -69,7 +77,7 @@ def run_attention(args: argparse.Namespace) -> int:
         report = measure_attention(models, rows, prompts, args.queries, args.batch_size)
         result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
         os.makedirs(args.output_dir, exist_ok=True)
-        write_text(os.path.join(args.output_dir, "attention.json"), json.dumps(result, indent=1))
+        write_text(os.path.join(args.output_dir, "attention.json"), json_text(result))
         plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
         shown = report.heads[: args.heads]
         if shown:
@@ -78,7 +86,7 @@ def run_attention(args: argparse.Namespace) -> int:
             tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
             plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         _print_tables(report, args)
     return 0
@@ -87,25 +95,22 @@ def run_attention(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.prompt is not None and args.teacher is None:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
-    folders = [os.path.normpath(name) for name in _folders(args)]
-    twice = next((name for name in folders if folders.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice!r} is given twice in `--models` and `--teacher`. Give each model once.")
+    _labels(args)
 
 
 def _folders(args: argparse.Namespace) -> list[str]:
     return [*args.models, *([] if args.teacher is None else [args.teacher])]
 
 
+def _labels(args: argparse.Namespace) -> dict[str, str]:
+    return short_names(_folders(args), "`--models` and `--teacher`")
+
+
 def _shared_tokenizer(args: argparse.Namespace) -> Any:
     """The first model's, after a look at the others': their attention is compared token by token."""
-    tokenizer = load_teacher_tokenizer(args.models[0], args.model_init_kwargs, args.trust_remote_code)
-    if tokenizer is None:
-        raise ValueError(
-            f"`--models` begins with {args.models[0]!r}, beside which there is no tokenizer. Save one there."
-        )
+    tokenizer = needed_tokenizer("--models", args.models[0], args.model_init_kwargs, args.trust_remote_code)
     for name in _folders(args)[1:]:
-        other = load_teacher_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
+        other = load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
         if other is None:
             print(f"There is no tokenizer beside {name}; it is asked with that of {args.models[0]}.")
             continue
@@ -118,18 +123,18 @@ def _shared_tokenizer(args: argparse.Namespace) -> Any:
 
 def _load(args: argparse.Namespace, tokenizer: Any, longest_row: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The models by their labels, and the soft prompt by the prompted teacher's."""
-    names = [os.path.basename(os.path.normpath(name)) for name in _folders(args)]
-    labels = names if len(set(names)) == len(names) else _folders(args)
+    labels = _labels(args)
+    prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     models: dict[str, Any] = {}
-    for label, name in zip(labels, _folders(args), strict=True):
+    for name, label in labels.items():
         models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
         shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
-        check_positions(f"model {name!r}", models[label], longest_row, "Lower `--max_length`.")
-    if args.prompt is None:
+        virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
+        check_positions(f"model {name!r}", models[label], virtual + longest_row, "Lower `--max_length`.")
+    if prompt is None:
         return models, {}
-    teacher = models[labels[-1]]
-    prompted = f"{labels[-1]}, prompted"
-    prompt = find_prompts(args.prompt)[-1]
+    label = labels[args.teacher]
+    teacher, prompted = models[label], f"{label}, prompted"
     check_fits(prompt, teacher)
     return {**models, prompted: teacher}, {prompted: prompt.embeddings.to(teacher.device)}
 

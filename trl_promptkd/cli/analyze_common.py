@@ -1,22 +1,16 @@
-"""What the commands of `trl-promptkd analyze` share: flags, rows, how texts are sampled, and tables."""
+"""What the commands of `trl-promptkd analyze` share: flags, rows, how texts are sampled, and numbers in tables."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_positions
 from ..data import check_columns, tokenize_dataset
 from ..rollouts import rollout_config
-from ..teacher import check_same_tokenizer, load_teacher_tokenizer, shared_vocab_size
-from .common import add_row_arguments, json_dict, load_rows
+from ..teacher import check_same_tokenizer, shared_vocab_size
+from .common import add_row_arguments, json_dict, load_rows, load_tokenizer, needed_tokenizer
 
 
 def at_least_one(text: str) -> int:
@@ -58,15 +52,11 @@ def tokenizer_of(args: argparse.Namespace, students: Sequence[str]) -> PreTraine
     Raises:
         ValueError: where there is none, or where a student's differs.
     """
-    tokenizer = load_teacher_tokenizer(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
-    if tokenizer is None:
-        raise ValueError(f"`--teacher` is {args.teacher!r}, beside which there is no tokenizer. Save one there.")
+    tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     for student in students:
-        other = load_teacher_tokenizer(student, args.student_init_kwargs, args.trust_remote_code)
+        other = load_tokenizer(student, args.student_init_kwargs, args.trust_remote_code)
         if other is not None:
             check_same_tokenizer(other, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -110,19 +100,6 @@ def check_room(
     """Refuse rows that would run out of learned positions (GPT-2, OPT)."""
     longest = virtual + max(len(row["prompt_ids"]) + max(new_tokens, len(row["completion_ids"])) for row in rows)
     check_positions(role, model, longest, "Lower `--max_length` or `--max_new_tokens`.")
-
-
-def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
-    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index < left else "right")
-    for line in lines:
-        table.add_row(*(Text(str(cell)) for cell in line))
-    console.print(table)
 
 
 def number(value: float, digits: int) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import csv
 import io
-import json
 import os
 import sys
 from contextlib import redirect_stdout
@@ -21,12 +20,11 @@ from .analyze_common import (
     check_room,
     compared_ids,
     number,
-    print_table,
     sampling_of,
     tokenized_rows,
     tokenizer_of,
 )
-from .common import load_model, without_nan
+from .common import json_text, load_model, print_table, short_names, without_nan
 
 
 _COLUMNS = 5  # that fit on a screen beside each other
@@ -47,9 +45,9 @@ def add_exposure(commands: Any) -> None:
 def run_exposure(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # standard output is for the results alone
         check_matplotlib()
+        names = short_names(args.student, "`--student`")
         results = measure(args)
         os.makedirs(args.output_dir, exist_ok=True)
-        names = short_names(args.student)
         shown = {(names[student], teacher): result for (student, teacher), result in results.items()}
         plot_exposure(shown, os.path.join(args.output_dir, "exposure.png"))
     about = {key: getattr(args, key) for key in ("teacher", "prompt", "dataset", "rows", "max_new_tokens", "seed")}
@@ -57,11 +55,11 @@ def run_exposure(args: argparse.Namespace) -> int:
         {
             "student": student,
             "teacher": teacher,
-            "positions": [without_nan(result.at(position)) for position in range(1, len(result) + 1)],
+            "positions": [result.at(position) for position in range(1, len(result) + 1)],
         }
         for (student, teacher), result in results.items()
     ]
-    text = json.dumps({**about, "curves": curves}, indent=1)
+    text = json_text({**about, "curves": curves})
     write_text(os.path.join(args.output_dir, "exposure.json"), text)
     write_text(os.path.join(args.output_dir, "exposure.csv"), table_of(results))
     if args.json:
@@ -76,6 +74,7 @@ def run_exposure(args: argparse.Namespace) -> int:
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
     """By student and teacher (plain, prompted)."""
+    names = short_names(args.student, "`--student`")
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     tokenizer = tokenizer_of(args, args.student)
     rows = tokenized_rows(args, tokenizer)
@@ -106,10 +105,10 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
             student = load_model(path, args.student_init_kwargs, args.trust_remote_code).eval()
             check_room("student", student, rows, args.max_new_tokens)
             ids = compared_ids(tokenizer, teacher, student)
-            bar.set_description(f"{short_names(args.student)[path]}: samples")
+            bar.set_description(f"{names[path]}: samples")
             of_student = sample_prefixes(student, prompt_ids, sampling, **settings, vocab_size=ids, bar=bar)
             for name, soft_prompt in soft_prompts.items():
-                bar.set_description(f"{short_names(args.student)[path]}: {name} teacher")
+                bar.set_description(f"{names[path]}: {name} teacher")
                 asked["soft_prompt"] = soft_prompt
                 on_student, on_teacher = (
                     prefix_kl(student, teacher, prompt_ids, texts, vocab_size=ids, bar=bar, **asked)
@@ -118,16 +117,6 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
                 results[path, name] = exposure_bias(on_student, on_teacher, seed=args.seed)
             del student  # before the next one is loaded
     return results
-
-
-def short_names(paths: list[str]) -> dict[str, str]:
-    """The end of each path that tells it from the others."""
-    parts = {path: os.path.normpath(path).split(os.sep) for path in paths}
-    for number_of_parts in range(1, max(map(len, parts.values())) + 1):
-        short = {path: "/".join(found[-number_of_parts:]) for path, found in parts.items()}
-        if len(set(short.values())) == len(short):
-            break
-    return short
 
 
 def table_of(results: dict[tuple[str, str], ExposureBias]) -> str:

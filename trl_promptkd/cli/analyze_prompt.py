@@ -1,7 +1,6 @@
 """`trl-promptkd analyze prompt`."""
 
 import argparse
-import json
 import os
 import sys
 from contextlib import redirect_stdout
@@ -24,12 +23,11 @@ from .analyze_common import (
     check_room,
     compared_ids,
     number,
-    print_table,
     sampling_of,
     tokenized_rows,
     tokenizer_of,
 )
-from .common import load_model, without_nan
+from .common import json_text, load_model, print_table
 
 
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
@@ -80,11 +78,11 @@ def run_prompt(args: argparse.Namespace) -> int:
                 os.path.join(args.output_dir, "changes.html"),
                 changes_page(effect.changes, title, summary_of(effect, args)),
             )
-            found["classes"] = {name: without_nan(values) for name, values in effect.by_class().items()}
+            found["classes"] = effect.by_class()
             found["changed"] = {"tokens": effect.changed, "of": len(effect.classes)}
             found["changes"] = [asdict(change) for change in effect.changes]
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
-    text = json.dumps({**{name: getattr(args, name) for name in names}, **found}, indent=1)
+    text = json_text({**{name: getattr(args, name) for name in names}, **found})
     write_text(os.path.join(args.output_dir, "prompt.json"), text)
     if args.json:
         print(text)

@@ -2,24 +2,14 @@
 
 import argparse
 import importlib.util
-import json
-import os
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
-from ..teacher import load_teacher_tokenizer
-from .common import json_dict, load_model, load_rows
+from .common import FILE_SPLIT, json_dict, json_text, load_model, load_rows, needed_tokenizer, print_table, short_names
 
 
 # Flags that are settings of `evaluate_model` under the same names
@@ -41,7 +31,9 @@ def add_eval(tools: Any) -> None:
         help="ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
     )
     gsm8k = tasks.add_parser("gsm8k", help="accuracy of final numbers, by the response priming paper's rules; greedy")
-    instruct.add_argument("--seeds", type=int, nargs="+", default=list(PAPER_SEEDS), help="sample once for each")
+    instruct.add_argument(
+        "--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})"
+    )
     instruct.add_argument("--greedy", action="store_true", help="answer greedily instead, once")
     gsm8k.add_argument("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
     for command in (instruct, gsm8k):
@@ -59,10 +51,11 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dataset_config", help="their configuration")
     command.add_argument(
-        "--dataset_split", default="train", help="their split (a file's is `train`), or a part of it: test[:100]"
+        "--dataset_split",
+        help="their split, or a part of it: test[:100]; must be given for a Hub id (a file's is `train`)",
     )
-    command.add_argument("--prompt_column", help="column to take as `prompt`, as it is")
-    command.add_argument("--completion_column", help="column to take as `completion`, the right answer")
+    command.add_argument("--prompt_column", help="column to take as the prompt, as it is, before all others")
+    command.add_argument("--completion_column", help="column to take as the right answer, before all others")
     command.add_argument(
         "--template",
         choices=TEMPLATES,
@@ -84,14 +77,11 @@ def _add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # standard output is for the results alone
-        names = _set_names(args.dataset)
-        datasets = {
-            name: load_rows(argparse.Namespace(**{**vars(args), "dataset": dataset}))
-            for name, dataset in zip(names, args.dataset, strict=True)
-        }
-        tokenizer = _load_tokenizer(args)
+        names = short_names(args.dataset, "`--dataset`").values()
+        datasets = {name: _load_set(args, dataset) for name, dataset in zip(names, args.dataset, strict=True)}
+        tokenizer = needed_tokenizer("--model", args.model, args.model_init_kwargs, args.trust_remote_code)
         settings = {name: getattr(args, name) for name in _SETTINGS}
-        settings |= {"seeds": None if getattr(args, "greedy", False) else args.seeds, "num_rows": args.rows}
+        settings |= {"seeds": _seeds(args), "num_rows": args.rows}
         template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
         rows = {
             name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
@@ -99,9 +89,12 @@ def run_eval(args: argparse.Namespace) -> int:
         }
         model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
         result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
+    for name, dataset in zip(names, args.dataset, strict=True):
+        about = {"source": dataset, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}
+        result["sets"][name] = {**about, **result["sets"][name]}
     result = {"model": args.model, **result}
     if args.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result))
     else:
         _print_tables(result)
     if args.task == "gsm8k" and importlib.util.find_spec("lm_eval") is not None:
@@ -112,75 +105,72 @@ def run_eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _seeds(args: argparse.Namespace) -> list[int] | None:
+    if args.task == "gsm8k":
+        return args.seeds
+    if args.greedy and args.seeds is not None:
+        raise ValueError(
+            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Leave one of them away."
+        )
+    return None if args.greedy else args.seeds or list(PAPER_SEEDS)
+
+
+def _load_set(args: argparse.Namespace, dataset: str) -> Any:
+    """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the same."""
+    unnamed = {"dataset": dataset, "prompt_column": None, "completion_column": None}
+    rows = load_rows(argparse.Namespace(**{**vars(args), **unnamed}))
+    given = (
+        ("completion_column", args.completion_column, "references", ()),
+        ("prompt_column", args.prompt_column, "prompt", ("instruction", "question", "messages")),
+    )
+    for flag, column, name, others in given:
+        if column is None:
+            continue
+        if column not in rows.column_names:
+            raise ValueError(
+                f"`--{flag}` is {column!r}; the columns are {sorted(rows.column_names)}. Name one of them."
+            )
+        rows = rows.remove_columns(
+            [other for other in (name, *others) if other in rows.column_names and other != column]
+        )
+        rows = rows if column == name else rows.rename_column(column, name)
+    return rows
+
+
 def _dtype() -> str:
     return "auto" if torch.cuda.is_available() else "float32"
 
 
-def _set_names(datasets: Sequence[str]) -> list[str]:
-    """Short names: of files the last part, with the folder's where two are alike."""
-    short = [os.path.splitext(os.path.basename(name))[0] if os.path.isfile(name) else name for name in datasets]
-    if len(set(short)) < len(short):
-        short = [
-            f"{os.path.basename(os.path.dirname(os.path.abspath(name)))}/{stem}" if os.path.isfile(name) else name
-            for name, stem in zip(datasets, short, strict=True)
-        ]
-    if len(set(short)) < len(short):
-        raise ValueError(
-            f"Two of `--dataset` are called alike: {short}. Give each once, and rename files of one name."
-        )
-    return short
-
-
-def _load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model, or that of the model below an adapter."""
-    tokenizer = load_teacher_tokenizer(args.model, args.model_init_kwargs, args.trust_remote_code)
-    if tokenizer is None and os.path.isfile(os.path.join(args.model, "adapter_config.json")):
-        base = PeftConfig.from_pretrained(args.model).base_model_name_or_path
-        tokenizer = load_teacher_tokenizer(base or "", {}, args.trust_remote_code)
-    if tokenizer is None:
-        raise ValueError(f"`--model` is {args.model!r}, beside which there is no tokenizer. Save one there.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def _print_tables(result: dict[str, Any]) -> None:
-    console = Console(file=sys.stdout, highlight=False)
-    if not console.is_terminal:
-        console.width = 120
     settings = result["settings"]
     how = "greedy" if settings["seeds"] is None else f"sampled, seeds {' '.join(map(str, settings['seeds']))}"
     title = f"{result['model']}: {result['task']}, template {result['template']}, {how}, at most {settings['max_new_tokens']} tokens"
     sets = result["sets"]
     metrics = list(next(iter(sets.values()))["mean"])
-    console.print(Text(title))
-    table = Table(box=box.SIMPLE)
-    table.add_column("set")
-    for column in ("rows", "left out", *(f"{metric}, %" for metric in metrics)):
-        table.add_column(column, justify="right")
+    lines: list[list[Any]] = []
     for name, values in sets.items():
         scores = [_score(values["mean"][metric], values["std"][metric]) for metric in metrics]
-        table.add_row(Text(name), str(values["rows"]), str(values["left_out"]), *scores)
+        lines.append([name, values["rows"], values["left_out"], *scores, f"{100 * values['terminated_share']:.1f}"])
     if len(sets) > 1:
         means = [sum(values["mean"][metric] for values in sets.values()) / len(sets) for metric in metrics]
-        table.add_row("mean of sets", "", "", *(_score(mean, None) for mean in means))
-    console.print(table)
+        lines.append(["mean of sets", "", "", *(_score(mean, None) for mean in means), ""])
+    print_table(title, ["set", "rows", "left out", *(f"{metric}, %" for metric in metrics), "ended, %"], lines)
     if settings["seeds"] is not None and len(settings["seeds"]) > 1:
-        console.print("Mean and standard deviation over seeds.")
+        print("Mean and standard deviation over seeds.")
+    print("ended: answers that ended by themselves; the others were cut.")
+    for name, values in sets.items():
+        part = "" if values["config"] is None else f", configuration {values['config']}"
+        print(f"{name}: {values['source']}{part}, split {values['split']}, data {values['data_hash']}")
     if result["task"] == "gsm8k":
-        _print_rules(console, sets)
+        _print_rules(sets)
 
 
 def _score(mean: float, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def _print_rules(console: Console, sets: dict[str, Any]) -> None:
+def _print_rules(sets: dict[str, Any]) -> None:
     """How many answers each rule has read, and how many of those are right, over all sets and seeds."""
-    console.print("Where the final number was read:")
-    table = Table(box=box.SIMPLE)
-    for column in ("rule", "answers", "right"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
     counts: dict[str, list[int]] = {}
     for values in sets.values():
         for run in values["runs"]:
@@ -188,6 +178,5 @@ def _print_rules(console: Console, sets: dict[str, Any]) -> None:
                 both = counts.setdefault(rule, [0, 0])
                 both[0] += found["rows"]
                 both[1] += found["correct"]
-    for rule, (rows, right) in counts.items():
-        table.add_row(rule, str(rows), str(right))
-    console.print(table)
+    lines = [[rule, *both] for rule, both in counts.items()]
+    print_table("Where the final number was read:", ["rule", "answers", "right"], lines)

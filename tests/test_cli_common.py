@@ -1,0 +1,65 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_model, tiny_tokenizer
+
+from trl_promptkd.cli import common
+
+
+class TestShortNames:
+    def test_ends_that_tell_paths_apart(self, tmp_path):
+        for name in ("a/rows.jsonl", "b/rows.jsonl", "b/rows.csv", "dev.json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+
+        def names(*paths):
+            return list(common.short_names([str(tmp_path / path) for path in paths], "`--x`").values())
+
+        assert names("dev.json", "b/rows.jsonl") == ["dev", "rows"]
+        assert names("a/rows.jsonl", "b/rows.jsonl") == ["a/rows", "b/rows"]
+        assert names("b/rows.csv", "b/rows.jsonl") == ["rows.csv", "rows.jsonl"]
+        assert names("run/checkpoint-1.5", "run/checkpoint-1.6") == ["checkpoint-1.5", "checkpoint-1.6"]
+        assert common.short_names(["x", "y/x"], "`--x`") == {"x": "x", "y/x": "y/x"}
+
+    def test_one_path_twice_is_refused(self):
+        with pytest.raises(ValueError, match=r"'a/b' is given twice in `--x`. Give each once"):
+            common.short_names(["a/b", "c", "a//b/"], "`--x`")
+
+
+def test_json_has_null_for_what_is_not_finite_at_any_depth():
+    values = {"a": [{"b": (float("nan"), 1.0)}, float("inf")], "c": "nan"}
+    assert json.loads(common.json_text(values)) == {"a": [{"b": [None, 1.0]}, None], "c": "nan"}
+
+
+class TestLoadModel:
+    @pytest.mark.parametrize("mark", ["hf_device_map", "quantization_method", None])
+    def test_what_is_placed_already_stays(self, monkeypatch, mark):
+        moved = []
+        model = SimpleNamespace(
+            to=lambda device: moved.append(device) or model, **({mark: {"": "cpu"}} if mark else {})
+        )
+        monkeypatch.setattr(common, "load_teacher", lambda *args: model)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert common.load_model("a", {}, False) is model
+        assert moved == ([] if mark else ["cuda"])
+
+
+class TestTokenizer:
+    def test_of_an_adapter_it_is_the_models_below_it(self, tmp_path):
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(tmp_path / "model")
+        model = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+        model.save_pretrained(tmp_path / "adapter")
+        found = common.needed_tokenizer("--model", str(tmp_path / "adapter"), {}, False)
+        assert found.get_vocab() == tokenizer.get_vocab()
+        assert found.pad_token == "<eos>"
+
+    def test_without_one_the_flag_is_named(self, tmp_path):
+        assert common.load_tokenizer(str(tmp_path), {}, False) is None
+        with pytest.raises(ValueError, match=r"`--teacher` is .*, beside which there is no tokenizer. Save one there"):
+            common.needed_tokenizer("--teacher", str(tmp_path), {}, False)

@@ -128,7 +128,7 @@ def gsm8k_row_scores(predictions: Sequence[str], references: Sequence[str | floa
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         right = reference_number(reference, f"`references[{row}]`")
         value, rule = extract_answer(prediction)
-        correct = value is not None and math.isclose(value, right, rel_tol=1e-6, abs_tol=1e-6)
+        correct = value is not None and math.isclose(value, right, rel_tol=1e-9, abs_tol=1e-6)
         rows.append({"value": value, "rule": rule, "correct": correct})
     return rows
 

@@ -7,11 +7,14 @@ r"""The final number of an answer to a word problem, by the rules of the respons
 
 Source: the paper's released code (arXiv 2412.17846), which reads numbers as runs of digits and commas. What is different here, as that is misled:
 
+- only the model's own answer is read ([`own_part`]): not its thoughts, nor a new question that it went on with;
 - numbers are read as a reader would ([`find_numbers`]): signs, fractions, separators, LaTeX, units, no labels of steps;
-- of several boxes and of several statements the last one counts (there: the first), but not what follows in a new question that a model has gone on with;
-- a first line that is a sentence with one number in it is a step of a derivation where one follows, and no answer;
+- of several boxes and of several statements the last one counts (there: the first); a stated equation counts with its result;
+- "Answer:" states something only where a number and no more than its unit follow: a derivation may follow as well;
+- a first line counts where it answers at once ("18 eggs.", "The answer is 18"), or repeats one number; a sentence is a step of a
+  derivation if numbers follow, and so is a number that later lines reckon with ("16 eggs", "16 - 7 = 9");
 - where the last sentence with a number holds several, the result of an equation goes before what comes after it
-  ("... = 255 miles after 4 hours").
+  ("... = 255 miles after 4 hours"), and numbers in brackets or after prepositions go behind the others ([`result_of`]).
 """
 
 import re
@@ -22,7 +25,7 @@ from .sentences import SENTENCE_END, answers_at_once, follows_equals, result_of,
 from .words import find_number_words, read_number_words
 
 
-__all__ = ["RULES", "extract_answer", "extract_final_number"]
+__all__ = ["RULES", "extract_answer", "extract_final_number", "gold_number"]
 
 RULES = ("boxed", "first_line", "answer_is", "last_number", "number_word", "none")
 
@@ -44,6 +47,7 @@ _CONCLUDES = re.compile(
 )
 _OPERAND_AFTER = re.compile(r"\s?(?:[a-z]{1,12} )?[-+*/\u00d7\u00f7x]\s?[$€£]?[0-9][^\n]{0,60}=")
 _OPERAND_BEFORE = re.compile(r"[0-9] ?(?:[a-z]{1,12} )?[-+*/\u00d7\u00f7x] ?[$€£]?\Z")
+_ENUMERATED = re.compile(r"1[.)] {1,3}[A-Z]")
 _CUT_OFF = re.compile(r"=[\s$€£]{0,4}\Z")
 _BOXES = 20  # of them are looked into, from the last one on
 _SHORT = 6  # words of a text that may be nothing but its answer
@@ -86,6 +90,18 @@ def extract_answer(text: str) -> tuple[float | None, str]:
             return value, rule
     value = _in_words(text)
     return (value, "none" if value is None else "number_word")
+
+
+def gold_number(text: str) -> float | None:
+    r"""The right answer that a text gives: behind `####`, in `\boxed{}`, or the text's only number where that and a unit is all it is."""
+    value = _marked(text)
+    value = _boxed(text) if value is None else value
+    if value is None:
+        plain = plain_text(text).strip()
+        numbers = find_numbers(plain)
+        if len(numbers) == 1 and answers_at_once(plain, 0, numbers[0], max_words=3):
+            value = numbers[0].value
+    return value
 
 
 def _marked(text: str) -> float | None:
@@ -133,7 +149,7 @@ def _first_line(text: str, numbers: list[Number]) -> float | None:
         return None
     if len({number.value for number in found}) > 1:
         return _first_sentence(text, numbers)
-    repeats = len(found) > 1 and "=" not in text[:end]
+    repeats = len(found) > 1 and "=" not in text[:end] and not _HEADING.search(text, 0, found[0].start)
     if not rest or repeats or _states(text, found[0]):
         return found[0].value
     if not answers_at_once(text, 0, found[0]):
@@ -207,6 +223,8 @@ def _stated(text: str, numbers: list[Number]) -> float | None:
             continue
         if match.re is _STATEMENT:
             value = stated_value(text, inside)
+        elif _ENUMERATED.match(text, inside[0].start) and "\n2" in text[inside[0].end :]:
+            continue
         elif answers_at_once(text, match.end(), inside[0]) or (
             match[1] and len(inside) == 1 and "=" not in text[match.end() :]
         ):

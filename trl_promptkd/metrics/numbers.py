@@ -37,7 +37,7 @@ _SIGNS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "�
 _PART = r"(-?)\s?\\?\$?([0-9][0-9.,]{0,20})"
 # `-\frac{1}{2}`, where the sign is no subtraction; `\frac{-1}{2}`; `\frac12`; `½`
 _FRACTION = re.compile(
-    rf"((?<![0-9)\]}}%])(?<![0-9)\]}}%] )- ?)?(?:\\[dt]?frac\s?(?:\{{\s?{_PART}\s?\}}\s?\{{\s?{_PART}\s?\}}|([0-9])([0-9]))|([{''.join(_SIGNS)}]))"
+    rf"((?<![0-9)\]}}%])(?<![0-9)\]}}%] )- ?\$?)?(?:\\[dt]?frac\s?(?:\{{\s?{_PART}\s?\}}\s?\{{\s?{_PART}\s?\}}|([0-9])([0-9]))|([{''.join(_SIGNS)}]))"
 )
 _REWRITTEN: tuple[tuple[re.Pattern, Any], ...] = (
     (re.compile(r"\\\\\[[0-9.]{1,6}\s?(?:pt|em|ex|mm|cm)\]|\\[hv]space\*?\{[^{}]{0,20}\}"), " "),
@@ -220,7 +220,8 @@ def _scaled(text: str, number: Number) -> Number:
     letter = re.match(r"[kKMB]\b" if is_money else r"K\b", text[number.end : number.end + 2])
     if letter:
         return replace(number, value=number.value * _LETTERS[letter[0].upper()], end=number.end + 1)
-    return replace(number, is_weak=bool(_ORDINAL.match(text, number.end, number.end + 3)))
+    is_result = text[max(number.start - 2, 0) : number.start].rstrip().endswith("=")
+    return replace(number, is_weak=not is_result and bool(_ORDINAL.match(text, number.end, number.end + 3)))
 
 
 def _signed(text: str, number: Number) -> Number:

@@ -22,11 +22,11 @@ SENTENCE_END = re.compile(r"\n|(?<!i\.e)(?<!e\.g)(?<!\bvs)[.!?](?=\s|$)")
 # The start of a line that answers at once: "18 eggs.", "Answer: $18", "x = 18"
 _OPENING = re.compile(r"[\s$€£¥₹({\[\"'~≈=:*#_-]{0,12}(?:[A-Za-z] = ?[$€£]?)?")
 _UNIT = re.compile(
-    r"[^\w.!?\n(;]{0,6}(?:[^\W\d]{1,24}(?:\^[23]|[²³])?[^\w.!?\n(;]{1,4}){0,4}(?:[^\W\d]{1,24}(?:\^[23]|[²³])?)?[^\w.!?\n(;]{0,6}"
-    r"(?:[.!?](?!\d)|[;(]|$|(?=\n))"
+    r"(?!\s?[-+*/\u00d7\u00f7=x]\s?[($0-9])[^\w.!?\n(;]{0,6}(?:[^\W\d]{1,24}(?:\^[23]|[²³])?[^\w.!?\n(;]{1,4}){0,4}(?:[^\W\d]{1,24}(?:\^[23]|[²³])?)?[^\w.!?\n(;]{0,6}"
+    r"(?:[.!?](?!\d)|[;(]|$|(?=\n)|\b(?:because|since)\b)"
 )
 _OPERATOR = re.compile(r"[-+*/\u00d7\u00f7=x·^%]|\bof\b|\btimes\b")
-_PLAIN_OPERATOR = re.compile(r"(?:\s?([+*/x×·÷])\s?|\s(-)\s)[$€£]?")
+_PLAIN_OPERATOR = re.compile(r"(?:\s?([+*/x\u00d7·\u00f7])\s?|\s(-)\s)[$€£]?")
 _RELATION = re.compile(r"[=≈]|\b(?:equals|is|or|i\.e|makes|gives|giving|making|that is)\b", re.IGNORECASE)
 _MULTIPLE = re.compile(r"\b(?:twice|half|double|triple|thrice)\s(?:of\s)?[$€£]?\Z", re.IGNORECASE)
 _REASON = re.compile(r"\b(?:because|since|as)\b", re.IGNORECASE)
@@ -49,10 +49,12 @@ _IS_LEFT_WITH = re.compile(
 )
 _IN_ORDER_TO = re.compile(r"\bmore\b[^.\n]{0,40}\bto (?!be\b)\w{2,12} [$€£]?\Z", re.IGNORECASE)
 _MONEY = re.compile(r"\s?(?:dollars?|cents?|euros?|pounds|bucks)\b", re.IGNORECASE)
-_EACH = re.compile(r"[^.,\n\d]{0,20}\b(?:each|apiece|per|a piece)\b", re.IGNORECASE)
+_EACH = re.compile(
+    r"[^.,\n\d]{0,20}\b(?:each|apiece|per|a piece)\b(?! (?:day|week|month|year|hour|night|morning))", re.IGNORECASE
+)
 _REMAINS = re.compile(r"[^.,\n\d]{0,20}\b(?:left|remaining|over)\b", re.IGNORECASE)
 _CLOCK = re.compile(r"\s?[ap]\.?m\b|:", re.IGNORECASE)
-_COORDINATED = re.compile(r"\s[a-z]{2,15}(?: [a-z]{2,15})?,?(?: and)? [$€£]?|, (?:and )?[$€£]?")
+_COORDINATED = re.compile(r"\s[a-z]{2,15}(?: [a-z]{2,15})?(?:,| and|, and) [$€£]?|, (?:and )?[$€£]?")
 _BRACKETS = re.compile(r"\([^()\n]{0,120}\)")
 
 

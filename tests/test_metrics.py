@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from trl_promptkd.metrics import (
     gsm8k_row_scores,
     instruction_row_scores,
     instruction_scores,
+    reference_number,
 )
 
 
@@ -220,6 +222,112 @@ NOTHING = [
     "inf",
     "2023-05-04",
 ]
+# What a careful reader makes of texts that the four rules, taken literally, misread
+READ_WITH_CARE = [
+    ("### Final Answer\n18", 18),
+    ("**Answer**\n18", 18),
+    ("The total number of eggs is\n18", 18),
+    ("The answer is _18_", 18),
+    ("_18_", 18),
+    ("Step\n18", 18),
+    ("\\boxed{-\\frac{1}{2}}", -0.5),
+    ("-\u00bd", -0.5),
+    ("\\boxed{-\\text{5}}", -5),
+    ("\\boxed{\\frac{-1}{2}}", -0.5),
+    ("\\boxed{\\frac{3.5}{7}}", 0.5),
+    ("\\boxed{\\frac{18}{1,000}}", 0.018),
+    ("There are 16 eggs.\nShe eats 3 of them.\nShe sells 9 of them.\nShe makes $18.", 18),
+    ("Eggs laid: 16\nEggs eaten: 7\nMoney: $18", 18),
+    ("He has 5 apples.\nHe buys 6 more apples.\nHe now has 11 apples.", 11),
+    ("16 eggs\n16 - 7 = 9 eggs\n9 * 2 = 18 dollars", 18),
+    ("5 apples\n6 pears\n11 fruits", 11),
+    ("9\n9 * 2 = 18", 18),
+    ("24\n\n72", 24),
+    ("18\n\nExplanation: Janet has 16 eggs, eats 7, and has 9 eggs left", 18),
+    ("3 is 4 <think>\nThe answer is 5.</think>\nShe eats 3, so 18", 18),
+    ("16 - 7 = 9</s>[INST] What of 12? [/INST] 13", 9),
+    ("She makes 18<end_of_turn>\n<start_of_turn>user\n5", 18),
+    ("It is 18<|im_start|>user\n7", 18),
+    ("I am 100% sure", None),
+    ("I am 95% confident.", None),
+    ("18\nI am 100% sure.", 18),
+    ("She eats 3 and makes 18. Confidence: 95%", 18),
+    ("Let's define 16 eggs.\n\nQuestion: how much does she make?\n\n9 * 2 = 18, the answer is 18.", 18),
+    ("Given: 16 eggs, 7 used.\n\nProblem: Find the daily income.\n\nSolution: 9 * 2 = 18", 18),
+    ("Input: 16 eggs\nOutput: 18", 18),
+    ("The answer is 16 - 3 - 4 = 9 eggs, and 9 \u00d7 $2 = $18.", 18),
+    ("To get the answer: 16 - 7 = 9. Then 9 * 2 = 18.", 18),
+    ("Answer:\n- Eggs left: 9\n- Money: $18", 18),
+    ("#### 18 (9 eggs)", 18),
+    ("#### 18 eggs per day for 3 people", 18),
+    ("The answer is 6 + 12 which equals 18.", 18),
+    ("The answer is 6 + 12.\n6 + 12 = 18", 18),
+    ("\\boxed{9\\times2}", 18),
+    ("The answer is twice 9, i.e. 18.", 18),
+    ("The answer is 2/3 of 27, or 18.", 18),
+    ("The answer is not 20 but 18.", 18),
+    ("The answer is option (2) 18", 18),
+    ("Ans: 18; 9 eggs at 2", 18),
+    ("The answer is $18M", 18000000.0),
+    ("18K", 18000),
+    ("18, 000", 18000),
+    ("3 thousand 500", 3500),
+    ("18 hundred-dollar bills", 18),
+    ("\\boxed{10^6}", 1000000.0),
+    ("$18_{10}$", 18),
+    ("9 \\times 2 &= 18 \\\\[2pt]", 18),
+    ("2-1/2 hours", 2.5),
+    ("2 and a half hours", 2.5),
+    ("one half", 0.5),
+    ("three quarters", 0.75),
+    ("half", 0.5),
+    ("a dozen", 12),
+    ("There are twenty-one eggs.", 21),
+    ("She has twenty dollars left after buying the book.", 20),
+    ("The ages are 18,20", 20),
+    ("Therefore, 12 + 6 = 18 eggs are left, which is 3 more than on Monday.", 18),
+    ("She eats 7.\n18 = 9 * 2", 18),
+    ("18 = 9 * 2", 18),
+    ("Total = 18 = 9 * 2", 18),
+    ("5 + 6 = 11 > 10", 11),
+    ("The number of eggs is 3 + 4 = 7. The number of eggs is 3 + 4 = 7. The number of eggs is 3 + 4 =", 7),
+    ("18 +/- 0", 18),
+    ("72 clips. 48 in April, 24 in May.", 72),
+    ("a) 9\nb) 18", 18),
+    ("So she has 18 eggs left after 3 days.", 18),
+    ("He will be 23 years old in 5 years.", 23),
+    ("James runs a total of 540 meters per week (3 sprints x 60 meters x 3 days).", 540),
+    ("Janet makes 18 dollars per day (9 eggs at $2 each).", 18),
+    ("Janet makes $18 every day by selling the remaining 9 eggs at $2 each.", 18),
+    ("So, Toula paid $694 in total for 3 dozen donuts, 2 dozen cupcakes, and 6 dozen mini cheesecakes.", 694),
+    ("She needs 18 more stickers to have 50 stickers in total.", 18),
+    ("She sold 24 clips in May (48/2 = 24) and 72 altogether.", 72),
+    ("Natalia sold 72 clips altogether in April and May. (48 + 24)", 72),
+    ("In 5 years he will be 23", 23),
+    ("She sells 9 eggs for a total of 18", 18),
+    ("9 and 9 adds up to 18", 18),
+    ("9 and 9 is equal to 18", 18),
+    ("3 sprints make a total of 540", 540),
+    ("For 9 eggs it comes to 18", 18),
+    ("She sells them at $18", 18),
+    ("Josh made $70,000.\nQuestion: How much did Ann make if she sold 5?", 70000),
+    ("Answer: 16 - 7 = 9 eggs.\nSo 9 * 2 = 18 dollars.", 18),
+    ("Here is the answer:\n\nShe has 16 eggs.\nShe makes 18 dollars.", 18),
+    ("Of 16, 3 are eaten.\nAnswer: 18 because 9 were sold at 2.", 18),
+    ("The result is 18, not 20.", 18),
+    ("She is left with 18 eggs for 3 days.", 18),
+    ("-2\u00bd", -2.5),
+    ("3-\\frac{1}{2}", 0.5),
+    ("-$\\frac{1}{2}$", -0.5),
+    ("She ate 7 and sold 9 for 18 dollars each day.", 18),
+    ("9 * 2 = 18. I hope this helps with your 3 questions.", 18),
+    ("Let me know the numbers: 16 and 7.\nHere is how: 16 - 7 = 9\n9 * 2 = 18", 18),
+    ("Final Answer: She makes $18 per day.\nNote that 3 are eaten.", 18),
+    ("The answer in dollars is 18, for 9 eggs.", 18),
+    ("The answer comes to 18, for 9 eggs.", 18),
+    ("He finished 7 - 1 = 6th", 6),
+    ("\\boxed{\\frac{1}{2}}", 0.5),
+]
 TABLE = [
     (text, value, rule)
     for rule, cases in (
@@ -239,6 +347,19 @@ class TestExtractAnswer:
     def test_number_and_rule(self, text, value, rule):
         assert extract_answer(text) == (value if value is None else pytest.approx(value, rel=1e-12), rule)
         assert extract_final_number(text) == extract_answer(text)[0]
+
+    @pytest.mark.parametrize(("text", "value"), READ_WITH_CARE)
+    def test_read_with_care(self, text, value):
+        assert extract_final_number(text) == (value if value is None else pytest.approx(value, rel=1e-12))
+
+    @pytest.mark.parametrize("before", ["Answer: ", "Answer:\n", "### Answer:\n", "Here is the answer:\n\n"])
+    def test_a_heading_before_reasoning_changes_nothing(self, before):
+        right = 0
+        rows = real_rows("gsm8k/test.jsonl")
+        for row in rows:
+            reasoning, _, gold = re.sub("<<[^<>]*>>", "", row["answer"]).rpartition("\n#### ")
+            right += extract_final_number(before + reasoning) == pytest.approx(float(gold.replace(",", "")))
+        assert right >= 0.985 * len(rows)
 
     def test_rules_go_in_the_papers_order(self):
         assert [
@@ -333,6 +454,11 @@ def written(number, form):
         "percent": f"{value:.2f}\\%",
         "boxed": f"$\\boxed{{{value:,.2f}}}$",
         "european": f"{value:,.2f}".translate(str.maketrans(",.", ".,")),
+        "fraction": f"{sign}{100 * size:.0f}/100",
+        "frac": f"${sign}\\frac{{{100 * size:.0f}}}{{100}}$",
+        "frac within": f"$\\frac{{{100 * value:.0f}}}{{100}}$",
+        "boxed frac": f"$\\boxed{{{sign}\\frac{{{100 * size:.0f}}}{{100}}}}$",
+        "text": f"$\\boxed{{{sign}\\text{{{size:,.2f}}}}}$",
     }[form]
 
 
@@ -349,6 +475,11 @@ FORMS = (
     "percent",
     "boxed",
     "european",
+    "fraction",
+    "frac",
+    "frac within",
+    "boxed frac",
+    "text",
 )
 
 
@@ -501,6 +632,23 @@ class TestGSM8KAccuracy:
             },
         }
 
+    def test_large_numbers_must_be_equal(self):
+        assert gsm8k_accuracy(["1,000,001", "1,000,000.00"], [1_000_000, "1,000,000"])["accuracy"] == 50
+
+    @pytest.mark.parametrize(
+        ("reference", "value"),
+        [
+            ("18", 18),
+            ("$1,800", 1800),
+            ("18 eggs", 18),
+            ("16 - 7 = 9\n#### 9", 9),
+            ("7 and \\boxed{18}", 18),
+            (-0.5, -0.5),
+        ],
+    )
+    def test_references(self, reference, value):
+        assert reference_number(reference, "x") == value
+
     def test_rows(self):
         assert gsm8k_row_scores(["17.9"], [18]) == [{"value": 17.9, "rule": "first_line", "correct": False}]
 
@@ -508,6 +656,8 @@ class TestGSM8KAccuracy:
         ("reference", "error", "message"),
         [
             ("no number", ValueError, r"`references\[0\]` is 'no number', which holds no finite number"),
+            ("She has 3 eggs.", ValueError, "does not say which of its numbers is the right answer. Give that alone"),
+            ("9 * 2 = 18", ValueError, "does not say which"),
             (float("nan"), ValueError, "holds no finite number"),
             (None, TypeError, "a NoneType; it must be a number or a text"),
             (True, TypeError, "a bool"),

@@ -7,9 +7,10 @@ faster, whatever the text is.
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 
-__all__ = ["Number", "find_numbers", "plain_text", "read_number_words"]
+__all__ = ["Number", "find_numbers", "plain_text"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +32,30 @@ class Number:
 
 
 _ANNOTATION = re.compile(r"<<([^<>\n]{0,200})>>(\s?[$€£]?-?[0-9.])?")
-_REWRITTEN = (
+_PARTS = {"half": " 1/2", "third": " 1/3", "quarter": " 1/4"}
+_SIGNS = {"½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", "⅕": "1/5", "⅛": "1/8"}
+_PART = r"(-?)\s?\\?\$?([0-9][0-9.,]{0,20})"
+# `-\frac{1}{2}`, where the sign is no subtraction; `\frac{-1}{2}`; `\frac12`; `½`
+_FRACTION = re.compile(
+    rf"((?<![0-9)\]}}%])(?<![0-9)\]}}%] )- ?\$?)?(?:\\[dt]?frac\s?(?:\{{\s?{_PART}\s?\}}\s?\{{\s?{_PART}\s?\}}|([0-9])([0-9]))|([{''.join(_SIGNS)}]))"
+)
+_REWRITTEN: tuple[tuple[re.Pattern, Any], ...] = (
+    (re.compile(r"\\\\\[[0-9.]{1,6}\s?(?:pt|em|ex|mm|cm)\]|\\[hv]space\*?\{[^{}]{0,20}\}"), " "),
     (re.compile(r"\\[,!;: ]|\\q?quad\b|[\u200b\ufeff]"), ""),
     (re.compile(r"\{,\}"), ","),
     (re.compile(r"\\([$%#&_])"), r"\1"),
+    (re.compile(r"[\u2212\u2013\u2011\ufe63\uff0d]"), "-"),
+    (re.compile(r"\\pm(?![a-z])|\+ ?/ ?-"), "\u00b1"),
+    (re.compile(r"\\[gl]eq?(?![a-z])|[\u2264\u2265]"), "<"),
+    (re.compile(r"-\\(?:text|textbf|mathrm|mathbf|mbox|textit)\s?\{([^{}]{0,200})\}"), r"-\1 "),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\s?\{([^{}]{0,200})\}"), r" \1 "),
-    (re.compile(r"\\[dt]?frac\s?\{\s?([0-9]{1,15})\s?\}\s?\{\s?([0-9]{1,15})\s?\}"), r" \1/\2"),
-    (re.compile(r"\\[dt]?frac\s?([0-9])([0-9])"), r" \1/\2"),
+    (_FRACTION, lambda match: _without_frac(match)),
     (re.compile(r"\\(?:times|cdot)(?![a-z])"), "\u00d7"),
     (re.compile(r"\\div(?![a-z])"), "\u00f7"),
     (re.compile(r"\\(?:left|right|displaystyle)(?![a-z])"), ""),
     (re.compile(r"\\[()\[\]]"), " "),
-    (re.compile(r"[\u2212\u2013\u2011\ufe63\uff0d]"), "-"),
-    (re.compile(r"½"), " 1/2"),
-    (re.compile(r"¼"), " 1/4"),
-    (re.compile(r"¾"), " 3/4"),
+    (re.compile(r"(?<=[0-9]) and (?:a|one)[ -](half|quarter|third)\b", re.IGNORECASE), lambda m: _PARTS[m[1].lower()]),
+    (re.compile(r"(?<=[0-9]) and (?=[0-9]{1,2}/[0-9]{1,2}(?![0-9/]))"), " "),
     (re.compile(r"[\u00a0\u202f\u2009](?=[0-9]{3}(?![0-9]))"), "\u00a0"),
     # Emphasis, but not a power: `**18**`, `__18__`, `2**3`
     (re.compile(r"(?<![0-9])\*\*|\*\*(?![0-9])|__|`"), ""),
@@ -53,27 +63,36 @@ _REWRITTEN = (
         re.compile(r"(?<![0-9.])([0-9]{1,15}(?:\.[0-9]{1,15})?)\s?[x\u00d7*]\s?10\s?\^\s?\{?\s?([-+]?[0-9]{1,3})\}?"),
         r"\1e\2",
     ),
+    (re.compile(r"(?<![0-9.,/^_{])10\s?\^\s?\{?\s?([0-9]{1,2})(?![0-9])\}?"), r"1e\1"),
 )
 _DIGITS = re.compile(
     r"(?<![0-9])(?:"
     r"[0-9]{1,3}(?:,[0-9]{3}){1,9}(?![0-9])(?:\.[0-9]+)?"  # 1,234,567.8
+    r"|[0-9]{1,3}(?:, 000){1,4}(?![0-9])"  # 18, 000
     r"|[0-9]{1,2}(?:,[0-9]{2}){1,6},[0-9]{3}(?![0-9])(?:\.[0-9]+)?"  # 12,34,567 (India)
     r"|[0-9]{1,3}(?:\.[0-9]{3}){1,9},[0-9]{1,2}(?!,?[0-9])"  # 1.234,50
     r"|[0-9]{1,3}(?:[ \u00a0][0-9]{3}){1,9}(?![0-9]|[ \u00a0/:][0-9])(?:\.[0-9]+)?"  # 1 234
-    r"|(?<![0-9],)[0-9]+,[0-9]{1,2}(?!,?[0-9])"  # 0,5, but not 1,2,3
+    r"|(?<![0-9],)(?<!are )(?<!were )(?<!and )(?<!ages )(?<!numbers )[0-9]+,[0-9]{1,2}(?!,?[0-9])"  # 0,5, but not 1,2,3
     r"|[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9A-Za-z]))?"
     r"|\.[0-9]+)"
 )
 _CURRENCY = "$€£¥₹"
 _BEFORE_SIGN = " \n\t([{=:*\"'~≈," + _CURRENCY
 _CURRENCY_CODES = ("usd", "eur", "gbp", "inr", "rs", "rs.", "us")
-_SCALE = re.compile(r"\s?(hundred|thousand|million|billion)\b", re.IGNORECASE)
+_SCALE = re.compile(r"\s?(hundred|thousand|million|billion)\b(?!-[a-z])", re.IGNORECASE)
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9}
+_THOUSANDS = re.compile(r"\Athousand (?:and )?\Z|[0-9] ?thousand (?:and )?\Z", re.IGNORECASE)
+_LETTERS = {"K": 1e3, "M": 1e6, "B": 1e9}
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
-_NEGATION = re.compile(r"\b(?:negative|minus)\s$", re.IGNORECASE)
+_NEGATION = re.compile(r"\b(?:negative|minus)\s\Z", re.IGNORECASE)
 _LABEL = re.compile(
-    r"\b(?:step|question|problem|example|part|case|option|method|phase|figure|table|equation|q)\s?#?$", re.IGNORECASE
+    r"\b(?:step|question|problem|example|part|case|option|method|phase|figure|table|equation|q) ?[#(]{0,2}\Z",
+    re.IGNORECASE,
 )
+_SURENESS = re.compile(r" ?(?:%|percent) (?:sure|certain|confident|positive|correct|confidence)\b", re.IGNORECASE)
+_CONFIDENCE = re.compile(r"\bconfiden(?:ce|t)(?: (?:level|score|of|is)){0,3}[:* ]{0,4}\Z", re.IGNORECASE)
+_SUBSCRIPT = re.compile(r"[A-Za-z0-9)}]_\{?\Z|[\^\u00b1]\{? ?\Z")
+_WORD = re.compile(r"[A-Za-z]+\.?\Z")
 _LINE_START = re.compile(r"[ \t]{0,12}(?:#{1,6}[ \t]{1,3})?\(?")
 _ENUMERATED = re.compile(r"[.)][ \t]{1,4}[^\s]")
 
@@ -84,6 +103,13 @@ def plain_text(text: str) -> str:
     for pattern, plain in _REWRITTEN:
         text = pattern.sub(plain, text)
     return text
+
+
+def _without_frac(match: re.Match) -> str:
+    sign, top_sign, top, bottom_sign, bottom, top_digit, bottom_digit, one = match.groups()
+    fraction = _SIGNS[one] if one else f"{top or top_digit}/{bottom or bottom_digit}"
+    is_negative = bool(sign) ^ (top_sign == "-") ^ (bottom_sign == "-")
+    return f" {'-' * is_negative}{fraction}"
 
 
 def _without_annotation(match: re.Match) -> str:
@@ -102,7 +128,12 @@ def find_numbers(text: str) -> list[Number]:
         if _is_enumerator(text, number, len(enumerators)):
             enumerators.append(number)
         elif not _is_name(text, number):
-            numbers.append(_signed(text, _scaled(text, number)))
+            number = _signed(text, _scaled(text, number))
+            last = numbers[-1] if numbers else None
+            if last and last.value >= 1e3 > number.value > 0 and _THOUSANDS.search(text[last.start : number.start]):
+                numbers[-1] = replace(last, value=last.value + number.value, end=number.end)
+            else:
+                numbers.append(number)
     return numbers or enumerators
 
 
@@ -130,7 +161,7 @@ def _merged(text: str, parts: list[Number]) -> list[Number]:
         if gaps and gaps[0] == "/" and parts[at + 1].value:
             part = Number(part.value / parts[at + 1].value, part.start, parts[at + 1].end)
             at += 1
-            if numbers and part.value < 1 and text[numbers[-1].end : part.start] in (" ", "  "):
+            if numbers and part.value < 1 and _is_mixed(text, numbers[-1], part):
                 whole = numbers.pop()
                 part = Number(whole.value + part.value, whole.start, part.end)
         elif gaps and gaps[0] == ":" and _is_time(part, parts[at + 1]):
@@ -139,6 +170,14 @@ def _merged(text: str, parts: list[Number]) -> list[Number]:
         numbers.append(part)
         at += 1
     return numbers
+
+
+def _is_mixed(text: str, whole: Number, part: Number) -> bool:
+    """`2 1/2`, and `2-1/2` where nothing is reckoned with it."""
+    gap = text[whole.end : part.start]
+    if gap == "-":
+        return not re.match(r"\s?[-=+*/\u00d7]", text[part.end : part.end + 2])
+    return gap in (" ", "  ")
 
 
 def _is_date(parts: list[Number]) -> bool:
@@ -163,11 +202,13 @@ def _is_enumerator(text: str, number: Number, counted: int) -> bool:
 
 
 def _is_name(text: str, number: Number) -> bool:
-    """Whether a number is part of a name or a label: `x2`, `Step 3`, a power."""
-    before = text[max(number.start - 12, 0) : number.start]
-    if before[-1:] == "^" or _LABEL.search(before):
+    """Whether a number is part of a name or a label, or says how sure the answer is: `x2`, `Step 3`, a power, `95% sure`."""
+    before = text[max(number.start - 30, 0) : number.start].rpartition("\n")[2]
+    if _SUBSCRIPT.search(before) or _LABEL.search(before[-12:]) or _CONFIDENCE.search(before):
         return True
-    word = re.search(r"[A-Za-z_]+\.?$", before)
+    if _SURENESS.match(text, number.end, number.end + 20):
+        return True
+    word = _WORD.search(before[-12:])
     return word is not None and word[0].lower() not in _CURRENCY_CODES and not word[0].endswith(".")
 
 
@@ -176,9 +217,11 @@ def _scaled(text: str, number: Number) -> Number:
     if scale:
         return replace(number, value=number.value * _SCALES[scale[1].lower()], end=scale.end())
     is_money = text[max(number.start - 1, 0) : number.start] in tuple(_CURRENCY)
-    if is_money and re.match(r"[kK]\b", text[number.end : number.end + 2]):
-        return replace(number, value=number.value * 1e3, end=number.end + 1)
-    return replace(number, is_weak=bool(_ORDINAL.match(text, number.end, number.end + 3)))
+    letter = re.match(r"[kKMB]\b" if is_money else r"K\b", text[number.end : number.end + 2])
+    if letter:
+        return replace(number, value=number.value * _LETTERS[letter[0].upper()], end=number.end + 1)
+    is_result = text[max(number.start - 2, 0) : number.start].rstrip().endswith("=")
+    return replace(number, is_weak=not is_result and bool(_ORDINAL.match(text, number.end, number.end + 3)))
 
 
 def _signed(text: str, number: Number) -> Number:
@@ -196,44 +239,3 @@ def _signed(text: str, number: Number) -> Number:
     if word and not re.search(r"[0-9)] $", text[max(start - 14, 0) : start - len(word[0])]):
         return replace(number, value=-number.value)
     return number
-
-
-_UNITS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_WORDS = {word: value for value, word in enumerate(_UNITS)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
-
-
-def read_number_words(text: str) -> float | None:
-    """The number that a text begins with in words, such as `twenty-five` or `one hundred and five`; `None` for any other text."""
-    total, group, found = 0.0, 0.0, False
-    for word in re.findall(r"[a-z]+", text[:200].lower())[:16]:
-        if word in _WORDS:
-            group, found = group + _WORDS[word], True
-        elif word in _SCALES and found:
-            group *= _SCALES[word]
-            if word != "hundred":
-                total, group = total + group, 0.0
-        elif word != "and" or not found:
-            break
-    return total + group if found else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from .answers import RULES, extract_answer, extract_final_number
+from .answers import RULES, extract_answer, extract_final_number, gold_number
 
 
 __all__ = [
@@ -94,11 +94,12 @@ def rouge_scorer() -> Any:
 
 
 def gsm8k_accuracy(predictions: Sequence[str], references: Sequence[str | float]) -> dict[str, Any]:
-    """The share of answers whose final number is the right one; see [`extract_final_number`].
+    r"""The share of answers whose final number is the right one; see [`extract_final_number`].
 
     Args:
         predictions: One answer a row.
-        references: One right answer a row: a number, or a text that ends up with it, such as GSM8K's own with `#### 18`.
+        references: One right answer a row: a number, or a text that is one, with its unit or without, or that marks it as GSM8K does (`#### 18`) or
+            by `\boxed{}`.
 
     Returns:
         `{"accuracy": ..., "rules": {rule: {"rows": ..., "correct": ...}}}`: in percent; and how many answers each rule of the extraction read,
@@ -128,23 +129,31 @@ def gsm8k_row_scores(predictions: Sequence[str], references: Sequence[str | floa
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         right = reference_number(reference, f"`references[{row}]`")
         value, rule = extract_answer(prediction)
-        correct = value is not None and math.isclose(value, right, rel_tol=1e-6, abs_tol=1e-6)
+        correct = value is not None and math.isclose(value, right, rel_tol=1e-9, abs_tol=1e-6)
         rows.append({"value": value, "rule": rule, "correct": correct})
     return rows
 
 
 def reference_number(reference: Any, name: str) -> float:
-    """The right answer that a reference states.
+    """The right answer that a reference states, see [`gsm8k_accuracy`]. Nothing is guessed: a wrong gold would spoil the score unseen.
 
     Args:
         name: What it is called in messages.
+
+    Raises:
+        TypeError, ValueError: for what is neither a number nor a text with a single or marked one.
     """
     is_number = isinstance(reference, int | float) and not isinstance(reference, bool)
     if not is_number and not isinstance(reference, str):
         raise TypeError(
             f"{name} is {_shown(reference)}, a {type(reference).__name__}; it must be a number or a text with one."
         )
-    number = extract_final_number(reference) if isinstance(reference, str) else float(reference)
+    number = gold_number(reference) if isinstance(reference, str) else float(reference)
+    if number is None and extract_final_number(reference) is not None:
+        raise ValueError(
+            f"{name} is {_shown(reference)}, which does not say which of its numbers is the right answer. Give that alone, or behind #### or "
+            "in \\boxed{}."
+        )
     if number is None or not math.isfinite(number):
         raise ValueError(
             f"{name} is {_shown(reference)}, which holds no finite number to compare with. Give the right answer as a number, or as a text "

@@ -295,6 +295,8 @@ READ_WITH_CARE = [
     ("72 clips. 48 in April, 24 in May.", 72),
     ("a) 9\nb) 18", 18),
     ("So she has 18 eggs left after 3 days.", 18),
+    ("He is 45 miles from home at the end of the 4 hours.", 45),
+    ("x = 5\n\ny = 10\n\nTherefore, Jill gets paid 57,500 a year", 57500),
     ("He will be 23 years old in 5 years.", 23),
     ("James runs a total of 540 meters per week (3 sprints x 60 meters x 3 days).", 540),
     ("Janet makes 18 dollars per day (9 eggs at $2 each).", 18),

@@ -160,7 +160,7 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
-            ("metrics", ["numbers", "answers", "scores", "__init__"]),
+            ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
             (
                 "analysis",
                 [

@@ -152,7 +152,7 @@ def _first_line(text: str, numbers: list[Number]) -> float | None:
     repeats = len(found) > 1 and "=" not in text[:end] and not _HEADING.search(text, 0, found[0].start)
     if not rest or repeats or _states(text, found[0]):
         return found[0].value
-    if not answers_at_once(text, 0, found[0]):
+    if not answers_at_once(text, 0, found[0]) or "=" in text[: found[0].start]:
         return None
     return None if _is_operand(text, found[0].value, rest) or _is_list(text, end, rest) else found[0].value
 

@@ -38,7 +38,7 @@ _INEQUALITY = re.compile(r"[^A-Za-z]{0,6}[<>]")
 _DENIED = re.compile(r"\b(?:not|instead of|rather than)\s(?:the )?[$€£]?\Z", re.IGNORECASE)
 # What stands in the background where another number does not
 _BACKGROUND = re.compile(
-    r"\b(?:(?P<plain>after|in|by|per|each|every|than|from|out of|compared to|in addition to|remaining|half of|each of)|(?P<for>for)"
+    r"\b(?:(?P<plain>after|in|by|per|each|every|than|from|out of|compared to|in addition to|remaining|half of|each of|(?:end|start|beginning|course|first|last) of)|(?P<for>for)"
     r"|(?P<with>with)|(?P<at>at)|(?:of)(?<=% of))\s"
     r"(?:(?:about|the|another|only|all|those|these|next|first|last|other|remaining|his|her|their)\s){0,2}[$€£]?\Z",
     re.IGNORECASE,

@@ -37,8 +37,13 @@ class TestMeans:
         assert torch.equal(*sent)
 
 
-def entry(gain, plain, entropy):
-    return {"kl/prompt_gain": gain, "kl/student_plain": plain, "entropy/student": entropy}
+def entry(gain, moved, plain, entropy=2.0):
+    return {
+        "kl/prompt_gain": gain,
+        "kl/prompted_plain": moved,
+        "kl/student_plain": plain,
+        "entropy/student": entropy,
+    }
 
 
 class TestCollusionCallback:
@@ -51,9 +56,9 @@ class TestCollusionCallback:
                 callback.on_log(None, state, None)
         return [record.getMessage() for record in caplog.records if "following the student" in record.getMessage()]
 
-    def test_warns_once_when_the_gain_is_a_large_share(self, caplog, propagate):
+    def test_warns_once_when_both_are_a_large_share(self, caplog, propagate):
         # The end of a run in which a prompt learned 100 times as fast as its student
-        history = [entry(0.02, 1.2, 2.0), entry(0.29, 1.2, 1.7), entry(0.67, 0.85, 1.2), entry(0.67, 0.85, 1.1)]
+        history = [entry(0.02, 0.1, 1.2), entry(0.35, 0.35, 1.2), entry(0.4, 0.4, 1.2, 1.2), entry(0.67, 0.83, 0.85)]
         (message,) = self.warnings(caplog, history)
         assert "Step 3" in message
         assert "entropy went from 2.00 to 1.20" in message
@@ -61,28 +66,32 @@ class TestCollusionCallback:
         assert "eval_strategy" in message
 
     def test_warns_where_the_entropy_rises(self, caplog, propagate):
-        """As it did in the study's real model: gain, KL(student || plain) and entropy of steps 1, 7 and 17."""
-        history = [entry(0.018, 1.759, 4.81), entry(0.236, 1.215, 4.29), entry(0.628, 1.158, 5.41)]
+        """As it did in the study's real model: steps 1, 7 and 17."""
+        history = [
+            entry(0.018, 0.081, 1.759, 4.81),
+            entry(0.236, 0.095, 1.215, 4.29),
+            entry(0.628, 0.395, 1.158, 5.41),
+        ]
         (message,) = self.warnings(caplog, history)
         assert "Step 3" in message
 
     def test_says_that_the_forward_kl_rose(self, caplog, propagate):
-        history = [entry(0.0, 1.0, 2.0), {"eval_forward_kl": 11.8}, {"eval_forward_kl": 15.4}, entry(0.6, 0.9, 2.0)]
-        (message,) = self.warnings(caplog, history)
+        evaluations = [{"eval_forward_kl": 11.8}, {"eval_forward_kl": 15.4}]
+        (message,) = self.warnings(caplog, [entry(0.0, 0.1, 1.0), *evaluations, entry(0.6, 0.5, 0.9)])
         assert "rose from 11.80 to 15.40" in message
 
     @pytest.mark.parametrize(
         "history",
         [
-            [entry(0.02, 1.2, 2.0), entry(0.22, 0.9, 1.2)],  # a smaller gain
-            [entry(0.6, 0.9, 2.0), entry(0.62, 0.9, 1.2)],  # a gain that was there from the start
+            [entry(0.22, 0.02, 0.67), entry(0.31, 0.04, 0.72)],  # a large gain from a teacher that has hardly moved
+            [entry(0.02, 0.1, 1.2), entry(-0.1, 0.5, 1.2)],  # a teacher that has moved, but not to the student
             [
-                entry(0.0, 1.0, 2.0),
+                entry(0.0, 0.1, 1.0),
                 {"eval_forward_kl": 9.8},
                 {"eval_forward_kl": 9.7},
-                entry(0.6, 0.9, 2.0),
+                entry(0.6, 0.6, 0.9),
             ],  # cleared
-            [entry(0.67, 0.85, 1.2)],
+            [entry(0.67, 0.8, 0.85)],
         ],
     )
     def test_is_silent_otherwise(self, caplog, propagate, history):

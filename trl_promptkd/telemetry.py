@@ -83,22 +83,21 @@ class CollusionCallback(TrainerCallback):
     """
     Warns once when the soft prompt seems to follow the student instead of leading it.
 
-    A prompt that learns too fast moves to wherever the student is: the loss KL(student || prompted teacher) looks wonderful
-    while the student gets no closer to the plain teacher. The sign is a prompt gain, KL(student || plain) minus
-    KL(student || prompted), that has grown to a large share of KL(student || plain): most of what looks like progress is then the
-    prompt's. The entropies are no sign: they may fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on
-    neutral answers, that has not risen since the run's first evaluation clears the prompt.
+    A prompt that learns too fast, or starts too far from any text, takes the teacher to wherever the student is: the loss
+    KL(student || prompted teacher) looks wonderful while the student gets no closer to the plain teacher, or worse. The sign is that two
+    quantities are a large share of KL(student || plain) at once: the prompt gain (that KL minus KL(student || prompted)), so that much
+    of what looks like progress is the prompt's, and KL(prompted || plain), so that the teacher is no longer itself. Either alone is harmless,
+    and the entropies are no sign: they may fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral
+    answers, that has not risen since the run's first evaluation clears the prompt.
 
-    Source of the thresholds: docs/study.md. On a real model the share stayed below a tenth where the prompt learned at the
-    student's rate, and passed a quarter long before the end where it learned a hundred times as fast and the student got worse.
+    Source of the threshold: docs/study.md, where it parts all runs that went wrong behind a good loss from all others.
 
     Args:
-        gain_share (`float`, *optional*, defaults to `0.25`): Share of KL(student || plain) that the gain must have reached.
-        gain_growth (`float`, *optional*, defaults to `0.05`): Nats a token by which it must have grown since the first log.
+        share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.
     """
 
-    def __init__(self, gain_share: float = 0.25, gain_growth: float = 0.05):
-        self.gain_share, self.gain_growth = gain_share, gain_growth
+    def __init__(self, share: float = 0.3):
+        self.share = share
         self.warned = False
 
     def on_log(self, args, state, control, **kwargs):
@@ -106,8 +105,8 @@ class CollusionCallback(TrainerCallback):
         if self.warned or len(training) < 2:
             return
         first, last = training[0], training[-1]
-        gain, plain = last["kl/prompt_gain"], last["kl/student_plain"]
-        if gain < self.gain_share * plain or gain - first["kl/prompt_gain"] < self.gain_growth:
+        gain, moved, plain = (last[f"kl/{name}"] for name in ("prompt_gain", "prompted_plain", "student_plain"))
+        if min(gain, moved) < self.share * plain:
             return
         forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
         if len(forward) > 1 and forward[-1] <= forward[0]:
@@ -119,8 +118,8 @@ class CollusionCallback(TrainerCallback):
         else:
             said += "; evaluate during training (`eval_strategy`) to see `eval_forward_kl`"
         logger.warning(
-            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. The prompt gain is {gain:.2f} of "
-            f"{plain:.2f} nats a token, up from {first['kl/prompt_gain']:.2f}; {said}. A falling loss does not mean success here. Lower "
-            "`prompt_learning_rate` (the paper uses the student's own), raise `regularization_coef`, or warm the student up with supervised "
-            "fine-tuning first."
+            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. Of KL(student || plain teacher), {plain:.2f} nats a "
+            f"token, the prompt gain makes up {gain:.2f}, and the prompted teacher is {moved:.2f} away from the plain one; {said}. A falling loss does "
+            "not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), start the prompt from a text "
+            '(`prompt_init="text"`), raise `regularization_coef`, or warm the student up with supervised fine-tuning first.'
         )

@@ -206,7 +206,7 @@ class TestTokenizePrimedDataset:
             ValueError, match=r"teacher sees them.*`teacher_max_length=6`.*`teacher_max_length` to at least"
         ):
             tokenize_primed_dataset(answered_dataset(8), "x", tokenizer, None, teacher_max_length=6, **kwargs)
-        with pytest.raises(ValueError, match="some must remain"):
+        with pytest.raises(ValueError, match="so that no row remains"):
             tokenize_primed_dataset(answered_dataset(8), "x", tokenizer, None, max_length=1, answers_needed=NEEDED)
 
     def test_answers_that_are_not_trained_on_do_not_count(self, tokenizer):

@@ -26,7 +26,6 @@ from trl_promptkd import (
     PromptKDTrainer,
 )
 from trl_promptkd.files import whole_file
-from trl_promptkd.telemetry import CollusionCallback
 
 
 disable_progress_bars()
@@ -161,8 +160,7 @@ def run(folder: Path, settings: dict, measures: Measures) -> dict:
     trainer.add_callback(snapshots)
     snapshots.measure(0)
     trainer.train()
-    warned = [c.warned for c in trainer.callback_handler.callbacks if isinstance(c, CollusionCallback)]
-    return {"measures": list(snapshots.found.values()), "log": trainer.state.log_history, "warned": any(warned)}
+    return {"measures": list(snapshots.found.values()), "log": trainer.state.log_history}
 
 
 logging.getLogger("transformers").setLevel(logging.ERROR)

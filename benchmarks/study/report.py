@@ -15,6 +15,8 @@ from pathlib import Path
 import matplotlib
 from run import ABLATIONS, HALF, METHODS, STEPS
 
+from trl_promptkd.telemetry import CollusionCallback
+
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -201,6 +203,15 @@ def ablation_table(results: Results) -> str:
     )
 
 
+def warned(run: dict) -> bool:
+    """Whether the trainer's warning would have come, from what was logged."""
+    share = CollusionCallback().share
+    return any(
+        min(entry["kl/prompt_gain"], entry["kl/prompted_plain"]) >= share * entry["kl/student_plain"]
+        for entry in run["log"][1:]
+    )
+
+
 def grid_table(results: Results) -> str:
     rows = []
     for name, runs in results["grid"].items():
@@ -219,7 +230,7 @@ def grid_table(results: Results) -> str:
                 f"{gain:.3f}",
                 f"{gain / statistics.fmean(entry['reverse_kl'] for entry in last):.0%}",
                 f"{statistics.fmean(entry['prompted_entropy'] for entry in last):.3f}",
-                f"{sum(run['warned'] for run in runs)} of {len(runs)}",
+                f"{sum(map(warned, runs))} of {len(runs)}",
             ]
         else:
             cells += ["—"] * 5

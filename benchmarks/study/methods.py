@@ -31,9 +31,10 @@ from trl_promptkd.files import whole_file
 disable_progress_bars()
 BATCH_SIZE = 16
 WARMUP_STEPS = 20
+FRESH_ROWS = 8000
 
 
-def rows_of(folder: Path, data: str, num_rows: int, by_teacher, line: str = "") -> list[tuple[str, str]]:
+def rows_of(folder: Path, data: str, num_rows: int, by_teacher) -> list[tuple[str, str]]:
     """(question, answer): the finite set, or fresh problems; the answers the data's, or greedy ones `by_teacher`."""
     if data == "finite":
         rows = training_rows(num_rows)
@@ -46,7 +47,7 @@ def rows_of(folder: Path, data: str, num_rows: int, by_teacher, line: str = "") 
     path = folder / f"teacher_answers_{data}_{num_rows}.json"
     questions = [question for question, _ in rows]
     if not path.exists():
-        found = answers(by_teacher, prompt_ids(questions, line), seed=None)
+        found = answers(by_teacher, prompt_ids(questions), seed=None)
         with whole_file(str(path)) as file:
             Path(file).write_text(json.dumps(TOKENIZER.batch_decode(found, skip_special_tokens=True)))
     return list(zip(questions, json.loads(path.read_text()), strict=True))
@@ -73,9 +74,8 @@ class Snapshots(TrainerCallback):
         self.mark = time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += (
-            time.process_time() - self.mark
-        )  # since the last step's end: sampling may come before a step's begin
+        # Since the last step's end: PromptKD samples before `on_step_begin`
+        self.seconds += time.process_time() - self.mark
         over = self.limit is not None and self.seconds >= self.limit
         if state.global_step in self.at_steps or over:
             self.measure(state.global_step)
@@ -95,7 +95,7 @@ def run(folder: Path, settings: dict, measures: Measures) -> dict:
     seed, method = settings["seed"], settings["method"]
     teacher = measures.teacher
     student = load_student(folder, seed, settings["warm_steps"], settings["num_rows"])
-    wanted = settings["num_rows"] if settings["data"] == "finite" else settings.get("fresh_rows", 8000)
+    wanted = settings["num_rows"] if settings["data"] == "finite" else FRESH_ROWS
     rows = rows_of(folder, settings["data"], wanted, teacher if method == "seqkd" else None)
     args = {
         "output_dir": str(folder / f"trainer_{os.getpid()}"),

@@ -4,7 +4,7 @@
     python benchmarks/study/real_model.py --teacher models/teacher --student models/student --train dolly_train.jsonl --output_dir study_real
 
 Each method's student is saved in a folder of its own, with what the trainer logged beside it; finished ones are not trained again.
-`trl-promptkd eval instruct` measures them (`report.py` says how).
+`real_measure.py` measures them.
 """
 
 import argparse

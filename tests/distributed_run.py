@@ -52,7 +52,7 @@ if sharding:
     accelerate.state.PartialState._prepare_backend = lambda *args, **kwargs: backend
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
@@ -164,6 +164,7 @@ def make_trainer(settings):
             PrimingTemplate("red blue "),
             "exact",
         )
+        assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", 1)), "each rank built all of the cache"
         source = "dataset"
     return PrimedDistillTrainer(
         **models,

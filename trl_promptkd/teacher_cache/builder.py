@@ -117,6 +117,8 @@ def build_teacher_cache(
         if not isinstance(value, Real) or not value > 0:
             raise ValueError(f"`{name}` is {value!r}; it must be above 0.")
     template = resolve_priming(priming)
+    # Before tokenizing: `PartialState()`, which that asks, does not find the ranks of `accelerate launch --cpu` by itself
+    accelerator = Accelerator()
     needed = None
     if response_source == "dataset":
         needed = "`response_source` is 'dataset', so that the data's own answers are judged. Set `response_source='teacher'`."
@@ -134,7 +136,6 @@ def build_teacher_cache(
     check_positions(
         "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
     )
-    accelerator = Accelerator()
     freeze(teacher)
     sampling: Any = None
     if response_source == "teacher":

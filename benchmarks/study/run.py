@@ -16,6 +16,7 @@ STUDENT_STEPS, NUM_ROWS = 1500, 800  # of the warm start by SFT
 TUNING_STEPS = 300
 STEPS = 200  # of optimizer steps where methods are compared at equal steps
 HALF = STEPS // 2
+PRIMING_STEPS = 1000  # after 200 nothing could be told apart
 SECONDS = 30.0  # of one core, about what PromptKD takes for half of them, where they are compared at equal time
 SEEDS = [0, 1, 2, 3, 4]
 TUNING_SEED = 102
@@ -115,7 +116,7 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]]:
             f"{line or 'no line'}, {source}",
             BASE
             | {"method": "primed", "line": line, "response_source": source, "beta": 0.0, "seed": seed}
-            | {"learning_rate": rates["KD, forward"]},
+            | {"learning_rate": rates["KD, forward"], "steps": PRIMING_STEPS, "snapshots": [STEPS]},
         )
         for seed in SEEDS
         for source in ("dataset", "teacher")

@@ -161,6 +161,7 @@ class TestImports:
             ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
+            ("evaluation", ["rows", "answers", "scores", "__init__"]),
             (
                 "analysis",
                 [

@@ -30,7 +30,7 @@ from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import kl_divergence
 from trl_promptkd.forward import completion_states
 from trl_promptkd.primed_collator import tokenize_primed_dataset
-from trl_promptkd.teacher_cache import builder
+from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS
 
 
@@ -217,7 +217,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    builder._RECEIPT_EVERY = 1  # the receipt is of every token here
+    writer._RECEIPT_EVERY = 1  # the receipt is of every token here
 
     tokenizer = AutoTokenizer.from_pretrained(Path(args.models) / "teacher")
     teacher = AutoModelForCausalLM.from_pretrained(Path(args.models) / "teacher", dtype=torch.float32).eval()
@@ -229,7 +229,7 @@ def main() -> None:
 
     kept = build_all(teacher, dataset, tokenizer, folder, args)
     kept |= top_k_fp16(teacher, rows, tokenizer.pad_token_id, [16, 32, 64, 128])
-    builder._RECEIPT_EVERY = 8
+    writer._RECEIPT_EVERY = 8
     speed = throughput(teacher, dataset, tokenizer, folder, args)
     steps = training(dataset, tokenizer, folder, args)
     results = {"kept": kept, "throughput": speed, "step_seconds": steps, "settings": vars(args)}

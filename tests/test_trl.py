@@ -158,7 +158,7 @@ class TestImports:
     @pytest.mark.parametrize(
         ("folder", "order"),
         [
-            ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
+            ("teacher_cache", ["codec", "manifest", "reader", "writer", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
             ("evaluation", ["rows", "answers", "scores", "__init__"]),

@@ -118,8 +118,8 @@ def estimate(student: Any, teacher: Any, lora: bool, checkpointing: bool = True,
 
 
 def table() -> Iterator[str]:
-    yield "| student | trained | teacher | held in | student's weights | gradients, AdamW | teacher | sampling | training | total, GB |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| student | teacher | total, GB | student's weights | gradients, AdamW | teacher's weights | sampling | training |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, trained, teacher_name, held in RUNS:
         student = model_of(name, {"all weights": "float32", "LoRA": "bfloat16", "QLoRA": "4 bits"}[trained])
         teacher = student if teacher_name == "itself" else model_of(teacher_name, held)
@@ -132,10 +132,10 @@ def table() -> Iterator[str]:
             parts["teacher"],
             parts["rollouts"],
             parts["activations"] + parts["logits"],
-            parts["total"] - parts["process"],
         ]
-        shown = " | ".join(f"{figure:.1f}" for figure in figures[:-1])
-        yield f"| {name} | {trained} | {teacher_name} | {held or '—'} | {shown} | **{figures[-1]:.0f}** |"
+        shown = " | ".join(f"{figure:.1f}" for figure in figures)
+        total = parts["total"] - parts["process"]
+        yield f"| {name}, {trained} | {teacher_name}{held and ', ' + held} | **{total:.0f}** | {shown} |"
 
 
 def measure(teacher: str | None, student: str | None, rows: int, accumulation: int, new: int, lora: bool) -> None:

@@ -1,7 +1,6 @@
 """What mkdocs does with the pages beyond its own: formulas become MathML, and links out of docs/ become names of files."""
 
 import html
-import os
 import posixpath
 import re
 from pathlib import Path
@@ -17,8 +16,12 @@ ROOT = Path(__file__).parent.parent
 # Files of the repository's root that are pages too
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
-_LINK = re.compile(r"(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)")
-_FENCE = re.compile(r"(^ *(?P<fence>`{3,}).*?^ *(?P=fence) *$)", re.MULTILINE | re.DOTALL)
+# Blocks of code and code between lines come first: what looks like a link there is none
+_CODE_OR_LINK = re.compile(
+    r"^ *(?P<fence>`{3,}).*?^ *(?P=fence) *$|(?P<ticks>`+)[^`]+(?P=ticks)"
+    r"|(?<!!)\[(?P<text>[^\]\[]+)\]\((?P<target>[^)#:\s]+)(?P<anchor>#[^)\s]*)?\)",
+    re.MULTILINE | re.DOTALL,
+)
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
@@ -37,8 +40,10 @@ def on_page_markdown(markdown, page, config, files):
     )
 
     def rewritten(match):
-        text, target, anchor = match["text"], match["target"], match["anchor"] or ""
-        path = posixpath.normpath(posixpath.join(source, target))
+        if match["target"] is None:
+            return match[0]
+        text, anchor = match["text"], match["anchor"] or ""
+        path = posixpath.normpath(posixpath.join(source, match["target"]))
         if path in PAGES:
             path = f"docs/{PAGES[path]}"
         if path.startswith("docs/"):
@@ -49,11 +54,7 @@ def on_page_markdown(markdown, page, config, files):
         name = f"`{path}`"
         return name if path in text else f"{text} ({name})"
 
-    parts = _FENCE.split(markdown)
-    # Of every three parts, the first is text, the second a block of code, the third the block's fence
-    return "".join(
-        _LINK.sub(rewritten, part) if index % 3 == 0 else part for index, part in enumerate(parts) if index % 3 != 2
-    )
+    return _CODE_OR_LINK.sub(rewritten, markdown)
 
 
 def on_page_content(content, page, config, files):

@@ -27,7 +27,7 @@ from trl_promptkd.cli import make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-NAMED = re.findall(r"`(test_\w+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+NAMED = re.findall(r"`(test_\w+\.py)::(\w+)`", "".join(page.read_text(encoding="utf-8") for page in PAGES))
 # What is a model's name: on the Hub, or a folder called student or teacher
 MODELS = re.compile(r"(?:Qwen|HuggingFaceTB|meta-llama|openai-community|facebook)/[\w.-]+|.*(?:student|teacher)")
 TEACHERS = re.compile(r"teacher|[7-9]B|[1-9]\d+B")
@@ -89,7 +89,7 @@ def stand_ins(tmp_path_factory):
 
 
 def write_data(folder, name, row):
-    rows = "\n".join(json.dumps(row) for _ in range(4))
+    rows = "\n".join(json.dumps(row) for _ in range(12))
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix:

@@ -1,9 +1,11 @@
 """Docstrings in the style of Hugging Face's libraries, as the Google style that mkdocstrings reads.
 
 `name (`float`, *optional*, defaults to `1.0`): ...` becomes `name (float): ...`, as the default stands in the signature. [`Name`]
-becomes a link where docs/api has the name, and code elsewhere.
+becomes a link where docs/api has the name, and code elsewhere. What is returned is said in sentences, which Google's style would take
+for a type up to the first colon.
 """
 
+import inspect
 import re
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import griffe
 
 _API = Path(__file__).parent / "api"
 _REFERENCE = re.compile(r"\[`~?(?P<path>[\w.]+)`\](?!\[|\()")
+_RETURNS = re.compile(r"^Returns:\n(?P<text>(?: .*(?:\n|$)|\n(?= ))+)", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(?P<start> +\*{0,2}\w+ )\((?P<type>.*?)\):(?=\s|$)", re.MULTILINE)
 
 
@@ -49,13 +52,14 @@ def _walk(found, names, seen):
 
 def _google(text, names):
     text = _ARGUMENT.sub(lambda match: f"{match['start']}({_type(match['type'])}):", text)
+    text = _RETURNS.sub(lambda match: f"**Returns:** {inspect.cleandoc(match['text'])}\n", text)
     return _REFERENCE.sub(lambda match: _reference(match["path"], names), text)
 
 
 def _type(text):
     text = re.sub(r", \*optional\*.*$", "", text)
     text = re.sub(r"\[?`~?([^`]*)`\]?", r"\1", text)
-    return text if "of shape" in text else re.sub(r",? or ", " | ", text)
+    return text if "of shape" in text or "[" in text else re.sub(r",? or |, ", " | ", text)
 
 
 def _reference(path, names):

@@ -26,6 +26,8 @@ _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
 
+_FUNCTION = re.compile(r"<mi>(?:log|max|min)</mi>(?!<mo[^>]*>(?:&#x00028;|\())")  # would touch what it is applied to
+
 
 def on_files(files, config):
     for source, page in PAGES.items():
@@ -63,6 +65,7 @@ def on_page_content(content, page, config, files):
     def drawn(match):
         latex = html.unescape(match["latex"]).strip()
         display = "block" if match["kind"] == "[" else "inline"
-        return f'<{match["tag"]} class="formula">{convert(latex, display=display)}</{match["tag"]}>'
+        drawing = _FUNCTION.sub(r'\g<0><mspace width="0.17em"/>', convert(latex, display=display))
+        return f'<{match["tag"]} class="formula">{drawing}</{match["tag"]}>'
 
     return _FORMULA.sub(drawn, content)

@@ -83,6 +83,13 @@ class TestDocstrings:
         assert found["lmbda"] == ("float", "1.0")
         assert found["loss_chunk_size"] == ("int", "256")
 
+    def test_what_is_returned_is_text(self, package):
+        text = package["promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value
+        assert "**Returns:** `Tensor` of shape `(batch, seq, vocab)`" in text
+        docstring = package["doctor.diagnosis.diagnose"].docstring
+        assert "**Returns:** `list` of [`Finding`][trl_promptkd.doctor.Finding], in" in docstring.value
+        assert [section.kind.value for section in docstring.parse("google")][-1] == "raises"
+
     def test_fields_of_trl_are_left_away(self, package):
         names = package["PromptKDConfig"].parameters
         assert "lmbda" in names

@@ -6,6 +6,7 @@ disk, is a folder with a tiny stand-in. `<!-- not run: reason -->` on the line b
 
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -243,6 +244,16 @@ def test_a_command_that_is_not_there_is_noticed(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises((AssertionError, SystemExit, ValueError)):
         check_command(shlex.split(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lists_are_lists_on_the_site_too(page):
+    """Markdown as the site reads it wants an empty line before a list and four spaces before an item within an item."""
+    lines = ["", *re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S).splitlines()]
+    for before, line in itertools.pairwise(lines):
+        if item := re.match(r"( *)(?:[-*]|\d+\.) ", line):
+            assert len(item[1]) % 4 == 0, line
+            assert not before or before.startswith("  ") or re.match(r" *(?:[-*]|\d+\.) ", before), line
 
 
 def test_few_blocks_are_not_run_and_each_for_a_reason():

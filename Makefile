@@ -53,8 +53,9 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	$(VLLM_VENV)/bin/pytest -m slow tests/test_vllm.py
 
+# Not with --quiet, which lets warnings pass
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from tiny import WORDS, tiny_model, tiny_tokenizer
+
+from trl_promptkd.cli import make_parser
 
 
 ROOT = Path(__file__).parent.parent
@@ -86,6 +89,43 @@ class TestRecipes:
             assert owners, name
             if name not in ("output_dir", "bf16", "teacher_model_init_kwargs"):
                 assert any(getattr(owner, name) == value for owner in owners), name
+
+    @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+    def test_its_head_says_how_it_is_started(self, path):
+        script = "primed_distill" if path in PRIMED_RECIPES else "promptkd"
+        commands = re.findall(r"^#   (accelerate launch .*)$", path.read_text(), re.M)
+        assert len(commands) == 1
+        assert commands[0].endswith(f"examples/{script}.py --config examples/configs/{path.name}")
+        launcher = re.search(r"--config_file (\S+)", commands[0])
+        assert launcher is None or (ROOT / launcher[1]).is_file()
+
+    def test_the_teacher_cache_is_built_for_what_is_trained(self, primed, tmp_path):
+        path = ROOT / "examples" / "configs" / "primed_teacher_cache.yaml"
+        script, args, _ = parse(primed, path, "--output_dir", str(tmp_path))
+        (command,) = re.findall(r"^#   trl-promptkd (.*)$", path.read_text(), re.M)
+        built = make_parser().parse_args(shlex.split(command))
+        for name in (
+            "dataset_name",
+            "dataset_config",
+            "prompt_column",
+            "completion_column",
+            "conversational",
+            "priming",
+        ):
+            assert getattr(built, name) == getattr(script, name), name
+        assert built.output_dir == script.teacher_cache
+        assert (built.preset, args.kd_temperature) == ("standard", 1.0)  # a preset below `exact` serves 1 alone
+
+    def test_the_baseline_differs_from_the_quickstart_in_the_method_alone(self):
+        quickstart, baseline = (
+            yaml.safe_load((ROOT / "examples" / "configs" / f"{name}.yaml").read_text())
+            for name in ("quickstart", "primed_gkd_baseline")
+        )
+        for name in ("output_dir", "log_completions", "num_completions_to_print"):
+            quickstart.pop(name)
+        method = {"response_source": "student", "alpha": 0.0, "kd_temperature": 1.0, "kd_beta": 1.0}
+        assert baseline.pop("output_dir")
+        assert baseline == quickstart | method
 
     @pytest.mark.parametrize("name", PAPER)
     def test_the_papers_settings(self, promptkd, name, tmp_path):

@@ -202,17 +202,21 @@ def chart(kept: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument(
         "--models", default="models", help="folder with `teacher` and `student`, as of examples/smollm2.py"
     )
     parser.add_argument("--data_files", required=True, help="JSON lines with instruction, input and output")
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--max_length", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--output_dir", default="teacher_cache_benchmark")
+    parser.add_argument("--rows", type=int, default=100, help="rows to keep")
+    parser.add_argument("--max_length", type=int, default=400, help="longest row in tokens; longer ones are left out")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; medians are given")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a run, after one that is not timed")
+    parser.add_argument(
+        "--output_dir", default="teacher_cache_benchmark", help="for the table, results.json and the chart"
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(args.output_dir)

@@ -178,7 +178,7 @@ def check_script(script, flags):
     path = ROOT / script
     assert path.is_file(), f"there is no {script}"
     source = path.read_text(encoding="utf-8")
-    if "def make_parser() -> TrlParser" in source:
+    if "def make_parser() -> ScriptParser" in source:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

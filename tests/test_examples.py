@@ -33,14 +33,6 @@ PAPER = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples_folder():
-    """As when a script is started: what lies beside it can be imported."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    yield
-    sys.path.remove(str(ROOT / "examples"))
-
-
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

@@ -124,6 +124,7 @@ class TestImports:
             "prompt_optimizer",
             "telemetry",
             "checkpoints",
+            "hyperparameters",
             "model_card",
             "promptkd_trainer",
             "sandbox",

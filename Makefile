@@ -82,7 +82,7 @@ test-package: build ## Look into both distributions, install the wheel alone, an
 	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
 	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off dist/*.whl
 	cp README.md tests/package_smoke.py $(PACKAGE_VENV)
-	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python -P package_smoke.py README.md
+	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python package_smoke.py README.md
 
 ci: check test test-slow quickstart test-oldest test-package ## What CI runs
 

@@ -1,4 +1,4 @@
-"""README's two examples and the commands, with the installed package alone: `python -P package_smoke.py README.md`.
+"""README's two examples and the commands, with the installed package alone: `python package_smoke.py README.md`.
 
 Used by `make test-package`, from a folder without the sources. The Hub's models and data sets are replaced by tiny ones in a folder.
 """

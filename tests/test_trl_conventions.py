@@ -278,7 +278,9 @@ class TestOptimization:
                 neftune_noise_alpha=alpha,
                 eval_dataset=answered_dataset(4),
                 eval_strategy="steps",
-                eval_steps=1,
+                eval_steps=9,
+                max_steps=2,
+                learning_rate=0.0,  # the second window's samples come from the same weights, and after a training pass
                 eval_on_start=True,
                 # Its teacher is then asked with the prompt as it starts
                 **({"prompt_update": "simultaneous"} if make.method == "promptkd" else {"response_source": "student"}),
@@ -286,8 +288,10 @@ class TestOptimization:
             sampled, original = [], trainer._sample
 
             def record(*args, **kwargs):
-                sampled.append(original(*args, **kwargs))
-                return sampled[-1]
+                step = args[1 if make.method == "primed" else 2]  # below 0 in evaluation
+                samples = original(*args, **kwargs)
+                sampled.extend([samples] if step >= 0 else [])
+                return samples
 
             trainer._sample = record
             trainer.train()
@@ -295,7 +299,7 @@ class TestOptimization:
             return (
                 trainer,
                 {k: v for k, v in trainer.state.log_history[0].items() if not k.endswith(times)},
-                sampled[:2],
+                sampled,
             )
 
         (plain, plain_eval, plain_samples), (noisy, noisy_eval, noisy_samples) = run(None), run(20.0)

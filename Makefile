@@ -8,9 +8,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # vLLM's CPU build needs transformers below 5.18, this package has 5.23; what is tested there runs with both
 VLLM_VENV := .venv-vllm
+OLDEST_VENV := .venv-oldest
+PACKAGE_VENV := .venv-package
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test test-slow test-vllm docs quickstart ci build clean
+.PHONY: help install style check test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +47,18 @@ $(VENV)/deepspeed: $(STAMP)
 test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the scripts, of several processes, and of crashes
 	$(BIN)/pytest -m slow --durations 10
 
+# All dependencies at the lower bounds of pyproject.toml
+$(OLDEST_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
+	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off --constraint $(OLDEST_VENV)/constraints.txt \
+		--editable ".[evaluate,quantization]" hypothesis matplotlib optuna pytest pytest-xdist tensorboard
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed ## Fast tests with the oldest versions that pyproject.toml allows
+	$(OLDEST_VENV)/bin/pytest -n 2 -m "not slow"
+
 test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment of its own; several GB
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
@@ -61,10 +75,20 @@ quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student wit
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
 
 build: $(STAMP) ## Wheel and source distribution in dist/
+	rm -rf build dist
 	$(BIN)/pip install --quiet build
-	$(BIN)/python -m build
+	$(BIN)/python -m build --sdist --wheel --outdir dist
 
-ci: check docs test test-slow quickstart ## What CI runs
+# From a folder without the sources, in an environment that knows nothing but the wheel's own requirements
+test-package: build ## Look into both distributions, install the wheel alone, and run README's examples with it
+	$(BIN)/python tests/package_contents.py dist
+	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
+	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off dist/*.whl
+	cp README.md tests/package_smoke.py $(PACKAGE_VENV)
+	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python package_smoke.py README.md
+
+ci: check docs test test-slow quickstart test-oldest test-package ## What CI runs
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) $(VLLM_VENV) build dist site quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(PACKAGE_VENV) build dist site quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache

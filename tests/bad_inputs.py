@@ -149,6 +149,11 @@ def primed(folder: Path, rows=None, model="no/such-student", teacher="no/such-te
     return PrimedDistillTrainer(model=model, teacher_model=teacher, args=args, train_dataset=dataset, **kwargs)
 
 
+def searched(folder: Path, **kwargs):
+    trainer = promptkd(folder, model=tiny_model(seed=1), teacher=tiny_model(seed=2))
+    return trainer.hyperparameter_search(n_trials=1, **kwargs)
+
+
 def written(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return str(path)
@@ -652,6 +657,24 @@ ARGUMENTS = [
         ValueError,
         "`torch_compile` is True",
         "Set it to False",
+    ),
+    Case(
+        "hp_space",
+        "`hyperparameter_search` over `max_length`",
+        lambda folder: searched(folder, hp_space=lambda trial: {"max_length": 8}, compute_objective=len),
+        ValueError,
+        "`hp_space` sets 'max_length', which is used when a trainer is made",
+        "make a trainer for each trial yourself",
+        needs_weights=True,
+    ),
+    Case(
+        "compute_objective",
+        "`hyperparameter_search` without `compute_objective`",
+        searched,
+        ValueError,
+        "`compute_objective` is None, which would add up all metrics",
+        "Pass a function of the metrics",
+        needs_weights=True,
     ),
     Case(
         "priming_name",

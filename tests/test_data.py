@@ -89,7 +89,11 @@ class TestTokenizeRow:
 
     def test_rows_may_have_a_format(self, tokenizer):
         dataset = Dataset.from_list([{"prompt_ids": [7, 8], "completion_ids": [9]}]).with_format("torch")
-        assert tokenize_dataset(dataset, "x", tokenizer, None)[0] == {"prompt_ids": [7, 8], "completion_ids": [9]}
+        assert tokenize_dataset(dataset, "x", tokenizer, None)[0] == {
+            "prompt_ids": [7, 8],
+            "completion_ids": [9],
+            "length": 3,
+        }
 
     def test_ids_may_have_gaps(self, tokenizer):
         tokenizer.get_vocab = lambda: {"a": 5, "b": 500}
@@ -145,7 +149,7 @@ class TestTokenizeDataset:
     @pytest.mark.parametrize("make", [answered_dataset, chat_dataset])
     def test_columns_are_replaced(self, make, tokenizer):
         dataset = tokenize_dataset(make(4), "train_dataset", tokenizer, 64, NEEDED)
-        assert sorted(dataset.column_names) == ["completion_ids", "prompt_ids"]
+        assert sorted(dataset.column_names) == ["completion_ids", "length", "prompt_ids"]
         assert all(ids[-1] == EOS for ids in dataset["completion_ids"])
 
     def test_streamed_rows_come_out_the_same(self, tokenizer):
@@ -168,7 +172,7 @@ class TestTokenizeDataset:
         with caplog.at_level(logging.WARNING):
             rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 8, overlong="drop")
             streamed = list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 8, overlong="drop"))
-        assert rows.to_list() == streamed == [{"prompt_ids": [THE] * 3, "completion_ids": []}]
+        assert rows.to_list() == streamed == [{"prompt_ids": [THE] * 3, "completion_ids": [], "length": 3}]
         assert "2 of 3 prompts in `train_dataset`" in caplog.text
         assert "They are left out" in caplog.text
         with pytest.raises(ValueError, match=r"no row remains. Set `max_length` to at least 13"):
@@ -194,7 +198,7 @@ class TestTokenizeDataset:
         )
         with caplog.at_level(logging.WARNING):
             rows = tokenize_dataset(dataset, "train_dataset", tokenizer, 6, NEEDED).to_list()
-        assert rows[0] == {"prompt_ids": [THE, CAT], "completion_ids": [SAT] * 4}
+        assert rows[0] == {"prompt_ids": [THE, CAT], "completion_ids": [SAT] * 4, "length": 6}
         assert rows[1]["completion_ids"] == [SAT, EOS]
         assert "1 of 2 answers in `train_dataset` are cut at `max_length=6`" in caplog.text
 

@@ -2,19 +2,23 @@
 
 import ast
 import inspect
+import re
 import textwrap
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+import transformers
 import trl
+import trl.generation.vllm_generation
 from packaging.version import Version
 from transformers import GenerationMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 import trl_promptkd
-from trl_promptkd import PromptKDConfig, PromptKDTrainer, _trl
+from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PromptKDConfig, PromptKDTrainer, _trl
 
 
 PACKAGE = Path(trl_promptkd.__file__).parent
@@ -29,7 +33,7 @@ class TestWhatWeRelyOn:
         assert all(hasattr(_trl, name) for name in _trl.__all__)
 
     def test_the_tested_version(self):
-        assert Version("1.16") <= Version(trl.__version__) < Version("1.17")
+        assert Version("1.15") <= Version(trl.__version__) < Version("1.17")
 
     def test_base_classes(self):
         assert issubclass(PromptKDTrainer, _trl.GKDTrainer)
@@ -57,20 +61,18 @@ class TestWhatWeRelyOn:
         assert attributes(_trl.GKDTrainer) <= attributes(PromptKDTrainer)
 
     def test_hooks_of_the_trainer_that_we_override(self):
+        """The public ones; see `PRIVATE_OVERRIDES`."""
         expected = {
             "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
             "create_scheduler": ["self", "num_training_steps", "optimizer"],
-            "_save_optimizer_and_scheduler": ["self", "output_dir"],
-            "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-            "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-            "_load_best_model": ["self"],
-            "_save_checkpoint": ["self", "model", "trial"],
-            "_get_output_dir": ["self", "trial"],
             "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
             "save_model": ["self", "output_dir", "_internal_call"],
         }
         for name, names in expected.items():
             assert parameters(getattr(Trainer, name)) == names
+        search = parameters(Trainer.hyperparameter_search)
+        for ours in (PromptKDTrainer, PrimedDistillTrainer):
+            assert parameters(ours.hyperparameter_search) == search
         assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
 
     def test_the_fused_forward_is_an_instance_attribute(self):
@@ -93,6 +95,84 @@ class TestWhatWeRelyOn:
         assert "generation_mode_kwargs = {k: kwargs.pop(k) for k in new_custom_keys if k in kwargs}" in source
 
 
+# Private attributes of other packages' objects: where they are, and what they are for
+PRIVATE_ATTRIBUTES = {
+    "_attn_implementation": (transformers.configuration_utils, "switches attention weights on"),
+    "_commit_hash": (transformers.configuration_utils, "the revision in a cache's manifest"),
+    "_get_output_dir": (transformers.Trainer, "where a checkpoint goes"),
+    "_gradient_checkpointing_func": (transformers.modeling_layers, "recomputes the teacher's layers"),
+    "_is_accelerate_prepared": (accelerate.accelerator, "lets a model be prepared again"),
+    "_iter_named_params": (trl.generation.vllm_generation, "the weights that are pushed to vLLM"),
+    "_metrics": (SFTTrainer, "where SFTTrainer keeps `num_tokens`"),
+    "_name_or_path": (transformers.configuration_utils, "a model's name"),
+    "_prepare_inputs": (transformers.Trainer, "moves a batch to the device"),
+    "_sample": (GenerationMixin, "the loop of sampling"),
+    "_total_train_tokens": (SFTTrainer, "SFTTrainer's count of tokens"),
+}
+# What our classes replace of their base classes' private parts: parameters, or `None` where it is no method
+PRIVATE_OVERRIDES = {
+    PromptKDTrainer: {
+        "_hp_search_setup": ["self", "trial"],
+        "_load_best_model": ["self"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "_name": None,
+        "_paper": None,
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_save_optimizer_and_scheduler": ["self", "output_dir"],
+        "_tag_names": None,
+    },
+    PrimedDistillTrainer: {
+        "_hp_search_setup": ["self", "trial"],
+        "_name": None,
+        "_paper": None,
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_set_signature_columns_if_needed": ["self"],
+        "_tag_names": None,
+    },
+    PromptKDConfig: {"_VALID_DICT_FIELDS": None},
+    PrimedDistillConfig: {"_VALID_DICT_FIELDS": None},
+}
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+class TestWhatIsPrivate:
+    @pytest.mark.parametrize("name", sorted(PRIVATE_ATTRIBUTES))
+    def test_attributes_are_there(self, name):
+        assert re.search(rf"\b{name}\b", inspect.getsource(PRIVATE_ATTRIBUTES[name][0]))
+
+    def test_no_other_attributes_are_used(self):
+        trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
+        nodes = [node for tree in trees for node in ast.walk(tree)]
+        own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_private(node.attr)}
+        # `getattr(model, "_name")`, `model.__dict__.pop("_name")`
+        called = [argument for node in nodes if isinstance(node, ast.Call) for argument in node.args[:2]]
+        used |= {
+            a.value for a in called if isinstance(a, ast.Constant) and isinstance(a.value, str) and is_private(a.value)
+        }
+        of_others = {name for name in used - own if name.isidentifier()} - {"_runtime", "_init_kwargs", "_fields"}
+        assert of_others <= set(PRIVATE_ATTRIBUTES)
+
+    @pytest.mark.parametrize("cls", PRIVATE_OVERRIDES)
+    def test_what_is_overridden_is_listed_and_as_it_was(self, cls):
+        bases = [base for base in cls.__mro__[1:] if not base.__module__.startswith("trl_promptkd")]
+        found = {}
+        for ours in [c for c in cls.__mro__ if c.__module__.startswith("trl_promptkd")]:
+            for name in filter(is_private, vars(ours)):
+                theirs = next((vars(base)[name] for base in bases if name in vars(base)), None)
+                if theirs is not None:
+                    found[name] = parameters(theirs) if inspect.isfunction(theirs) else None
+                    if found[name]:
+                        assert parameters(vars(ours)[name]) == found[name]
+        assert found == PRIVATE_OVERRIDES[cls]
+
+
 class TestImports:
     def test_only_one_module_imports_what_is_private(self):
         for path in PACKAGE.rglob("*.py"):
@@ -101,8 +181,13 @@ class TestImports:
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    assert not any(is_private(alias.name) for alias in node.names), f"{path.name}: {ast.unparse(node)}"
                 for name in names:
-                    assert not name.startswith(("trl.", "peft.tuners", "peft.utils")), f"{path.name} imports {name}"
+                    private = ("trl.", "peft.tuners", "peft.utils", "bitsandbytes.", "accelerate.utils.")
+                    assert not name.startswith(private), f"{path.name} imports {name}"
+                    if name != "_trl":
+                        assert not any(map(is_private, name.split("."))), f"{path.name} imports {name}"
 
     def test_imports_point_up_the_readmes_list(self):
         order = [
@@ -124,6 +209,7 @@ class TestImports:
             "prompt_optimizer",
             "telemetry",
             "checkpoints",
+            "hyperparameters",
             "model_card",
             "promptkd_trainer",
             "sandbox",

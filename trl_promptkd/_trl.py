@@ -3,8 +3,10 @@
 Each name has its reason. `tests/test_trl.py` names what is relied on, so that an upgrade fails there first.
 """
 
+import inspect
 import os
 import warnings
+from contextlib import contextmanager
 
 
 with warnings.catch_warnings():
@@ -24,7 +26,7 @@ from peft.utils.other import (
 )
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
-from trl.models.utils import unwrap_model_for_generation  # gathers ZeRO-3 parameters; switches checkpointing off
+from trl.models import utils as _model_utils
 from trl.trainer.utils import print_prompt_completions_sample  # the table of sampled completions
 
 
@@ -45,6 +47,20 @@ __all__ = [
     "unwrap_model_for_generation",
     "vllm_generation_module",
 ]
+
+
+# Gathers ZeRO-3 parameters; switches checkpointing off
+unwrap_model_for_generation = _model_utils.unwrap_model_for_generation
+
+if "gradient_checkpointing_kwargs" not in inspect.signature(unwrap_model_for_generation).parameters:  # before TRL 1.16
+
+    @contextmanager
+    def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
+        """As in TRL 1.16: checkpointing is switched on again as it was, not with transformers' defaults."""
+        with _model_utils.unwrap_model_for_generation(model, accelerator) as unwrapped:
+            yield unwrapped
+        if unwrapped.is_gradient_checkpointing:
+            unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
 
 def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):

@@ -402,7 +402,7 @@ def tokenize_dataset(
     overlong: str = "error",
     num_proc: int | None = None,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by `prompt_ids` and `completion_ids`.
+    """Replace a data set's columns by `prompt_ids`, `completion_ids` and `length`.
 
     A prompt is never cut. Answers are cut where `max_length` is reached, and how many were is reported. Rows whose prompt
     does not fit are refused (`overlong="error"`), or left out and counted (`"drop"`).
@@ -448,6 +448,7 @@ def _tokenize_and_cut(
     return {
         "prompt_ids": ids["prompt_ids"],
         "completion_ids": ids["completion_ids"][:room],
+        "length": length + len(ids["completion_ids"][:room]),  # for `train_sampling_strategy="group_by_length"`
         "cut_tokens": len(ids["completion_ids"][room:]),
         "overlong_prompt": length + 1 if overlong else 0,
     }

@@ -151,6 +151,15 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
         super().__post_init__()
+        if self.alpha is None:
+            self.alpha = 0.0 if self.response_source == "student" else _PAPER_ALPHA
+        self.check_values()
+        # Rows are tokenized by this package, for conversations and plain texts alike
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    def check_values(self) -> None:
+        """Refuse values out of range or that do not go together, and fields of the base classes that would be ignored."""
         check_training(self)
         check_choice(self, "response_source", ("dataset", "teacher", "student"))
         check_choice(self, "overlong", ("drop", "error"))
@@ -158,8 +167,6 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"
-        if self.alpha is None:
-            self.alpha = 0.0 if samples else _PAPER_ALPHA
         check_share(self, "alpha", "kd_beta")
         if samples and self.alpha:
             raise ValueError(
@@ -172,6 +179,3 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
                 f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL (`kd_beta` 0 or 1) are "
                 "skewed; the Jensen-Shannon divergence mixes both distributions already. Set `skew=0`."
             )
-        # Rows are tokenized by this package, for conversations and plain texts alike
-        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
-        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

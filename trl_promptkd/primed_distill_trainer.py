@@ -31,6 +31,7 @@ from .checks import (
 from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
+from .hyperparameters import set_trial, trials_start_here
 from .model_card import add_priming_section
 from .primed_collator import (
     DataCollatorForPrimedDistillation,
@@ -395,6 +396,48 @@ class PrimedDistillTrainer(SFTTrainer):
             "length",
             "cache_row",
         ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        # Without what a window added that failed (`auto_find_batch_size`) or was broken off
+        self._train_means, self._train_batches = Means(), 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable | None = None,
+        **kwargs,
+    ):
+        """As in the base class, by Optuna and without a `model_init`: each trial starts from the student as it is now.
+
+        `hp_space` may set `alpha`, `kd_temperature`, `kd_beta`, `skew`, with `response_source="student"` also `temperature`, `top_k` and `top_p`, and
+        what is the optimizer's. Afterwards the trainer is as it was before. `compute_objective` must be given.
+        """
+        with trials_start_here(self, compute_objective, backend, self._use_settings):
+            return super().hyperparameter_search(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+            )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is None:
+            super()._hp_search_setup(trial)
+            return
+        sampling = ("temperature", "top_k", "top_p") if self.args.response_source == "student" else ()
+        self._total_train_tokens = 0
+        set_trial(self, trial, ("alpha", "kd_temperature", "kd_beta", "skew", *sampling))
+        super()._hp_search_setup(trial)
+        self._use_settings()
+
+    def _use_settings(self) -> None:
+        if self.teacher_cache is not None:
+            self.teacher_cache.check_serves(self.args.kd_temperature, self.args.kd_beta, self.args.skew)
+        else:
+            with self._teacher() as teacher:
+                self.generation_config = rollout_config(self.model, teacher, self.processing_class, self.args)
 
     # ------------------------------------------------------------------------------------------------ both models
 

@@ -53,6 +53,8 @@ class PromptOptimizer:
         self.accelerator = accelerator
         self.max_grad_norm = config.prompt_max_grad_norm
         self.skipped = self.skipped_in_a_row = 0
+        for parameter in soft_prompt.parameters():
+            parameter.grad = None  # of a window that failed (`auto_find_batch_size`) or was broken off
         # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too large for
         # the prompt's gradient, and only falls when the student's overflow.
         self.loss_scale = 1.0 if accelerator.scaler is None else 1024.0

@@ -140,7 +140,19 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
         check_share(self, "lmbda", "beta")
         super().__post_init__()
+        self.check_values()
+        if self.seq_kd and self.lmbda == 1:
+            logger.warning(
+                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower `lmbda`."
+            )
+        # Rows are tokenized by this package, for conversations and plain texts alike
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    def check_values(self) -> None:
+        """Refuse values out of range, and fields of the base classes that would be ignored."""
         check_training(self)
+        check_share(self, "lmbda", "beta")
         check_choice(self, "prompt_divergence", ("reverse", "forward"))
         check_choice(self, "regularization_schedule", ("linear", "constant"))
         check_choice(self, "prompt_update", ("sequential", "simultaneous"))
@@ -149,10 +161,3 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         check_at_least_zero(self, "regularization_coef")
         self.check_sampling()
         check_ignored(self, "PromptKD", _IGNORED)
-        if self.seq_kd and self.lmbda == 1:
-            logger.warning(
-                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower `lmbda`."
-            )
-        # Rows are tokenized by this package, for conversations and plain texts alike
-        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
-        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}

@@ -52,6 +52,7 @@ from .forward import (
     inside_forward,
     whole_weights,
 )
+from .hyperparameters import set_trial, trials_start_here
 from .model_card import add_prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
@@ -302,7 +303,44 @@ class PromptKDTrainer(GKDTrainer):
         self.prompt_optimizer = PromptOptimizer(
             self.soft_prompt, config, self.args, num_training_steps, self.accelerator
         )
+        self._train_means = Means()  # without those of a window that failed (`auto_find_batch_size`) or was broken off
         return scheduler
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: str | None = None,
+        hp_name: Callable | None = None,
+        **kwargs,
+    ):
+        """As in the base class, by Optuna and without a `model_init`: each trial starts from the student and the soft prompt as they are now.
+
+        `hp_space` may set `beta`, `loss_temperature`, `regularization_coef`, `temperature`, `top_k`, `top_p`, the `prompt_*` fields of
+        [`PromptEncoderConfig`] that concern training, such as `prompt_learning_rate`, and what is the student's optimizer's. Afterwards the
+        trainer is as it was before. `compute_objective` must be given.
+        """
+        with trials_start_here(self, compute_objective, backend, self._use_settings, self.soft_prompt):
+            return super().hyperparameter_search(
+                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
+            )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        if trial is None:
+            super()._hp_search_setup(trial)
+            return
+        own = ("beta", "loss_temperature", "regularization_coef", "temperature", "top_k", "top_p")
+        set_trial(self, trial, own)
+        super()._hp_search_setup(trial)
+        self._use_settings()
+
+    def _use_settings(self) -> None:
+        self.beta, self.temperature = self.args.beta, self.args.temperature
+        with self._teacher() as teacher:
+            self.generation_config = rollout_config(self.model, teacher, self.processing_class, self.args)
+        self._teacher_answers.clear()  # were sampled with another trial's settings
 
     # ------------------------------------------------------------------------------------------------ the teacher
 

@@ -100,6 +100,9 @@ class CollusionCallback(TrainerCallback):
         self.share = share
         self.warned = False
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.warned = False  # in an earlier trial of a search, perhaps
+
     def on_log(self, args, state, control, **kwargs):
         training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
         if self.warned or len(training) < 2:

@@ -5,6 +5,7 @@ import sys
 
 from datasets.exceptions import DatasetsError
 
+from .. import __version__
 from .analyze import add_analyze
 from .cache import add_cache
 from .doctor import add_doctor
@@ -16,6 +17,7 @@ __all__ = ["main"]
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     tools = parser.add_subparsers(dest="command", required=True)
     for add_tool in (add_doctor, add_cache, add_eval, add_analyze):
         add_tool(tools)

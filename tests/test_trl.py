@@ -66,6 +66,8 @@ class TestWhatWeRelyOn:
             "_load_best_model": ["self"],
             "_save_checkpoint": ["self", "model", "trial"],
             "_get_output_dir": ["self", "trial"],
+            "_push_from_checkpoint": ["self", "checkpoint_folder"],
+            "init_hf_repo": ["self", "token", "private"],
             "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
             "save_model": ["self", "output_dir", "_internal_call"],
         }
@@ -123,6 +125,7 @@ class TestImports:
             "promptkd_loss",
             "prompt_optimizer",
             "telemetry",
+            "hub",
             "checkpoints",
             "model_card",
             "promptkd_trainer",
@@ -158,7 +161,7 @@ class TestImports:
     @pytest.mark.parametrize(
         ("folder", "order"),
         [
-            ("teacher_cache", ["codec", "manifest", "reader", "builder", "verify", "__init__"]),
+            ("teacher_cache", ["codec", "manifest", "hub", "reader", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
             (

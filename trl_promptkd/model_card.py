@@ -4,8 +4,10 @@ import os
 import re
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -43,10 +45,13 @@ def hub_id(name: str | None) -> str | None:
 
 
 def hub_dataset(dataset: Any) -> str | None:
-    """The data set on the Hub that rows were loaded from, where they came from one."""
-    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = {match[1] for file in files if (match := re.match(r"hf://datasets/([\w.-]+(?:/[\w.-]+)?)@", file))}
-    return found.pop() if len(found) == 1 else None
+    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` where that says nothing."""
+    for file in getattr(dataset, "cache_files", None) or []:
+        parts = Path(file["filename"]).parts
+        kept = Path(datasets.config.HF_DATASETS_CACHE).parts
+        if parts[: len(kept)] == kept and "___" in parts[len(kept)]:
+            return hub_id(parts[len(kept)].replace("___", "/", 1))
+    return None
 
 
 def prompt_section(trainer) -> str:

@@ -129,7 +129,7 @@ class PrimedDistillTrainer(SFTTrainer):
             checked before they are loaded.
     """
 
-    _tag_names = ["trl", "primed-distillation"]
+    _tag_names = ["trl", "primed-distillation", "knowledge-distillation"]
     _name = "Response priming"
     _paper = {
         "title": "Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting",

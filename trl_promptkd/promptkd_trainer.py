@@ -134,7 +134,7 @@ class PromptKDTrainer(GKDTrainer):
             checked before they are loaded.
     """
 
-    _tag_names = ["trl", "promptkd"]
+    _tag_names = ["trl", "promptkd", "knowledge-distillation"]
     _name = "PromptKD"
     _paper = {
         "title": "PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning",

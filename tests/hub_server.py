@@ -6,9 +6,9 @@ pre-upload, LFS batch, LFS upload, commit. A commit is atomic: until it is made,
 """
 
 import base64
-import binascii
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -19,11 +19,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 
-TOKEN = "hf_token"
-USER = "me"
+USER, TOKEN = "me", "hf_token"
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
 _REPO = r"/(?P<id>[\w.-]+/[\w.-]+)"
 _API = r"/api/(?P<kind>models|datasets)" + _REPO
+_PLAIN = r"/(?P<prefix>datasets/)?" + _REPO[1:]
 
 
 @dataclass
@@ -39,8 +39,8 @@ class File:
 
     @property
     def pointer(self) -> bytes:
-        lines = ("version https://git-lfs.github.com/spec/v1", f"oid sha256:{self.sha256}", f"size {len(self.data)}")
-        return "".join(f"{line}\n" for line in lines).encode()
+        version = "version https://git-lfs.github.com/spec/v1"
+        return f"{version}\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
 
 
 @dataclass
@@ -52,10 +52,7 @@ class Repo:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, branch: str, files: dict[str, File], message: str) -> str:
-        state = json.dumps(
-            [len(self.commits), branch, message, sorted((path, file.oid) for path, file in files.items())]
-        )
-        oid = hashlib.sha1(state.encode()).hexdigest()
+        oid = os.urandom(20).hex()
         self.commits[oid] = files
         self.branches[branch] = oid
         self.messages.append(message)
@@ -72,9 +69,7 @@ class Hub:
         self.uploads_left: int | None = None  # LFS uploads until it dies
         self.takes_commits = True  # or dies before one
         self.dead = False
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.server.daemon_threads = True
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "Hub":
@@ -99,10 +94,6 @@ class _Refused(Exception):  # noqa: N818
         self.status, self.code, self.message, self.body = status, code, message or code, body
 
 
-class _Died(Exception):  # noqa: N818
-    pass
-
-
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -114,16 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except (_Died, ConnectionError):
+        except ConnectionError:
             self.close_connection = True
 
     def do_GET(self) -> None:
-        self._answer()
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
-
-    def _answer(self) -> None:
-        body = self._body()
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         url = urlsplit(self.path)
         path, self.query = url.path, parse_qs(url.query)
         self.hub.requests.append(f"{self.command} {path}")
@@ -132,8 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         try:
             for wanted, pattern, answer in _ROUTES:
-                found = re.fullmatch(pattern, path)
-                if found and wanted == method:
+                if wanted == method and (found := re.fullmatch(pattern, path)):
                     with self.hub.lock:
                         values = {name: unquote(value or "") for name, value in found.groupdict().items()}
                         result = answer(self, body, **values)
@@ -151,35 +136,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _die(self) -> None:
         self.hub.dead = True
         self.connection.shutdown(socket.SHUT_RDWR)
-        raise _Died
+        raise ConnectionAbortedError
 
     # ------------------------------------------------------------------------------------------------ who may do what
 
-    def _check_writer(self) -> None:
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Refused(401, message="Invalid username or password.")
+    def _authorized(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def _repo(self, kind: str, id: str, writes: bool = False) -> Repo:
         """A repository; a private one is not there for others, as on the Hub."""
         repo = self.hub.repos.get((kind, id))
-        authorized = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        if repo is None or (repo.private and not authorized):
-            raise _Refused(404 if authorized else 401, "RepoNotFound", "Repository not found")
-        if writes:
-            self._check_writer()
+        if repo is None or (repo.private and not self._authorized()):
+            raise _Refused(404 if self._authorized() else 401, "RepoNotFound", "Repository not found")
+        if writes and not self._authorized():
+            raise _Refused(401, message="Invalid username or password.")
         return repo
 
     def _commit(self, repo: Repo, revision: str) -> tuple[str, dict[str, File]]:
@@ -191,16 +166,15 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------ repositories
 
     def create_repo(self, body):
-        self._check_writer()
+        if not self._authorized():
+            raise _Refused(401, message="Invalid username or password.")
         asked = json.loads(body)
         kind, id = f"{asked.get('type', 'model')}s", f"{asked.get('organization') or USER}/{asked['name']}"
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{id}"
         if (kind, id) in self.hub.repos:
             raise _Refused(409, message="You already created this repo", url=url)
         repo = self.hub.repos[kind, id] = Repo(private=asked.get("visibility") == "private")
-        repo.commit(
-            "main", {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}, "initial commit"
-        )
+        repo.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}, "start")
         return {"url": url}
 
     def create_branch(self, body, kind, id, revision):
@@ -213,22 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, body, kind, id, revision):
         repo = self._repo(kind, id)
         oid, files = self._commit(repo, revision or "main")
-        text = files["README.md"].data.decode() if "README.md" in files else ""
-        card = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        siblings = [{"rfilename": path} for path in sorted(files)]
-        return {
-            "id": id,
-            "sha": oid,
-            "private": repo.private,
-            "siblings": siblings,
-            "tags": card.get("tags", []),
-            "cardData": card,
-        }
-
-    def refs(self, body, kind, id):
-        branches = self._repo(kind, id).branches.items()
-        found = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in branches]
-        return {"branches": found, "converts": [], "tags": []}
+        return {"id": id, "sha": oid, "private": repo.private, "siblings": [{"rfilename": path} for path in files]}
 
     # ------------------------------------------------------------------------------------------------ uploads
 
@@ -245,14 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
         _, there = self._commit(self._repo(kind, id, writes=True), revision)
         files = []
         for asked in json.loads(body)["files"]:
-            path = asked["path"]
-            in_lfs = (
-                path.endswith(_LFS_SUFFIXES) or asked["size"] > 10**7 or b"\0" in base64.b64decode(asked["sample"])
-            )
+            path, sample = asked["path"], base64.b64decode(asked["sample"])
+            mode = "lfs" if path.endswith(_LFS_SUFFIXES) or asked["size"] > 10**7 or b"\0" in sample else "regular"
             oid = (there[path].sha256 or there[path].oid) if path in there else None
-            files.append(
-                {"path": path, "uploadMode": "lfs" if in_lfs else "regular", "shouldIgnore": False, "oid": oid}
-            )
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return {"files": files}
 
     def lfs_batch(self, body, prefix, id):
@@ -266,11 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_upload(self, body, prefix, id, oid):
         if self.hub.uploads_left == 0:
             self._die()
+        if self.hub.uploads_left:
+            self.hub.uploads_left -= 1
         if hashlib.sha256(body).hexdigest() != oid:
             raise _Refused(400, message="The content is not what its name says")
         self.hub.repos["datasets" if prefix else "models", id].objects[oid] = body
-        if self.hub.uploads_left is not None:
-            self.hub.uploads_left -= 1
         return {}
 
     def commit(self, body, kind, id, revision):
@@ -285,18 +240,12 @@ class _Handler(BaseHTTPRequestHandler):
             path = value.get("path", "")
             if key == "header":
                 message = value["summary"]
-                if value.get("parentCommit") not in (None, repo.branches[revision]):
-                    raise _Refused(412, message="A commit has happened since")
             elif key == "file":
-                try:
-                    files[path] = File(base64.b64decode(value["content"], validate=True))
-                except binascii.Error as error:
-                    raise _Refused(400, message=f"{path} is not base64") from error
+                files[path] = File(base64.b64decode(value["content"]))
             elif key == "lfsFile":
-                data = repo.objects.get(value["oid"])
-                if data is None or len(data) != value["size"]:
+                if value["oid"] not in repo.objects:
                     raise _Refused(400, message=f"{path} was not uploaded to LFS")
-                files[path] = File(data, value["oid"])
+                files[path] = File(repo.objects[value["oid"]], value["oid"])
             elif key == "deletedFile":
                 if files.pop(path, None) is None:
                     raise _Refused(404, "EntryNotFound", "A file with this name doesn't exist")
@@ -308,33 +257,23 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------ downloads
 
     def tree(self, body, kind, id, revision, folder):
-        _, files = self._commit(self._repo(kind, id), revision)
+        files = self._commit(self._repo(kind, id), revision)[1]
         start = f"{folder}/" if folder else ""
         inside = {path: file for path, file in files.items() if path.startswith(start)}
         if folder and not inside:
             raise _Refused(404, "EntryNotFound", f"{folder} does not exist")
-        deep = self.query.get("recursive", ["false"])[0].lower() == "true"
+        deep = self.query.get("recursive") in (["true"], ["True"])
         parents = {path[: match.start()] for path in inside for match in re.finditer("/", path)} - {folder}
         folders = {path for path in parents if path.startswith(start)}
         shown = sorted(path for path in [*inside, *folders] if deep or "/" not in path[len(start) :])
         return [_entry(path, files.get(path)) for path in shown]
 
-    def paths_info(self, body, kind, id, revision):
-        _, files = self._commit(self._repo(kind, id), revision)
-        asked = json.loads(body) if body.startswith(b"{") else parse_qs(body.decode())
-        folders = {path[: match.start()] for path in files for match in re.finditer("/", path)}
-        return [_entry(path, files.get(path)) for path in asked["paths"] if path in files or path in folders]
-
     def resolve(self, body, prefix, id, revision, path):
         oid, files = self._commit(self._repo("datasets" if prefix else "models", id), revision)
         if path not in files:
             return b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": oid}, 404
-        data, headers = files[path].data, {"X-Repo-Commit": oid, "ETag": f'"{files[path].sha256 or files[path].oid}"'}
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not part:
-            return data, headers, 200
-        first, last = int(part[1]), min(int(part[2] or len(data)), len(data) - 1)
-        return data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}, 206
+        file = files[path]
+        return file.data, {"X-Repo-Commit": oid, "ETag": f'"{file.sha256 or file.oid}"'}, 200
 
 
 def _entry(path: str, file: File | None) -> dict:
@@ -346,18 +285,15 @@ def _entry(path: str, file: File | None) -> dict:
     return entry
 
 
-_PREFIX = r"/(?P<prefix>datasets/)?"
 _ROUTES = [
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("POST", _API + "/branch/(?P<revision>[^/]+)", _Handler.create_branch),
     ("POST", _API + "/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", _API + "/commit/(?P<revision>[^/]+)", _Handler.commit),
-    ("POST", _API + "/paths-info/(?P<revision>[^/]+)", _Handler.paths_info),
-    ("GET", _API + "/refs", _Handler.refs),
     ("GET", _API + "/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
     ("GET", _API + "(/revision/(?P<revision>[^/]+))?", _Handler.info),
-    ("POST", _PREFIX + _REPO[1:] + r"\.git/info/lfs/objects/batch", _Handler.lfs_batch),
-    ("PUT", "/lfs" + _PREFIX + _REPO[1:] + "/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
-    ("GET", _PREFIX + _REPO[1:] + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("POST", _PLAIN + r"\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("PUT", "/lfs" + _PLAIN + "/(?P<oid>[0-9a-f]{64})", _Handler.lfs_upload),
+    ("GET", _PLAIN + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]

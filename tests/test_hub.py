@@ -3,8 +3,12 @@
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 
 import datasets
 import httpx2
@@ -340,13 +344,12 @@ class TestCard:
         trainer.train()
         metrics = trainer.evaluate()
         trainer.push_to_hub()
-        info = huggingface_hub.HfApi().model_info("me/student")
         card = huggingface_hub.ModelCard(card_of(hub))
         assert card.data.base_model == "me/start"
         assert card.data.datasets == "me/prompts"
         assert card.data.library_name == "peft"
         assert card.data.pipeline_tag == "text-generation"
-        assert {"trl", "promptkd", "knowledge-distillation", "generated_from_trainer"} <= set(info.tags)
+        assert {"trl", "promptkd", "knowledge-distillation", "generated_from_trainer"} <= set(card.data.tags)
         for part in (
             "[me/start](https://huggingface.co/me/start)",
             "distilled from `me/teacher` behind a soft prompt of 3 virtual",
@@ -500,11 +503,36 @@ class TestTeacherCache:
         cache.push_to_hub("me/cache")
         assert TeacherCache("me/cache").rows.to_list() == cache.rows.to_list()
 
+    @pytest.mark.slow
+    def test_a_killed_process_leaves_nothing_and_the_next_one_uploads_all(self, hub, build, tmp_path):
+        """Another process, whose client finds the server by HF_ENDPOINT, killed while its shards are on their way."""
+        cache = build()
+        code = f"from trl_promptkd import TeacherCache; TeacherCache({cache.path!r}).push_to_hub('me/cache')"
+        environment = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path),
+        }
+        run = partial(subprocess.Popen, [sys.executable, "-c", code], env={**os.environ, **environment})
+        hub.uploads_left = 2
+        process = run()
+        while not hub.dead:  # after that the client tries again and again
+            assert process.poll() is None
+            threading.Event().wait(0.05)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        hub.revive()
+        assert len(hub.repos["datasets", "me/cache"].objects) == 2
+        assert sorted(hub.files("me/cache", "datasets")) == [".gitattributes"]
+        assert run().wait() == 0
+        assert TeacherCache("me/cache").rows.to_list() == cache.rows.to_list()
+
     def test_is_uploaded_in_one_commit(self, hub, build, monkeypatch):
         """`upload_folder` may make several, and with Xet does so."""
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", None)
         build().push_to_hub("me/cache")
-        assert hub.repos["datasets", "me/cache"].messages == ["initial commit", "Upload teacher cache"]
+        assert hub.repos["datasets", "me/cache"].messages == ["start", "Upload teacher cache"]
 
     def test_a_part_of_one_does_not_load_as_a_whole(self, hub, build):
         """As other tools may upload it, file by file."""

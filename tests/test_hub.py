@@ -206,13 +206,22 @@ class TestDuringTraining:
         assert torch.equal(prompt, trainer.prompt_embeddings())
         assert not any(path.startswith("checkpoint") for path in files if "all" not in strategy)
 
-    def test_a_pushed_checkpoint_can_be_resumed_from(self, hub, promptkd, tmp_path):
+    def test_a_pushed_checkpoint_can_be_resumed_from(self, hub, promptkd, tmp_path, monkeypatch):
         settings = {"push_to_hub": True, "hub_model_id": "me/student", "hub_strategy": "checkpoint"}
         settings |= {"max_steps": 1, "lr_scheduler_type": "constant"}
+        pushed, original = [], huggingface_hub.HfApi.upload_folder
+
+        def upload_folder(*args, **kwargs):
+            pushed.append(os.listdir(kwargs["folder_path"]))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
         promptkd(local_models(), save_strategy="steps", save_steps=1, **settings).train()
+        assert len(pushed) == 2
+        assert "whole_checkpoint.json" in pushed[1]
+        assert "checkpoint_is_being_written" not in pushed[1]
         folder = os.path.join(huggingface_hub.snapshot_download("me/student"), "last-checkpoint")
         assert checkpoint_to_resume(folder, str(tmp_path)) == folder
-        assert "whole_checkpoint.json" in os.listdir(folder)
         settings |= {"push_to_hub": False, "max_steps": 2, "output_dir": str(tmp_path / "elsewhere")}
         resumed = promptkd(local_models(), **settings)
         resumed.train(resume_from_checkpoint=folder)
@@ -350,6 +359,7 @@ class TestCard:
         assert card.data.library_name == "peft"
         assert card.data.pipeline_tag == "text-generation"
         assert {"trl", "promptkd", "knowledge-distillation", "generated_from_trainer"} <= set(card.data.tags)
+        assert card.data.tags == sorted(card.data.tags)
         for part in (
             "[me/start](https://huggingface.co/me/start)",
             "distilled from `me/teacher` behind a soft prompt of 3 virtual",
@@ -370,12 +380,15 @@ class TestCard:
             assert part in card.text, part
         assert "eval_runtime" not in card.text
 
-    @pytest.mark.parametrize("prompt", [None, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)])
-    def test_names_no_folder_of_this_machine(self, hub, make_args, promptkd, tmp_path, prompt):
+    @pytest.mark.parametrize("peft_prompt", [False, True])
+    def test_names_no_folder_of_this_machine(self, hub, promptkd, tmp_path, peft_prompt):
         folders = {"model": str(tmp_path / "some" / "start"), "teacher_model": str(tmp_path / "some" / "mentor")}
         for folder in folders.values():
             tiny_model().save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
+        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "suppose you are"}
+        text |= {"num_virtual_tokens": 3, "tokenizer_name_or_path": folders["teacher_model"]}
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", **text) if peft_prompt else None
         settings = {"push_to_hub": True, "hub_model_id": "me/student", "hub_strategy": "checkpoint"}
         trainer = promptkd(folders, "adapter", prompt=prompt, save_strategy="steps", save_steps=1, **settings)
         trainer.train()
@@ -451,7 +464,7 @@ class TestTeacherCache:
 
     def test_is_a_data_set_and_trains(self, hub, build, primed, tmp_path):
         teacher = tiny_model(seed=2)
-        teacher.config._name_or_path = str(tmp_path / "mentor")
+        teacher.config._name_or_path = "models/mentor"  # a folder, perhaps of another machine
         cache = build(teacher=teacher)
         (tmp_path / "cache" / "_teacher_answers").mkdir()
         (tmp_path / "cache" / "_teacher_answers" / "answers.parquet").touch()  # what the build itself went on from
@@ -479,7 +492,14 @@ class TestTeacherCache:
             'TeacherCache("me/cache")',
         ):
             assert part in card, part
-        assert str(tmp_path) not in card
+
+    def test_other_files_beside_it_are_not_taken_for_rows(self, hub, build):
+        build(rows=2).push_to_hub("me/cache")
+        for name in ("a.jsonl", "b.jsonl"):  # `datasets` takes the kind of file that there is most of, if nobody says
+            huggingface_hub.HfApi().upload_file(
+                path_or_fileobj=b'{"a": 1}', path_in_repo=name, repo_id="me/cache", repo_type="dataset"
+            )
+        assert load_dataset("me/cache", split="train").column_names[0] == "key"
 
     def test_a_private_one_is_only_for_those_with_a_token(self, hub, build, monkeypatch):
         build().push_to_hub("me/cache", private=True)

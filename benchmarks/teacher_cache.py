@@ -30,7 +30,7 @@ from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import kl_divergence
 from trl_promptkd.forward import completion_states
 from trl_promptkd.primed_collator import tokenize_primed_dataset
-from trl_promptkd.teacher_cache import builder
+from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS
 
 
@@ -202,22 +202,26 @@ def chart(kept: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument(
         "--models", default="models", help="folder with `teacher` and `student`, as of examples/smollm2.py"
     )
     parser.add_argument("--data_files", required=True, help="JSON lines with instruction, input and output")
-    parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--max_length", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--output_dir", default="teacher_cache_benchmark")
+    parser.add_argument("--rows", type=int, default=100, help="rows to keep")
+    parser.add_argument("--max_length", type=int, default=400, help="longest row in tokens; longer ones are left out")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at once")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind; medians are given")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a run, after one that is not timed")
+    parser.add_argument(
+        "--output_dir", default="teacher_cache_benchmark", help="for the table, results.json and the chart"
+    )
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    builder._RECEIPT_EVERY = 1  # the receipt is of every token here
+    writer._RECEIPT_EVERY = 1  # the receipt is of every token here
 
     tokenizer = AutoTokenizer.from_pretrained(Path(args.models) / "teacher")
     teacher = AutoModelForCausalLM.from_pretrained(Path(args.models) / "teacher", dtype=torch.float32).eval()
@@ -229,7 +233,7 @@ def main() -> None:
 
     kept = build_all(teacher, dataset, tokenizer, folder, args)
     kept |= top_k_fp16(teacher, rows, tokenizer.pad_token_id, [16, 32, 64, 128])
-    builder._RECEIPT_EVERY = 8
+    writer._RECEIPT_EVERY = 8
     speed = throughput(teacher, dataset, tokenizer, folder, args)
     steps = training(dataset, tokenizer, folder, args)
     results = {"kept": kept, "throughput": speed, "step_seconds": steps, "settings": vars(args)}

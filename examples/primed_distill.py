@@ -1,4 +1,4 @@
-"""Distil a student from a teacher that sees a priming text which the student does not see, from flags or a YAML file.
+r"""Distil a student from a teacher that sees a priming text which the student does not see, from flags or a YAML file.
 
     accelerate launch examples/primed_distill.py --config examples/configs/primed_llama3.1_405b_8b_gsm8k.yaml
     accelerate launch examples/primed_distill.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
@@ -8,8 +8,7 @@
 
 With an offline teacher: `trl-promptkd cache build --help`, then `--teacher_cache <folder>` instead of a teacher.
 Rows from local files: `--dataset_name json --data_files train.jsonl --eval_data_files test.jsonl`. A part of a split:
-`--dataset_train_split "train[:1000]"`. Flags win over the file. `--help` lists all of them: the script's, the trainer's
-(`PrimedDistillConfig`) and the student's (TRL's `ModelConfig`: dtype, LoRA, 4-bit loading).
+`--dataset_train_split "train[:1000]"`. Flags win over the file.
 """
 
 import json
@@ -17,11 +16,13 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import load_dataset
+from script_parser import ScriptParser
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
 from trl_promptkd.data import name_columns
+from trl_promptkd.sampling_config import SamplingConfig
 
 
 @dataclass
@@ -99,6 +100,7 @@ def load_splits(args: PrimedScriptArguments, wants_eval: bool):
 
 
 def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig) -> None:
+    priming = choose_priming(script_args)
     quantization_config = get_quantization_config(model_args)
     model_kwargs = {
         "revision": model_args.model_revision,
@@ -120,7 +122,7 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
         processing_class=tokenizer,
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
-        priming=choose_priming(script_args),
+        priming=priming,
         teacher_cache=script_args.teacher_cache,
     )
     if script_args.quantization_receipt_rows:
@@ -131,10 +133,17 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((PrimedScriptArguments, PrimedDistillConfig, ModelConfig))
+def make_parser() -> ScriptParser:
+    groups = {
+        "data and priming text": (PrimedScriptArguments,),
+        "distillation (PrimedDistillConfig)": (PrimedDistillConfig, SFTConfig, SamplingConfig),
+        "sampling of the teacher's or student's answers, vLLM": (SamplingConfig,),
+        "the student (TRL's ModelConfig)": (ModelConfig,),
+    }
+    return ScriptParser(groups, (PrimedScriptArguments, PrimedDistillConfig, ModelConfig), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,23 @@
-"""Distil a student from a prompted teacher with PromptKD, from flags or a YAML file.
+r"""Distil a student from a prompted teacher with PromptKD, from flags or a YAML file.
 
     accelerate launch examples/promptkd.py --config examples/configs/promptkd_gpt2_120m.yaml
     accelerate launch examples/promptkd.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --teacher_model_name_or_path HuggingFaceTB/SmolLM2-1.7B-Instruct \
         --dataset_name HuggingFaceH4/ultrachat_200k --dataset_train_split train_sft --output_dir smollm2-promptkd
 
-Flags win over the file. `--help` lists all of them: the script's, the trainer's (`PromptKDConfig`), the student's
-(TRL's `ModelConfig`: dtype, LoRA, 4-bit loading) and the soft prompt's (`PromptEncoderConfig`).
+Flags win over the file.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from datasets import load_dataset
+from script_parser import ScriptParser
 from transformers import AutoTokenizer
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
+from trl_promptkd.sampling_config import SamplingConfig
 
 
 # The template of both papers' evaluation: methods differ by it, so it is the same for training and scoring
@@ -102,10 +103,20 @@ def main(script_args: PromptKDScriptArguments, training_args, model_args, prompt
     trainer.save_model()
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
 
 
-def make_parser() -> TrlParser:
-    return TrlParser((PromptKDScriptArguments, PromptKDConfig, ModelConfig, PromptEncoderConfig))
+def make_parser() -> ScriptParser:
+    groups = {
+        "data": (PromptKDScriptArguments,),
+        "distillation (PromptKDConfig)": (PromptKDConfig, SFTConfig, SamplingConfig),
+        "the teacher's soft prompt (PromptEncoderConfig)": (PromptEncoderConfig,),
+        "sampling of the student's answers, vLLM": (SamplingConfig,),
+        "the student (TRL's ModelConfig)": (ModelConfig,),
+    }
+    return ScriptParser(
+        groups, (PromptKDScriptArguments, PromptKDConfig, ModelConfig, PromptEncoderConfig), description=__doc__
+    )
 
 
 if __name__ == "__main__":

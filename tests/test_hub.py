@@ -38,7 +38,7 @@ from trl_promptkd import (
     build_teacher_cache,
 )
 from trl_promptkd.checkpoints import checkpoint_to_resume
-from trl_promptkd.teacher_cache import builder
+from trl_promptkd.teacher_cache import writer
 
 
 PROMPT = ["teacher_prompt/adapter_config.json", "teacher_prompt/adapter_model.safetensors"]
@@ -451,7 +451,7 @@ class TestCard:
 class TestTeacherCache:
     @pytest.fixture
     def build(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(builder, "_BYTES_A_SHARD", 0)  # a shard for each batch
+        monkeypatch.setattr(writer, "_BYTES_A_SHARD", 0)  # a shard for each batch
 
         def build(rows=6, teacher=None, preset="exact"):
             return build_teacher_cache(

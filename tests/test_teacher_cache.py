@@ -9,7 +9,7 @@ from reference import kl, log_probs
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
-from trl_promptkd.teacher_cache import builder
+from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode, entropies
 from trl_promptkd.teacher_cache.manifest import row_key
 
@@ -38,13 +38,13 @@ def build(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     """How many rows were put through the teacher."""
-    counts, original = [], builder.completion_states
+    counts, original = [], writer.completion_states
 
     def states(model, ids, *args, **kwargs):
         counts.append(len(ids))
         return original(model, ids, *args, **kwargs)
 
-    monkeypatch.setattr(builder, "completion_states", states)
+    monkeypatch.setattr(writer, "completion_states", states)
     return counts
 
 
@@ -254,18 +254,18 @@ class TestInterruption:
 
     def test_killed_after_every_shard_in_turn(self, build, passes, monkeypatch):
         whole = build(folder="whole")
-        monkeypatch.setattr(builder, "_SECONDS_A_SHARD", 0.0)
-        original = builder._Build._write_shard
+        monkeypatch.setattr(writer, "_SECONDS_A_SHARD", 0.0)
+        original = writer.CacheWriter._write_shard
 
         def die(self, rows, samples):
             original(self, rows, samples)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(builder._Build, "_write_shard", die)
+        monkeypatch.setattr(writer.CacheWriter, "_write_shard", die)
         for _ in range(6):
             with pytest.raises(KeyboardInterrupt):
                 build()
-        monkeypatch.setattr(builder._Build, "_write_shard", original)
+        monkeypatch.setattr(writer.CacheWriter, "_write_shard", original)
         passes.clear()
         cache = build()
         assert sum(passes) == 0
@@ -289,23 +289,23 @@ class TestInterruption:
         assert not any(path.exists() for path in left)
 
     def test_an_unfinished_cache_is_not_opened(self, build, monkeypatch, tmp_path):
-        monkeypatch.setattr(builder._Build, "_finish", lambda self: None)
+        monkeypatch.setattr(writer.CacheWriter, "_finish", lambda self: None)
         with pytest.raises(ValueError, match="is not finished"):
             build()
 
     def test_a_full_disk_loses_nothing(self, build, monkeypatch, passes):
         build(answered_dataset(6))
-        write = builder.pyarrow.parquet.write_table
+        write = writer.pyarrow.parquet.write_table
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(builder.pyarrow.parquet, "write_table", full)
+        monkeypatch.setattr(writer.pyarrow.parquet, "write_table", full)
         with pytest.raises(
             OSError, match=r"could not be written .*No space left.*make room and start the build again"
         ):
             build()
-        monkeypatch.setattr(builder.pyarrow.parquet, "write_table", write)
+        monkeypatch.setattr(writer.pyarrow.parquet, "write_table", write)
         passes.clear()
         assert len(build()) == 12
         assert sum(passes) == 6

@@ -161,9 +161,10 @@ class TestImports:
     @pytest.mark.parametrize(
         ("folder", "order"),
         [
-            ("teacher_cache", ["codec", "manifest", "hub", "reader", "builder", "verify", "__init__"]),
+            ("teacher_cache", ["codec", "manifest", "hub", "reader", "writer", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
+            ("evaluation", ["rows", "answers", "scores", "__init__"]),
             (
                 "analysis",
                 [

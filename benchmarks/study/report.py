@@ -454,6 +454,24 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     page.write_text(text)
 
 
+def all_tables(results: Results, real: dict) -> dict[str, str]:
+    """By the names that docs/study.md has for them."""
+    return {
+        "tuning": tuning_table(results),
+        "finite, equal steps": methods_table(results, "finite", "steps"),
+        "finite, equal time": methods_table(results, "finite", "time"),
+        "fresh, equal steps": methods_table(results, "fresh", "steps"),
+        "fresh, equal time": methods_table(results, "fresh", "time"),
+        "differences": difference_table(results),
+        "grid": grid_table(results),
+        "ablations": ablation_table(results),
+        "teacher": teacher_table(results),
+        "priming": priming_table(results),
+        "real, rouge": real_rouge_table(real),
+        "real, kl": real_kl_table(real),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, help="where run.py keeps its runs")
@@ -470,23 +488,7 @@ def main() -> None:
     draw_ablations(results, images / "study_ablations.png")
     draw_priming(results, images / "study_priming.png")
     draw_real(real, images / "study_real.png")
-    fill(
-        DOCS / "study.md",
-        {
-            "tuning": tuning_table(results),
-            "finite, equal steps": methods_table(results, "finite", "steps"),
-            "finite, equal time": methods_table(results, "finite", "time"),
-            "fresh, equal steps": methods_table(results, "fresh", "steps"),
-            "fresh, equal time": methods_table(results, "fresh", "time"),
-            "differences": difference_table(results),
-            "grid": grid_table(results),
-            "ablations": ablation_table(results),
-            "teacher": teacher_table(results),
-            "priming": priming_table(results),
-            "real, rouge": real_rouge_table(real),
-            "real, kl": real_kl_table(real),
-        },
-    )
+    fill(DOCS / "study.md", all_tables(results, real))
 
 
 if __name__ == "__main__":

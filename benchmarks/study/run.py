@@ -46,7 +46,7 @@ REGULARIZERS = {
     "linear": {"regularization_coef": 1.0},
     "constant": {"regularization_coef": 1.0, "regularization_schedule": "constant"},
 }
-GRID_SEED = 0
+GRID_SEEDS = [0, 1]
 WARM_STARTS = {"short": 400, "full": STUDENT_STEPS}
 BASE = {"data": "finite", "num_rows": NUM_ROWS, "warm_steps": STUDENT_STEPS, "steps": STEPS, "beta": 1.0}
 TUNING = {"seed": TUNING_SEED, "split": "val", "steps": TUNING_STEPS}
@@ -99,16 +99,18 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]]:
             (
                 f"{prompt_rate:g}, {regularizer}, {warm}",
                 promptkd
-                | {"seed": GRID_SEED, "warm_steps": WARM_STARTS[warm]}
+                | {"seed": seed, "warm_steps": WARM_STARTS[warm]}
                 | {"prompt": {"prompt_learning_rate": prompt_rate * rate} | REGULARIZERS[regularizer]},
             )
+            for seed in GRID_SEEDS
             for regularizer, warm in settings
             for prompt_rate in PROMPT_RATES
         ] + [
             (
                 f"GKD, {warm}",
-                BASE | METHODS["GKD"] | {"seed": GRID_SEED, "warm_steps": steps, "learning_rate": rates["GKD"]},
+                BASE | METHODS["GKD"] | {"seed": seed, "warm_steps": steps, "learning_rate": rates["GKD"]},
             )
+            for seed in GRID_SEEDS
             for warm, steps in WARM_STARTS.items()
         ]
     return [

@@ -23,6 +23,7 @@ _SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "teacher_gradient_checkpointing",
     "lora",
     "rows",
 )
@@ -45,6 +46,7 @@ def add_doctor(tools: Any) -> None:
     run.add_argument("--per_device_train_batch_size", type=int, default=8)
     run.add_argument("--gradient_accumulation_steps", type=int, default=1)
     run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    run.add_argument("--teacher_gradient_checkpointing", action="store_true")
     run.add_argument("--num_virtual_tokens", type=int, default=7)
     run.add_argument("--lmbda", type=float, default=1.0, help="PromptKD: below 1 the data's answers are needed")
     run.add_argument("--response_source", default="dataset", choices=["dataset", "teacher", "student"])

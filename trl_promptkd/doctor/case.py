@@ -77,6 +77,7 @@ class Case:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
+    teacher_gradient_checkpointing: bool
     loss_chunk_size: int | None
     lora: bool
 

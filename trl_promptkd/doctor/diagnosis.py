@@ -75,6 +75,7 @@ def diagnose(
     per_device_train_batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
     gradient_checkpointing: bool = True,
+    teacher_gradient_checkpointing: bool = False,
     loss_chunk_size: int | None = 256,
     lora: bool = False,
     rows: int = 16,
@@ -94,9 +95,10 @@ def diagnose(
         priming: The text of [`PrimedDistillTrainer`]; with it, that trainer is what is checked for, and no soft prompt.
         data_collator: One of your own, which gets the rows as they are.
         lmbda, response_source: Whose answers are trained on (PromptKD; response priming), as in the trainers' configurations.
-        max_length, max_new_tokens, overlong, per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing,
-            loss_chunk_size: As in the trainers' configurations, whose defaults these are.
+        max_length, max_new_tokens, overlong, loss_chunk_size: As in the trainers' configurations, whose defaults these are.
+        per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing: The same.
         lora (`bool`): Whether an adapter is to be trained instead of all weights.
+        teacher_gradient_checkpointing (`bool`): As in [`PromptKDConfig`].
         rows (`int`): How many rows to look at.
 
     Returns:
@@ -136,6 +138,7 @@ def diagnose(
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         gradient_checkpointing=gradient_checkpointing,
+        teacher_gradient_checkpointing=teacher_gradient_checkpointing,
         loss_chunk_size=loss_chunk_size,
         lora=lora,
     )

@@ -62,7 +62,7 @@ def estimate_memory(case: Case) -> dict[str, float]:
     loss = _LOSS_TENSORS * 4 * min(chunk, rows * answer) * config.vocab_size
     activations = _activations(student, rows * tokens, case.gradient_checkpointing)
     if case.soft_prompt is not None:  # a primed teacher is asked without a gradient
-        activations += _activations(teacher, rows * teacher_tokens, False)
+        activations += _activations(teacher, rows * teacher_tokens, case.teacher_gradient_checkpointing)
 
     adapter = _LORA_RANK * _features(student)
     trained = 4 * adapter if case.lora else sum(p.numel() * p.element_size() for p in student.parameters())

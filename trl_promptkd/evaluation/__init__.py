@@ -1,0 +1,216 @@
+"""How good a model's answers are: instruction following with several seeds, as the PromptKD paper does it, and GSM8K by the response
+priming paper's rules.
+
+Answers are written in batches of like lengths, each row from a random state of its own, so that they depend neither on the batch
+size, nor on the other rows, nor on where a run was interrupted. With an `output_dir` they stay on the disk, one file a data set and seed,
+under a hash of what made them: a run that starts again writes only what is missing.
+"""
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checks import check_positions
+from ..metrics import rouge_scorer
+from .answers import (
+    answers_path,
+    evaluation_config,
+    evaluation_seeds,
+    hash_of,
+    model_source,
+    real_vocab_size,
+    write_answers,
+)
+from .rows import TEMPLATES, EvaluationRows, evaluation_rows, instruction_text
+from .scores import TASKS, row_scores, score_answers
+
+
+__all__ = [
+    "PAPER_SEEDS",
+    "TASKS",
+    "TEMPLATES",
+    "EvaluationRows",
+    "check_evaluation_settings",
+    "evaluate_model",
+    "evaluation_config",
+    "evaluation_rows",
+    "evaluation_seeds",
+    "instruction_text",
+    "model_source",
+    "real_vocab_size",
+    "row_scores",
+    "score_answers",
+]
+
+PAPER_SEEDS = (10, 20, 30, 40, 50)
+
+
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: Mapping[str, Dataset | IterableDataset | EvaluationRows],
+    task: str = "instruct",
+    template: str | None = None,
+    seeds: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    num_rows: int | None = None,
+    max_prompt_length: int | None = None,
+    output_dir: str | None = None,
+) -> dict[str, Any]:
+    """Let a model answer, and score its answers.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): On its device.
+        tokenizer (`PreTrainedTokenizerBase`): The model's.
+        datasets (`dict`): Name -> rows, as they are or as [`evaluation_rows`] has read them.
+        task (`str`, *optional*, defaults to `"instruct"`): Or `"gsm8k"`.
+        template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. `None`: `"chat"` where the tokenizer has a chat template; else `"paper"` for
+            instructions and `"plain"` for GSM8K (the bare question, as response priming's student sees it).
+        seeds (`list` of `int`, *optional*): Sample once for each of them; the paper's are [`PAPER_SEEDS`]. `None`: greedy answers.
+        temperature, top_p, top_k: Of the samples. The defaults are the paper's: the model's own distribution.
+        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer.
+        batch_size (`int`, *optional*, defaults to `8`): Rows at once.
+        num_rows (`int`, *optional*): Of each data set, the first ones only.
+        max_prompt_length (`int`, *optional*): Leave longer prompts out (they are counted).
+        output_dir (`str`, *optional*): Keeps the answers; a run that starts again goes on where it was.
+
+    Returns:
+        `task`, `template`, `settings`, and for each data set `sets[name]`: `rows`, `left_out`, `data_hash` (of prompts and right answers), `runs`
+        (one a seed: `seed`, the metrics, and `terminated_share`, the share of answers that ended by themselves and were not cut at
+        `max_new_tokens`), `mean` and `std` (the sample's, over seeds; `None` for a single run), of each metric in percent, and the mean
+        `terminated_share`.
+
+    Raises:
+        ValueError: for settings or rows that cannot be evaluated, naming them.
+    """
+    template = check_evaluation_settings(
+        task,
+        template,
+        tokenizer,
+        seeds,
+        temperature,
+        top_p,
+        top_k,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        num_rows=num_rows,
+        max_prompt_length=max_prompt_length,
+    )
+    if not datasets:
+        raise ValueError("`datasets` is empty. Give at least one data set.")
+    sets = {
+        name: dataset
+        if isinstance(dataset, EvaluationRows)
+        else evaluation_rows(dataset, name, task, tokenizer, template, num_rows, max_prompt_length)
+        for name, dataset in datasets.items()
+    }
+    longest = max_new_tokens + max(len(ids) for rows in sets.values() for ids in rows.prompt_ids)
+    check_positions(
+        "model", model, longest, "Lower `max_new_tokens` or `max_prompt_length` (longer prompts are left out)."
+    )
+    config = evaluation_config(model, tokenizer, max_new_tokens, seeds is None, temperature, top_p, top_k)
+    source = {}
+    if output_dir is not None:
+        os.makedirs(output_dir, exist_ok=True)
+        said = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
+        source = {**model_source(model, tokenizer), "sampling": said}
+    results = {}
+    for name, rows in sets.items():
+        runs = []
+        for seed in [None] if seeds is None else seeds:
+            path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
+            answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, _title(name, seed))
+            scores = score_answers(task, [answer.text for answer in answers], rows.references)
+            terminated = sum(answer.ended for answer in answers) / len(answers)
+            runs.append({"seed": seed, **scores, "terminated_share": terminated})
+        results[name] = {
+            "rows": len(rows.prompt_ids),
+            "left_out": rows.left_out,
+            "data_hash": hash_of([rows.prompt_ids, rows.references])[:16],
+            "runs": runs,
+            **_summary(runs),
+        }
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": None if seeds is None else list(seeds)}
+    if seeds is not None:
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    return {"task": task, "template": template, "settings": settings, "sets": results}
+
+
+def check_evaluation_settings(
+    task: str,
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seeds: Sequence[int] | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    **numbers: int | None,
+) -> str:
+    """Refuse settings that nothing can be evaluated with, before anything is.
+
+    Args:
+        numbers: By name; each must be above 0, or `None`.
+
+    Returns:
+        The template; for `None` the one that is chosen.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+        ImportError: where what scores the answers is not installed.
+    """
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"`{name}` is {number}; it must be above 0.")
+    for name, choice, allowed in (("task", task, TASKS), ("template", template, (None, *TEMPLATES))):
+        if choice not in allowed:
+            raise ValueError(f"`{name}` is {choice!r}; it must be {' or '.join(map(repr, allowed))}.")
+    if task == "instruct":
+        rouge_scorer()
+    if tokenizer.pad_token_id is None:
+        raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`.")
+    if template is None:
+        fallback = "paper" if task == "instruct" else "plain"
+        template = fallback if tokenizer.chat_template is None else "chat"
+    if template == "chat" and tokenizer.chat_template is None:
+        raise ValueError("`template` is 'chat', but the tokenizer has no chat template. Choose 'paper' or 'plain'.")
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+        raise ValueError(
+            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Leave them away (None) for greedy answers."
+        )
+    checks: list[tuple[str, float, Callable[[float], bool], str]] = [
+        ("temperature", temperature, lambda value: value > 0, "above 0 (leave the seeds away for greedy answers)"),
+        ("top_p", top_p, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        ("top_k", top_k, lambda value: value >= 0, "0 (all tokens) or above"),
+    ]
+    for name, value, holds, wanted in checks:
+        if not (math.isfinite(value) and holds(value)):
+            raise ValueError(f"`{name}` is {value}; it must be {wanted}.")
+        default = 0 if name == "top_k" else 1.0
+        if seeds is None and value != default:
+            raise ValueError(
+                f"`{name}` is {value}, but answers are greedy, which it changes nothing of. Give seeds to sample with it, or leave it away."
+            )
+    return template
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    names = [name for name in runs[0] if name not in ("seed", "rules", "terminated_share")]
+    values = {name: [run[name] for run in runs] for name in names}
+    return {
+        "mean": {name: statistics.fmean(numbers) for name, numbers in values.items()},
+        "std": {name: statistics.stdev(numbers) if len(runs) > 1 else None for name, numbers in values.items()},
+        "terminated_share": statistics.fmean(run["terminated_share"] for run in runs),
+    }
+
+
+def _title(name: str, seed: int | None) -> str:
+    return f"{name}, {'greedy' if seed is None else f'seed {seed}'}"

@@ -1,6 +1,5 @@
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from reference import kl, log_probs
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
-from trl_promptkd.teacher_cache import reader, writer
+from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode, entropies
 from trl_promptkd.teacher_cache.manifest import row_key
 
@@ -319,31 +318,6 @@ class TestInterruption:
                 ValueError, match=r"was made differently: `(preset|priming|teacher)` is .* there and .* here"
             ):
                 build(**change)
-
-
-class TestHub:
-    def test_the_caches_own_files_are_pushed_and_a_name_is_downloaded(self, build, monkeypatch, tmp_path):
-        cache = build(prompt_dataset(5), response_source="teacher", max_new_tokens=4)
-        calls = []
-
-        class Api:
-            def __init__(self, token=None):
-                calls.append(token)
-
-            def create_repo(self, repo_id, **kwargs):
-                calls.append((repo_id, kwargs["repo_type"], kwargs["private"]))
-
-            def upload_folder(self, repo_id, repo_type, folder_path, allow_patterns):
-                for name in allow_patterns:
-                    (tmp_path / "hub").mkdir(exist_ok=True)
-                    shutil.copy(os.path.join(folder_path, name), tmp_path / "hub" / name)
-
-        monkeypatch.setattr(reader, "HfApi", Api)
-        monkeypatch.setattr(reader, "snapshot_download", lambda name, repo_type: str(tmp_path / "hub"))
-        cache.push_to_hub("me/cache", private=True, token="t")
-        assert calls == ["t", ("me/cache", "dataset", True)]
-        assert not any("answers" in path.name for path in (tmp_path / "hub").iterdir())
-        assert TeacherCache("me/cache").rows.to_list() == cache.rows.to_list()
 
 
 class TestDamage:

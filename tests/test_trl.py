@@ -65,6 +65,7 @@ class TestWhatWeRelyOn:
         expected = {
             "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
             "create_scheduler": ["self", "num_training_steps", "optimizer"],
+            "init_hf_repo": ["self", "token", "private"],
             "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
             "save_model": ["self", "output_dir", "_internal_call"],
         }
@@ -118,6 +119,7 @@ PRIVATE_OVERRIDES = {
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
         "_name": None,
         "_paper": None,
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
         "_save_checkpoint": ["self", "model", "trial"],
         "_save_optimizer_and_scheduler": ["self", "output_dir"],
         "_tag_names": None,
@@ -126,6 +128,7 @@ PRIVATE_OVERRIDES = {
         "_hp_search_setup": ["self", "trial"],
         "_name": None,
         "_paper": None,
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
         "_save_checkpoint": ["self", "model", "trial"],
         "_set_signature_columns_if_needed": ["self"],
         "_tag_names": None,
@@ -208,6 +211,7 @@ class TestImports:
             "promptkd_loss",
             "prompt_optimizer",
             "telemetry",
+            "hub",
             "checkpoints",
             "hyperparameters",
             "model_card",
@@ -244,7 +248,7 @@ class TestImports:
     @pytest.mark.parametrize(
         ("folder", "order"),
         [
-            ("teacher_cache", ["codec", "manifest", "reader", "writer", "builder", "verify", "__init__"]),
+            ("teacher_cache", ["codec", "manifest", "hub", "reader", "writer", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
             ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
             ("evaluation", ["rows", "answers", "scores", "__init__"]),

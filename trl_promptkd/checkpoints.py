@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from .files import whole_file
+from .hub import push_checkpoint
 
 
 __all__ = ["checkpoint_folders", "checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
@@ -34,8 +35,17 @@ _UNFINISHED = "it was being written when its run ended"
 _NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 
 
-def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: str) -> None:
-    """Call `save`, which writes the checkpoint of this step to `run_dir`, list its files, and then remove what is too old."""
+def save_whole_checkpoint(
+    trainer: Trainer, save: Callable[[], None], push: Callable[[str], None], run_dir: str
+) -> None:
+    """Write the checkpoint of this step, list its files, push it, and then remove what is too old.
+
+    Args:
+        trainer: Whose checkpoint.
+        save: Writes it to `run_dir`.
+        push: Is called with its folder when it is whole; what is pushed earlier could not be resumed from.
+        run_dir: Where checkpoints are.
+    """
     args = trainer.args
     folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
     path, begun = os.path.join(folder, _LIST_FILE), os.path.join(folder, _BEGUN_FILE)
@@ -53,22 +63,24 @@ def save_whole_checkpoint(trainer: Trainer, save: Callable[[], None], run_dir: s
         args.save_total_limit = limit
     trainer.accelerator.wait_for_everyone()  # every rank writes its random state
     if args.should_save:
+        card = os.path.join(args.output_dir, "README.md")
+        if os.path.isfile(card):
+            shutil.copy(card, folder)  # instead of PEFT's, which names the folder that the base model was in
         sizes = {name: size for name, size in _sizes(folder).items() if name != _BEGUN_FILE}
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump({"files": sizes}, file, indent=1)
         os.remove(begun)
-        if limit:
-            for old in checkpoint_folders(run_dir):
-                if os.path.exists(
-                    os.path.join(old, _BEGUN_FILE)
-                ):  # what a killed run left must not outlive a whole one
-                    shutil.rmtree(old, ignore_errors=True)
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=limit,
-                best_model_checkpoint=trainer.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+    push_checkpoint(trainer, folder, push)
+    if args.should_save and limit:
+        for old in checkpoint_folders(run_dir):
+            if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # what a killed run left must not outlive a whole one
+                shutil.rmtree(old, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=run_dir,
+            save_total_limit=limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:

@@ -31,8 +31,9 @@ from .checks import (
 from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
+from .hub import make_branch
 from .hyperparameters import set_trial, trials_start_here
-from .model_card import add_priming_section
+from .model_card import complete_card, hub_dataset, hub_id, priming_section
 from .primed_collator import (
     DataCollatorForPrimedDistillation,
     pad_views,
@@ -54,7 +55,7 @@ from .teacher import (
 )
 from .teacher_answers import weights_fingerprint, write_teacher_answers
 from .teacher_cache import TeacherCache
-from .telemetry import Means, add_rollouts, is_logged_step, keep_completions
+from .telemetry import Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
 
 
@@ -129,7 +130,7 @@ class PrimedDistillTrainer(SFTTrainer):
             checked before they are loaded.
     """
 
-    _tag_names = ["trl", "primed-distillation"]
+    _tag_names = ["trl", "primed-distillation", "knowledge-distillation"]
     _name = "Response priming"
     _paper = {
         "title": "Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting",
@@ -578,7 +579,15 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)
-        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
+        save_whole_checkpoint(self, save, super()._push_from_checkpoint, self._get_output_dir(trial=trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the base class would push a checkpoint before it is whole; `save_whole_checkpoint` does it then."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in the base class; makes the branch `hub_revision`, too."""
+        super().init_hf_repo(token, private)
+        make_branch(self, token)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One micro-batch.
@@ -686,13 +695,7 @@ class PrimedDistillTrainer(SFTTrainer):
         if self.vllm is not None:
             self.vllm.sync()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if not self.is_in_train and self.model_wrapped is self.model:
-            # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-        # Means over the tokens of the whole set, where the base class has means of batch means
-        means = self._eval_means.report(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        return with_means(self, output, self._eval_means, metric_key_prefix)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -722,14 +725,11 @@ class PrimedDistillTrainer(SFTTrainer):
         if "loss" in logs:
             logs.update(self._train_means.report(self.accelerator))
             logs["dropped_rows"] = self._dropped_rows
-            if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
-                prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
-                shown = self.args.num_completions_to_print
-                keep_completions(prompts, completions, self.state.global_step, self.args.output_dir, shown)
+            keep_completions(self, self._last_rollouts)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, and a section on the teacher, the priming text and the loss."""
-        super().create_model_card(model_name, dataset_name, tags)
+        super().create_model_card(model_name, hub_id(dataset_name) or hub_dataset(self.train_dataset), tags)
         if self.is_world_process_zero():
-            add_priming_section(os.path.join(self.args.output_dir, "README.md"), self)
+            complete_card(self, priming_section(self))

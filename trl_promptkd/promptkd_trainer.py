@@ -52,8 +52,9 @@ from .forward import (
     inside_forward,
     whole_weights,
 )
+from .hub import make_branch
 from .hyperparameters import set_trial, trials_start_here
-from .model_card import add_prompt_section
+from .model_card import complete_card, hub_dataset, hub_id, prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
@@ -67,7 +68,7 @@ from .teacher import (
     recomputed_activations,
     shared_vocab_size,
 )
-from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions
+from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
 
 
@@ -134,7 +135,7 @@ class PromptKDTrainer(GKDTrainer):
             checked before they are loaded.
     """
 
-    _tag_names = ["trl", "promptkd"]
+    _tag_names = ["trl", "promptkd", "knowledge-distillation"]
     _name = "PromptKD"
     _paper = {
         "title": "PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning",
@@ -543,13 +544,7 @@ class PromptKDTrainer(GKDTrainer):
         if self.vllm is not None:
             self.vllm.sync()
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if not self.is_in_train and self.model_wrapped is self.model:
-            # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
-            self.model.__dict__.pop("_is_accelerate_prepared", None)
-        # Means over the tokens of the whole set, where the base class has means of batch means
-        means = self._eval_means.report(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
+        return with_means(self, output, self._eval_means, metric_key_prefix)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -611,17 +606,14 @@ class PromptKDTrainer(GKDTrainer):
             logs.update(self._train_means.report(self.accelerator))
             logs["prompt/drift"] = self.soft_prompt.drift()
             logs["prompt/skipped_steps"] = self.prompt_optimizer.skipped
-            if self.args.log_completions and self.accelerator.is_main_process and self._last_rollouts:
-                prompts, completions = (self.processing_class.batch_decode(ids) for ids in self._last_rollouts)
-                shown = self.args.num_completions_to_print
-                keep_completions(prompts, completions, self.state.global_step, self.args.output_dir, shown)
+            keep_completions(self, self._last_rollouts)
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
         """TRL's model card, and a section on the teacher, its prompt, and how to load both."""
-        super().create_model_card(model_name, dataset_name, tags)
+        super().create_model_card(model_name, hub_id(dataset_name) or hub_dataset(self.train_dataset), tags)
         if self.is_world_process_zero():
-            add_prompt_section(os.path.join(self.args.output_dir, "README.md"), self)
+            complete_card(self, prompt_section(self))
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -634,7 +626,15 @@ class PromptKDTrainer(GKDTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)
-        save_whole_checkpoint(self, save, self._get_output_dir(trial=trial))
+        save_whole_checkpoint(self, save, super()._push_from_checkpoint, self._get_output_dir(trial=trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the base class would push a checkpoint before it is whole; `save_whole_checkpoint` does it then."""
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in the base class; makes the branch `hub_revision`, too."""
+        super().init_hf_repo(token, private)
+        make_branch(self, token)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
@@ -15,7 +15,7 @@ from .files import whole_file
 from .rollouts import stop_ids
 
 
-__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions", "with_means"]
 
 logger = logging.get_logger(__name__)
 
@@ -67,16 +67,32 @@ def add_rollouts(
     means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 
-def keep_completions(
-    prompts: list[str], completions: list[str], step: int, output_dir: str, num_to_print: int | None
-) -> None:
-    """Print sampled completions, and write all of them to `output_dir/completions/completions_<step>.parquet`."""
-    print_prompt_completions_sample(prompts, completions, {}, None, step, num_to_print)
-    folder = os.path.join(output_dir, "completions")
+def keep_completions(trainer: Trainer, rollouts: tuple[list[list[int]], ...]) -> None:
+    """Where `log_completions` is set, print sampled completions, and write all of them to `output_dir/completions/completions_<step>.parquet`.
+
+    Args:
+        trainer: Whose samples.
+        rollouts: Token ids of the last window's prompts and of their completions.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if not args.log_completions or not trainer.accelerator.is_main_process or not rollouts:
+        return
+    prompts, completions = (trainer.processing_class.batch_decode(ids) for ids in rollouts)
+    print_prompt_completions_sample(prompts, completions, {}, None, step, args.num_completions_to_print)
+    folder = os.path.join(args.output_dir, "completions")
     os.makedirs(folder, exist_ok=True)
     table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
     with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
         table.to_parquet(path)
+
+
+def with_means(trainer: Trainer, output: EvalLoopOutput, means: Means, prefix: str) -> EvalLoopOutput:
+    """`output` with means over the tokens of the whole evaluation set, where the base class has means of batch means."""
+    if not trainer.is_in_train and trainer.model_wrapped is trainer.model:
+        # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
+        trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+    output.metrics.update({f"{prefix}_{name}": value for name, value in means.report(trainer.accelerator).items()})
+    return output
 
 
 class CollusionCallback(TrainerCallback):

@@ -12,12 +12,13 @@ import pyarrow.parquet
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .codec import PRESETS, Basis, decode, entropies, num_tokens, payload_columns
+from .hub import push_cache
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 
 
@@ -107,7 +108,9 @@ class TeacherCache:
     """
 
     def __init__(self, path: str, verify_checksums: bool = True):
+        remedy = "build the cache again: only its rows are made anew"
         if not os.path.isdir(path):
+            remedy = f"load {path} again, or push it there again from where it was built"
             try:
                 path = snapshot_download(path, repo_type="dataset")
             except (OSError, HFValidationError) as error:
@@ -139,13 +142,10 @@ class TeacherCache:
         for name, checksum in expected.items():
             file = os.path.join(path, name)
             if not os.path.isfile(file):
-                raise FileNotFoundError(
-                    f"The cache's file {file} is missing. Build the cache again: only its rows are made anew."
-                )
+                raise FileNotFoundError(f"The cache's file {file} is missing. {remedy[0].upper()}{remedy[1:]}.")
             if verify_checksums and sha256_of(file) != checksum:
                 raise ValueError(
-                    f"The cache's file {file} is damaged: its SHA-256 is not the manifest's. Delete it and build the cache again: only its "
-                    "rows are made anew."
+                    f"The cache's file {file} is damaged: its SHA-256 is not the manifest's. Delete it and {remedy}."
                 )
         self.basis = None if self.preset.draws else Basis.load(os.path.join(path, BASIS_FILE))
         if self.basis is not None and len(self.basis.offset) != self.manifest.vocab_size:
@@ -173,11 +173,12 @@ class TeacherCache:
         return rows.map(_with_prompt)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-        """Upload the cache as a data set, from which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read it again."""
-        api = HfApi(token=token)
-        api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        names = [MANIFEST_FILE, *self.manifest.files, *(shard["file"] for shard in self.manifest.shards)]
-        api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=self.path, allow_patterns=names)
+        """Upload the cache as a data set with a card, from which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read it again.
+
+        Everything appears at once, in one commit: an upload that was killed has changed nothing, and can be repeated. Shards of an earlier
+        state of the cache are removed.
+        """
+        push_cache(self.path, self.manifest, repo_id, private, token)
 
     def locate(
         self,

@@ -668,12 +668,12 @@ ARGUMENTS = [
         needs_weights=True,
     ),
     Case(
-        "compute_objective",
-        "`hyperparameter_search` without `compute_objective`",
-        searched,
+        "hp_direction",
+        "`hyperparameter_search(direction='maximize')` without `compute_objective`",
+        partial(searched, direction="maximize"),
         ValueError,
-        "`compute_objective` is None, which would add up all metrics",
-        "Pass a function of the metrics",
+        "`direction` is 'maximize', but without a `compute_objective`",
+        "Set it to 'minimize', or pass a function of the metrics",
         needs_weights=True,
     ),
     Case(

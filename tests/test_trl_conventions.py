@@ -504,9 +504,18 @@ class TestHyperparameterSearch:
                 lambda trial: space, lambda metrics: metrics["eval_loss"], n_trials=1
             )
 
-    def test_what_is_compared_must_be_said(self, make):
-        with pytest.raises(ValueError, match="`compute_objective` is None"):
-            self.make(make).hyperparameter_search(n_trials=1)
+    def test_trials_are_compared_by_what_settings_do_not_change_the_meaning_of(self, make):
+        """The base class would add up all metrics."""
+        pytest.importorskip("optuna")
+        metric = {"promptkd": "eval_forward_kl", "primed": "eval_ce"}[make.method]
+        best = self.make(make).hyperparameter_search(hp_space=lambda trial: {"learning_rate": 0.003}, n_trials=1)
+        fresh = self.make(make, learning_rate=0.003)
+        fresh.train()
+        assert best.objective == fresh.evaluate()[metric]
+
+    def test_a_search_that_would_mean_nothing_is_refused(self, make):
+        with pytest.raises(ValueError, match="`direction` is 'maximize'"):
+            self.make(make).hyperparameter_search(n_trials=1, direction="maximize")
         with pytest.raises(ValueError, match="`backend` is 'ray'"):
             self.make(make).hyperparameter_search(compute_objective=len, backend="ray")
 

@@ -16,7 +16,7 @@ from .config_checks import check_at_least_zero, check_positive
 from .prompt_encoder import PromptEncoderConfig, SoftPrompt
 
 
-__all__ = ["set_trial", "trials_start_here"]
+__all__ = ["objective_for", "set_trial", "trials_start_here"]
 
 # Fields that are read while a run goes on. Others have been used up when the trainer was made: to set them would do nothing
 _OF_EVERY_TRAINER = (
@@ -30,10 +30,38 @@ _OF_PROMPT = (
 )
 
 
+def objective_for(
+    compute_objective: Callable[[dict[str, float]], float] | None, metric: str, direction: str | list[str]
+) -> Callable[[dict[str, float]], float]:
+    """What trials are compared by: what the user says, or else `metric`, which settings do not change the meaning of.
+
+    The base class's default adds up all metrics of an evaluation, KLs and accuracies alike.
+
+    Raises:
+        ValueError: where `metric` is not to become small, or, when it is asked, not there.
+    """
+    if compute_objective is not None:
+        return compute_objective
+    if direction != "minimize":
+        raise ValueError(
+            f"`direction` is {direction!r}, but without a `compute_objective` trials are compared by `{metric}`, of which less is better. Set it to "
+            "'minimize', or pass a function of the metrics."
+        )
+
+    def objective(metrics: dict[str, float]) -> float:
+        if metric not in metrics:
+            raise ValueError(
+                f"Trials are compared by `{metric}`, which this evaluation does not have; it has {', '.join(sorted(metrics))}. Pass a "
+                "`compute_objective`, a function of the metrics."
+            )
+        return metrics[metric]
+
+    return objective
+
+
 @contextmanager
 def trials_start_here(
     trainer: Any,
-    compute_objective: Any,
     backend: Any,
     use_settings: Callable[[], None],
     soft_prompt: SoftPrompt | None = None,
@@ -48,11 +76,6 @@ def trials_start_here(
     Raises:
         ValueError: where trials cannot be compared, or not be started anew.
     """
-    if compute_objective is None:
-        raise ValueError(
-            "`compute_objective` is None, which would add up all metrics of an evaluation, KLs and accuracies alike; and losses of different settings "
-            "cannot be compared. Pass a function of the metrics, such as `lambda metrics: metrics['eval_forward_kl']`."
-        )
     name = getattr(backend, "value", backend)
     if name not in (None, "optuna"):
         raise ValueError(f"`backend` is {name!r}; trials have been made to work with 'optuna' only. Leave it away.")

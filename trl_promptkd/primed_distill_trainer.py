@@ -32,7 +32,7 @@ from .chunked_loss import chunked_sums
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
 from .hub import make_branch
-from .hyperparameters import set_trial, trials_start_here
+from .hyperparameters import objective_for, set_trial, trials_start_here
 from .model_card import complete_card, hub_dataset, hub_id, priming_section
 from .primed_collator import (
     DataCollatorForPrimedDistillation,
@@ -416,9 +416,10 @@ class PrimedDistillTrainer(SFTTrainer):
         """As in the base class, by Optuna and without a `model_init`: each trial starts from the student as it is now.
 
         `hp_space` may set `alpha`, `kd_temperature`, `kd_beta`, `skew`, with `response_source="student"` also `temperature`, `top_k` and `top_p`, and
-        what is the optimizer's. Afterwards the trainer is as it was before. `compute_objective` must be given.
+        what is the optimizer's. Afterwards the trainer is as it was before. Without a `compute_objective`, trials are compared by `eval_ce`.
         """
-        with trials_start_here(self, compute_objective, backend, self._use_settings):
+        compute_objective = objective_for(compute_objective, "eval_ce", direction)
+        with trials_start_here(self, backend, self._use_settings):
             return super().hyperparameter_search(
                 hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
             )

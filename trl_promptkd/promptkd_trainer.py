@@ -53,7 +53,7 @@ from .forward import (
     whole_weights,
 )
 from .hub import make_branch
-from .hyperparameters import set_trial, trials_start_here
+from .hyperparameters import objective_for, set_trial, trials_start_here
 from .model_card import complete_card, hub_dataset, hub_id, prompt_section
 from .prompt_encoder import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from .prompt_optimizer import PromptOptimizer
@@ -321,9 +321,10 @@ class PromptKDTrainer(GKDTrainer):
 
         `hp_space` may set `beta`, `loss_temperature`, `regularization_coef`, `temperature`, `top_k`, `top_p`, the `prompt_*` fields of
         [`PromptEncoderConfig`] that concern training, such as `prompt_learning_rate`, and what is the student's optimizer's. Afterwards the
-        trainer is as it was before. `compute_objective` must be given.
+        trainer is as it was before. Without a `compute_objective`, trials are compared by `eval_forward_kl`.
         """
-        with trials_start_here(self, compute_objective, backend, self._use_settings, self.soft_prompt):
+        compute_objective = objective_for(compute_objective, "eval_forward_kl", direction)
+        with trials_start_here(self, backend, self._use_settings, self.soft_prompt):
             return super().hyperparameter_search(
                 hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
             )

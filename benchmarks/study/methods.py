@@ -54,11 +54,13 @@ def rows_of(folder: Path, data: str, num_rows: int, by_teacher) -> list[tuple[st
 
 
 class Snapshots(TrainerCallback):
-    """Measures the student after some steps, and stops after so many seconds of one core; measuring does not count."""
+    """Measures the student after some steps and after so many seconds of one core, and stops when it has done both; measuring does not count."""
 
-    def __init__(self, measures: Measures, at_steps: list[int], seconds: float | None):
-        self.measures, self.at_steps, self.limit = measures, at_steps, seconds
+    def __init__(self, measures: Measures, snapshots: list[int], steps: int, seconds: float | None):
+        self.measures, self.at_steps, self.limit = measures, [*snapshots, steps], seconds
+        self.last_snapshot = max(snapshots, default=0)
         self.seconds, self.found, self.trainer = 0.0, {}, None
+        self.in_time = True
 
     def measure(self, step: int) -> None:
         soft_prompt = None
@@ -76,10 +78,11 @@ class Snapshots(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         # Since the last step's end: PromptKD samples before `on_step_begin`
         self.seconds += time.process_time() - self.mark
-        over = self.limit is not None and self.seconds >= self.limit
-        if state.global_step in self.at_steps or over:
+        runs_out = self.in_time and self.limit is not None and self.seconds >= self.limit
+        self.in_time &= not runs_out
+        if state.global_step in self.at_steps or runs_out:
             self.measure(state.global_step)
-        control.should_training_stop |= over
+        control.should_training_stop |= not self.in_time and state.global_step >= self.last_snapshot
         self.mark = time.process_time()
 
 
@@ -155,7 +158,7 @@ def run(folder: Path, settings: dict, measures: Measures) -> dict:
         trainer = PrimedDistillTrainer(
             student, args=config, priming=priming, teacher_model=teacher, train_dataset=pairs, **common
         )
-    snapshots = Snapshots(measures, [*settings.get("snapshots", []), settings["steps"]], settings.get("seconds"))
+    snapshots = Snapshots(measures, settings.get("snapshots", []), settings["steps"], settings.get("seconds"))
     snapshots.trainer = trainer
     trainer.add_callback(snapshots)
     snapshots.measure(0)

@@ -132,6 +132,12 @@ def folder(tmp_path, stand_ins, monkeypatch):
         complete(args)
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", shortened)
+    search = transformers.Trainer.hyperparameter_search
+
+    def one_trial(self, hp_space, compute_objective, n_trials, *args, **kwargs):
+        return search(self, hp_space, compute_objective, 1, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "hyperparameter_search", one_trial)
     configure = transformers.GenerationConfig.__init__
 
     def brief(config, **kwargs):

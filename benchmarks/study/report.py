@@ -253,6 +253,17 @@ def priming_table(results: Results) -> str:
     return table(["teacher's line", "answers by", *(NAMES[c] for c in columns), "seeds"], rows)
 
 
+def priming_differences_table(results: Results) -> str:
+    columns = ["accuracy", "sampled_accuracy", "forward_kl", "student_entropy"]
+    rows = []
+    for source in ("dataset", "teacher"):
+        plain = results["priming"].get(f"no line, {source}", [])
+        for line in ("careful", "pupil"):
+            runs = results["priming"].get(f"{line}, {source}", [])
+            rows.append([line, source, *(shown(paired(runs, plain, "end", c), c, signed=True) for c in columns)])
+    return table(["line minus no line", "answers by", *(NAMES[c] for c in columns)], rows)
+
+
 def teacher_table(results: Results) -> str:
     rows = [
         [run["name"], *(f"{100 * run[c]:.1f}" for c in ("accuracy", "sampled_accuracy"))]
@@ -469,6 +480,7 @@ def all_tables(results: Results, real: dict) -> dict[str, str]:
         "ablations": ablation_table(results),
         "teacher": teacher_table(results),
         "priming": priming_table(results),
+        "priming, differences": priming_differences_table(results),
         "real, rouge": real_rouge_table(real),
         "real, kl": real_kl_table(real),
     }

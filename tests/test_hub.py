@@ -210,6 +210,26 @@ class TestDuringTraining:
         assert torch.equal(prompt, trainer.prompt_embeddings())
         assert not any(path.startswith("checkpoint") for path in files if "all" not in strategy)
 
+    def test_no_checkpoint_goes_while_an_upload_lists_its_files(self, hub, promptkd, tmp_path, monkeypatch):
+        """Such an upload failed now and then; what is too old goes before the push, and after those that run."""
+        seen, original = [], huggingface_hub.HfApi._prepare_upload_folder_additions
+
+        def list_slowly(*args, **kwargs):
+            before = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+            time.sleep(0.5)
+            seen.append((before, {path.name for path in (tmp_path / "run").glob("checkpoint-*")}))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "_prepare_upload_folder_additions", list_slowly)
+        settings = {"push_to_hub": True, "hub_model_id": "me/student", "hub_strategy": "checkpoint"}
+        settings |= {"hub_always_push": True, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+        promptkd(local_models(), "adapter", max_steps=3, **settings).train()
+        assert len(seen) == 6
+        for index, (before, after) in enumerate(seen):  # student and checkpoint of each step
+            step = index // 2 + 1
+            assert before <= after
+            assert min(before) == f"checkpoint-{step}"
+
     def test_a_pushed_checkpoint_can_be_resumed_from(self, hub, promptkd, tmp_path, monkeypatch):
         settings = {"push_to_hub": True, "hub_model_id": "me/student", "hub_strategy": "checkpoint"}
         settings |= {"max_steps": 1, "lr_scheduler_type": "constant"}

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from .files import whole_file
-from .hub import push_checkpoint
+from .hub import push_checkpoint, wait_for_push
 
 
 __all__ = ["checkpoint_folders", "checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
@@ -38,7 +38,7 @@ _NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 def save_whole_checkpoint(
     trainer: Trainer, save: Callable[[], None], push: Callable[[str], None], run_dir: str
 ) -> None:
-    """Write the checkpoint of this step, list its files, push it, and then remove what is too old.
+    """Write the checkpoint of this step, list its files, remove what is too old, and push it.
 
     Args:
         trainer: Whose checkpoint.
@@ -70,8 +70,8 @@ def save_whole_checkpoint(
         with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump({"files": sizes}, file, indent=1)
         os.remove(begun)
-    push_checkpoint(trainer, folder, push)
     if args.should_save and limit:
+        wait_for_push(trainer)
         for old in checkpoint_folders(run_dir):
             if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # what a killed run left must not outlive a whole one
                 shutil.rmtree(old, ignore_errors=True)
@@ -81,6 +81,9 @@ def save_whole_checkpoint(
             best_model_checkpoint=trainer.state.best_model_checkpoint,
             use_mtime=True,
         )
+    push_checkpoint(
+        trainer, folder, push
+    )  # last: an upload of `output_dir` fails where a folder goes while its files are listed
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .prompt_encoder import ADAPTER_FOLDER
 
 
-__all__ = ["make_branch", "push_checkpoint"]
+__all__ = ["make_branch", "push_checkpoint", "wait_for_push"]
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +24,17 @@ def make_branch(trainer: Trainer, token: str | None) -> None:
     if args.hub_revision is not None and trainer.is_world_process_zero():
         api = HfApi(token=token or args.hub_token)
         api.create_branch(trainer.hub_model_id, branch=args.hub_revision, exist_ok=True)
+
+
+def wait_for_push(trainer: Trainer) -> None:
+    """Where `hub_always_push` says so, wait for an upload that runs: its files must neither change nor go."""
+    if trainer.args.hub_always_push and _is_pushing(trainer):
+        trainer.push_in_progress.wait_until_done()
+
+
+def _is_pushing(trainer: Trainer) -> bool:
+    running = getattr(trainer, "push_in_progress", None)  # of those that push
+    return running is not None and not running.is_done()
 
 
 def push_checkpoint(trainer: Trainer, folder: str, push: Callable[[str], None]) -> None:
@@ -41,11 +52,9 @@ def push_checkpoint(trainer: Trainer, folder: str, push: Callable[[str], None]) 
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
         return
-    running = trainer.push_in_progress
-    if running is not None and not running.is_done():
-        if not args.hub_always_push:
-            return
-        running.wait_until_done()  # files that are being uploaded must not change
+    wait_for_push(trainer)
+    if _is_pushing(trainer):
+        return
     prompt = os.path.join(folder, ADAPTER_FOLDER)
     if os.path.isdir(prompt):
         shutil.copytree(prompt, os.path.join(args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)

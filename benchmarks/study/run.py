@@ -46,7 +46,7 @@ REGULARIZERS = {
     "linear": {"regularization_coef": 1.0},
     "constant": {"regularization_coef": 1.0, "regularization_schedule": "constant"},
 }
-GRID_SEEDS = [0]
+GRID_SEEDS = [0, 1]
 WARM_STARTS = {"short": 400, "full": STUDENT_STEPS}
 BASE = {"data": "finite", "num_rows": NUM_ROWS, "warm_steps": STUDENT_STEPS, "steps": STEPS, "beta": 1.0}
 TUNING = {"seed": TUNING_SEED, "split": "val", "steps": TUNING_STEPS}

@@ -4,6 +4,7 @@ Used by `make test-package`, from a folder without the sources. The Hub's models
 """
 
 import importlib.resources
+import math
 import re
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def check(readme: Path) -> None:
             exec(tiny(code, model), namespace)
             trainer = namespace["trainer"]
             assert trainer.state.global_step == 1
-            assert trainer.state.log_history[-1]["train_loss"] == trainer.state.log_history[-1]["train_loss"]
+            assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
             print(f"{type(trainer).__name__}: {len(code.strip().splitlines())} lines of README ran.")
 
 

@@ -81,9 +81,8 @@ def save_whole_checkpoint(
             best_model_checkpoint=trainer.state.best_model_checkpoint,
             use_mtime=True,
         )
-    push_checkpoint(
-        trainer, folder, push
-    )  # last: an upload of `output_dir` fails where a folder goes while its files are listed
+    # Last: an upload of `output_dir` fails where a folder goes while its files are listed
+    push_checkpoint(trainer, folder, push)
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:

@@ -74,7 +74,7 @@ def trials_start_here(
         use_settings: Gives `trainer.args` to what the trainer has made of them.
 
     Raises:
-        ValueError: where trials cannot be compared, or not be started anew.
+        ValueError: where trials cannot be started anew.
     """
     name = getattr(backend, "value", backend)
     if name not in (None, "optuna"):

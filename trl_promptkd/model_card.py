@@ -106,10 +106,8 @@ def complete_card(trainer, section: str) -> None:
     """Mend TRL's card in `output_dir`, and put `section` and what both trainers have to say behind it."""
     path = os.path.join(trainer.args.output_dir, "README.md")
     card, repo = ModelCard.load(path), trainer.hub_model_id or "<this repository>"
-    base, shown = (
-        hub_id(_start_of(trainer)),
-        card.data.base_model,
-    )  # TRL takes any path that is no folder now for a name
+    # TRL takes any path that is no folder now for a name
+    base, shown = hub_id(_start_of(trainer)), card.data.base_model
     card.data.base_model, card.data.pipeline_tag = base, "text-generation"
     card.data.tags = sorted(card.data.tags)  # of a set: another order in each process, and another commit
     if is_peft_model(trainer.model):
@@ -122,15 +120,8 @@ def complete_card(trainer, section: str) -> None:
     text = text.replace(
         "### Framework versions\n\n", f"### Framework versions\n\n- trl_promptkd: {_version()}\n{versions}"
     )
-    text = (
-        text.rstrip()
-        + "\n"
-        + section
-        + _data_section(trainer)
-        + _metrics_section(trainer)
-        + _loading_section(trainer, repo)
-    )
-    card.text = text
+    ours = [section, _data_section(trainer), _metrics_section(trainer), _loading_section(trainer, repo)]
+    card.text = f"{text.rstrip()}\n{''.join(ours)}"
     write_text(path, str(card))
 
 

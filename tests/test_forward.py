@@ -71,8 +71,12 @@ def alone(model, row, soft_prompt=None):
     return model(inputs_embeds=embeds).logits[0, len(soft_prompt) :].log_softmax(-1)
 
 
-@torch.no_grad()
 class TestForwardLogits:
+    @pytest.fixture(autouse=True)
+    def _no_grad(self):
+        with torch.no_grad():
+            yield
+
     @pytest.mark.parametrize("side", ["left", "right", "both"])
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("prompted", [True, False])
@@ -150,8 +154,12 @@ class TestSoftPromptGradient:
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
 
 
-@torch.no_grad()
 class TestCompletionStates:
+    @pytest.fixture(autouse=True)
+    def _no_grad(self):
+        with torch.no_grad():
+            yield
+
     def test_selects_what_predicts_the_labels_in_their_order(self):
         model = tiny_model("gpt2")
         ids, mask, _ = pad(ROWS, "left")
@@ -194,7 +202,9 @@ class TestCompletionStates:
         config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False)
         lora = get_peft_model(tiny_model("llama"), config).eval()
         ids, mask, _ = pad(ROWS, "left")
-        known = completion_states(lora, ids, mask, torch.where(mask == 1, ids, -100))
+        labels = torch.where(mask == 1, ids, -100)
+        labels[:, 1:][mask[:, :-1] == 0] = -100
+        known = completion_states(lora, ids, mask, labels)
         expected = lora(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
         torch.testing.assert_close(
             known.logits(), expected[:, :-1][mask[:, 1:] * mask[:, :-1] == 1], atol=1e-4, rtol=0

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "is_sharded",
     "prompted_embeddings",
     "whole_weights",
+    "without_router_logits",
 ]
 
 
@@ -178,7 +180,8 @@ class TokenStates:
         base = _base(self.model)
         with _decoder_replaced(base, states):
             ids = torch.zeros(1, 1, dtype=torch.long, device=states.device)
-            return type(base).forward(base, input_ids=ids, use_cache=False).logits[0]
+            router = without_router_logits(base)
+            return type(base).forward(base, input_ids=ids, use_cache=False, **router).logits[0]
 
     def detach(self) -> "TokenStates":
         """The same, through which no gradient flows: neither to the states nor to the head."""
@@ -193,7 +196,7 @@ class TokenStates:
         if self.are_logits:
             return []
         base = _base(self.model)
-        inside = set(map(id, base.get_decoder().parameters()))
+        inside = {id(p) for module in _below_the_head(base) for p in module.parameters()}
         head = set(map(id, base.get_output_embeddings().parameters()))
         return [p for p in base.parameters() if p.requires_grad and (id(p) not in inside or id(p) in head)]
 
@@ -218,7 +221,7 @@ def completion_states(
     Returns:
         [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already where the model is sharded.
     """
-    decoder = _base(model).get_decoder()
+    decoder = _decoder(_base(model))
     trained = labels[:, 1:] != -100  # (batch, seq - 1)
     width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not asked for
     inputs = _inputs(model, decoder, input_ids[:, :width], attention_mask[:, :width], soft_prompt)
@@ -245,45 +248,81 @@ def _inputs(
     # The class's signature: wrappers may hide it. Models without positions (BLOOM, MPT) count them from the mask themselves
     if "position_ids" in inspect.signature(type(asked).forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    return inputs
+    return inputs | without_router_logits(asked)
 
 
-class _States:
-    """Stands in for a decoder's output: the states, and nothing of what else there may be (caches, router logits)."""
+def without_router_logits(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a mixture of experts from its load-balancing loss; none for other models.
 
-    def __init__(self, states: Tensor):
-        self.last_hidden_state = states
+    Some checkpoints ask for router logits in their configuration. The loss made of them fails in a padded batch that is generated.
+    """
+    return {"output_router_logits": False} if _takes_router_logits(_base(model)) else {}
 
-    def __getitem__(self, index: int) -> Tensor | None:
-        return self.last_hidden_state if index == 0 else None
+
+def _takes_router_logits(model: nn.Module) -> bool:
+    return "output_router_logits" in inspect.signature(type(model).forward).parameters
+
+
+def _decoder(base: Any) -> Any:
+    """The module that makes the hidden states which the output head turns into logits.
+
+    It is what `get_decoder` names. Some models name themselves (Llama 4) or their head (ModernBERT) there.
+
+    Raises:
+        ValueError: if the model has no such module.
+    """
+    head = base.get_output_embeddings()
+    for module in (base.get_decoder(), base.base_model, getattr(base, "model", None)):
+        if isinstance(module, nn.Module) and module is not base and module is not head:
+            return module
+    raise ValueError(
+        f"{type(base).__name__} has no decoder apart from its output head, so its logits cannot be computed a few tokens at a time. "
+        "`get_decoder()` must return the module whose hidden states `forward` turns into logits. Choose another model."
+    )
+
+
+def _below_the_head(base: Any) -> list[nn.Module]:
+    """The decoder, and the model around it where that is not `base` itself: in a multimodal model, what embeds text and images."""
+    decoder, around = _decoder(base), base.base_model
+    is_around = around is not base and around is not decoder and any(module is decoder for module in around.modules())
+    return [decoder, around] if is_around else [decoder]
+
+
+@dataclass
+class _StatesAlone(BaseModelOutputWithPast):
+    """Stands in for a decoder's output: the states, and `None` for whatever else a model may return (router logits, image states)."""
 
     def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return None
 
 
 @contextmanager
 def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
-    """Inside, `base`'s forward takes `states` `(num_tokens, hidden)` for what its decoder says.
+    """Inside, `base`'s forward takes `states` `(num_tokens, hidden)` for the output of its decoder.
 
     Raises:
-        ValueError: where the forward does not ask the decoder, so that what came out of it is something else.
+        ValueError: if the forward does not call the decoder, so that its output is something else.
     """
-    decoder = base.get_decoder()
-    own, asked = decoder.__dict__.get("forward"), []
+    modules, called = _below_the_head(base), []
+    own = [module.__dict__.get("forward") for module in modules]
 
-    def give(*args: Any, **kwargs: Any) -> _States:
-        asked.append(True)
-        return _States(states.unsqueeze(0))
+    def give(*args: Any, **kwargs: Any) -> _StatesAlone:
+        called.append(True)
+        return _StatesAlone(last_hidden_state=states.unsqueeze(0))
 
-    decoder.forward = give
+    for module in modules:
+        module.forward = give  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if own is None:
-            del decoder.__dict__["forward"]
-        else:
-            decoder.forward = own
-    if not asked:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = forward  # type: ignore[method-assign]
+    if not called:
         raise ValueError(
             f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so that its output head cannot be asked by "
             "itself. Implement `get_decoder` in the model's class, such that `forward` makes its logits of what that module returns."

@@ -25,7 +25,7 @@ from transformers.generation import GenerationMode
 
 from ._trl import sampling_loop, unwrap_model_for_generation
 from .data import pad_rows
-from .forward import is_sharded, prompted_embeddings
+from .forward import is_sharded, prompted_embeddings, without_router_logits
 
 
 __all__ = [
@@ -193,6 +193,7 @@ def generate_completions(
             draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
             sequences = model.generate(
                 **inputs,
+                **without_router_logits(model),
                 attention_mask=mask,
                 generation_config=generation_config,
                 logits_processor=processors,

@@ -1137,7 +1137,7 @@ DATA = [
         "ids_beyond",
         "tokenized rows with ids of another tokenizer",
         [{"prompt_ids": [7], "completion_ids": [999]}],
-        "`completion_ids` hold the id 999, which the tokenizer does not have (its ids go up to 29)",
+        "`completion_ids` hold the id 999, which the tokenizer does not have (its ids go up to 39)",
         "Tokenize the data with",
     ),
     _data(
@@ -1535,7 +1535,7 @@ FILES = [
         "a cache of another tokenizer",
         partial(from_cache, processing_class=tiny_tokenizer(["imagine", "a"])),
         ValueError,
-        "made with another number of tokens: 30 there, 8 here",
+        "made with another number of tokens: 40 there, 8 here",
         "Use the tokenizer it was made with",
     ),
     Case(
@@ -1736,7 +1736,7 @@ MODELS = [
         "a teacher with fewer entries than the tokenizer has tokens",
         lambda folder: promptkd(folder, model=tiny_model(), teacher=tiny_model(vocab_size=20)),
         ValueError,
-        "The teacher's vocabulary has 20 entries, but the tokenizer has 30 tokens",
+        "The teacher's vocabulary has 20 entries, but the tokenizer has 40 tokens",
         "Student, teacher and `processing_class` must share one tokenizer",
         needs_weights=True,
     ),
@@ -1813,7 +1813,7 @@ MODELS = [
             tiny_model(vocab_size=10), answered_dataset(4), str(folder / "cache"), tiny_tokenizer()
         ),
         ValueError,
-        "vocabulary has 10 entries, but the tokenizer has 30 tokens",
+        "vocabulary has 10 entries, but the tokenizer has 40 tokens",
         "must share one tokenizer",
     ),
     Case(

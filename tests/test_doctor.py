@@ -439,7 +439,7 @@ class TestHealthy:
         arguments = healthy()
         arguments["teacher"].resize_token_embeddings(64)
         findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
-        assert "compared on the 30 real ids" in findings["vocabulary"].found
+        assert "compared on the 40 real ids" in findings["vocabulary"].found
 
     def test_a_pad_token_of_its_own(self):
         arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))

@@ -13,10 +13,12 @@ from trl_promptkd.forward import input_embeddings
 from trl_promptkd.teacher import (
     check_init_kwargs,
     check_same_tokenizer,
+    disable_dropout,
     freeze,
     load_teacher,
     load_teacher_tokenizer,
     position_limit,
+    recomputed_activations,
     shared_vocab_size,
 )
 
@@ -33,7 +35,7 @@ class TestTokenizers:
 
     def test_a_missing_token_is_named(self):
         with pytest.raises(ValueError, match=f"'{WORDS[-1]}' for the student .* and None for the teacher"):
-            check_same_tokenizer(tiny_tokenizer(), tiny_tokenizer(WORDS[:-1]))
+            check_same_tokenizer(tiny_tokenizer(WORDS), tiny_tokenizer(WORDS[:-1]))
 
     def test_a_folder_without_tokenizer_gives_none(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
@@ -45,7 +47,11 @@ class TestTokenizers:
 
 class TestSharedVocabSize:
     def test_one_size_compares_everything(self):
-        assert shared_vocab_size(tiny_model(), tiny_model(seed=1), tiny_tokenizer()) is None
+        assert shared_vocab_size(tiny_model(), tiny_model(seed=1), tiny_tokenizer()) == 40
+
+    def test_padding_of_one_size_compares_the_real_ids(self):
+        models = tiny_model(vocab_size=48), tiny_model(vocab_size=48, seed=1)
+        assert shared_vocab_size(*models, tiny_tokenizer(WORDS)) == 30
 
     def test_other_padding_compares_the_real_ids(self):
         tokenizer = tiny_tokenizer()
@@ -57,7 +63,7 @@ class TestSharedVocabSize:
         size = len(tokenizer)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         assert len(tokenizer) == size + 1
-        assert shared_vocab_size(tiny_model(vocab_size=size), tiny_model(vocab_size=size), tokenizer) is None
+        assert shared_vocab_size(tiny_model(vocab_size=size), tiny_model(vocab_size=size), tokenizer) == size
         assert shared_vocab_size(tiny_model(vocab_size=size), tiny_model(vocab_size=64), tokenizer) == size
 
     def test_too_small_a_vocabulary_is_refused(self):
@@ -158,3 +164,32 @@ class TestTeachersByName:
     def test_what_bitsandbytes_writes_of_itself_is_taken(self):
         settings = BitsAndBytesConfig(load_in_4bit=True).to_dict()
         check_init_kwargs("teacher_model_init_kwargs", {"quantization_config": settings})
+
+
+class TestDisableDropout:
+    @pytest.mark.parametrize(
+        ("family", "rates"),
+        [
+            ("falcon", {"hidden_dropout": 0.5, "attention_dropout": 0.5}),  # read from the configuration at each call
+            ("opt", {"dropout": 0.5, "attention_dropout": 0.5}),  # numbers in the layers
+            ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),  # modules
+            ("llama", {"attention_dropout": 0.5}),
+        ],
+    )
+    def test_training_mode_computes_as_evaluation_mode(self, family, rates):
+        model = tiny_model(family, **rates)
+        ids = torch.tensor([[7, 8, 9, 10, 11, 12]])
+        expected = model(ids).logits
+        assert not torch.equal(model.train()(ids).logits, expected)  # else the test could not fail
+        disable_dropout(model)
+        torch.testing.assert_close(model(ids).logits, expected)
+        assert {name: getattr(model.config, name) for name in rates} == rates  # what is saved with the model
+
+    def test_a_teachers_gradient_checkpointing_is_without_it(self):
+        model = freeze(tiny_model("falcon", hidden_dropout=0.5, attention_dropout=0.5))
+        ids = torch.tensor([[7, 8, 9, 10, 11, 12]])
+        expected = model(ids).logits
+        disable_dropout(model)
+        embeds = model.get_input_embeddings()(ids).requires_grad_()
+        with recomputed_activations(model, True):
+            torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import concatenate_datasets, load_dataset
 from reference import kl, log_probs
-from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
 from trl_promptkd.teacher_cache import writer
@@ -404,6 +404,28 @@ class TestTraining:
         trainer.train()
         return trainer
 
+    @pytest.mark.parametrize("preset", ["tiny", "standard", "exact"])
+    def test_padded_vocabularies_are_kept_as_cut_ones(self, build, make_primed_args, preset):
+        """Entropies and draws are of real ids only, for the teacher and for the student."""
+        tokenizer, logs = tiny_tokenizer(WORDS), []
+        for size in (48, len(tokenizer)):
+            student, teacher = tiny_model(seed=1, vocab_size=48), tiny_model(seed=2, vocab_size=48)
+            for model in (student, teacher):
+                model.resize_token_embeddings(size)
+            cache = build(teacher=teacher, preset=preset, folder=f"cache{size}", processing_class=tokenizer)
+            assert cache.manifest.vocab_size == len(tokenizer)
+            args = make_primed_args(kd_beta=0.0, kd_temperature=1.0, alpha=0.0)
+            trainer = self.train(args, cache, model=student, processing_class=tokenizer)
+            logs.append(trainer.state.log_history[0])
+        for name in ("loss", "kd", "entropy/teacher", "entropy/student"):
+            assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-6), name
+
+    def test_draws_of_padding_are_refused(self, build):
+        cache = build(preset="tiny")
+        cache.manifest.real_vocab_size = 30  # as an earlier version wrote it for a padded vocabulary
+        with pytest.raises(ValueError, match="draws from 40 entries of the teacher's vocabulary, of which only 30"):
+            cache.check_serves(1.0, 0.0, 0.0)
+
     @pytest.mark.parametrize(("beta", "temperature"), [(1.0, 5.942), (0.0, 1.0), (0.5, 2.0)])
     def test_exact_gives_the_losses_of_the_live_teacher(self, build, make_primed_args, beta, temperature):
         """In another order, on a subset, and with another accumulation than it was built with; vocabularies padded to one size."""
@@ -466,7 +488,7 @@ class TestTraining:
             ({"priming": None}, "another priming"),
             (
                 {"processing_class": tiny_tokenizer(["imagine", "a", "cat"])},
-                "another number of tokens: 30 there, 9 here",
+                "another number of tokens: 40 there, 9 here",
             ),
             (
                 {"dataset": answered_dataset(13)},

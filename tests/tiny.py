@@ -7,16 +7,30 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteMoeSharedConfig,
+    Llama4TextConfig,
     LlamaConfig,
+    LlavaConfig,
+    MambaConfig,
     MistralConfig,
+    MixtralConfig,
+    ModernBertDecoderConfig,
+    OlmoeConfig,
     OPTConfig,
     PhiConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    RwkvConfig,
 )
 
 
@@ -53,9 +67,12 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 40
 
 
-def tiny_tokenizer(words=WORDS, pad_is_eos=True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(words=None, pad_is_eos=True) -> PreTrainedTokenizerFast:
+    """By default with as many tokens as the models have entries, some of which no text holds."""
     special = ["<eos>", "<unk>", "<user>", "<assistant>", "<system>", "<pad>"]
-    vocab = {token: index for index, token in enumerate([*special, *words])}
+    unused = [f"unused{index}" for index in range(len(special) + len(WORDS), VOCAB_SIZE)] if words is None else []
+    words = WORDS if words is None else words
+    vocab = {token: index for index, token in enumerate([*special, *words, *unused])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -83,16 +100,60 @@ CONFIGS = {
     "gpt_neox": (GPTNeoXConfig, {**_SMALL, "intermediate_size": 48}),
     "phi": (PhiConfig, {**_SMALL, "intermediate_size": 48}),
 }
+_EXPERTS = {**_GLU, "num_experts_per_tok": 2}
+# Mixtures of experts; those of Qwen2-MoE and Granite share some among all tokens
+EXPERTS = {
+    "mixtral": (MixtralConfig, {**_EXPERTS, "num_local_experts": 4}),
+    "qwen3_moe": (Qwen3MoeConfig, {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}),
+    "qwen2_moe": (
+        Qwen2MoeConfig,
+        {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
+    ),
+    "granite_shared": (GraniteMoeSharedConfig, {**_EXPERTS, "num_local_experts": 4, "shared_intermediate_size": 24}),
+    "olmoe": (OlmoeConfig, {**_EXPERTS, "num_experts": 4}),
+}
+# Of other kinds: a state instead of attention (RWKV's ignores the attention mask), dropout that is read from the configuration
+# (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its head as its decoder (ModernBERT)
+OTHERS = {
+    "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    "rwkv": (RwkvConfig, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "falcon": (FalconConfig, {**_SMALL, "multi_query": True, "new_decoder_architecture": False}),
+    "gemma4": (Gemma4TextConfig, {**_GEMMA, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40}),
+    "llama4": (
+        Llama4TextConfig,
+        {**_GLU, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
+    ),
+    "modernbert": (ModernBertDecoderConfig, {**_SMALL, "intermediate_size": 48}),
+}
 
 
 def tiny_model(family="llama", seed=0, vocab_size=VOCAB_SIZE, dtype=torch.float32, **overrides):
     """A random model whose logits are far from uniform, so that divergences are not all nearly zero."""
-    config_class, settings = CONFIGS[family]
+    config_class, settings = {**CONFIGS, **EXPERTS, **OTHERS}[family]
     config = config_class(
         vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **{**settings, **overrides}
     )
+    return _random_model(AutoModelForCausalLM, config, seed, dtype)
+
+
+def tiny_multimodal_model(family="gemma3", seed=0):
+    """A model of images and texts, whose text model is that of [`tiny_model`]."""
+    text = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    vision = {**_SMALL, "num_hidden_layers": 1, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    if family == "gemma3":
+        config = Gemma3Config(text_config={**_GEMMA, **text}, vision_config=vision, image_token_id=39)
+    elif family == "llava":
+        config = LlavaConfig(
+            text_config={"model_type": "qwen2", **_GLU, **text},
+            vision_config={"model_type": "siglip_vision_model", **vision},
+            image_token_index=39,
+        )
+    return _random_model(AutoModelForImageTextToText, config, seed)
+
+
+def _random_model(auto_class, config, seed, dtype=torch.float32):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = auto_class.from_config(config, dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -1,6 +1,7 @@
 """What is refused before any weights are loaded, and what the tokenizer must be for both models."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,11 +32,14 @@ __all__ = [
     "check_positions",
     "check_sharding",
     "check_soft_prompt",
+    "loaded_settings",
     "prepare_tokenizer",
+    "restore_settings",
 ]
 
 logger = logging.get_logger(__name__)
 
+_CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
 _HUB_KWARGS = (
     *("revision", "subfolder", "trust_remote_code", "code_revision"),
@@ -217,6 +221,33 @@ def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> A
         return AutoConfig.from_pretrained(name, **_config_kwargs(init_kwargs, trust_remote_code))
     except Exception:
         return None
+
+
+def loaded_settings(model: Any, args: Any) -> dict[str, Any]:
+    """What the base classes change in the student's configuration, as it was loaded.
+
+    TRL switches the load-balancing loss of a mixture of experts on there. Nothing here computes it, and a student that is saved with it
+    fails in padded generation. transformers switches the KV cache off, which would make a saved student slow.
+
+    Args:
+        model: The student, or its name.
+        args: Has `model_init_kwargs` and `trust_remote_code`.
+    """
+    init_kwargs = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
+    config = _published_config(model, init_kwargs, args.trust_remote_code) if isinstance(model, str) else model.config
+    settings = {"output_router_logits": False, "use_cache": True}  # the defaults, if the configuration cannot be read
+    if config is not None:
+        text_config = config.get_text_config()
+        settings |= {name: getattr(text_config, name) for name in _CHANGED_SETTINGS if hasattr(text_config, name)}
+    return settings | {name: init_kwargs[name] for name in _CHANGED_SETTINGS if name in init_kwargs}
+
+
+def restore_settings(model: Any, settings: Mapping[str, Any]) -> None:
+    """Give the student's configuration what [`loaded_settings`] found."""
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in settings.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
 
 
 def prepare_tokenizer(

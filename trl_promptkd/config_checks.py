@@ -137,6 +137,11 @@ def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str
             raise ValueError(
                 f"`{name}={getattr(config, name)!r}` has no meaning in {method}: {why}. Leave it at {supported!r}."
             )
+    if config.router_aux_loss_coef:
+        raise ValueError(
+            f"`router_aux_loss_coef={config.router_aux_loss_coef!r}` has no meaning in {method}: the load-balancing loss of a mixture of "
+            "experts is not computed. Leave it at None, or set it to 0.0, which says the same."
+        )
     if config.completion_only_loss is False:
         raise ValueError(
             f"`completion_only_loss=False` has no meaning in {method}: only completions are distilled. Leave it away."

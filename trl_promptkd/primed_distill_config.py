@@ -30,7 +30,6 @@ _IGNORED = {
     "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
     "enable_jit_checkpoint": (False, "it saves in the middle of a step; `save_on_interrupt=True` does so at its end"),
     "label_smoothing_factor": (0.0, "the teacher's distribution is the smoothing; `alpha` weighs it"),
-    "router_aux_loss_coef": (None, "the load-balancing loss of mixture-of-experts models is not computed"),
 }
 
 

@@ -26,9 +26,12 @@ from .checks import (
     check_found,
     check_positions,
     check_sharding,
+    loaded_settings,
     prepare_tokenizer,
+    restore_settings,
 )
 from .chunked_loss import chunked_sums
+from .compare import check_forward
 from .data import count_trained_tokens, grouped_by_length, without_repeats
 from .forward import TokenStates, completion_states, forward_logits, inside_forward
 from .hub import make_branch
@@ -207,6 +210,7 @@ class PrimedDistillTrainer(SFTTrainer):
             data_collator = DataCollatorForPrimedDistillation(processing_class, self.priming, args.pad_to_multiple_of)
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
+        settings_as_loaded = loaded_settings(model, args)
         # 2. The student
         super().__init__(
             model=model,
@@ -223,6 +227,8 @@ class PrimedDistillTrainer(SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
+        restore_settings(self.model, settings_as_loaded)
+        self.aux_loss_enabled = False
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model, adapters=False)
@@ -257,6 +263,7 @@ class PrimedDistillTrainer(SFTTrainer):
         self._check_positions(teacher, train_dataset)
         self._check_positions(teacher, eval_dataset)
         self.teacher_model: Any = place_teacher(teacher, self.model, self.accelerator)
+        self._check_forward()
         self.train_dataset: Any = self._with_teacher_answers(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._with_teacher_answers(eval_dataset, "eval_dataset")
 
@@ -387,6 +394,15 @@ class PrimedDistillTrainer(SFTTrainer):
                 len(prompt) + max(answer, new_tokens) for prompt, answer in zip(dataset[column], answers, strict=True)
             )
             check_positions(role, model, longest, f"Lower `{limit}` to leave such rows out, or `max_new_tokens`.")
+
+    def _check_forward(self) -> None:
+        """Compare the passes of both models with their own forward."""
+        settings = (self.processing_class, self.accelerator)
+        check_forward("student", self.model, *settings, vocab_size=self.shared_vocab_size)
+        if self.teacher_cache is None:
+            with self._teacher() as teacher:
+                teacher = self.accelerator.unwrap_model(teacher)
+                check_forward("teacher", teacher, *settings, vocab_size=self.shared_vocab_size)
 
     def _set_signature_columns_if_needed(self) -> None:
         # What `remove_unused_columns=True` keeps

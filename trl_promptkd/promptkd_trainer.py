@@ -31,9 +31,12 @@ from .checks import (
     check_positions,
     check_sharding,
     check_soft_prompt,
+    loaded_settings,
     prepare_tokenizer,
+    restore_settings,
 )
 from .chunked_loss import chunked_sums
+from .compare import check_forward
 from .data import (
     DataCollatorForPromptCompletion,
     check_columns,
@@ -198,6 +201,7 @@ class PromptKDTrainer(GKDTrainer):
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
+        settings_as_loaded = loaded_settings(model, args)
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
         super(GKDTrainer, self).__init__(
@@ -213,6 +217,8 @@ class PromptKDTrainer(GKDTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             peft_config=peft_config,
         )
+        restore_settings(self.model, settings_as_loaded)
+        self.aux_loss_enabled = False
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -247,6 +253,7 @@ class PromptKDTrainer(GKDTrainer):
         self._check_positions(teacher, train_dataset)
         self._check_positions(teacher, eval_dataset)
         self.teacher_model: Any = place_teacher(teacher, self.model, self.accelerator)
+        self._check_forward()
 
         # 4. Sampling and logging
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
@@ -296,6 +303,20 @@ class PromptKDTrainer(GKDTrainer):
         )
         check_positions("student", self.model, longest, remedy)
         check_positions("teacher", teacher, longest + virtual, remedy)
+
+    def _check_forward(self) -> None:
+        """Compare the passes of both models with their own forward, the teacher's with and without its soft prompt."""
+        check = partial(
+            check_forward,
+            processing_class=self.processing_class,
+            accelerator=self.accelerator,
+            vocab_size=self.shared_vocab_size,
+        )
+        check("student", self.model)
+        with self._teacher() as teacher:
+            teacher = self.accelerator.unwrap_model(teacher)
+            check("teacher", teacher)
+            check("prompted teacher", teacher, soft_prompt=self.prompt_embeddings())
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         scheduler = super().create_scheduler(num_training_steps, optimizer)

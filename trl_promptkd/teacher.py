@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -66,12 +68,22 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
     if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        return _from_pretrained(name_or_path, kwargs)
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have access to it, and that "
             f"its files are whole. ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _from_pretrained(name_or_path: str, kwargs: dict[str, Any]):
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    # Models of images and texts, of which only text is asked (Mistral 3, Llava)
+    return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
 
 
 def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:
@@ -136,18 +148,18 @@ def check_same_tokenizer(
 
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
-) -> int | None:
-    """How many token ids both models are compared on.
+) -> int:
+    """How many token ids both models are compared on, and sample from.
 
-    Models of one family may pad their vocabularies to different sizes (Qwen2.5: 151,936 and 152,064). The padding means
-    nothing, so both are then compared, and normalised, on the tokenizer's real ids only. Of a teacher that is not at hand, its
-    vocabulary's size is enough.
+    Models pad their vocabularies, those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The padding stands for no
+    token, so both models are compared, and normalised, on the tokenizer's real ids only. If the teacher itself is not at hand, the size
+    of its vocabulary is enough.
 
     Returns:
-        `int` or `None`: the number of real ids; `None` where both vocabularies have one size and all of it is compared.
+        `int`: the number of real ids.
 
     Raises:
-        ValueError: where a model has fewer entries than the tokenizer has tokens.
+        ValueError: if a model has fewer entries than the tokenizer has tokens.
     """
     student_size = student.config.get_text_config().vocab_size
     teacher_size = teacher if isinstance(teacher, int) else teacher.config.get_text_config().vocab_size
@@ -162,7 +174,7 @@ def shared_vocab_size(
                 f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share one tokenizer."
             )
     # Special tokens beyond both vocabularies (images in Gemma 3's text models) cannot occur in text
-    return None if student_size == teacher_size else min(real_size, student_size, teacher_size)
+    return min(real_size, student_size, teacher_size)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -302,19 +314,33 @@ def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
-    """Set every dropout probability to 0: that of modules, and the numbers that some models (OPT) keep for functional calls.
+    """Set every dropout probability to 0, wherever the model keeps it.
+
+    That is in modules, in numbers for functional calls (OPT), and in the configuration that layers read at each call (Falcon). Layers
+    then get a copy of it. The model's own configuration, which is saved with it, stays as it is.
 
     Args:
         adapters (`bool`): Whether a PEFT adapter's own dropout (`lora_dropout`) is switched off too.
     """
+    without_dropout: dict[int, Any] = {}
     for path, module in model.named_modules():
         if "lora_dropout" in path and not adapters:
             continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel) and _dropout_rates(config):
+            if id(config) not in without_dropout:
+                without_dropout[id(config)] = copied = copy.copy(config)
+                for name in _dropout_rates(config):
+                    setattr(copied, name, 0.0)
+            module.config = without_dropout[id(config)]
+
+
+def _dropout_rates(holder: Any) -> list[str]:
+    return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..chunked_loss import chunked_sums
+from ..compare import distance, distances_from_own_forward, is_exact, is_same
 from ..divergences import kl_divergence, on_shared_support
-from ..forward import forward_logits, input_embeddings
 from ..promptkd_loss import prompt_loss_sums, promptkd_loss_sums, student_loss_sums
 from ..rollouts import stop_ids
 from .case import Case, Finding
@@ -31,32 +31,10 @@ __all__ = [
     "window_split",
 ]
 
-_MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats a token (16 bits, quantized)
 _GRADIENT_ERROR, _GRADIENT_FACTOR = 0.05, 2.0  # of a slope: relatively (float32); up or down (16 bits, quantized)
 _STEPS, _COARSE_STEPS = (1e-2, 3e-3, 3e-2), (3e-2, 1e-1, 1e-2, 3e-1)  # shares of the soft prompt's norm
 _QUALITY_TOKENS = 1024  # that both models' answers are measured on, prompts included
 _FAR, _SAME = 3.0, 1e-4  # nats a token
-
-
-def is_exact(model: Any) -> bool:
-    """Whether two ways to compute the same may only differ by float32's rounding."""
-    return model.dtype == torch.float32 and getattr(model, "quantization_method", None) is None
-
-
-def log_probs(logits: Tensor) -> Tensor:
-    """In float32, where what is as good as impossible is all the same."""
-    return logits.float().log_softmax(dim=-1).clamp(min=-100.0)
-
-
-def apart(logits: Tensor, others: Tensor) -> tuple[float, float]:
-    """How far two sets of logits `(num_tokens, vocab)` are apart: the largest difference of log-probabilities, and the mean KL."""
-    a, b = log_probs(others), log_probs(logits)
-    return float((a - b).abs().max()), float(kl_divergence(a, b).mean())
-
-
-def agree(model: Any, distance: tuple[float, float]) -> bool:
-    difference, kl = distance
-    return difference <= _MAX_DIFFERENCE if is_exact(model) else kl <= _MAX_KL
 
 
 @torch.no_grad()
@@ -94,17 +72,17 @@ def repeatability(case: Case) -> Finding:
     """A teacher that still drops out says something else in every pass."""
     batch = case.batch("teacher")
     first, second = (case.states(case.teacher, batch, case.soft_prompt).logits() for _ in range(2))
-    distance = apart(first, second)
-    if not agree(case.teacher, (10 * distance[0], 10 * distance[1])):
+    off = distance(first, second)
+    if not is_same(off, is_exact(case.teacher), slack=0.1):
         return Finding(
             "repeatability",
             "fail",
-            f"two passes of the teacher over one batch differ by {distance[0]:.2g} in log-probabilities",
+            f"two passes of the teacher over one batch differ by {off.log_probs:.2g} in log-probabilities",
             "Something in it is random in evaluation mode, such as a dropout with `training=True`. Switch it off.",
-            {"difference": distance[0]},
+            {"difference": off.log_probs},
         )
     return Finding(
-        "repeatability", "pass", "two passes of the teacher over one batch agree", "", {"difference": distance[0]}
+        "repeatability", "pass", "two passes of the teacher over one batch agree", "", {"difference": off.log_probs}
     )
 
 
@@ -127,29 +105,20 @@ def padding_soft_prompt(case: Case) -> Finding | None:
 
 @torch.no_grad()
 def _padding(case: Case, view: str, model: Any, soft_prompt: Tensor | None, name: str) -> Finding:
-    """Compare what the trainers ask of a padded batch with the model's own answer for every row alone."""
-    batch = case.batch(view, padding=(7, 3))
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    trained = batch["labels"][:, 1:] != -100
-    size = case.vocab_size
-    alone = [case.batch(view, [row]) for row in case.probes]
-    bare = torch.cat([_bare_logits(model, row, soft_prompt)[:, :size] for row in alone])
-    ways = {
-        "of the loss, padded": case.states(model, batch, soft_prompt).logits(),
-        "of whole rows, padded": forward_logits(model, ids, mask, soft_prompt)[:, :-1][trained][:, :size],
-        "of the loss, row by row": torch.cat([case.states(model, row, soft_prompt).logits() for row in alone]),
-    }
-    distances = {way: apart(logits, bare) for way, logits in ways.items()}
-    worst = max(distances, key=lambda way: distances[way])
+    """Compare the passes of the trainers with the model's own call on every row alone."""
+    prompts = "prompt_ids" if view == "student" else "teacher_prompt_ids"
+    rows = [{"prompt_ids": row[prompts], "completion_ids": row["completion_ids"]} for row in case.probes]
+    pad = case.tokenizer.pad_token_id
+    distances = distances_from_own_forward(model, rows, pad, soft_prompt, case.vocab_size)
+    worst = max(distances, key=lambda way: distances[way].log_probs)
     difference, kl = distances[worst]
     values = {"difference": difference, "kl": kl}
     about = f"{difference:.1e} in log-probabilities, {max(kl, 0.0):.1e} nats a token"
     if view == "student":
-        naive = apart(model(input_ids=ids, attention_mask=mask).logits[:, :-1][trained][:, :size], bare)
-        values["difference_without_position_ids"] = naive[0]
-        about += f" (without position ids, as GKDTrainer asks, {naive[0]:.1e})"
-    wrong = [way for way, distance in distances.items() if not agree(model, distance)]
-    if wrong:
+        naive = _without_positions(case, model)
+        values["difference_without_position_ids"] = naive
+        about += f" (without position ids, as GKDTrainer asks, {naive:.1e})"
+    if not all(is_same(off, is_exact(model)) for off in distances.values()):
         return Finding(
             name,
             "fail",
@@ -161,16 +130,13 @@ def _padding(case: Case, view: str, model: Any, soft_prompt: Tensor | None, name
     return Finding(name, "pass", f"padded rows are as alone, to {about}", "", values)
 
 
-def _bare_logits(model: Any, row: dict[str, Tensor], soft_prompt: Tensor | None) -> Tensor:
-    """The model's own logits at the answer's tokens of one row, with nothing but its ids (behind the soft prompt's embeddings)."""
-    ids = row["input_ids"]
-    if soft_prompt is None:
-        logits = model(input_ids=ids).logits
-    else:
-        embeds = input_embeddings(model)(ids)
-        logits = model(inputs_embeds=torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)).logits
-    answer = int((row["labels"] != -100).sum())
-    return logits[0, -answer - 1 : -1].float()
+def _without_positions(case: Case, model: Any) -> float:
+    """How far the logits of a padded batch are from the trainers' own without position ids, in log-probabilities."""
+    batch = case.batch("student", padding=(7, 3))
+    trained = batch["labels"][:, 1:] != -100
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    exact = case.states(model, batch).logits()
+    return distance(logits[:, :-1][trained][:, : case.vocab_size], exact).log_probs
 
 
 def soft_prompt_gradient(case: Case) -> Finding | None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_positions
+from ..compare import check_forward
 from ..files import remove_incomplete
 from ..primed_collator import tokenize_primed_dataset
 from ..priming import PrimingTemplate, resolve_priming
@@ -110,7 +111,7 @@ def build_teacher_cache(
         raise TypeError(
             f"`teacher` is a {type(teacher).__name__}; it must be a name, a folder or a causal language model."
         )
-    shared_vocab_size(teacher, teacher, processing_class)  # refuses one that is too small for the tokenizer
+    vocab_size = shared_vocab_size(teacher, teacher, processing_class)
     longest = max(dataset["length"]) + (max_new_tokens if response_source == "teacher" else 0)
     check_positions(
         "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
@@ -132,7 +133,6 @@ def build_teacher_cache(
     pad_token_id = (
         (processing_class.eos_token_id or 0) if pad_token_id is None else pad_token_id
     )  # masks come from lengths
-    head = teacher.get_output_embeddings()
     manifest = Manifest(
         teacher={
             "name": config._name_or_path,
@@ -142,7 +142,7 @@ def build_teacher_cache(
             "weights": weights_fingerprint(teacher),
         },
         **describe_tokenizer(processing_class),
-        vocab_size=getattr(head, "out_features", head.weight.size(0)),
+        vocab_size=vocab_size,
         priming=describe_priming(template),
         response_source=response_source,
         preset=preset,
@@ -152,6 +152,7 @@ def build_teacher_cache(
     )
     _claim_folder(output_dir, manifest, accelerator)
     model = accelerator.prepare_model(teacher, evaluation_mode=True)
+    check_forward("teacher", teacher, processing_class, accelerator, vocab_size=vocab_size)
     if sampling is not None:
         args = SimpleNamespace(
             **sampling,
@@ -171,7 +172,7 @@ def build_teacher_cache(
             processing_class,
             generation_config,
             args,
-            manifest.real_vocab_size if manifest.real_vocab_size < manifest.vocab_size else None,
+            vocab_size,
             "the cache",
         )
     build = CacheWriter(model, teacher, dataset, output_dir, manifest, batch_size, pad_token_id, accelerator)

@@ -136,7 +136,7 @@ class Manifest:
         teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint.
         tokenizer (`str`): Hash of the vocabulary.
         real_vocab_size (`int`): Number of ids that stand for tokens.
-        vocab_size (`int`): The teacher's: how wide the kept distributions are.
+        vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
         chat_template (`str`): Its hash.
         priming (`dict`, *optional*): `text`, `placement` and the text's `hash`; `None` without priming.
         response_source (`str`): `"dataset"` or `"teacher"`: who wrote the answers.

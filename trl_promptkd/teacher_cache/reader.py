@@ -245,6 +245,11 @@ class TeacherCache:
         Raises:
             ValueError: naming the preset that serves it.
         """
+        if self.preset.draws and self.manifest.vocab_size > self.manifest.real_vocab_size:
+            raise ValueError(
+                f"The teacher cache at {self.path} holds draws from {self.manifest.vocab_size} entries of the teacher's vocabulary, of which only "
+                f"{self.manifest.real_vocab_size} stand for tokens: an earlier version built it. Build the cache again."
+            )
         if self.preset.draws and (kd_beta != 0 or skew):
             raise ValueError(
                 f"`kd_beta` is {kd_beta} and `skew` {skew}, but the preset 'tiny' of the teacher cache at {self.path} keeps draws, which only "

@@ -135,7 +135,9 @@ class CacheWriter:
     def _check_head(self, basis: Basis, hidden: Tensor, logits: Tensor) -> None:
         """Whether this teacher's logits are its output head applied to its last hidden state, as far as is known here."""
         head, settings = self.teacher.get_output_embeddings(), self.teacher.config.get_text_config()
-        expected = head(hidden.to(head.weight.device)).to(logits.device).float() * _logit_scale(settings)
+        expected = head(hidden.to(head.weight.device)).to(logits.device)[:, : logits.size(-1)].float() * _logit_scale(
+            settings
+        )
         if basis.softcap:
             expected = basis.softcap * torch.tanh(expected / basis.softcap)
         off = kl_divergence(logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)).mean()

@@ -203,6 +203,7 @@ class TestImports:
             "teacher",
             "prompt_encoder",
             "data",
+            "compare",
             "rollouts",
             "vllm_rollouts",
             "sampling_config",

@@ -8,7 +8,6 @@ from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
 
 from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
-    _without_blank_tail,
     check_columns,
     check_ids,
     grouped_by_length,
@@ -17,6 +16,7 @@ from trl_promptkd.data import (
     tokenize_dataset,
     tokenize_row,
 )
+from trl_promptkd.data.tokenize import _without_blank_tail
 
 
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]

@@ -128,7 +128,7 @@ class TestContentParts:
     @pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
     def test_multimodal_columns_are_refused_unless_empty(self, column, tokenizer):
         row = {"prompt": "the cat", "completion": " sat"}
-        for nothing in (None, [], ""):
+        for nothing in (None, [], "", [None], {"bytes": None, "path": None}):
             assert tokenize_row({**row, column: nothing}, tokenizer)["completion_ids"] == [SAT, EOS]
         with pytest.raises(
             ValueError, match=f"`{column}` column is not empty, but multimodal rows are not supported, text"
@@ -234,6 +234,16 @@ class TestToolCalls:
         thoughts = {"role": "assistant", "content": "", "reasoning_content": "hm"}
         with pytest.raises(ValueError, match="writes nothing of the answer"):
             tokenize_row({"messages": [USER, thoughts]}, tokenizer)
+
+    def test_an_answer_by_another_key_that_the_template_drops_is_refused(self, tokenizer):
+        old = {"role": "assistant", "content": None, "function_call": {"name": "weather"}}
+        with pytest.raises(ValueError, match=r"writes nothing of the answer .*function_call"):
+            tokenize_row({"messages": [USER, old]}, tokenizer)
+
+    @pytest.mark.parametrize("calls", ["weather()", {"name": "weather"}, ["weather"]])
+    def test_what_is_no_list_of_calls_is_refused(self, calls, tokenizer):
+        with pytest.raises(ValueError, match=r"hold the `tool_calls` .* must be a list of dicts"):
+            tokenize_row({"messages": [USER, {**ANSWER, "tool_calls": calls}]}, tokenizer)
 
     def test_an_empty_answer_is_trained_on(self, tokenizer):
         assert tokenize_row({"messages": [USER, {**ANSWER, "content": " "}]}, tokenizer)["completion_ids"] == [EOS]

@@ -10,6 +10,7 @@ from trl.trainer.utils import remove_none_values
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
+    _without_blank_tail,
     check_columns,
     check_ids,
     grouped_by_length,
@@ -18,7 +19,6 @@ from trl_promptkd.data import (
     tokenize_dataset,
     tokenize_row,
 )
-from trl_promptkd.data.tokenize import _without_blank_tail
 from trl_promptkd.primed_collator import tokenize_primed_dataset
 
 

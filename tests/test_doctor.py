@@ -459,6 +459,14 @@ class TestHealthy:
         findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
         assert "compared on the 30 real ids" in findings["vocabulary"].found
 
+    def test_rows_of_mixed_types(self):
+        """Arrow keeps the contents of these two as JSON only."""
+        arguments = healthy()
+        rows = answered_rows(arguments["teacher"], arguments["processing_class"], conversational=True)
+        (message,) = rows[0]["prompt"]
+        rows[0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
+        self.assert_all_pass({**arguments, "dataset": rows})
+
     def test_a_pad_token_of_its_own(self):
         arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))
         assert "pad '<pad>' (5)" in self.assert_all_pass(arguments)["special_tokens"].found

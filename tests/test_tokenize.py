@@ -6,8 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.data import tokenize_row
-from trl_promptkd.data.tokenize import _without_blank_tail
+from trl_promptkd.data import _without_blank_tail, tokenize_row
 from trl_promptkd.primed_collator import tokenize_primed_row
 
 

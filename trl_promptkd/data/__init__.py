@@ -29,6 +29,7 @@ from .dataset import (
     tokenize_dataset,
 )
 from .rows import NO_TOKENS, check_ids, check_text_only, is_blank, joined_text, split_row
+from .tokenize import _without_blank_tail as _without_blank_tail
 from .tokenize import tokenize_row, tokenize_views
 
 

@@ -183,7 +183,7 @@ class _Template:
 def _check_calls(template: _Template, before: list[dict[str, Any]], turns: list[dict[str, Any]], whole: str) -> None:
     """Refuse an answer with a call of a tool that the template leaves out: the student would learn to stop instead."""
     for index, message in enumerate(turns):
-        calls = message.get("tool_calls") or []
+        calls = list(message.get("tool_calls") or [])
         for which, call in enumerate(calls):
             rest = {"content": "", **message, "tool_calls": calls[:which] + calls[which + 1 :]}
             if not rest["tool_calls"]:

@@ -1,6 +1,6 @@
 """What a row says: its prompt and its answer, checked, and without the `None`s that Arrow fills in."""
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -99,6 +99,11 @@ def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
                 f"A row's `{name}` hold the message {shortened(dict(message))}; it must have a role and a content, such "
                 f"as {_FORM}."
             )
+        calls = message.get("tool_calls") or []
+        if counts and not (isinstance(calls, list | tuple) and all(isinstance(call, Mapping) for call in calls)):
+            raise ValueError(
+                f"A row's `{name}` hold the `tool_calls` {shortened(calls)}; they must be a list of dicts, one for each call."
+            )
         if counts and isinstance(content, list):
             _check_parts(name, content)
 
@@ -124,12 +129,19 @@ def check_text_only(row: Mapping[str, Any]) -> None:
         ValueError: naming the column.
     """
     for name in _MEDIA:
-        value = row.get(name)
-        if value is not None and not (isinstance(value, Sized) and len(value) == 0):
+        if _is_given(row.get(name)):
             raise ValueError(
                 f"A row's `{name}` column is not empty, but multimodal rows are not supported, text only. Filter such rows "
                 f"out, or remove the column with `dataset.remove_columns({name!r})` if the text can do without it."
             )
+
+
+def _is_given(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_is_given, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_is_given, value))
+    return not (value is None or (isinstance(value, str) and not value))
 
 
 def joined_text(content: Any) -> str:
@@ -144,12 +156,15 @@ def is_blank(completion: Any, eos_token: str | None = None) -> bool:
     no call of a tool."""
     if isinstance(completion, str):
         return not (completion.replace(eos_token, "") if eos_token else completion).strip()
-    return all(
-        is_blank(joined_text(message.get("content")), eos_token)
-        and not message.get("tool_calls")
-        and not any(message.get(name) for name in _THOUGHTS)
-        for message in completion
-        if message["role"] == "assistant"
+    return all(_is_blank(message, eos_token) for message in completion if message["role"] == "assistant")
+
+
+def _is_blank(message: Mapping[str, Any], eos_token: str | None) -> bool:
+    content = message.get("content")
+    if content is None:  # then another key speaks
+        return not any(value for name, value in message.items() if name not in ("role", "content"))
+    return is_blank(joined_text(content), eos_token) and not any(
+        message.get(name) for name in ("tool_calls", *_THOUGHTS)
     )
 
 

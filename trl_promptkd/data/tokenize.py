@@ -91,6 +91,8 @@ def _decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
 def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer itself puts before a text, such as a beginning-of-text token. What it puts after one is not told by
     the last id, which may be the user's own."""
+    if not processing_class.num_special_tokens_to_add():
+        return []
     for text in ("a", prompt):  # most tokenizers know the first, and it holds no special token
         bare, whole = _ids(text, processing_class), processing_class(text)["input_ids"]
         for start in range(len(whole) - len(bare) + 1 if bare else 0):
@@ -178,6 +180,8 @@ def _without_blank_tail(
         ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of text
             (Gemma).
     """
+    if not ids or processing_class.decode(ids[-1:]).strip():
+        return ids
     if ends is None:
         ends = {index for index, token in processing_class.added_tokens_decoder.items() if token.special}
     end = max((i + 1 for i, token in enumerate(ids) if token in ends), default=0)

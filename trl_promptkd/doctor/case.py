@@ -123,7 +123,7 @@ class Case:
     @cached_property
     def prepared(self) -> list[dict[str, list[int]]]:
         """The rows as the trainers prepare them: cut (PromptKD) or dropped where they are too long."""
-        rows = Dataset.from_list(self.raw)
+        rows = Dataset.from_list(self.raw, on_mixed_types="use_json")
         limits = {"answers_needed": self.answers_needed, "overlong": self.overlong}
         if self.priming is None:
             return list(tokenize_dataset(rows, "dataset", self.tokenizer, self.max_length, **limits))  # type: ignore[arg-type]

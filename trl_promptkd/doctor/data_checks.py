@@ -96,7 +96,7 @@ def special_tokens(case: Case) -> Finding:
 
 def data(case: Case) -> Finding:
     """Rows without prompts or answers train on nothing and say nothing."""
-    check_columns(Dataset.from_list(case.raw[:1]), "dataset", case.answers_needed)
+    check_columns(Dataset.from_list(case.raw[:1], on_mixed_types="use_json"), "dataset", case.answers_needed)
     total = len(case.raw)
     prompts: list[list[Any] | None] = []
     answers: list[list[Any] | None] = []

@@ -83,6 +83,17 @@ class TestContentParts:
     def test_a_template_that_takes_lists_only_gets_lists(self):
         assert texts({"messages": [USER, ANSWER]}, SMOLVLM) == ("User: the cat<eos>\nAssistant:", " sat on<eos>")
 
+    def test_an_empty_answer_keeps_the_prompt_in_such_a_template(self):
+        row = {"messages": [USER, {**ANSWER, "content": ""}]}
+        assert texts(row, SMOLVLM) == ("User: the cat<eos>\nAssistant:", " <eos>\n")
+
+    def test_a_template_that_takes_both_gets_texts(self):
+        """Its lists may be written otherwise; here, thoughts are dropped from texts only."""
+        drops = "m['content'].split('</think>')[-1] | trim"
+        thinking = {"role": "assistant", "content": "<think>hm</think>sat on"}
+        template = GEMMA3.replace("m['content'] | trim", drops)
+        assert texts({"messages": [USER, thinking]}, template)[1].rstrip() == "sat on<eos>"
+
     def test_parts_in_a_data_set_lose_what_arrow_fills_in(self, tokenizer):
         image = {"type": "image", "image": "x.png", "text": None}
         dataset = Dataset.from_list([{"prompt": [{**USER, "content": [part]}]} for part in (PARTS[0], image)])

@@ -276,6 +276,9 @@ class TestAnswers:
                 Dataset.from_list(rows), "train_dataset", tokenizer, template, answers_needed=NEEDED
             )
         assert caplog.text.count(found) == 2
+        with caplog.at_level(logging.WARNING):
+            tokenize_dataset(Dataset.from_list(rows[1:3]), "eval_dataset", tokenizer, 64)
+        assert "2 of 2 answers in `eval_dataset` are empty: only their end of text is compared" in caplog.text
         stream = Dataset.from_list(rows).to_iterable_dataset()
         assert [row["completion_ids"] for row in tokenize_dataset(stream, "x", tokenizer, 64, NEEDED)] == ids[:]
 

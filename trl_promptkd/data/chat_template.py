@@ -135,49 +135,64 @@ class _Template:
         self.kwargs = {**more, "tools": remove_none_values(tools) if tools else None, "tokenize": False}
 
     def render(self, messages: list[dict[str, Any]], **ending: bool) -> str:
-        """The conversation's text. Templates of multimodal models may know lists of parts only, and write nothing of a text.
+        """The conversation's text.
 
         Raises:
             ValueError: whatever goes wrong in the template, with its own words and the conversation's roles.
         """
-        # Some templates cannot do without a content, others write a header for an empty one
         filled = [{"content": "", **message} for message in messages]
-        in_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in filled]
-        last = messages[-1].get("content", "").strip()
-        first_error, text = None, None
-        for form in (messages, filled, in_parts):
-            if form is filled and text is not None:
-                continue
-            try:
-                found = self.processing_class.apply_chat_template(form, **self.kwargs, **ending)
-            except jinja2.TemplateSyntaxError as error:
-                raise ValueError(
-                    f"The chat template is not valid Jinja: {error.message} (line {error.lineno}). Correct the file of "
-                    "`chat_template_path`, or `tokenizer.chat_template`."
-                ) from error
-            except Exception as error:  # whatever a template does with a row's values
-                first_error = first_error or error
-                continue
-            if last in found and (form is not in_parts or "'type': 'text'" not in found):
+        try:
+            text = self.processing_class.apply_chat_template(messages, **self.kwargs, **ending)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"The chat template is not valid Jinja: {error.message} (line {error.lineno}). Correct the file of "
+                "`chat_template_path`, or `tokenizer.chat_template`."
+            ) from error
+        except Exception as error:  # whatever a template does with a row's values
+            # Some templates cannot do without a content, others write a header for an empty one
+            found = self._attempt(filled, **ending)
+            found = self._in_parts(filled, **ending) if found is None else found
+            if found is not None:
                 return found
-            text = found if text is None and form is not in_parts else text
-        if text is not None:
-            return text
-        roles = [message["role"] for message in messages]
-        said = str(first_error)
-        if not isinstance(first_error, jinja2.TemplateError):
-            said = f"{type(first_error).__name__}: {said}"
-        raise ValueError(
-            f"The chat template refuses a conversation with the roles {roles}: {said}. Change the data"
-            + (" (this template may have no system role)" if "system" in roles else "")
-            + ", or use another template (`chat_template_path`)."
-        ) from first_error
+            roles = [message["role"] for message in messages]
+            said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"The chat template refuses a conversation with the roles {roles}: {said}. Change the data"
+                + (" (this template may have no system role)" if "system" in roles else "")
+                + ", or use another template (`chat_template_path`)."
+            ) from error
+        index = _last_text(filled)
+        if filled[index]["content"].strip() not in text:
+            other = {**filled[index], "content": "x"}
+            if text == self._attempt([*filled[:index], other, *filled[index + 1 :]], **ending):
+                return self._in_parts(filled, **ending) or text  # whatever a text says, it is not written
+        return text
+
+    def _attempt(self, messages: list[dict[str, Any]], **ending: bool) -> str | None:
+        try:
+            return self.processing_class.apply_chat_template(messages, **self.kwargs, **ending)
+        except Exception:  # is reported by `render`
+            return None
+
+    def _in_parts(self, messages: list[dict[str, Any]], **ending: bool) -> str | None:
+        """The text from contents as lists of parts: templates of multimodal models may know nothing else, and write nothing
+        of a text."""
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        text = self._attempt(parts, **ending)
+        if text is None or "'type': 'text'" in text or messages[_last_text(messages)]["content"].strip() not in text:
+            return None
+        return text
 
     def writes_the_same(self, messages: list[dict[str, Any]], whole: str) -> bool:
         try:
             return self.render(messages) == whole
         except ValueError:
             return False
+
+
+def _last_text(messages: list[dict[str, Any]]) -> int:
+    """Which is the last message with a text; the last one if there is none."""
+    return max((i for i, message in enumerate(messages) if message["content"].strip()), default=len(messages) - 1)
 
 
 def _check_calls(template: _Template, before: list[dict[str, Any]], turns: list[dict[str, Any]], whole: str) -> None:

@@ -203,7 +203,10 @@ def check_answers(
         )
     empty, answers = sum(dataset["empty_answer"]), len(dataset) - missing
     if empty:
-        found = f"{empty} of {answers} answers in `{name}` are empty: the student learns to stop at once."
+        effect = (
+            "only their end of text is compared" if answers_needed is None else "the student learns to stop at once"
+        )
+        found = f"{empty} of {answers} answers in `{name}` are empty: {effect}."
         if empty == answers and answers_needed is not None:
             raise ValueError(f"{found} Check how the data was made, and pass rows with answers. {answers_needed}")
         logger.warning(f"{found} Filter them out with `dataset.filter`.")

@@ -357,7 +357,7 @@ class TestAnswers:
             rows = tokenize_dataset(dataset, "eval_dataset", tokenizer, 64)
         expected = {"prompt_ids": [USER, THE, CAT, ASSISTANT, 23], "completion_ids": [], "length": 5}
         assert rows.to_list() == [expected] * 2
-        found = "2 of 2 rows in `eval_dataset` count as rows without an answer: the chat template writes their prompt differently"
+        found = "2 of 2 rows in `eval_dataset` count as rows without an answer: the chat template writes their prompt"
         assert caplog.text.count(found) == 1
         assert list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 64)) == [expected] * 2
         with pytest.raises(ValueError, match="Row 0 of `x`: The chat template writes a prompt differently"):

@@ -29,8 +29,7 @@ def merges_of(words):
 
 
 def pieces(kind, words=WORDS, unk_token="<unk>"):
-    """A BPE or Unigram tokenizer that writes spaces as "▁" ("metaspace-first", "metaspace-always", "normalizer", "unigram"),
-    or one of bytes ("bytes")."""
+    """A BPE or Unigram tokenizer that writes spaces as "▁", or one of bytes; see `ALL_KINDS`."""
     merges = merges_of(words)
     tokens = ["</s>", "<unk>", *map(chr, range(33, 127)), "▁", "Ġ", "Ċ", *("".join(pair) for pair in merges)]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

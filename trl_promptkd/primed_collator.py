@@ -68,8 +68,8 @@ def tokenize_primed_row(
         ids = {"prompt_ids": prompts[0], "completion_ids": completion_ids, "teacher_prompt_ids": prompts[-1]}
         if priming is not None and prompts[0] == prompts[1] and priming.render(row).strip():
             raise ValueError(
-                "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to drop a "
-                f"text at placement {priming.placement!r}. Use another placement."
+                "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to drop "
+                f"a text at placement {priming.placement!r}. Use another placement."
             )
     if not ids["prompt_ids"] or not ids["teacher_prompt_ids"]:
         raise ValueError(NO_TOKENS)

@@ -271,7 +271,7 @@ class PromptKDTrainer(GKDTrainer):
     ):
         """Check and tokenize a data set or a `dict` of them; a collator of the user's own gets the rows as they are.
 
-        Training rows whose answers are not trained on are tokenized without them; evaluation judges all answers that there are.
+        Training rows whose answers are not trained on are tokenized without them. Evaluation judges all answers.
         """
         if dataset is None or not self._tokenizes:
             return dataset

@@ -31,9 +31,9 @@ def conversation_texts(
     Args:
         prompts: The row's own prompt, and others of the same form, such as a primed one.
         completion: The answer; `None` for none. A text is the content of one assistant message.
-        row: Has `tools` and `chat_template_kwargs`, and says by its columns whether the answer continues the prompt's last
-            message: the last of `messages` is a turn of its own, but a `prompt` that ends with an assistant message (a
-            prefill) is continued.
+        row: Has `tools` and `chat_template_kwargs`, and says by its columns whether the answer continues the prompt's
+            last message: the last of `messages` is a turn of its own, but a `prompt` that ends with an assistant
+            message (a prefill) is continued.
 
     Raises:
         RewrittenPromptError: if the template writes the prompt differently once the answer follows it.
@@ -66,9 +66,9 @@ def conversation_texts(
         raise RewrittenPromptError(
             "The chat template writes a prompt differently once an answer follows it, so that training on the data's "
             f"answers would not match generation. The prompt ends in {texts[0][-60:]!r}, the conversation has "
-            f"{whole[max(len(texts[0]) - 60, 0) : len(texts[0])]!r} there. Use a template that keeps prompts as they are "
-            "(TRL ships patched ones), or let a model write the answers (`lmbda=1.0`; `response_source='teacher'` or "
-            "'student')."
+            f"{whole[max(len(texts[0]) - 60, 0) : len(texts[0])]!r} there. Use a template that keeps prompts as they "
+            "are (TRL ships patched ones), or let a model write the answers (`lmbda=1.0`; `response_source='teacher'` "
+            "or 'student')."
         )
     written = whole[len(texts[0]) :]
     _check_calls(template, before, turns, whole)
@@ -79,8 +79,8 @@ def conversation_texts(
         }
         if template.writes_the_same([*before, *turns[:-1], last], whole):
             raise ValueError(
-                f"The chat template writes nothing of the answer {shortened(completion[-1])}, so that only the end of text "
-                "would be trained on. Use a template that writes it (`chat_template_path`), or change the data."
+                f"The chat template writes nothing of the answer {shortened(completion[-1])}, so that only the end of "
+                "text would be trained on. Use a template that writes it (`chat_template_path`), or change the data."
             )
     return texts, _without_what_follows(written, completion[-1], processing_class.eos_token)
 
@@ -97,14 +97,14 @@ def _check_prefill(last: Mapping[str, Any], completion: list[dict[str, Any]] | N
     """Refuse what cannot be continued: a prompt's last message that is whole, or an answer of another role."""
     if last.get("tool_calls"):
         raise ValueError(
-            "A row's `prompt` ends with an assistant message that calls a tool, and such a message cannot be continued. Add "
-            "the tool's result (a message with the role 'tool'), or move the call into `completion`."
+            "A row's `prompt` ends with an assistant message that calls a tool, and such a message cannot be "
+            "continued. Add the tool's result (a message with the role 'tool'), or move the call into `completion`."
         )
     if completion is not None and completion[0]["role"] != "assistant":
         raise ValueError(
-            "A row's `prompt` ends with an assistant message, which the answer continues, but the first message of its "
-            f"`completion` has the role {completion[0]['role']!r}. It must be an assistant message. For whole turns put the "
-            "conversation into `messages`."
+            "A row's `prompt` ends with an assistant message, which the answer continues, but the first message of "
+            f"its `completion` has the role {completion[0]['role']!r}. It must be an assistant message. For whole "
+            "turns put the conversation into `messages`."
         )
 
 
@@ -129,7 +129,8 @@ class _Template:
         ours = [name for name in _OURS if name in more]
         if ours:
             raise ValueError(
-                f"A row's `chat_template_kwargs` hold {ours[0]!r}, which follows from the row's other columns. Take it out."
+                f"A row's `chat_template_kwargs` hold {ours[0]!r}, which follows from the row's other columns. Take "
+                "it out."
             )
         self.processing_class = processing_class
         self.kwargs = {**more, "tools": remove_none_values(tools) if tools else None, "tokenize": False}
@@ -175,8 +176,8 @@ class _Template:
             return None
 
     def _in_parts(self, messages: list[dict[str, Any]], **ending: bool) -> str | None:
-        """The text from contents as lists of parts: templates of multimodal models may know nothing else, and write nothing
-        of a text."""
+        """The text from contents as lists of parts: templates of multimodal models may know nothing else, and write
+        nothing of a text."""
         parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         text = self._attempt(parts, **ending)
         if text is None or "'type': 'text'" in text or messages[_last_text(messages)]["content"].strip() not in text:
@@ -205,8 +206,9 @@ def _check_calls(template: _Template, before: list[dict[str, Any]], turns: list[
                 del rest["tool_calls"]
             if template.writes_the_same([*before, *turns[:index], rest, *turns[index + 1 :]], whole):
                 raise ValueError(
-                    f"The chat template ignores `tool_calls`: it writes nothing of the answer's {shortened(call)}. Use a "
-                    "template that writes tool calls (`chat_template_path`), or write the call into the answer's `content`."
+                    f"The chat template ignores `tool_calls`: it writes nothing of the answer's {shortened(call)}. "
+                    "Use a template that writes tool calls (`chat_template_path`), or write the call into the "
+                    "answer's `content`."
                 )
 
 
@@ -217,8 +219,8 @@ def _says(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _without_what_follows(text: str, last: Mapping[str, Any], eos_token: str | None) -> str:
-    """Without what the template writes after the end of text, which is never generated. An end of text that the answer itself
-    quotes ends nothing."""
+    """Without what the template writes after the end of text, which is never generated. An end of text that the
+    answer itself quotes ends nothing."""
     if eos_token is None or not _says(last, text):
         return text
     content = last["content"].strip()

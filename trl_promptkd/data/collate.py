@@ -1,7 +1,7 @@
 """From token ids to padded batches, and what is counted in them.
 
-A batch pads the prompts on the left and the completions on the right, so that both start at the same column in every row.
-What is padding is known from lengths and never from ids, as many models pad with their end-of-text token.
+A batch pads the prompts on the left and the completions on the right, so that both start at the same column in every
+row. What is padding is known from lengths and never from ids, as many models pad with their end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +35,9 @@ def pad_rows(
     """Rows of ids to one batch: prompts padded on the left, completions on the right (there also up to a multiple).
 
     Returns:
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label -100 for
-        everything but the completion; `prompts` and `prompt_attention_mask` of shape `(batch, longest prompt)`.
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label
+        -100 for everything but the completion; `prompts` and `prompt_attention_mask` of shape `(batch, longest
+        prompt)`.
     """
     left = max(map(len, prompt_ids))
     width = left + max(map(len, completion_ids))
@@ -81,7 +82,8 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Labels of an evaluation batch, -100 in the rows with which accelerate filled up the last batches of several ranks."""
+    """Labels of an evaluation batch, -100 in the rows with which accelerate filled up the last batches of several
+    ranks."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return labels

@@ -38,12 +38,14 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
 
     Raises:
         TypeError: for what is no data set.
-        ValueError: for an empty data set, one without `messages` or `prompt`, and one without answers where they are needed.
+        ValueError: for an empty data set, one without `messages` or `prompt`, and one without answers where they are
+            needed.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
-            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. Use "
-            "`load_dataset(name, split=...)` for one that is on the Hub or in files, `Dataset.from_list(rows)` for rows in memory."
+            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. "
+            "Use `load_dataset(name, split=...)` for one that is on the Hub or in files, `Dataset.from_list(rows)` "
+            "for rows in memory."
         )
     first = next(iter(dataset), None)
     if first is None:
@@ -53,12 +55,14 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
     columns = sorted(first)
     if not {"messages", "prompt", "prompt_ids"} & set(columns):
         raise ValueError(
-            f"`{name}` has neither a `messages` nor a `prompt` column; its columns are {columns}. Rename a column with "
-            "`dataset.rename_column`, or build `messages` (a list of {'role', 'content'}) or `prompt` with `dataset.map`."
+            f"`{name}` has neither a `messages` nor a `prompt` column; its columns are {columns}. Rename a column "
+            "with `dataset.rename_column`, or build `messages` (a list of {'role', 'content'}) or `prompt` with "
+            "`dataset.map`."
         )
     if answers_needed is not None and not {"messages", "completion", "completion_ids"} & set(columns):
         raise ValueError(
-            f"`{name}` holds prompts without answers; its columns are {columns}. {answers_needed} Or add a `completion` column."
+            f"`{name}` holds prompts without answers; its columns are {columns}. {answers_needed} Or add a "
+            "`completion` column."
         )
 
 
@@ -90,7 +94,8 @@ def _to_conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """A data set whose rows come as lists, whatever its format; a transform of the user's own (`with_transform`) stays."""
+    """A data set whose rows come as lists, whatever its format; a transform of the user's own (`with_transform`)
+    stays."""
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     return dataset if is_transformed else dataset.with_format(None)
 
@@ -152,8 +157,8 @@ def sift_overlong(
         limit: Its value; `None` for no limit.
 
     Raises:
-        ValueError: with the number of rows and the limit that would do; also where no row would be left. Streamed data is
-            checked row by row as it comes.
+        ValueError: with the number of rows and the limit that would do; also where no row would be left. Streamed
+            data is checked row by row as it comes.
     """
     if limit is None:
         return dataset.remove_columns(column)
@@ -189,8 +194,8 @@ def _fits(row: dict[str, Any], column: str, what: str, field: str, bound: str, r
 def check_answers(
     dataset: Dataset | IterableDataset, name: str, answers_needed: str | None
 ) -> Dataset | IterableDataset:
-    """Refuse rows whose answer is missing, if answers are needed, and warn of empty ones; a stream's missing ones are refused
-    as they come. Drops the column `empty_answer`."""
+    """Refuse rows whose answer is missing, if answers are needed, and warn of empty ones; a stream's missing ones are
+    refused as they come. Drops the column `empty_answer`."""
     if isinstance(dataset, IterableDataset):
         dataset = dataset.remove_columns("empty_answer")
         if answers_needed is None:
@@ -231,17 +236,19 @@ def tokenize_dataset(
 ) -> Dataset | IterableDataset:
     """Replace a data set's columns by `prompt_ids`, `completion_ids` and `length`.
 
-    A prompt is never cut. Answers are cut where `max_length` is reached, and how many were is reported. Rows whose prompt
-    does not fit are refused (`overlong="error"`), or left out and counted (`"drop"`).
+    A prompt is never cut. Answers are cut where `max_length` is reached, and how many were is reported. Rows whose
+    prompt does not fit are refused (`overlong="error"`), or left out and counted (`"drop"`).
 
     Args:
-        answers_needed: Why answers in the data are needed and what to do without them; `None` if they are not. A row then
-            counts as one without an answer if the chat template writes its prompt differently once the answer follows.
+        answers_needed: Why answers in the data are needed and what to do without them; `None` if they are not. A row
+            then counts as one without an answer if the chat template writes its prompt differently once the answer
+            follows.
         with_answers: `False` takes the prompts alone, if no answer of the data is used.
 
     Raises:
-        ValueError: where prompts leave no room in `max_length`, with their number and what length would do; where no row is
-            left; where an answer is missing and needed, and if all are empty. Streamed data is checked row by row as it comes.
+        ValueError: where prompts leave no room in `max_length`, with their number and what length would do; where no
+            row is left; where an answer is missing and needed, and if all are empty. Streamed data is checked row by
+            row as it comes.
     """
     dataset = map_rows(
         dataset,
@@ -267,15 +274,15 @@ def tokenize_dataset(
         cut, rewritten = (sum(n > 0 for n in dataset[column]) for column in ("cut_tokens", "rewritten_prompt"))
         if cut:
             logger.warning(
-                f"{cut} of {len(dataset)} answers in `{name}` are cut at `max_length={max_length}` and so do not end with "
-                "an end-of-text token. Raise `max_length` to train on them whole."
+                f"{cut} of {len(dataset)} answers in `{name}` are cut at `max_length={max_length}` and so do not end "
+                "with an end-of-text token. Raise `max_length` to train on them whole."
             )
         if rewritten:
             logger.warning(
-                f"{rewritten} of {len(dataset)} rows in `{name}` count as rows without an answer: the chat template writes "
-                "their prompt differently once an answer follows it, so that the model would be judged on another prompt "
-                "than it is used with. Use a template that keeps prompts as they are (TRL ships patched ones) to use the "
-                "data's answers."
+                f"{rewritten} of {len(dataset)} rows in `{name}` count as rows without an answer: the chat template "
+                "writes their prompt differently once an answer follows it, so that the model would be judged on "
+                "another prompt than it is used with. Use a template that keeps prompts as they are (TRL ships "
+                "patched ones) to use the data's answers."
             )
     return dataset.remove_columns(["cut_tokens", "rewritten_prompt"])
 

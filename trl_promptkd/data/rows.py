@@ -31,8 +31,8 @@ def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, An
         with_answer: `False` neither checks nor returns the answer, for rows of which only the prompt is used.
 
     Raises:
-        ValueError: if either is something else, if it holds more than text, and if `messages` do not end with an assistant
-            message.
+        ValueError: if either is something else, if it holds more than text, and if `messages` do not end with an
+            assistant message.
     """
     check_text_only(row)
     if row.get("messages") is not None:
@@ -48,7 +48,8 @@ def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, An
     if completion is not None and not isinstance(completion, str) and completion[-1]["role"] != "assistant":
         raise ValueError(
             "A row's `completion` must end with an assistant message, the answer. Its roles are "
-            f"{[message['role'] for message in completion]}. Filter such rows out, or leave away what follows the answer."
+            f"{[message['role'] for message in completion]}. Filter such rows out, or leave away what follows the "
+            "answer."
         )
     return _given(prompt), _given(completion)
 
@@ -96,13 +97,14 @@ def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
         counts = last_counts or index < len(messages) - 1
         if not isinstance(message.get("role"), str) or not (says or not counts):
             raise ValueError(
-                f"A row's `{name}` hold the message {shortened(dict(message))}; it must have a role and a content, such "
-                f"as {_FORM}."
+                f"A row's `{name}` hold the message {shortened(dict(message))}; it must have a role and a content, "
+                f"such as {_FORM}."
             )
         calls = message.get("tool_calls") or []
         if counts and not (isinstance(calls, list | tuple) and all(isinstance(call, Mapping) for call in calls)):
             raise ValueError(
-                f"A row's `{name}` hold the `tool_calls` {shortened(calls)}; they must be a list of dicts, one for each call."
+                f"A row's `{name}` hold the `tool_calls` {shortened(calls)}; they must be a list of dicts, one for "
+                "each call."
             )
         if counts and isinstance(content, list):
             _check_parts(name, content)
@@ -112,8 +114,8 @@ def _check_parts(name: str, parts: list[Any]) -> None:
     for part in parts:
         if isinstance(part, Mapping) and part.get("type") not in (None, "text"):
             raise ValueError(
-                f"A row's `{name}` hold a content part of the type {part['type']!r}, but only parts of the type 'text' are "
-                "supported. Filter such rows out, or take those parts out of the data."
+                f"A row's `{name}` hold a content part of the type {part['type']!r}, but only parts of the type "
+                "'text' are supported. Filter such rows out, or take those parts out of the data."
             )
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
             raise ValueError(
@@ -131,8 +133,9 @@ def check_text_only(row: Mapping[str, Any]) -> None:
     for name in _MEDIA:
         if _is_given(row.get(name)):
             raise ValueError(
-                f"A row's `{name}` column is not empty, but multimodal rows are not supported, text only. Filter such rows "
-                f"out, or remove the column with `dataset.remove_columns({name!r})` if the text can do without it."
+                f"A row's `{name}` column is not empty, but multimodal rows are not supported, text only. Filter such "
+                f"rows out, or remove the column with `dataset.remove_columns({name!r})` if the text can do without "
+                "it."
             )
 
 
@@ -152,8 +155,8 @@ def joined_text(content: Any) -> str:
 
 
 def is_blank(completion: Any, eos_token: str | None = None) -> bool:
-    """Whether an answer (a text, or messages) says nothing: no text but white space and the end of text, no thoughts and
-    no call of a tool."""
+    """Whether an answer (a text, or messages) says nothing: no text but white space and the end of text, no thoughts
+    and no call of a tool."""
     if isinstance(completion, str):
         return not (completion.replace(eos_token, "") if eos_token else completion).strip()
     return all(_is_blank(message, eos_token) for message in completion if message["role"] == "assistant")
@@ -195,6 +198,6 @@ def check_ids(row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase)
             if strange is not None:
                 raise ValueError(
                     f"A row's `{name}` hold the id {strange}, which the tokenizer does not have (its ids go up to "
-                    f"{max(known)}). Tokenize the data with the tokenizer that is passed as `processing_class`, or pass "
-                    "texts or messages."
+                    f"{max(known)}). Tokenize the data with the tokenizer that is passed as `processing_class`, or "
+                    "pass texts or messages."
                 )

@@ -1,7 +1,7 @@
 """From a row to its token ids.
 
-Whose tokens are these? The user's own are always kept, special ones too. What a tokenizer puts before a text is part of a
-prompt, and what it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
+Whose tokens are these? The user's own are always kept, special ones too. What a tokenizer puts before a text is part
+of a prompt, and what it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,20 @@ def tokenize_row(
     """Token ids of one row.
 
     Args:
-        row: `messages` (the last one is the answer), or `prompt` with or without `completion`; each a text or a list of
-            messages. A `prompt` that ends with an assistant message is continued. `tools` and `chat_template_kwargs` reach the
-            chat template. Rows that hold `prompt_ids` are tokenized already and are taken as they are.
+        row: `messages` (the last one is the answer), or `prompt` with or without `completion`; each a text or a list
+            of messages. A `prompt` that ends with an assistant message is continued. `tools` and
+            `chat_template_kwargs` reach the chat template. Rows that hold `prompt_ids` are tokenized already and are
+            taken as they are.
         processing_class: The tokenizer. Conversations need its chat template.
         with_answer: `False` takes the prompt alone, for rows whose answer is not used.
 
     Returns:
-        `{"prompt_ids": [...], "completion_ids": [...]}`; the answer ends with an end-of-text token and is empty if the row has
-        none.
+        `{"prompt_ids": [...], "completion_ids": [...]}`; the answer ends with an end-of-text token and is empty if
+        the row has none.
 
     Raises:
-        ValueError: if the row is none of these, if its chat template fails, and if nothing of its answer would be trained on.
+        ValueError: if the row is none of these, if its chat template fails, and if nothing of its answer would be
+            trained on.
     """
     if row.get("prompt_ids") is not None:
         completion_ids = (row.get("completion_ids") or []) if with_answer else []
@@ -48,7 +50,8 @@ def tokenize_views(
     other_prompts: Sequence[Any] = (),
     with_answer: bool = True,
 ) -> tuple[list[list[int]], list[int]]:
-    """Token ids of a row's prompt, of other prompts in its place (such as a primed one), and of the answer that follows each.
+    """Token ids of a row's prompt, of other prompts in its place (such as a primed one), and of the answer that
+    follows each.
 
     Returns:
         The prompts' ids, the row's own first, and the answer's: the same after all prompts.
@@ -74,8 +77,8 @@ def tokenize_views(
         completion_ids = [*completion_ids, eos]
     if set(completion_ids) <= {eos} and not is_blank(completion, processing_class.eos_token):
         raise ValueError(
-            f"The tokenizer writes nothing of the answer {shortened(completion)}, so that only the end of text would be "
-            "trained on. Filter such rows out, or use the tokenizer that the data was made for."
+            f"The tokenizer writes nothing of the answer {shortened(completion)}, so that only the end of text would "
+            "be trained on. Filter such rows out, or use the tokenizer that the data was made for."
         )
     return prompt_ids, completion_ids
 
@@ -89,8 +92,8 @@ def _decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text, such as a beginning-of-text token. What it puts after one is not told by
-    the last id, which may be the user's own."""
+    """What the tokenizer itself puts before a text, such as a beginning-of-text token. What it puts after one is not
+    told by the last id, which may be the user's own."""
     if not processing_class.num_special_tokens_to_add():
         return []
     for text in ("a", prompt):  # most tokenizers know the first, and it holds no special token
@@ -106,9 +109,9 @@ def _tokenize_texts(
 ) -> tuple[list[list[int]], list[int]]:
     """Ids of the prompts and of the completion that follows each, without special tokens of the tokenizer's own.
 
-    A prompt and its completion are tokenized together, so that no border of tokens is forced between them. A token that
-    straddles the border belongs to the completion. They are kept apart if text would be lost, if no prompt would remain, and
-    if the completion's ids would differ between the prompts.
+    A prompt and its completion are tokenized together, so that no border of tokens is forced between them. A token
+    that straddles the border belongs to the completion. They are kept apart if text would be lost, if no prompt would
+    remain, and if the completion's ids would differ between the prompts.
     """
     alone = [_ids(prompt, processing_class) for prompt in prompts]
     if completion is None:
@@ -126,8 +129,8 @@ def _tokenize_texts(
 def _cut_at_border(
     prompt_ids: list[int], whole: list[int], processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]] | None:
-    """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if they must
-    be kept apart.
+    """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if
+    they must be kept apart.
 
     Texts are compared, not offsets: some tokenizers leave white space out of those.
     """
@@ -154,7 +157,8 @@ def _cut_at_border(
 def _ids_after(
     prompts_ids: Sequence[list[int]], prompt: str, completion: str, processing_class: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Ids of a completion by itself that continue the prompts' text, without the space that some tokenizers put before one."""
+    """Ids of a completion by itself that continue the prompts' text, without the space that some tokenizers put
+    before one."""
     alone = _ids(completion, processing_class)
     candidates = [(alone, completion)]
     for anchor in ("\n", "a", ".", prompt[:1]):  # texts before it, until one does not merge with it
@@ -177,8 +181,8 @@ def _without_blank_tail(
     """Without white space after the last token that ends a turn: it is never generated.
 
     Args:
-        ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of text
-            (Gemma).
+        ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of
+            text (Gemma).
     """
     if not ids or processing_class.decode(ids[-1:]).strip():
         return ids

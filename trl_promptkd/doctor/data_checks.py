@@ -179,8 +179,8 @@ def chat_template(case: Case) -> Finding:
             "chat_template",
             "warn",
             f"in {rewritten} of {len(case.raw)} rows the prompt is written differently once an answer follows it",
-            "A model writes the answers that are trained on, so training works, but the data's answers are not used in evaluation "
-            "either. To use them, use a template that keeps prompts as they are (TRL ships patched ones).",
+            "A model writes the answers that are trained on, so training works, but evaluation cannot use the data's "
+            "answers either. To use them, use a template that keeps prompts as they are (TRL ships patched ones).",
         )
     found = f"a prompt is written the same with and without its answer ({answered} rows)" if answered else "in use"
     return Finding("chat_template", "pass", found)

@@ -1,8 +1,8 @@
 """From rows to two views of the same completion: the student's, behind the plain prompt, and the teacher's, behind the
 primed one.
 
-Both views hold the completion with the same token ids, the end-of-text token included, so that the `i`-th trained token of
-one is the `i`-th of the other, whatever stands before it.
+Both views hold the completion with the same token ids, the end-of-text token included, so that the `i`-th trained
+token of one is the `i`-th of the other, whatever stands before it.
 """
 
 from collections.abc import Sequence
@@ -54,8 +54,8 @@ def tokenize_primed_row(
         with_answer: `False` takes the prompts alone, for rows whose answer is not trained on.
 
     Returns:
-        `prompt_ids` (what the student sees), `teacher_prompt_ids` (what the teacher sees) and `completion_ids` (the same for
-        both; empty where the row has no answer).
+        `prompt_ids` (what the student sees), `teacher_prompt_ids` (what the teacher sees) and `completion_ids` (the
+        same for both; empty where the row has no answer).
 
     Raises:
         ValueError: where a prompt has no tokens: nothing would predict the completion's first one.
@@ -68,8 +68,8 @@ def tokenize_primed_row(
         ids = {"prompt_ids": prompts[0], "completion_ids": completion_ids, "teacher_prompt_ids": prompts[-1]}
         if priming is not None and prompts[0] == prompts[1] and priming.render(row).strip():
             raise ValueError(
-                "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to drop "
-                f"a text at placement {priming.placement!r}. Use another placement."
+                "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to "
+                f"drop a text at placement {priming.placement!r}. Use another placement."
             )
     if not ids["prompt_ids"] or not ids["teacher_prompt_ids"]:
         raise ValueError(NO_TOKENS)
@@ -88,8 +88,9 @@ def _tokenized_views(
         return {**ids, "teacher_prompt_ids": row["teacher_prompt_ids"]}
     if priming is not None:
         raise ValueError(
-            "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt that is "
-            "tokenized already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set `priming=None`."
+            "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt that "
+            "is tokenized already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set "
+            "`priming=None`."
         )
     return {**ids, "teacher_prompt_ids": ids["prompt_ids"]}
 
@@ -111,12 +112,12 @@ def tokenize_primed_dataset(
     `teacher_max_length`, are left out and counted (`overlong="drop"`), or refused (`"error"`).
 
     Args:
-        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not, and then
-            they are not looked at: the lengths bound the prompts.
+        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not, and
+            then they are not looked at: the lengths bound the prompts.
 
     Raises:
-        ValueError: for a template that uses columns which are not there; where rows are too long, with their number and the
-            length that would do; where no row is left; where an answer is missing and needed.
+        ValueError: for a template that uses columns which are not there; where rows are too long, with their number
+            and the length that would do; where no row is left; where an answer is missing and needed.
     """
     check_columns(dataset, name, answers_needed)
     columns = list(next(iter(dataset)))
@@ -186,9 +187,9 @@ def pad_views(
     """One batch of both views.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, student_seq)`; `teacher_input_ids`, `teacher_attention_mask` and
-        `teacher_labels` of shape `(batch, teacher_seq)`. `labels[:, 1:] != -100` and `teacher_labels[:, 1:] != -100` select the same
-        tokens in the same order.
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, student_seq)`; `teacher_input_ids`,
+        `teacher_attention_mask` and `teacher_labels` of shape `(batch, teacher_seq)`. `labels[:, 1:] != -100` and
+        `teacher_labels[:, 1:] != -100` select the same tokens in the same order.
     """
     student = pad_rows(prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     teacher = pad_rows(teacher_prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
@@ -212,7 +213,8 @@ class DataCollatorForPrimedDistillation:
     """
     Batches of two views of the same completions: the student's and the primed teacher's.
 
-    The trainer tokenizes rows once, before training, and then only pads here. Rows that are not tokenized are, on the spot.
+    The trainer tokenizes rows once, before training, and then only pads here. Rows that are not tokenized are, on the
+    spot.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -224,9 +226,10 @@ class DataCollatorForPrimedDistillation:
 
     Returns (on call):
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
-        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the completion, end of
-        text included; `labels != -100` selects the same ids in the same order in both views. Prompts are padded on the left,
-        completions on the right. Rows from a teacher cache add `cache_rows` of shape `(batch,)`.
+        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the
+        completion, end of text included; `labels != -100` selects the same ids in the same order in both views.
+        Prompts are padded on the left, completions on the right. Rows from a teacher cache add `cache_rows` of shape
+        `(batch,)`.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -242,8 +245,8 @@ class DataCollatorForPrimedDistillation:
             )
         if self.processing_class.pad_token_id is None:
             raise ValueError(
-                "The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`; masks come from lengths, so this "
-                "is safe."
+                "The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`; masks come from "
+                "lengths, so this is safe."
             )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

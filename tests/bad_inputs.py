@@ -26,7 +26,7 @@ import torch
 from conftest import short_run
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -207,6 +207,14 @@ def bert():
 def without_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
+    return tokenizer
+
+
+def refusing():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages | length > 1 %}{{ raise_exception('Roles must alternate') }}{% endif %}" + CHAT_TEMPLATE
+    )
     return tokenizer
 
 
@@ -1094,6 +1102,52 @@ DATA = [
         [{"messages": [ANSWER]}],
         "hold an answer only",
         "A message that it answers must come before it",
+    ),
+    _data(
+        "tool_calls",
+        "an answer that calls a tool, and a chat template that leaves calls out",
+        [{"messages": [USER, {**ANSWER, "content": None, "tool_calls": [{"function": {"name": "cat"}}]}]}],
+        "Row 0 of `train_dataset`: The chat template ignores `tool_calls`: it writes nothing of the answer's",
+        "Use a template that writes tool calls",
+    ),
+    _data(
+        "answers_empty",
+        "answers that are all empty",
+        [{"prompt": "the", "completion": ""}, {"prompt": "cat", "completion": " "}],
+        "2 of 2 answers in `train_dataset` are empty: the student learns to stop at once",
+        "Check how the data was made",
+    ),
+    _data(
+        "prompt_calls",
+        "a prompt that ends with a call of a tool",
+        [{"prompt": [USER, {**ANSWER, "tool_calls": [{"function": {"name": "cat"}}]}]}],
+        "A row's `prompt` ends with an assistant message that calls a tool",
+        "Add the tool's result",
+        run=promptkd,
+    ),
+    _data(
+        "image_part",
+        "a content part that is an image",
+        [{"prompt": [{**USER, "content": [{"type": "image", "image": "cat.png"}]}]}],
+        "A row's `prompt` hold a content part of the type 'image'",
+        "Filter such rows out",
+        run=promptkd,
+    ),
+    _data(
+        "images",
+        "a column of images",
+        [{"prompt": "the cat", "images": ["cat.png"]}],
+        "A row's `images` column is not empty, but multimodal rows are not supported, text only",
+        "Filter such rows out",
+        run=promptkd,
+    ),
+    _data(
+        "roles",
+        "roles that the chat template does not allow",
+        [{"messages": [USER, ANSWER]}],
+        "The chat template refuses a conversation with the roles ['user', 'assistant']: Roles must alternate",
+        "Change the data",
+        processing_class=refusing(),
     ),
     _data(
         "tools",

@@ -3,9 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, load_dataset
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
+from trl.trainer.utils import remove_none_values
 
+from trl_promptkd import PrimingTemplate
 from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
     _without_blank_tail,
@@ -17,6 +19,7 @@ from trl_promptkd.data import (
     tokenize_dataset,
     tokenize_row,
 )
+from trl_promptkd.primed_collator import tokenize_primed_dataset
 
 
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
@@ -201,6 +204,166 @@ class TestTokenizeDataset:
         assert rows[0] == {"prompt_ids": [THE, CAT], "completion_ids": [SAT] * 4, "length": 6}
         assert rows[1]["completion_ids"] == [SAT, EOS]
         assert "1 of 2 answers in `train_dataset` are cut at `max_length=6`" in caplog.text
+
+
+class TestTransforms:
+    """Rows come through a transform of the user's own, once; other formats are none of a row's."""
+
+    ROWS = ({"prompt": "the", "completion": " cat"}, {"prompt": "the dog", "completion": " sat"})
+
+    @staticmethod
+    def shout(batch):
+        return {**batch, "prompt": [f"red {prompt}" for prompt in batch["prompt"]]}
+
+    @pytest.mark.parametrize("num_proc", [None, 2])
+    def test_a_transform_is_honoured_once(self, num_proc, tokenizer):
+        dataset = Dataset.from_list(list(self.ROWS)).with_transform(self.shout)
+        rows = tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED, num_proc=num_proc)
+        assert rows["prompt_ids"][:] == [[23, THE], [23, THE, 14]]
+        assert rows[0] == {"prompt_ids": [23, THE], "completion_ids": [CAT, EOS], "length": 4}
+        assert rows.format["type"] is None
+
+    def test_a_transform_may_make_the_columns(self, tokenizer):
+        dataset = Dataset.from_dict({"question": ["the"], "answer": [" cat"]}).with_transform(
+            lambda batch: {"prompt": batch["question"], "completion": batch["answer"]}
+        )
+        rows = tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)
+        assert rows.to_list() == [{"prompt_ids": [THE], "completion_ids": [CAT, EOS], "length": 3}]
+        primed = tokenize_primed_dataset(dataset, "x", tokenizer, PrimingTemplate("red "), answers_needed=NEEDED)
+        assert primed["teacher_prompt_ids"][:] == [[23, THE]]
+
+    def test_another_transform_is_another_preparation(self, tokenizer, tmp_path):
+        path = tmp_path / "rows.jsonl"
+        path.write_text('{"prompt": "the"}')
+        dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+        for word, id_ in (("red", 23), ("blue", 24)):
+            dataset = dataset.with_transform(
+                lambda batch, word=word: {"prompt": [f"{word} {p}" for p in batch["prompt"]]}
+            )
+            assert tokenize_dataset(dataset, "x", tokenizer, 64)["prompt_ids"][:] == [[id_, THE]]
+
+    def test_the_transform_that_trl_documents(self, tokenizer):
+        messages = [{**CHAT[0], "name": None}, CHAT[1]]
+        dataset = Dataset.from_list([{"messages": messages, "tools": None}]).with_transform(remove_none_values)
+        assert tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)[0]["completion_ids"] == [SAT, ON, EOS]
+
+    @pytest.mark.parametrize("streams", [False, True])
+    @pytest.mark.parametrize("form", ["torch", "numpy"])
+    @pytest.mark.parametrize(
+        "row", [{"messages": CHAT}, {"prompt_ids": [2, 12, 13, 3], "completion_ids": [15, 16, 0]}]
+    )
+    def test_other_formats_give_lists(self, streams, form, row, tokenizer):
+        dataset = Dataset.from_list([row])
+        dataset = (dataset.to_iterable_dataset() if streams else dataset).with_format(form)
+        (found,) = tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)
+        assert found == {"prompt_ids": [USER, THE, CAT, ASSISTANT], "completion_ids": [SAT, ON, EOS], "length": 7}
+        assert type(found["prompt_ids"]) is list
+
+
+class TestAnswers:
+    """Which answers are missing, empty or not used."""
+
+    def test_empty_answers_are_counted(self, tokenizer, caplog, propagate):
+        rows = [{"prompt": "the", "completion": text} for text in (" cat", "", " \n", "<eos>", " sat")]
+        template = PrimingTemplate("red ")
+        with caplog.at_level(logging.WARNING):
+            ids = tokenize_dataset(Dataset.from_list(rows), "train_dataset", tokenizer, 64, NEEDED)["completion_ids"]
+        assert ids[:] == [[CAT, EOS], [EOS], [EOS], [EOS], [SAT, EOS]]
+        found = "3 of 5 answers in `train_dataset` are empty: the student learns to stop at once. Filter them out"
+        assert caplog.text.count(found) == 1
+        with caplog.at_level(logging.WARNING):
+            tokenize_primed_dataset(
+                Dataset.from_list(rows), "train_dataset", tokenizer, template, answers_needed=NEEDED
+            )
+        assert caplog.text.count(found) == 2
+        with caplog.at_level(logging.WARNING):
+            tokenize_dataset(Dataset.from_list(rows[1:3]), "eval_dataset", tokenizer, 64)
+        assert "2 of 2 answers in `eval_dataset` are empty: only their end of text is compared" in caplog.text
+        stream = Dataset.from_list(rows).to_iterable_dataset()
+        assert [row["completion_ids"] for row in tokenize_dataset(stream, "x", tokenizer, 64, NEEDED)] == ids[:]
+
+    def test_a_templates_own_wrapper_is_no_answer(self, tokenizer, caplog, propagate):
+        wrapper = tokenizer.chat_template.replace("<eos>", "a <eos>")
+        tokenizer.chat_template = wrapper.replace("<eos>", "<eos>\n")
+        dataset = Dataset.from_list(
+            [{"messages": [CHAT[0], {"role": "assistant", "content": c}]} for c in ("", "cat")]
+        )
+        with caplog.at_level(logging.WARNING):
+            rows = tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)
+        assert "1 of 2 answers in `x` are empty" in caplog.text
+        assert rows[0]["completion_ids"][-1] == EOS
+
+    def test_only_empty_answers_are_refused(self, tokenizer):
+        rows = [{"prompt": "the", "completion": ""}, {"prompt": "cat", "completion": " "}]
+        for dataset in (
+            Dataset.from_list(rows),
+            Dataset.from_list([{"prompt_ids": [THE], "completion_ids": [EOS]}] * 2),
+        ):
+            with pytest.raises(ValueError, match=r"2 of 2 answers in `x` are empty.*`lmbda` is below 1"):
+                tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)
+            with pytest.raises(ValueError, match="2 of 2 answers in `x` are empty"):
+                tokenize_primed_dataset(dataset, "x", tokenizer, None, answers_needed=NEEDED)
+
+    def test_answers_may_begin_late(self, tokenizer):
+        """The type of a column is not guessed from its first thousand rows."""
+        rows = [{"prompt": "the", "completion": None}] * 1100 + [{"prompt": "the", "completion": " cat"}]
+        assert tokenize_dataset(Dataset.from_list(rows), "x", tokenizer, 64)[1100]["completion_ids"] == [CAT, EOS]
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": CHAT[:1], "completion": [{"role": "user", "content": "cat"}]},
+            {"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": None}]},
+            {"prompt": CHAT[:1], "completion": []},
+            {"messages": [CHAT[0], {"role": "assistant", "content": None}]},
+            {
+                "messages": [
+                    CHAT[0],
+                    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a"}}]},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "the cat"}]},
+                    {"role": "assistant", "content": [{"type": "image", "text": None}]},
+                ]
+            },
+        ],
+    )
+    def test_unused_answers_are_not_looked_at(self, row, tokenizer):
+        (row,) = Dataset.from_list([row])
+        ids = [USER, THE, CAT, ASSISTANT]
+        for dataset in (Dataset.from_list([row]), Dataset.from_list([row]).to_iterable_dataset()):
+            found = tokenize_dataset(dataset, "x", tokenizer, 64, with_answers=False)
+            assert list(found) == [{"prompt_ids": ids, "completion_ids": [], "length": 4}]
+            (primed,) = tokenize_primed_dataset(dataset, "x", tokenizer, PrimingTemplate("red "))
+            assert primed["prompt_ids"] == ids
+            assert primed["completion_ids"] == []
+        with pytest.raises(ValueError, match="Row 0 of `x`"):
+            tokenize_dataset(Dataset.from_list([row]), "x", tokenizer, 64, NEEDED)
+
+    def test_unused_ids_are_not_looked_at(self, tokenizer):
+        dataset = Dataset.from_list([{"prompt_ids": [THE], "completion_ids": [999]}])
+        assert tokenize_dataset(dataset, "x", tokenizer, 64, with_answers=False)[0]["completion_ids"] == []
+
+    def test_a_prompt_alone_needs_an_answer_after_its_messages_all_the_same(self, tokenizer):
+        with pytest.raises(ValueError, match="must end with an assistant message"):
+            tokenize_dataset(Dataset.from_list([{"messages": CHAT[:1]}]), "x", tokenizer, 64, with_answers=False)
+
+    def test_a_rewritten_prompt_counts_as_one_without_an_answer_in_evaluation(self, tokenizer, caplog, propagate):
+        tokenizer.chat_template += "{% if add_generation_prompt %}red{% endif %}"  # as one that opens thoughts
+        dataset = Dataset.from_list([{"messages": CHAT}] * 2)
+        with caplog.at_level(logging.WARNING):
+            rows = tokenize_dataset(dataset, "eval_dataset", tokenizer, 64)
+        expected = {"prompt_ids": [USER, THE, CAT, ASSISTANT, 23], "completion_ids": [], "length": 5}
+        assert rows.to_list() == [expected] * 2
+        found = "2 of 2 rows in `eval_dataset` count as rows without an answer: the chat template writes their prompt"
+        assert caplog.text.count(found) == 1
+        assert list(tokenize_dataset(dataset.to_iterable_dataset(), "x", tokenizer, 64)) == [expected] * 2
+        with pytest.raises(ValueError, match="Row 0 of `x`: The chat template writes a prompt differently"):
+            tokenize_dataset(dataset, "x", tokenizer, 64, NEEDED)
+        assert tokenize_dataset(dataset, "x", tokenizer, 64, with_answers=False).to_list() == [expected] * 2
+        assert tokenize_primed_dataset(dataset, "x", tokenizer, None)["completion_ids"][:] == [[], []]
 
 
 class TestCheckColumns:

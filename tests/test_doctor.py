@@ -154,6 +154,11 @@ def changing_template(case):
     chat(case, "{% if messages[-1]['role'] == 'assistant' %}<system> {% endif %}" + CHAT_TEMPLATE)
 
 
+def changing_template_and_answers(case):
+    changing_template(case)
+    case["lmbda"] = 0.5
+
+
 def without_end(case):
     """The template of a tokenizer whose answers do not end with what generation stops at."""
     chat(case, CHAT_TEMPLATE.replace("<eos>", "<pad>"))
@@ -241,7 +246,20 @@ BROKEN = [
         "no tokenizer",
         lambda c: c.update(teacher_processing_class=None),
     ),
-    ("template that changes prompts", "chat_template", "fail", "Row 0: .*differently once", changing_template),
+    (
+        "template that changes prompts",
+        "chat_template",
+        "fail",
+        "Row 0: .*differently once",
+        changing_template_and_answers,
+    ),
+    (
+        "... whose answers are not used",
+        "chat_template",
+        "warn",
+        "in 8 of 8 rows .*differently once",
+        changing_template,
+    ),
     ("no template", "chat_template", "fail", "no chat template", lambda c: chat(c, None)),
     ("answers that do not end", "trained_tokens", "fail", "8 of 8 answers do not end", without_end),
     ("two beginnings of text", "chat_template", "warn", "8 of 8 prompts begin with '<system>' twice", doubled_start),
@@ -440,6 +458,14 @@ class TestHealthy:
         arguments["teacher"].resize_token_embeddings(64)
         findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
         assert "compared on the 40 real ids" in findings["vocabulary"].found
+
+    def test_rows_of_mixed_types(self):
+        """Arrow keeps the contents of these two as JSON only."""
+        arguments = healthy()
+        rows = answered_rows(arguments["teacher"], arguments["processing_class"], conversational=True)
+        (message,) = rows[0]["prompt"]
+        rows[0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
+        self.assert_all_pass({**arguments, "dataset": rows})
 
     def test_a_pad_token_of_its_own(self):
         arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))

@@ -99,6 +99,52 @@ class TestEvaluationRows:
             assert tokenizer.decode(ids) == "red blue <user> the cat <assistant>"
             assert ids == tokenize_row({"messages": messages, **more}, tokenizer)["prompt_ids"]
 
+    def test_a_prefill_is_continued_and_whole_turns_stay(self):
+        turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+        answer = {"role": "assistant", "content": "on mat"}
+        assert self.read([{"prompt": turns, "completion": [answer]}]) == (
+            ["<user> the cat <assistant> sat"],
+            [["on mat"]],
+        )
+        whole = "<user> the cat <assistant> sat <eos> <assistant>"
+        assert self.read([{"messages": [*turns, answer]}]) == ([whole], [["on mat"]])
+
+    def test_parts_of_text_are_joined_and_images_are_refused(self):
+        def parts(*texts):
+            return [{"type": "text", "text": text} for text in texts]
+
+        row = {
+            "messages": [
+                {"role": "user", "content": parts("the ", "cat")},
+                {"role": "assistant", "content": parts("sat", " on")},
+            ]
+        }
+        assert self.read([row]) == (["<user> the cat <assistant>"], [["sat on"]])
+        row["messages"][0]["content"].append({"type": "image", "text": None})
+        with pytest.raises(ValueError, match=r"Row 0 of `rows`: .*content part of the type 'image'"):
+            self.read([row])
+        with pytest.raises(ValueError, match="Row 0 of `rows`: A row's `image` column is not empty"):
+            self.read([{"instruction": "the cat", "output": "sat", "image": "x.png"}])
+
+    @pytest.mark.parametrize("form", ["torch", "numpy"])
+    def test_formats_and_transforms(self, form):
+        def read(dataset):
+            found = evaluation_rows(dataset, "rows", "instruct", tiny_tokenizer(), "plain")
+            return [tiny_tokenizer().decode(ids) for ids in found.prompt_ids], found.references
+
+        dataset = chat_dataset(1)
+        assert (
+            read(dataset.with_format(form)) == read(dataset) == (["<user> suppose you <assistant>"], [["a student"]])
+        )
+        dataset = dataset.with_transform(lambda batch: {"instruction": ["red"], "output": ["blue"]})
+        assert read(dataset) == (["red"], [["blue"]])
+
+    def test_an_answer_that_the_template_rewrites_the_prompt_for_does_no_harm(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += "{% if add_generation_prompt %}red{% endif %}"
+        found = evaluation_rows(chat_dataset(1), "rows", "instruct", tokenizer, "plain")
+        assert tokenizer.decode(found.prompt_ids[0]) == "<user> suppose you <assistant> red"
+
     def test_conversations_that_end_with_a_question_have_their_answers_beside_them(self):
         row = {"messages": [{"role": "user", "content": "the cat"}], "references": ["sat", "on"]}
         assert self.read([row]) == (["<user> the cat <assistant>"], [["sat", "on"]])

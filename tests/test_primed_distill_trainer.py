@@ -322,6 +322,33 @@ class TestSources:
         assert trainer.state.log_history[0]["loss"] > 0
 
 
+class TestRows:
+    """What the trainer makes of the user's rows; see test_data.py, test_chat_template.py and test_tokenize.py."""
+
+    @pytest.mark.parametrize("source", ["teacher", "student"])
+    def test_answers_that_are_not_trained_on_are_not_looked_at(self, make_primed_args, source):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += "{% if add_generation_prompt %}red{% endif %}"  # as one that opens thoughts
+        dataset = chat_dataset(4)
+        args = make_primed_args(response_source=source, alpha=0.0)
+        make_trainer(args, dataset=dataset, eval_dataset=dataset, processing_class=tokenizer).train()
+        with pytest.raises(
+            ValueError, match="Row 0 of `train_dataset`: The chat template writes a prompt differently"
+        ):
+            make_trainer(make_primed_args(), dataset=dataset, processing_class=tokenizer)
+
+    def test_a_transform_is_honoured_in_both_data_sets(self, make_primed_args):
+        data = answered_dataset(4).with_transform(
+            lambda batch: {"prompt": ["the cat"] * len(batch["prompt"]), "completion": batch["completion"]}
+        )
+        trainer = make_trainer(make_primed_args(), dataset=data, eval_dataset=data, priming=PrimingTemplate("red "))
+        for dataset in (trainer.train_dataset, trainer.eval_dataset):
+            assert dataset["prompt_ids"][:] == [[12, 13]] * 4
+            assert dataset["teacher_prompt_ids"][:] == [[23, 12, 13]] * 4
+        trainer.train()
+        trainer.evaluate(data)
+
+
 class TestTeachers:
     def test_full_student_has_a_frozen_copy_of_its_start(self, make_primed_args):
         student = tiny_model(seed=1)

@@ -261,6 +261,50 @@ class TestDataSources:
         assert trainer.state.log_history[0]["loss"] > 0
 
 
+class TestRows:
+    """What the trainer makes of the user's rows; see test_data.py, test_chat_template.py and test_tokenize.py."""
+
+    @staticmethod
+    def rewriting():
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += "{% if add_generation_prompt %}red{% endif %}"  # as one that opens thoughts
+        return tokenizer
+
+    @pytest.mark.parametrize("settings", [{"lmbda": 1.0}, {"lmbda": 0.5, "seq_kd": True}])
+    def test_answers_that_are_not_trained_on_are_not_looked_at(self, make_args, settings):
+        trainer = make_trainer(make_args(**settings), dataset=chat_dataset(4), processing_class=self.rewriting())
+        assert trainer.train_dataset["completion_ids"][:] == [[]] * 4
+        assert all(ids[-2:] == [3, 23] for ids in trainer.train_dataset["prompt_ids"])
+        trainer.train()
+
+    def test_answers_that_are_trained_on_must_follow_their_prompt(self, make_args):
+        with pytest.raises(
+            ValueError, match="Row 0 of `train_dataset`: The chat template writes a prompt differently"
+        ):
+            make_trainer(make_args(lmbda=0.5), dataset=chat_dataset(4), processing_class=self.rewriting())
+
+    def test_evaluation_lets_the_teacher_answer_where_the_datas_answer_cannot_be_used(self, make_args):
+        rewriting = self.rewriting()
+        trainer = make_trainer(make_args(), eval_dataset=chat_dataset(4), processing_class=rewriting)
+        prompts = Dataset.from_list([{"prompt": row["messages"][:-1]} for row in chat_dataset(4)])
+        alone = make_trainer(make_args(), eval_dataset=prompts, processing_class=rewriting)
+        assert trainer.eval_dataset.to_list() == alone.eval_dataset.to_list()
+        assert trainer.evaluate()["eval_forward_kl"] == pytest.approx(alone.evaluate()["eval_forward_kl"])
+
+    def test_evaluation_judges_the_datas_answers(self, make_args):
+        trainer = make_trainer(make_args(), dataset=chat_dataset(4), eval_dataset=chat_dataset(4))
+        assert all(trainer.eval_dataset["completion_ids"])
+        assert not any(trainer.train_dataset["completion_ids"])
+
+    def test_a_transform_is_honoured_in_both_data_sets(self, make_args):
+        data = chat_dataset(4).with_transform(lambda batch: {"prompt": ["the cat"] * len(batch["messages"])})
+        trainer = make_trainer(make_args(), dataset=data, eval_dataset=data)
+        for dataset in (trainer.train_dataset, trainer.eval_dataset):
+            assert dataset["prompt_ids"][:] == [[12, 13]] * 4
+        trainer.train()
+        trainer.evaluate(data)
+
+
 class TestTemperatures:
     def test_loss_temperature_divides_both_logits(self, make_args):
         """Trap 7: sampling and loss have a temperature each."""

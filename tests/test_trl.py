@@ -80,6 +80,10 @@ class TestWhatWeRelyOn:
         """Self-distillation drops it from its copy of the student."""
         assert "model.forward = " in inspect.getsource(trl.trainer.utils.add_fused_lm_head)
 
+    def test_what_is_not_given_is_taken_out_at_any_depth_and_lists_keep_their_places(self):
+        row = {"a": None, "b": [{"c": None, "d": [1, None]}], "e": {"f": None}}
+        assert _trl.remove_none_values(row) == {"b": [{"d": [1, None]}], "e": {}}
+
     def test_what_shards_the_teacher(self):
         assert parameters(_trl.fsdp2_prepare_model) == ["accelerator", "model"]
         assert parameters(_trl.prepare_deepspeed) == ["model", "accelerator"]

@@ -27,7 +27,10 @@ from peft.utils.other import (
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
-from trl.trainer.utils import print_prompt_completions_sample  # the table of sampled completions
+from trl.trainer.utils import (
+    print_prompt_completions_sample,  # the table of sampled completions
+    remove_none_values,  # what TRL tells users to apply to rows with tool calls
+)
 
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "keep_four_bit_weights_differentiable",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
+    "remove_none_values",
     "sampling_loop",
     "unwrap_model_for_generation",
     "vllm_generation_module",

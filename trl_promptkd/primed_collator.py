@@ -1,8 +1,8 @@
 """From rows to two views of the same completion: the student's, behind the plain prompt, and the teacher's, behind the
 primed one.
 
-Both views hold the completion with the same token ids, the end-of-text token included, so that the `i`-th trained token of
-one is the `i`-th of the other, whatever stands before it.
+Both views hold the completion with the same token ids, the end-of-text token included, so that the `i`-th trained
+token of one is the `i`-th of the other, whatever stands before it.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,14 @@ from .data import (
     check_answers,
     check_columns,
     check_ids,
+    check_text_only,
+    is_empty_answer,
     map_rows,
     masked_rows,
     pad_rows,
     sift_overlong,
     tokenize_row,
+    tokenize_views,
 )
 from .priming import PrimingTemplate, resolve_priming
 
@@ -38,42 +41,58 @@ __all__ = [
 
 
 def tokenize_primed_row(
-    row: dict[str, Any], processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None
+    row: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    priming: PrimingTemplate | None,
+    with_answer: bool = True,
 ) -> dict[str, list[int]]:
     """Token ids of one row, in both views.
 
     Args:
         row: As for [`~trl_promptkd.data.tokenize_row`]; the template sees all of its columns. A row that is tokenized
             already also needs `teacher_prompt_ids` where there is a template.
+        with_answer: `False` takes the prompts alone, for rows whose answer is not trained on.
 
     Returns:
-        `prompt_ids` (what the student sees), `teacher_prompt_ids` (what the teacher sees) and `completion_ids` (the same for
-        both; empty where the row has no answer).
+        `prompt_ids` (what the student sees), `teacher_prompt_ids` (what the teacher sees) and `completion_ids` (the
+        same for both; empty where the row has no answer).
 
     Raises:
         ValueError: where a prompt has no tokens: nothing would predict the completion's first one.
     """
-    student = tokenize_row(row, processing_class)
-    if row.get("teacher_prompt_ids") is not None:
-        teacher_prompt_ids = row["teacher_prompt_ids"]
-    elif priming is None:
-        teacher_prompt_ids = student["prompt_ids"]
-    elif row.get("prompt_ids") is not None:
-        raise ValueError(
-            "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt that is tokenized "
-            "already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set `priming=None`."
-        )
+    if row.get("prompt_ids") is not None:
+        ids = _tokenized_views(row, processing_class, priming, with_answer)
     else:
-        primed: dict[str, Any] = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
-        teacher_prompt_ids = tokenize_row({**primed, "prompt": priming.prime(row)}, processing_class)["prompt_ids"]
-        if teacher_prompt_ids == student["prompt_ids"] and priming.render(row).strip():
+        primed = [] if priming is None else [priming.prime(row, with_answer)]
+        prompts, completion_ids = tokenize_views(row, processing_class, primed, with_answer)
+        ids = {"prompt_ids": prompts[0], "completion_ids": completion_ids, "teacher_prompt_ids": prompts[-1]}
+        if priming is not None and prompts[0] == prompts[1] and priming.render(row).strip():
             raise ValueError(
-                f"The priming text does not reach the teacher: its prompt is the student's. The chat template seems to drop a text at "
-                f"placement {priming.placement!r}. Use another placement."
+                "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to "
+                f"drop a text at placement {priming.placement!r}. Use another placement."
             )
-    if not student["prompt_ids"] or not teacher_prompt_ids:
+    if not ids["prompt_ids"] or not ids["teacher_prompt_ids"]:
         raise ValueError(NO_TOKENS)
-    return {**student, "teacher_prompt_ids": teacher_prompt_ids}
+    return ids
+
+
+def _tokenized_views(
+    row: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    priming: PrimingTemplate | None,
+    with_answer: bool,
+) -> dict[str, list[int]]:
+    """Both views of a row that is tokenized already."""
+    ids = tokenize_row(row, processing_class, with_answer)
+    if row.get("teacher_prompt_ids") is not None:
+        return {**ids, "teacher_prompt_ids": row["teacher_prompt_ids"]}
+    if priming is not None:
+        raise ValueError(
+            "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt that "
+            "is tokenized already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set "
+            "`priming=None`."
+        )
+    return {**ids, "teacher_prompt_ids": ids["prompt_ids"]}
 
 
 def tokenize_primed_dataset(
@@ -93,12 +112,12 @@ def tokenize_primed_dataset(
     `teacher_max_length`, are left out and counted (`overlong="drop"`), or refused (`"error"`).
 
     Args:
-        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not, and then
-            they are left away: the lengths bound the prompts.
+        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not, and
+            then they are not looked at: the lengths bound the prompts.
 
     Raises:
-        ValueError: for a template that uses columns which are not there; where rows are too long, with their number and the
-            length that would do; where no row is left; where an answer is missing and needed.
+        ValueError: for a template that uses columns which are not there; where rows are too long, with their number
+            and the length that would do; where no row is left; where an answer is missing and needed.
     """
     check_columns(dataset, name, answers_needed)
     columns = list(next(iter(dataset)))
@@ -108,12 +127,21 @@ def tokenize_primed_dataset(
         dataset,
         name,
         _tokenize_and_measure,
+        (
+            "prompt_ids",
+            "teacher_prompt_ids",
+            "completion_ids",
+            "length",
+            "empty_answer",
+            "overlong",
+            "teacher_overlong",
+        ),
         num_proc,
         processing_class=processing_class,
         priming=priming,
         max_length=max_length,
         teacher_max_length=teacher_max_length,
-        keeps_answers=answers_needed is not None,
+        with_answers=answers_needed is not None,
     )
     for what, column, field, limit in (
         ("rows", "overlong", "max_length", max_length),
@@ -129,17 +157,19 @@ def _tokenize_and_measure(
     priming: PrimingTemplate | None,
     max_length: int | None,
     teacher_max_length: int | None,
-    keeps_answers: bool,
+    with_answers: bool,
 ) -> dict[str, Any]:
+    check_text_only(row)
+    if not with_answers:
+        row = {name: value for name, value in row.items() if name != "completion_ids"}
     check_ids(row, processing_class)
-    ids = tokenize_primed_row(row, processing_class, priming)
-    if not keeps_answers:
-        ids["completion_ids"] = []
+    ids = tokenize_primed_row(row, processing_class, priming, with_answers)
     length = len(ids["prompt_ids"]) + len(ids["completion_ids"])
     teacher_length = len(ids["teacher_prompt_ids"]) + len(ids["completion_ids"])
     return {
         **ids,
         "length": teacher_length,  # what `group_by_length` groups by
+        "empty_answer": int(is_empty_answer(row, ids["completion_ids"], processing_class)),
         "overlong": length if max_length is not None and length > max_length else 0,
         "teacher_overlong": (
             teacher_length if teacher_max_length is not None and teacher_length > teacher_max_length else 0
@@ -157,9 +187,9 @@ def pad_views(
     """One batch of both views.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, student_seq)`; `teacher_input_ids`, `teacher_attention_mask` and
-        `teacher_labels` of shape `(batch, teacher_seq)`. `labels[:, 1:] != -100` and `teacher_labels[:, 1:] != -100` select the same
-        tokens in the same order.
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, student_seq)`; `teacher_input_ids`,
+        `teacher_attention_mask` and `teacher_labels` of shape `(batch, teacher_seq)`. `labels[:, 1:] != -100` and
+        `teacher_labels[:, 1:] != -100` select the same tokens in the same order.
     """
     student = pad_rows(prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     teacher = pad_rows(teacher_prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
@@ -183,7 +213,8 @@ class DataCollatorForPrimedDistillation:
     """
     Batches of two views of the same completions: the student's and the primed teacher's.
 
-    The trainer tokenizes rows once, before training, and then only pads here. Rows that are not tokenized are, on the spot.
+    The trainer tokenizes rows once, before training, and then only pads here. Rows that are not tokenized are, on the
+    spot.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -195,9 +226,10 @@ class DataCollatorForPrimedDistillation:
 
     Returns (on call):
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
-        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the completion, end of
-        text included; `labels != -100` selects the same ids in the same order in both views. Prompts are padded on the left,
-        completions on the right. Rows from a teacher cache add `cache_rows` of shape `(batch,)`.
+        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the
+        completion, end of text included; `labels != -100` selects the same ids in the same order in both views.
+        Prompts are padded on the left, completions on the right. Rows from a teacher cache add `cache_rows` of shape
+        `(batch,)`.
     """
 
     processing_class: PreTrainedTokenizerBase
@@ -213,8 +245,8 @@ class DataCollatorForPrimedDistillation:
             )
         if self.processing_class.pad_token_id is None:
             raise ValueError(
-                "The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`; masks come from lengths, so this "
-                "is safe."
+                "The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`; masks come from "
+                "lengths, so this is safe."
             )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from .data import split_row
+from .data import joined_text, split_row
 from .files import read_text
 from .sandbox import compile_template, render_template, template_variables
 
@@ -130,17 +130,22 @@ class PrimingTemplate:
         _check_characters(text, "The rendered priming text")
         return text
 
-    def prime(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    def prime(self, row: Mapping[str, Any], with_answer: bool = True) -> str | list[dict[str, Any]]:
         """What the teacher sees as the prompt of a row, in the row's own form: a text, or a list of messages.
 
         Args:
             row: With `messages`, or with `prompt` and perhaps `completion`; it is not changed.
+            with_answer: `False` does not check the row's answer, for one that is not used.
 
         Raises:
             ValueError: where the text cannot be placed: no user message, or a system message in a plain text.
         """
         text = self.render(row)
-        prompt, _ = _split(row)
+        prompt, _ = split_row(row, with_answer)
+        if prompt is None:
+            raise ValueError(
+                "A row has neither a prompt nor messages (both are missing or None). Filter such rows out."
+            )
         if isinstance(prompt, str):
             if self.placement == "system":
                 raise ValueError(
@@ -177,40 +182,11 @@ def _with_text(message: dict[str, Any], before: str = "", after: str = "") -> di
 
 
 def _reference_answer(row: Mapping[str, Any]) -> str:
-    _, completion = _split(row)
-    if isinstance(completion, list):
-        completion = completion[-1].get("content") if completion else None
-    if isinstance(completion, list):
-        completion = "".join(part.get("text") or "" for part in completion)
-    if not completion:
+    _, completion = split_row(row)
+    answer = joined_text(completion[-1].get("content") if isinstance(completion, list) else completion)
+    if not answer:
         raise ValueError("The priming template shows the teacher the row's answer, but a row has none.")
-    return completion
-
-
-def _split(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A row's prompt and answer, which are texts, or messages with a role and a content."""
-    for name in ("messages", "prompt", "completion"):
-        value = row.get(name)
-        is_text = isinstance(value, str) and name != "messages"
-        if not (value is None or is_text or (isinstance(value, list) and all(map(_is_message, value)))):
-            raise ValueError(
-                f"`{name}` of a row is {str(value)[:100]!r}; it must be "
-                + ("" if name == "messages" else "a text, or ")
-                + "a list of messages with a `role` and a `content`."
-            )
-    prompt, completion = split_row(dict(row))
-    if prompt is None:
-        raise ValueError("A row has neither a prompt nor messages (both are missing or None). Filter such rows out.")
-    return prompt, completion
-
-
-def _is_message(message: Any) -> bool:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    if isinstance(content, list):
-        return all(isinstance(part, Mapping) and isinstance(part.get("text"), str | None) for part in content)
-    return isinstance(content, str | None)
+    return answer
 
 
 def _check_characters(text: str, what: str) -> None:

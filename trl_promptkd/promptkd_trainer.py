@@ -195,7 +195,9 @@ class PromptKDTrainer(GKDTrainer):
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
         check_soft_prompt(prompt_encoder_config, processing_class)
         answers_needed = _ANSWERS_NEEDED if args.lmbda < 1 and not args.seq_kd else None
-        train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args, answers_needed)
+        train_dataset = self._tokenize(
+            train_dataset, "train_dataset", processing_class, args, answers_needed, answers_needed is not None
+        )
         eval_dataset = self._tokenize(eval_dataset, "eval_dataset", processing_class, args)
         if self._tokenizes:
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
@@ -271,8 +273,13 @@ class PromptKDTrainer(GKDTrainer):
 
     # ------------------------------------------------------------------------------------------------ setting up
 
-    def _tokenize(self, dataset, name: str, processing_class, args: PromptKDConfig, answers_needed=None):
-        """Check and tokenize a data set or a `dict` of them; a collator of the user's own gets the rows as they are."""
+    def _tokenize(
+        self, dataset, name: str, processing_class, args: PromptKDConfig, answers_needed=None, with_answers=True
+    ):
+        """Check and tokenize a data set or a `dict` of them; a collator of the user's own gets the rows as they are.
+
+        Training rows whose answers are not trained on are tokenized without them. Evaluation judges all answers.
+        """
         if dataset is None or not self._tokenizes:
             return dataset
         if isinstance(dataset, dict):
@@ -281,7 +288,14 @@ class PromptKDTrainer(GKDTrainer):
             }
         check_columns(dataset, name, answers_needed)
         tokenized = tokenize_dataset(
-            dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
+            dataset,
+            name,
+            processing_class,
+            args.max_length,
+            answers_needed,
+            args.overlong,
+            args.dataset_num_proc,
+            with_answers,
         )
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..data import pad_rows, tokenize_dataset, tokenize_row
+from ..data import RewrittenPromptError, pad_rows, tokenize_dataset, tokenize_row
 from ..forward import TokenStates, completion_states
 from ..primed_collator import tokenize_primed_dataset, tokenize_primed_row
 from ..priming import PrimingTemplate
@@ -98,18 +98,24 @@ class Case:
     @cached_property
     def tokenized(self) -> list[dict[str, list[int]]]:
         """`prompt_ids` and `completion_ids` of every row, nothing cut."""
-        return self._each_row(lambda row: tokenize_row(row, self.tokenizer))
+        return self._each_row(partial(tokenize_row, processing_class=self.tokenizer))
 
     @cached_property
     def views(self) -> list[dict[str, list[int]]]:
         """The same with `teacher_prompt_ids`."""
-        return self._each_row(lambda row: tokenize_primed_row(row, self.tokenizer, self.priming))
+        return self._each_row(partial(tokenize_primed_row, processing_class=self.tokenizer, priming=self.priming))
 
-    def _each_row(self, tokenize: Callable[[dict[str, Any]], dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    def _each_row(self, tokenize: Callable[..., dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+        """Answers that no training needs are taken if the chat template allows it."""
         found = []
         for index, row in enumerate(self.raw):
             try:
-                found.append(tokenize(row))
+                try:
+                    found.append(tokenize(row))
+                except RewrittenPromptError:
+                    if self.answers_needed is not None:
+                        raise
+                    found.append(tokenize(row, with_answer=False))
             except ValueError as error:
                 raise ValueError(f"Row {index}: {error}") from error
         return found
@@ -117,7 +123,7 @@ class Case:
     @cached_property
     def prepared(self) -> list[dict[str, list[int]]]:
         """The rows as the trainers prepare them: cut (PromptKD) or dropped where they are too long."""
-        rows = Dataset.from_list(self.raw)
+        rows = Dataset.from_list(self.raw, on_mixed_types="use_json")
         limits = {"answers_needed": self.answers_needed, "overlong": self.overlong}
         if self.priming is None:
             return list(tokenize_dataset(rows, "dataset", self.tokenizer, self.max_length, **limits))  # type: ignore[arg-type]

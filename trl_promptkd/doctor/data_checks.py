@@ -96,7 +96,7 @@ def special_tokens(case: Case) -> Finding:
 
 def data(case: Case) -> Finding:
     """Rows without prompts or answers train on nothing and say nothing."""
-    check_columns(Dataset.from_list(case.raw[:1]), "dataset", case.answers_needed)
+    check_columns(Dataset.from_list(case.raw[:1], on_mixed_types="use_json"), "dataset", case.answers_needed)
     total = len(case.raw)
     prompts: list[list[Any] | None] = []
     answers: list[list[Any] | None] = []
@@ -121,6 +121,8 @@ def data(case: Case) -> Finding:
     blank = sum(texts is not None and not "".join(texts).strip() for texts in answers)
     if unanswered and case.answers_needed is not None:
         return Finding("data", "fail", f"{unanswered} of {total} rows have no answer", case.answers_needed)
+    if blank == total and case.answers_needed is not None:
+        return Finding("data", "fail", f"all {total} answers are empty", case.answers_needed)
     if 0 < unanswered < total or blank:
         return Finding(
             "data",
@@ -168,6 +170,18 @@ def chat_template(case: Case) -> Finding:
             found += " (the tokenizer has a template; conversations would use it)"
         return Finding("chat_template", "pass", found)
     answered = sum(bool(row["completion_ids"]) for row in case.tokenized)
+    rewritten = sum(
+        not ids["completion_ids"] and row.get("prompt_ids") is None and split_row(row)[1] is not None
+        for ids, row in zip(case.tokenized, case.raw, strict=True)
+    )
+    if rewritten:
+        return Finding(
+            "chat_template",
+            "warn",
+            f"in {rewritten} of {len(case.raw)} rows the prompt is written differently once an answer follows it",
+            "A model writes the answers that are trained on, so training works, but evaluation cannot use the data's "
+            "answers either. To use them, use a template that keeps prompts as they are (TRL ships patched ones).",
+        )
     found = f"a prompt is written the same with and without its answer ({answered} rows)" if answered else "in use"
     return Finding("chat_template", "pass", found)
 

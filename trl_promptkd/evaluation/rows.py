@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import tokenize_row
+from ..data import check_text_only, plain_rows, tokenize_row
 from ..metrics import reference_number
 
 
@@ -77,11 +77,13 @@ def evaluation_rows(
     prompts: list[list[int]] = []
     references: list[list[Any]] = []
     left_out = 0
+    dataset = plain_rows(dataset)
     rows = dataset.take(num_rows) if num_rows is not None else dataset
     for index, row in enumerate(rows):
         try:
+            check_text_only(row)
             prompt_row, answers = _read_row(dict(row), template)
-            ids = tokenize_row(prompt_row, tokenizer)["prompt_ids"]
+            ids = tokenize_row(prompt_row, tokenizer, with_answer=False)["prompt_ids"]
             if not ids:
                 raise ValueError("its prompt has no tokens. Filter such rows out.")
             right = answers if task == "instruct" else [reference_number(text, "the right answer") for text in answers]
@@ -102,7 +104,7 @@ def evaluation_rows(
 
 
 def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[Any]]:
-    """A row without its answer, as [`tokenize_row`] takes it, and its right answers."""
+    """A row as [`tokenize_row`] takes it, for its prompt alone, and its right answers."""
     of_template = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
     for question, more, answer in (("instruction", "input", "output"), ("question", None, "answer")):
         if isinstance(row.get(question), str):
@@ -119,7 +121,8 @@ def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[
     if row.get("messages"):
         *before, last = row["messages"]
         if isinstance(last, Mapping) and last.get("role") == "assistant" and before:
-            return {"prompt": before, **of_template}, _answers({"completion": last.get("content"), **_references(row)})
+            answers = _answers({"completion": row["messages"][-1:], **_references(row)})
+            return {"messages": row["messages"], **of_template}, answers
         if not isinstance(last, Mapping) or last.get("role") == "assistant" or not _references(row):
             raise ValueError(
                 "its `messages` are no conversation that ends with an assistant message, the answer. Filter such rows out, or give "
@@ -143,7 +146,9 @@ def _answers(row: Mapping[str, Any], *columns: str) -> list[str]:
     found = (row.get(column) for column in columns or ("completion",))
     answers = row.get("references") or next((answer for answer in found if answer is not None), None)
     if isinstance(answers, list) and answers and isinstance(answers[0], Mapping):
-        answers = answers[-1].get("content")
+        content = answers[-1].get("content")
+        is_parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
+        answers = "".join(str(part.get("text") or "") for part in content) if is_parts else content
     answers = list(answers) if isinstance(answers, list | tuple) else [answers]
     texts = [isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers]
     if not answers or not all(texts):

@@ -1,0 +1,113 @@
+"""From token ids to padded batches, and what is counted in them.
+
+A batch pads the prompts on the left and the completions on the right, so that both start at the same column in every
+row. What is padding is known from lengths and never from ids, as many models pad with their end-of-text token.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging
+
+
+__all__ = [
+    "DataCollatorForPromptCompletion",
+    "count_trained_tokens",
+    "grouped_by_length",
+    "masked_rows",
+    "pad_rows",
+    "without_repeats",
+]
+
+logger = logging.get_logger(__name__)
+
+
+def pad_rows(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, Tensor]:
+    """Rows of ids to one batch: prompts padded on the left, completions on the right (there also up to a multiple).
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label
+        -100 for everything but the completion; `prompts` and `prompt_attention_mask` of shape `(batch, longest
+        prompt)`.
+    """
+    left = max(map(len, prompt_ids))
+    width = left + max(map(len, completion_ids))
+    width += -width % (pad_to_multiple_of or 1)
+    input_ids = torch.full((len(prompt_ids), width), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, -100)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        start, end = left - len(prompt), left + len(completion)
+        ids = torch.tensor([*prompt, *completion])
+        input_ids[row, start:end] = ids
+        attention_mask[row, start:end] = 1
+        labels[row, left:end] = ids[len(prompt) :]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "prompts": input_ids[:, :left],
+        "prompt_attention_mask": attention_mask[:, :left],
+    }
+
+
+def grouped_by_length(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Which rows go into which micro-batch, the longest first, so that rows are padded to their likes.
+
+    Args:
+        lengths: Of all rows.
+        sizes: Rows a micro-batch, adding up to the number of rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    ends = list(accumulate(sizes))
+    return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator, step: int) -> Tensor:
+    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar. None is a warning."""
+    local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
+    if total == 0:
+        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
+    return total
+
+
+def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
+    """Labels of an evaluation batch, -100 in the rows with which accelerate filled up the last batches of several
+    ranks."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return labels
+    real = max(state.remainder - accelerator.process_index * len(labels), 0)
+    return torch.where(torch.arange(len(labels), device=labels.device).unsqueeze(1) < real, labels, -100)
+
+
+def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The ids of each row where the mask is set; `ids` and `mask` of shape `(batch, seq)`."""
+    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+
+
+@dataclass
+class DataCollatorForPromptCompletion:
+    """
+    Batches of tokenized rows, with the keys of TRL's ChatML collator that `GKDTrainer` reads.
+
+    Args:
+        pad_token_id (`int`): Fills up the rows; it may be the end-of-text token.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return pad_rows(
+            [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], self.pad_token_id
+        )

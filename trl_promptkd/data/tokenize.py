@@ -1,0 +1,192 @@
+"""From a row to its token ids.
+
+Whose tokens are these? The user's own are always kept, special ones too. What a tokenizer puts before a text is part
+of a prompt, and what it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .chat_template import conversation_texts
+from .rows import is_blank, shortened, split_row
+
+
+__all__ = ["tokenize_row", "tokenize_views"]
+
+
+def tokenize_row(
+    row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase, with_answer: bool = True
+) -> dict[str, list[int]]:
+    """Token ids of one row.
+
+    Args:
+        row: `messages` (the last one is the answer), or `prompt` with or without `completion`; each a text or a list
+            of messages. A `prompt` that ends with an assistant message is continued. `tools` and
+            `chat_template_kwargs` reach the chat template. Rows that hold `prompt_ids` are tokenized already and are
+            taken as they are.
+        processing_class: The tokenizer. Conversations need its chat template.
+        with_answer: `False` takes the prompt alone, for rows whose answer is not used.
+
+    Returns:
+        `{"prompt_ids": [...], "completion_ids": [...]}`; the answer ends with an end-of-text token and is empty if
+        the row has none.
+
+    Raises:
+        ValueError: if the row is none of these, if its chat template fails, and if nothing of its answer would be
+            trained on.
+    """
+    if row.get("prompt_ids") is not None:
+        completion_ids = (row.get("completion_ids") or []) if with_answer else []
+        return {"prompt_ids": row["prompt_ids"], "completion_ids": completion_ids}
+    (prompt_ids,), completion_ids = tokenize_views(row, processing_class, with_answer=with_answer)
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+
+def tokenize_views(
+    row: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    other_prompts: Sequence[Any] = (),
+    with_answer: bool = True,
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of a row's prompt, of other prompts in its place (such as a primed one), and of the answer that
+    follows each.
+
+    Returns:
+        The prompts' ids, the row's own first, and the answer's: the same after all prompts.
+    """
+    prompt, completion = split_row(row, with_answer)
+    if prompt is None:
+        raise ValueError("A row has neither a prompt nor messages (both are missing or None). Filter such rows out.")
+    prompts = [prompt, *other_prompts]
+    conversational = not isinstance(prompt, str)
+    completion_text: str | None = completion
+    if conversational:
+        prompts, completion_text = conversation_texts(prompts, completion, row, processing_class)
+    prompt_ids, completion_ids = _tokenize_texts(prompts, completion_text, processing_class)
+    if not conversational:  # a chat template writes the special tokens itself
+        before = _ids_before(prompts[0], processing_class)
+        prompt_ids = [[*before, *ids] for ids in prompt_ids]
+    if completion is None:
+        return prompt_ids, []
+
+    eos = processing_class.eos_token_id
+    completion_ids = _without_blank_tail(completion_ids, processing_class, None if conversational else {eos})
+    if not conversational and eos is not None and completion_ids[-1:] != [eos]:
+        completion_ids = [*completion_ids, eos]
+    if set(completion_ids) <= {eos} and not is_blank(completion, processing_class.eos_token):
+        raise ValueError(
+            f"The tokenizer writes nothing of the answer {shortened(completion)}, so that only the end of text would "
+            "be trained on. Filter such rows out, or use the tokenizer that the data was made for."
+        )
+    return prompt_ids, completion_ids
+
+
+def _ids(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    return processing_class(text, add_special_tokens=False)["input_ids"]
+
+
+def _decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
+    return processing_class.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text, such as a beginning-of-text token. What it puts after one is not
+    told by the last id, which may be the user's own."""
+    if not processing_class.num_special_tokens_to_add():
+        return []
+    for text in ("a", prompt):  # most tokenizers know the first, and it holds no special token
+        bare, whole = _ids(text, processing_class), processing_class(text)["input_ids"]
+        for start in range(len(whole) - len(bare) + 1 if bare else 0):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+    return []
+
+
+def _tokenize_texts(
+    prompts: Sequence[str], completion: str | None, processing_class: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[int]]:
+    """Ids of the prompts and of the completion that follows each, without special tokens of the tokenizer's own.
+
+    A prompt and its completion are tokenized together, so that no border of tokens is forced between them. A token
+    that straddles the border belongs to the completion. They are kept apart if text would be lost, if no prompt would
+    remain, and if the completion's ids would differ between the prompts.
+    """
+    alone = [_ids(prompt, processing_class) for prompt in prompts]
+    if completion is None:
+        return alone, []
+    together = [
+        _cut_at_border(ids, _ids(prompt + completion, processing_class), processing_class)
+        for ids, prompt in zip(alone, prompts, strict=True)
+    ]
+    first = together[0]
+    if first is not None and all(pair is not None and pair[1] == first[1] for pair in together):
+        return [pair[0] for pair in together if pair is not None], first[1]
+    return alone, _ids_after(alone, prompts[0], completion, processing_class)
+
+
+def _cut_at_border(
+    prompt_ids: list[int], whole: list[int], processing_class: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]] | None:
+    """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if
+    they must be kept apart.
+
+    Texts are compared, not offsets: some tokenizers leave white space out of those.
+    """
+    unknown = processing_class.unk_token_id
+    if unknown is not None and prompt_ids[-1:] == [unknown]:
+        return None  # what follows may have become part of it
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return prompt_ids, whole[len(prompt_ids) :]
+    text = _decode(prompt_ids, processing_class)
+    cut = next(i for i, (own, id_) in enumerate(zip([*prompt_ids, None], [*whole, -1], strict=False)) if own != id_)
+    for end in range(cut + 1, len(whole) + 1):
+        start = _decode(whole[:end], processing_class)
+        if text.startswith(start):
+            cut = end
+        elif len(start) > len(text):
+            break
+    left = _decode(whole[:cut], processing_class)
+    swallowed = cut == 0 or (text.strip() and not left.strip())
+    if swallowed or cut == len(whole) or (left != text and whole[cut] == unknown):
+        return None
+    return whole[:cut], whole[cut:]
+
+
+def _ids_after(
+    prompts_ids: Sequence[list[int]], prompt: str, completion: str, processing_class: PreTrainedTokenizerBase
+) -> list[int]:
+    """Ids of a completion by itself that continue the prompts' text, without the space that some tokenizers put
+    before one."""
+    alone = _ids(completion, processing_class)
+    candidates = [(alone, completion)]
+    for anchor in ("\n", "a", ".", prompt[:1]):  # texts before it, until one does not merge with it
+        before, whole = _ids(anchor, processing_class), _ids(anchor + completion, processing_class)
+        if whole[: len(before)] == before and processing_class.unk_token_id not in before:
+            text = _decode(whole, processing_class)[len(_decode(before, processing_class)) :]
+            candidates.append((whole[len(before) :], text))
+    for candidate, text in candidates:
+        if all(
+            _decode([*ids, *candidate], processing_class) == _decode(ids, processing_class) + text
+            for ids in prompts_ids
+        ):
+            return candidate
+    return alone  # texts cannot be compared, as with tokenizers that do not write white space
+
+
+def _without_blank_tail(
+    ids: list[int], processing_class: PreTrainedTokenizerBase, ends: set[int | None] | None = None
+) -> list[int]:
+    """Without white space after the last token that ends a turn: it is never generated.
+
+    Args:
+        ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of
+            text (Gemma).
+    """
+    if not ids or processing_class.decode(ids[-1:]).strip():
+        return ids
+    if ends is None:
+        ends = {index for index, token in processing_class.added_tokens_decoder.items() if token.special}
+    end = max((i + 1 for i, token in enumerate(ids) if token in ends), default=0)
+    return ids[:end] if end and not processing_class.decode(ids[end:]).strip() else ids

@@ -1423,8 +1423,8 @@ FILES = [
         "`PrimingTemplate.from_file` of a file with an unknown filter",
         lambda folder: PrimingTemplate.from_file(written(folder / "priming.txt", b"{{ a | shout }}")),
         ValueError,
-        "the filter 'shout' is not allowed",
-        "abs, capitalize",
+        "No filter named 'shout'",
+        "(line 1). Text that contains",
     ),
     Case(
         "collator_text",

@@ -41,86 +41,6 @@ def fuzz(max_examples):
 
 # ------------------------------------------------------------------------------------------------ priming texts
 
-ROW = {
-    "prompt": "b" * 2000,
-    "tags": ["x" * 20] * 50,
-    "meta": {"a": 0, "b": [1, 2.5]},
-    "n": 3,
-    "document": "lorem ipsum dolor " * 3000,
-    "turns": [{"role": "user", "content": "hi " * 50}] * 20,
-}
-_GROW = "{% set ns = namespace(x=[1], y=[1], t='ab', k=(1,), n=9999999) %}{% for i in range(60) %}{% set ns.%s %}{% endfor %}"
-
-
-def grow(step, then=""):
-    return _GROW.replace("%s", step) + then
-
-
-ENDLESS = {
-    "loops in loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-    "loops over a column": "{% for a in document %}{% for b in document %}{% endfor %}{% endfor %}",
-    "many loops": "{% for i in range(100000) %}{% endfor %}" * 100,
-    "a long body": "{% for i in range(5000) %}" + "{% if i %}{% endif %}" * 2000 + "{% endfor %}",
-    "concatenation": grow("x = ns.t ~ ns.t").replace("ns.x =", "ns.t ="),
-    "addition": grow("x = ns.x + ns.x"),
-    "shared lists written": grow("x = [ns.x, ns.x]", "{{ ns.x }}"),
-    "shared lists as text": grow("x = [ns.x, ns.x]", "{% set t = ns.x | string %}"),
-    "shared lists as JSON": grow("x = [ns.x, ns.x]", "{% set t = ns.x | tojson %}"),
-    "shared tuples as a key": grow("k = (ns.k, ns.k)", "{{ meta[ns.k] }}"),
-    "shared tuples in a dictionary": grow("k = (ns.k, ns.k)", "{% set d = {ns.k: 1} %}"),
-    "shared tuples in a call": grow("k = (ns.k, ns.k)", "{{ meta.get(ns.k) }}"),
-    "replace": "{{ document | replace('o', document) }}",
-    "replace nothing": "{{ document | replace('', document) }}",
-    "join": "{{ document | join(document) }}",
-    "map": "{{ range(100000) | map('string') | map('replace', '1', document) | list | length }}",
-    "attributes": "{{ range(10000) | map(attribute='a.' ~ document) | list | length }}",
-    "trim": "{{ document | trim(document | upper) }}",
-    "strip": "{% set d = document | upper %}{{ document.strip(d) }}",
-    "large numbers": "{% set x = document | replace('lorem ipsum dolor ', 'ffffffffffff') %}"
-    "{% set x = (x ~ x ~ x ~ x) | int(base=16) %}{% for i in range(9999) %}{% if x is odd %}{% endif %}{% endfor %}",
-    "comparisons": "{% set d = document ~ 'a' %}{% set e = document ~ 'a' %}"
-    "{% for i in range(20000) %}{% if d == e %}{% endif %}{% endfor %}",
-    "searches": "{% for i in range(20000) %}{% if 'zz' in document %}{% endif %}{% endfor %}",
-    "slices": "{% for i in range(20000) %}{% set x = document[1:] %}{% endfor %}",
-    "filters": "{% for i in range(9999) %}{% if document | title %}{% endif %}{% endfor %}",
-    "methods": "{% for i in range(9999) %}{% set x = document.upper() %}{% endfor %}",
-    "join as a method": "{{ document.join(document) }}",
-    "replace as a method": "{{ document.replace('o', document) }}",
-    "replace nothing as a method": "{{ document.replace('', document) }}",
-    "count": "{% for i in range(20000) %}{% set x = document.count('zz') %}{% endfor %}",
-    "tests": "{% for i in range(9999) %}{% if document is lower %}{% endif %}{% endfor %}",
-}
-FORBIDDEN = {
-    "macro": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    "blocks that collect": "{% set x %}{% for i in range(9999) %}" + "x" * 1000 + "{% endfor %}{% endset %}",
-    "include": "{% include '/etc/passwd' %}",
-    "import": "{% import 'os' as os %}",
-    "extends": "{% extends 'x' %}",
-    "recursive": "{% for x in tags recursive %}{{ loop(tags) }}{% endfor %}",
-    "a call by another name": "{% set f = prompt.strip %}{{ f() }}",
-    "an attribute by its text": "{{ prompt['format']('x') }}",
-    "center": "{{ 'x'.center(200000000) }}",
-    "translate": "{{ 'x'.translate({120: 'y'}) }}",
-    "encode": "{{ 'x'.encode('idna') }}",
-    "wordwrap": "{{ document | wordwrap(1) }}",
-    "urlize": "{{ document | urlize }}",
-    "xmlattr": "{{ meta | xmlattr }}",
-    "batch": "{{ tags | batch(999999999, 'x') | list }}",
-    "sum": "{{ [tags] | sum(start=[]) }}",
-    "random": "{{ tags | random }}",
-    "lipsum": "{{ lipsum(n=10000) }}",
-    "round": "{{ 1.5 | round(99999999, 'ceil') }}",
-    "indent": "{{ tags | tojson(indent=999999999) }}",
-    "products": grow("n = ns.n * ns.n"),
-    "a namespace": "{{ namespace(a=1) }}",
-    "a method": "{{ prompt.strip }}",
-    "a function": "{{ range }}",
-    "deep nesting": "{{ " + "(" * 9000,
-    "deep blocks": "{% if 1 %}" * 200 + "{% endif %}" * 200,
-    "a long number": "{{ " + "9" * 6000 + " }}",
-    "a long template": "{{ prompt }}" * 9000,
-}
-
 
 class Clock:
     def __enter__(self):
@@ -128,94 +48,6 @@ class Clock:
 
     def __exit__(self, *args):
         assert time.perf_counter() - self.start < SECONDS
-
-
-def nested(depth):
-    value = []
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def cyclic():
-    value = [1]
-    value.append(value)
-    return value
-
-
-NASTY = {
-    "html": SimpleNamespace(__html__=lambda: "x"),
-    "bytes": b"\0",
-    "a set": {1},
-    "a surrogate": "\ud800",
-    "deep": nested(5000),
-    "cyclic": cyclic(),
-}
-
-FRAGMENTS = st.sampled_from(
-    [
-        *("prompt", "tags", "meta", "n", "document", "turns", "x", "loop", "ns", "range(9)", "range(99999)", "none"),
-        *("''", "'a'", "1", "2.5", "[1, [2]]", "{'a': tags}", "(1, 2)", "namespace(x=[1])", "ns.x", "missing"),
-        *("prompt.__class__", "''['__class__']", "'__mro__'", "tags.append(1)", "prompt.format", "lipsum", "self"),
-        *("meta.items()", "prompt.split()", "turns[0].content", "document[::2]", "9999999999999999999"),
-    ]
-)
-FILTERS = st.sampled_from(
-    [
-        *(
-            "upper",
-            "trim",
-            "join",
-            "join(document)",
-            "default('x')",
-            "length",
-            "first",
-            "last",
-            "replace('a', document)",
-        ),
-        *(
-            "round",
-            "round(99)",
-            "int",
-            "string",
-            "tojson",
-            "tojson(indent=4)",
-            "list",
-            "sort",
-            "unique",
-            "map('upper')",
-        ),
-        *("map(attribute='role')", "map('replace', 'a', 'b')", "select", "reject", "selectattr('role')", "dictsort"),
-        *("groupby('role')", "items", "reverse", "title", "truncate(5)", "wordcount", "min", "max", "abs", "float"),
-        *("attr('__class__')", "center(99999999)", "urlize", "xmlattr", "capitalize", "sort(attribute='x')"),
-        *("map(' weigh')", "map('attr', '__class__')", "map(attribute='__class__')"),
-    ]
-)
-OPERATORS = st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "~", "==", "<", "in", "and", "or", "is", "is not"])
-EXPRESSIONS = st.recursive(
-    FRAGMENTS,
-    lambda inner: st.one_of(
-        st.builds("({} {} {})".format, inner, OPERATORS, inner),
-        st.builds("{} | {}".format, inner, FILTERS),
-        st.builds("{}[{}]".format, inner, inner),
-        st.builds("[{}, {}]".format, inner, inner),
-        st.builds("({} if {} else {})".format, inner, inner, inner),
-    ),
-    max_leaves=5,
-)
-TEMPLATES = st.recursive(
-    st.one_of(st.text(max_size=9), st.builds("{{{{ {} }}}}".format, EXPRESSIONS)),
-    lambda inner: st.one_of(
-        st.builds("{}{}".format, inner, inner),
-        st.builds("{{% if {} %}}{}{{% endif %}}".format, EXPRESSIONS, inner),
-        st.builds("{{% for x in {} %}}{}{{% endfor %}}".format, EXPRESSIONS, inner),
-        st.builds("{{% set x = {} %}}{}".format, EXPRESSIONS, inner),
-        st.builds("{{% set ns = namespace(x={}) %}}{}{{% set ns.x = [ns.x, ns.x] %}}".format, EXPRESSIONS, inner),
-        st.builds("{{% macro x() %}}{}{{% endmacro %}}{{{{ x() }}}}".format, inner),
-    ),
-    max_leaves=6,
-)
-SYNTAX = ["{{", "}}", "{%", "%}", "{#", "if", "for", "in", "endfor", "'", "x", "|", ".", "__class__", "\n", " ", "("]
 
 
 VALUES = st.recursive(
@@ -226,29 +58,6 @@ VALUES = st.recursive(
 
 
 class TestTemplates:
-    @pytest.mark.parametrize("text", ENDLESS.values(), ids=ENDLESS)
-    def test_more_work_than_a_second_is_refused(self, text):
-        template = PrimingTemplate(text)
-        with Clock(), pytest.raises(ValueError, match=r"more work than a priming text needs; use fewer"):
-            template.render(ROW)
-
-    @pytest.mark.parametrize("text", FORBIDDEN.values(), ids=FORBIDDEN)
-    def test_what_no_text_needs_is_refused(self, text):
-        with Clock(), pytest.raises(ValueError, match="sandbox does not allow"):
-            PrimingTemplate(text).render(ROW)
-
-    def test_what_is_refused_is_named_with_its_line_and_what_is_allowed(self):
-        with pytest.raises(ValueError, match=r"the filter 'urlize' is not allowed; abs, .*upper.* are \(line 2\)"):
-            PrimingTemplate("a\n{{ prompt | urlize }}")
-        with pytest.raises(
-            ValueError, match=r"`macro` is not allowed; output, if, for, with and set \(to a value\) are \(line 1\)"
-        ):
-            PrimingTemplate("{% macro f() %}{% endmacro %}")
-        with pytest.raises(
-            ValueError, match=r"the functions namespace, range and the methods capitalize, .* \(line 1\)"
-        ):
-            PrimingTemplate("{{ prompt.encode() }}")
-
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
@@ -285,13 +94,6 @@ class TestTemplates:
         assert len(PrimingTemplate("x" * 1_000_000).render({"prompt": "b"})) == 1_000_000
         assert len(PrimingTemplate("{{ prompt | trim }}").render({"prompt": "b" * 900_000})) == 900_000
 
-    @pytest.mark.parametrize("name", NASTY)
-    def test_values_that_no_text_can_hold_are_refused(self, name):
-        template = PrimingTemplate("{{ x }}")
-        with Clock(), pytest.raises(ValueError, match=r"convert the column|Remove it|RecursionError"):
-            template.render({"prompt": "b", "x": NASTY[name]})
-        assert PrimingTemplate("a").render({"prompt": "b", "x": NASTY[name]}) == "a"
-
     def test_half_a_character_in_the_template_is_refused(self):
         with pytest.raises(ValueError, match=r"holds '\\ud800' at position 1.*Remove it"):
             PrimingTemplate("a\ud800")
@@ -317,30 +119,6 @@ class TestTemplates:
         for template in (PrimingTemplate("a"), PrimingTemplate("{{ reference_answer }}")):
             with pytest.raises(ValueError, match=r"message|a text|prompt|answer"):
                 template.prime(row)
-
-    @staticmethod
-    def render(text, row):
-        before = copy.deepcopy(row)
-        with Clock():
-            try:
-                written = PrimingTemplate(text).render(row)
-            except ValueError as error:
-                assert len(str(error)) < 5000  # noqa: PT017
-            else:
-                assert isinstance(written, str)
-                assert len(written) <= 1_000_000
-                assert "<class " not in written
-        assert row == before
-
-    @fuzz(400)
-    @given(TEMPLATES)
-    def test_templates_of_any_grammar(self, text):
-        self.render(text, ROW)
-
-    @fuzz(200)
-    @given(st.one_of(st.text(), st.lists(st.sampled_from(SYNTAX), max_size=12).map("".join)))
-    def test_any_text(self, text):
-        self.render(text, ROW)
 
     @fuzz(200)
     @given(VALUES)

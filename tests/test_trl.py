@@ -221,7 +221,6 @@ class TestImports:
             "hyperparameters",
             "model_card",
             "promptkd_trainer",
-            "sandbox",
             "priming",
             "primed_collator",
             "primed_distill_loss",

@@ -1,25 +1,58 @@
 """Priming: what the teacher sees instead of the plain prompt.
 
 A priming text stands before, after or above the question of a row. Only the teacher sees it; the student learns to answer
-the bare question from what the teacher says behind it. Texts are Jinja templates over the row's columns, rendered in a
-sandbox: they come from users, files and the Hub.
+the bare question from what the teacher says after it. Texts are Jinja templates over the row's columns, rendered in Jinja's own
+immutable sandbox, as transformers renders chat templates. A template is trusted as one of those is: it reaches no Python internals
+and changes no row, but nothing bounds the work that it does.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .data import joined_text, split_row
 from .files import read_text
-from .sandbox import compile_template, render_template, template_variables
 
 
 __all__ = ["PRIMING_TEMPLATES", "PrimingTemplate", "resolve_priming"]
 
 _PLACEMENTS = ("prefix", "suffix", "system")
+_MAX_LENGTH = 1_000_000  # characters of one rendered text: more is a mistake
+
+
+def _written(value: Any) -> Any:
+    """What `{{ value }}` writes. Data sets fill missing values with None, which no text should say."""
+    if value is None:
+        raise ValueError(
+            "a value that it writes is None, with which data sets fill missing values; filter such rows out, or write {{ column or '' }}"
+        )
+    return value
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """As chat templates write it: not escaped for HTML."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+_SANDBOX = ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_written
+)
+_SANDBOX.filters["tojson"] = _to_json
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A template, and the names of the columns that it uses."""
+    return _SANDBOX.from_string(text), frozenset(find_undeclared_variables(_SANDBOX.parse(text))) - set(
+        _SANDBOX.globals
+    )
 
 
 @dataclass(frozen=True)
@@ -65,16 +98,12 @@ class PrimingTemplate:
             )
         _check_characters(self.text, "The priming text")
         try:
-            compile_template(self.text)
-        except jinja2.exceptions.SecurityError as error:
-            raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
+            _compiled(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"The priming text is not a valid Jinja template: {error.message} (line {error.lineno}). Text that contains "
                 "'{{' or '{%' literally goes between {% raw %} and {% endraw %}."
             ) from error
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The priming text is not a valid Jinja template: {error}") from error
 
     @classmethod
     def from_file(cls, path: str | Path, placement: str = "prefix") -> "PrimingTemplate":
@@ -99,7 +128,7 @@ class PrimingTemplate:
         known = set(columns)
         if known & {"messages", "completion"}:
             known.add("reference_answer")
-        unknown = sorted(template_variables(self.text) - known)
+        unknown = sorted(_compiled(self.text)[1] - known)
         if unknown:
             raise ValueError(
                 f"The priming template uses {', '.join(map(repr, unknown))}, which `{name}` does not have. Its columns are "
@@ -117,10 +146,14 @@ class PrimingTemplate:
         """
         self.check_columns(list(row), "the row")
         variables = dict(row)
-        if "reference_answer" in template_variables(self.text):
+        if "reference_answer" in _compiled(self.text)[1]:
             variables.setdefault("reference_answer", _reference_answer(row))
+        text = ""
         try:
-            text = render_template(self.text, variables)
+            for part in _compiled(self.text)[0].generate(variables):
+                text += part
+                if len(text) > _MAX_LENGTH:
+                    raise ValueError(f"it makes more than {_MAX_LENGTH} characters")
         except jinja2.exceptions.SecurityError as error:
             raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
         except Exception as error:  # whatever a template does with the values of a row

@@ -126,6 +126,8 @@ PRIVATE_OVERRIDES = {
     },
     PrimedDistillTrainer: {
         "_hp_search_setup": ["self", "trial"],
+        "_load_best_model": ["self"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
         "_name": None,
         "_paper": None,
         "_push_from_checkpoint": ["self", "checkpoint_folder"],
@@ -197,6 +199,7 @@ class TestImports:
             "_trl",
             "divergences",
             "files",
+            "side_effects",
             "config_checks",
             "forward",
             "chunked_loss",

@@ -45,6 +45,7 @@ from .primed_distill_loss import PrimedLossSums, log_prob_sums, primed_loss_sums
 from .priming import PrimingTemplate, resolve_priming
 from .quantization_receipt import quantization_receipt
 from .rollouts import rollout_config, rollout_seed, sample_completions
+from .side_effects import flags_restored, nothing_changed
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -535,7 +536,8 @@ class PrimedDistillTrainer(SFTTrainer):
             self.vllm.sync()
         start = time.perf_counter()
         answers = self._sample(students, self.state.global_step)
-        add_rollouts(self._train_means, answers, self.generation_config, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        add_rollouts(self._train_means, answers, self.generation_config, seconds, self.processing_class)
         self._last_rollouts = (students, answers)
         rows = [row for student, teacher in prompts for row in zip(student, teacher, strict=True)]
         lengths = [len(teacher) + len(answer) for (_, teacher), answer in zip(rows, answers, strict=True)]
@@ -562,6 +564,7 @@ class PrimedDistillTrainer(SFTTrainer):
             seed,
             self.args,
             vocab_size=self.shared_vocab_size,
+            tokenizer=self.processing_class,
         )
 
     def _two_views(self, prompts, teacher_prompts, answers) -> dict[str, Tensor]:
@@ -581,6 +584,14 @@ class PrimedDistillTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)
         save_whole_checkpoint(self, save, super()._push_from_checkpoint, self._get_output_dir(trial=trial))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with flags_restored(self.model):  # PEFT makes all weights of the adapter trainable
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with flags_restored(self.model):
+            super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: the base class would push a checkpoint before it is whole; `save_whole_checkpoint` does it then."""
@@ -672,7 +683,8 @@ class PrimedDistillTrainer(SFTTrainer):
         """As in the base class; takes raw or tokenized data."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name: prepared already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
@@ -680,7 +692,8 @@ class PrimedDistillTrainer(SFTTrainer):
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
-        return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 
     def _prepare(self, dataset, name: str):
         dataset = self._tokenize(dataset, name, self.processing_class, self.args)

@@ -60,6 +60,7 @@ from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 from .promptkd_loss import prompt_loss_sums, promptkd_loss_sums, regularization_weight, student_loss_sums
 from .rollouts import rollout_config, rollout_seed, sample_completions
+from .side_effects import flags_restored, nothing_changed
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -416,7 +417,8 @@ class PromptKDTrainer(GKDTrainer):
             start = time.perf_counter()
             sampled = self._sample([prompts[i][j] for i, j in chosen_rows], source, step, rank)
             if source == "student":
-                add_rollouts(self._train_means, sampled, self.generation_config, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                add_rollouts(self._train_means, sampled, self.generation_config, seconds, self.processing_class)
                 if sampled:
                     self._last_rollouts = ([prompts[i][j] for i, j in chosen_rows], sampled)
             for (i, j), completion in zip(chosen_rows, sampled, strict=True):
@@ -438,13 +440,20 @@ class PromptKDTrainer(GKDTrainer):
         """Completions by the student or by the plain teacher, from a random state of their own."""
         if source == "student" and self.vllm is not None:
             return self.vllm.sample(prompts, step)
-        settings = (self.generation_config, rollout_seed(self.args.seed, source, step, rank), self.args)
+        sample = partial(
+            sample_completions,
+            accelerator=self.accelerator,
+            prompt_ids=prompts,
+            generation_config=self.generation_config,
+            seed=rollout_seed(self.args.seed, source, step, rank),
+            args=self.args,
+            vocab_size=self.shared_vocab_size,
+            tokenizer=self.processing_class,
+        )
         if source == "student":
-            return sample_completions(
-                self.model_wrapped, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size
-            )
+            return sample(self.model_wrapped)
         with self._teacher() as teacher:
-            return sample_completions(teacher, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size)
+            return sample(teacher)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -529,7 +538,8 @@ class PromptKDTrainer(GKDTrainer):
         """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
@@ -538,7 +548,8 @@ class PromptKDTrainer(GKDTrainer):
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
         test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
@@ -653,12 +664,14 @@ class PromptKDTrainer(GKDTrainer):
             # The base class would take `teacher_prompt/` for a second adapter of the student
             name = self.model.active_adapters[0]
             folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
-            self.model.load_adapter(folder, name, is_trainable=True)
+            with flags_restored(self.model):  # PEFT makes all weights of the adapter trainable
+                self.model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with flags_restored(self.model):
+            super()._load_best_model()
         self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))
 
 

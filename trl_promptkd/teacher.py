@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ._trl import BaseTunerLayer, fsdp2_prepare_model, keep_four_bit_weights_differentiable, prepare_deepspeed
+from .side_effects import flags_restored
 
 
 __all__ = [
@@ -259,13 +260,10 @@ def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module
     if teacher is not None:
         yield teacher
         return
-    was_training = student.training
-    student.eval()
-    try:
+    with flags_restored(student):
+        student.eval()
         with student.disable_adapter():
             yield student
-    finally:
-        student.train(was_training)
 
 
 @contextmanager

@@ -146,6 +146,7 @@ def _write_mine(
                 rollout_seed(args.seed, f"answers/{batch[0] if batch else ''}", 0, 0),
                 args,
                 vocab_size=vocab_size,
+                tokenizer=processing_class,
             )
             unwritten.update(zip(batch, answers, strict=True))
             if unwritten and (index == len(share) - 1 or time.monotonic() - written > _SECONDS_A_PART):

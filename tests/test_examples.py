@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import WORDS, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from trl_promptkd.cli import make_parser
 
@@ -334,6 +335,34 @@ def launch(script, folder, settings, *flags):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+@pytest.mark.parametrize("name", ["promptkd", "primed_distill"])
+def test_a_scripts_student_may_be_an_adapters_folder(name, tmp_path):
+    """It is trained further, with the tokenizer of the model below it."""
+    for folder, seed in (("base", 1), ("teacher", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(tmp_path / "lora")
+    rows = [{"prompt": WORDS[i], "completion": WORDS[i + 1]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {
+        "model_name_or_path": tmp_path / "lora",
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "data_files": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "max_new_tokens": 4,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "bf16": "false",
+    }
+    flags |= {"prompt_init_text": "suppose you are a student ."} if name == "promptkd" else {}
+    script = load_script(name)
+    given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+    script.main(*script.make_parser().parse_args_and_config([*given, "--use_cpu"]))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ from .priming import PrimingTemplate, resolve_priming
 from .quantization_receipt import quantization_receipt
 from .rollouts import rollout_config, rollout_seed, sample_completions
 from .side_effects import flags_restored, nothing_changed
+from .student import check_trains, student_by_name
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -209,21 +210,23 @@ class PrimedDistillTrainer(SFTTrainer):
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with student_by_name(model, args, quantization_config) as (loaded, quantization_config):
+            super().__init__(
+                model=loaded,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
+        check_trains(self.model)
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model, adapters=False)

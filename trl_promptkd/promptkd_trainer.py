@@ -61,6 +61,7 @@ from .promptkd_config import PromptKDConfig
 from .promptkd_loss import prompt_loss_sums, promptkd_loss_sums, regularization_weight, student_loss_sums
 from .rollouts import rollout_config, rollout_seed, sample_completions
 from .side_effects import flags_restored, nothing_changed
+from .student import check_trains, student_by_name
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -201,19 +202,21 @@ class PromptKDTrainer(GKDTrainer):
 
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
-        super(GKDTrainer, self).__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-        )
+        with student_by_name(model, args) as (loaded, _):
+            super(GKDTrainer, self).__init__(
+                model=loaded,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=peft_config,
+            )
+        check_trains(self.model)
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model)

@@ -202,6 +202,7 @@ class TestImports:
             "side_effects",
             "config_checks",
             "init_kwargs",
+            "best_metric",
             "forward",
             "chunked_loss",
             "student",

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
+from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
@@ -196,6 +197,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what the student sees, "
                 "so that the divergence only holds the student where it started. Pass a teacher or a priming text."
             )
+        check_best_metric(args, eval_dataset, callbacks)
         check_vllm(args, model, samples=args.response_source == "student")
         self._tokenizes = data_collator is None
         if args.response_source == "teacher" and teacher_cache is None:
@@ -580,6 +582,7 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
+from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
@@ -189,6 +190,7 @@ class PromptKDTrainer(GKDTrainer):
             data_collator,
             callbacks,
         )
+        check_best_metric(args, eval_dataset, callbacks)
         check_vllm(args, model, samples=args.lmbda > 0)
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
@@ -462,6 +464,7 @@ class PromptKDTrainer(GKDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

@@ -209,6 +209,7 @@ class TestImports:
             "teacher",
             "prompt_encoder",
             "data",
+            "vocabulary",
             "rollouts",
             "vllm_rollouts",
             "sampling_config",

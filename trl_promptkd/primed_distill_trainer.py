@@ -60,6 +60,7 @@ from .teacher_answers import weights_fingerprint, write_teacher_answers
 from .teacher_cache import TeacherCache
 from .telemetry import Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
+from .vocabulary import check_rows_embedded, embedded_by
 
 
 __all__ = ["PrimedDistillTrainer"]
@@ -254,6 +255,12 @@ class PrimedDistillTrainer(SFTTrainer):
             teacher if self.teacher_cache is None else self.teacher_cache.manifest.vocab_size,
             processing_class,
         )
+        models = {"student": (self.model, ("prompt_ids", "completion_ids"))}
+        if self.teacher_cache is None:
+            models["teacher"] = (teacher, ("teacher_prompt_ids", "completion_ids"))
+        self._embedded = embedded_by(models, processing_class)
+        train_dataset = self._check_embedded(train_dataset, "train_dataset")
+        eval_dataset = self._check_embedded(eval_dataset, "eval_dataset")
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self.vllm: VLLMRollouts | None = None
         if args.use_vllm:
@@ -373,6 +380,12 @@ class PrimedDistillTrainer(SFTTrainer):
                 self.shared_vocab_size,
                 name,
             )
+
+    def _check_embedded(self, dataset, name: str):
+        """Refuse tokens that a model has no embedding for; rows for a collator of one's own are not looked into."""
+        if not self._tokenizes:
+            return dataset
+        return check_rows_embedded(dataset, name, self.processing_class, self._embedded)
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
         """Refuse rows that run out of learned positions; streams, and rows for a collator of one's own, are not looked into."""
@@ -703,6 +716,7 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def _prepare(self, dataset, name: str):
         dataset = self._tokenize(dataset, name, self.processing_class, self.args)
+        dataset = self._check_embedded(dataset, name)
         if self.teacher_cache is not None:
             self._check_positions(self.model, dataset)
             return dataset

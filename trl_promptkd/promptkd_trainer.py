@@ -73,6 +73,7 @@ from .teacher import (
 )
 from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
+from .vocabulary import check_rows_embedded, embedded_by
 
 
 __all__ = ["PromptKDTrainer"]
@@ -244,6 +245,12 @@ class PromptKDTrainer(GKDTrainer):
             with recomputed_activations(teacher, True):
                 pass  # refused now where the teacher cannot
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
+        columns = ("prompt_ids", "completion_ids")
+        self._embedded = embedded_by(
+            {"student": (self.model, columns), "teacher": (teacher, columns)}, processing_class
+        )
+        self.train_dataset: Any = self._check_embedded(train_dataset, "train_dataset")
+        self.eval_dataset: Any = self._check_embedded(eval_dataset, "eval_dataset")
         self.prompt_encoder_config = prompt_encoder_config
         with whole_weights(input_embeddings(teacher)):
             self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class)
@@ -283,6 +290,12 @@ class PromptKDTrainer(GKDTrainer):
             dataset, name, processing_class, args.max_length, answers_needed, args.overlong, args.dataset_num_proc
         )
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
+
+    def _check_embedded(self, dataset, name: str):
+        """Refuse tokens that a model has no embedding for; rows for a collator of one's own are not looked into."""
+        if not self._tokenizes:
+            return dataset
+        return check_rows_embedded(dataset, name, self.processing_class, self._embedded)
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
         """Refuse rows that run out of learned positions; streams, and rows for a collator of one's own, are not looked into."""
@@ -544,6 +557,7 @@ class PromptKDTrainer(GKDTrainer):
         """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
+            eval_dataset = self._check_embedded(eval_dataset, "eval_dataset")
         with nothing_changed(self):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -554,6 +568,7 @@ class PromptKDTrainer(GKDTrainer):
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
         test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
+        test_dataset = self._check_embedded(test_dataset, "test_dataset")
         with nothing_changed(self):
             return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 

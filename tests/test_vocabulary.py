@@ -2,7 +2,13 @@ import pytest
 from datasets import Dataset
 from tiny import answered_dataset, tiny_model, tiny_tokenizer
 
-from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptEncoderConfig, PromptKDTrainer
+from trl_promptkd import (
+    PrimedDistillTrainer,
+    PrimingTemplate,
+    PromptEncoderConfig,
+    PromptKDTrainer,
+    build_teacher_cache,
+)
 
 
 SIZE = 30  # the tiny tokenizer's tokens
@@ -115,3 +121,13 @@ class TestRows:
     @pytest.mark.parametrize("rows", ROWS)
     def test_after_resizing_both_train(self, make_trainer, rows):
         make_trainer(extended(), ("student", "teacher"), rows, eval_rows=rows).train()
+
+
+class TestCacheBuilder:
+    @pytest.mark.parametrize("rows", ROWS)
+    def test_refuses_them_too(self, rows, tmp_path):
+        with pytest.raises(
+            ValueError, match="A row of `dataset` holds the token '<chat>' with id 30, but the teacher"
+        ):
+            build_teacher_cache(small(2), Dataset.from_list(rows), str(tmp_path / "cache"), extended())
+        assert not (tmp_path / "cache").exists()

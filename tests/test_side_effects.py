@@ -198,3 +198,22 @@ class TestStopStrings:
         assert sum(row[-1] in stops for row in words) > 0
         share = sum(row[-1] in {*stops, "<eos>"} for row in words) / len(words)
         assert trainer.state.log_history[0]["rollout/terminated_share"] == pytest.approx(share)
+
+
+class TestStreamedEvaluation:
+    """On several ranks, accelerate cannot share a stream out evenly: its last rows would count twice, or be refused by accelerate."""
+
+    def test_is_refused_on_several_ranks(self, make_trainer, monkeypatch):
+        stream = answered_dataset(4).to_iterable_dataset()
+        trainer = make_trainer(eval_dataset=stream)
+        trainer.evaluate()
+        monkeypatch.setattr(type(trainer.args), "world_size", 2)
+        message = r"is streamed, but it is shared out to 2 processes.*Load it without streaming"
+        with pytest.raises(ValueError, match=f"`test_dataset` {message}"):
+            trainer.predict(stream)
+        for given, name in ((stream, "eval_dataset"), ({"a": stream}, r"eval_dataset\['a'\]")):
+            with pytest.raises(ValueError, match=f"`{name}` {message}"):
+                trainer.evaluate(given)
+        for given, name in ((stream, "eval_dataset"), ({"a": stream}, r"eval_dataset\['a'\]")):
+            with pytest.raises(ValueError, match=f"`{name}` {message}"):
+                make_trainer(eval_dataset=given)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
@@ -33,6 +34,7 @@ __all__ = [
     "check_positions",
     "check_sharding",
     "check_soft_prompt",
+    "check_streamed_evaluation",
     "prepare_tokenizer",
 ]
 
@@ -323,6 +325,22 @@ def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTo
         check_peft_config(prompt_encoder_config)
     elif prompt_encoder_config.prompt_init == "text":
         text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+
+def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
+    """Refuse streamed evaluation data on several ranks, whose last rows would be counted twice, or would not fit together.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_streamed_evaluation(part, f"{name}[{key!r}]", args)
+    if isinstance(dataset, IterableDataset) and args.world_size > 1:
+        raise ValueError(
+            f"`{name}` is streamed, but it is shared out to {args.world_size} processes, which need to know how many rows there are. Load it "
+            "without streaming. For the first rows of a stream: `Dataset.from_list(list(stream.take(1000)))`. (Training data may be streamed.)"
+        )
 
 
 def check_sharding(accelerator: Accelerator) -> None:

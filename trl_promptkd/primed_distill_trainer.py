@@ -27,6 +27,7 @@ from .checks import (
     check_found,
     check_positions,
     check_sharding,
+    check_streamed_evaluation,
     prepare_tokenizer,
 )
 from .chunked_loss import chunked_sums
@@ -199,6 +200,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "so that the divergence only holds the student where it started. Pass a teacher or a priming text."
             )
         check_best_metric(args, eval_dataset, callbacks)
+        check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.response_source == "student")
         self._tokenizes = data_collator is None
         if args.response_source == "teacher" and teacher_cache is None:
@@ -715,6 +717,7 @@ class PrimedDistillTrainer(SFTTrainer):
             return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 
     def _prepare(self, dataset, name: str):
+        check_streamed_evaluation(dataset, name, self.args)
         dataset = self._tokenize(dataset, name, self.processing_class, self.args)
         dataset = self._check_embedded(dataset, name)
         if self.teacher_cache is not None:

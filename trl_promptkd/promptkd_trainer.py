@@ -32,6 +32,7 @@ from .checks import (
     check_positions,
     check_sharding,
     check_soft_prompt,
+    check_streamed_evaluation,
     prepare_tokenizer,
 )
 from .chunked_loss import chunked_sums
@@ -192,6 +193,7 @@ class PromptKDTrainer(GKDTrainer):
             callbacks,
         )
         check_best_metric(args, eval_dataset, callbacks)
+        check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.lmbda > 0)
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
@@ -556,6 +558,7 @@ class PromptKDTrainer(GKDTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
+            check_streamed_evaluation(eval_dataset, "eval_dataset", self.args)
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
             eval_dataset = self._check_embedded(eval_dataset, "eval_dataset")
         with nothing_changed(self):
@@ -567,6 +570,7 @@ class PromptKDTrainer(GKDTrainer):
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
+        check_streamed_evaluation(test_dataset, "test_dataset", self.args)
         test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
         test_dataset = self._check_embedded(test_dataset, "test_dataset")
         with nothing_changed(self):

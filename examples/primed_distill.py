@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 import torch
 from datasets import load_dataset
 from script_parser import ScriptParser
-from transformers import AutoTokenizer
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
@@ -108,18 +107,12 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
         "dtype": model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype),
     }
     training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
     train_dataset, eval_dataset = load_splits(script_args, wants_eval=training_args.eval_strategy != "no")
     trainer = PrimedDistillTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=tokenizer,
         quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
         priming=priming,

@@ -69,6 +69,28 @@ def check_student_layers(parser: argparse.ArgumentParser, layers: int) -> None:
         parser.error(f"`--student_layers` is {layers}; it must be from 1 to 30.")
 
 
+def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, num_train: int, num_test: int) -> None:
+    """End with one line where more prompts are asked for than there are, or none."""
+    limits = {
+        "num_warm_start_prompts": (num_train, "there are that many prompts to train on"),
+        "num_test_prompts": (num_test, "that many prompts are held out"),
+        "num_kl_prompts": (args.num_test_prompts, "KL is measured on some of the `--num_test_prompts`"),
+    }
+    for name in ("max_new_tokens", "steps"):
+        if getattr(args, name) < 1:
+            parser.error(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
+    for name, (most, why) in limits.items():
+        value = getattr(args, name)
+        if not 1 <= value <= most:
+            parser.error(f"`--{name}` is {value}; it must be from 1 to {most} ({why}).")
+
+
+def layer_probe(prompts: list[list[int]], answers: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch of the first prompts with their answers, to see which layers change their input least."""
+    prompts = prompts[:16]
+    return pad_rows(prompts, answers[: len(prompts)], pad_token_id)
+
+
 @torch.no_grad()
 def cut_layers(model, num_layers: int, batch: dict[str, torch.Tensor]):
     """A copy without the layers that change their input least, by the cosine between a layer's input and output.
@@ -235,6 +257,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=10, help="of the samples and the order of the data")
     args = parser.parse_args()
     check_student_layers(parser, args.student_layers)
+    rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    num_train = sum(row["split"] == "train" for row in rows)
+    check_counts(parser, args, num_train, len(rows) - num_train)
     torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` allows one thread only, unless told otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' on their own names
     started = time.perf_counter()
@@ -250,7 +275,6 @@ def main() -> None:
     args.bf16 = bfloat16_is_faster(teacher)
     print(f"Computing in {'bfloat16' if args.bf16 else 'float32'}, which is faster on this CPU.")
 
-    rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     ids = {
         split: [
             tokenize_row({"prompt": [SYSTEM, *r["prompt"]]}, tokenizer)["prompt_ids"]
@@ -316,7 +340,7 @@ def main() -> None:
         }
 
     stage(3, f"Cutting a student of {args.student_layers} layers, and measuring it")
-    probe = pad_rows(warm_ids[:16], answers[:16], tokenizer.pad_token_id)
+    probe = layer_probe(warm_ids, answers, tokenizer.pad_token_id)
     student = cut_layers(teacher, args.student_layers, probe)
     sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (teacher, student)]
     print(f"Teacher: {sizes[0]:.0f} M parameters in {len(teacher.model.layers)} layers; student: {sizes[1]:.0f} M.")

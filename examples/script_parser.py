@@ -48,7 +48,7 @@ COMMON = (
 _FILE_FORMATS = (None, "json", "csv", "parquet", "arrow", "text")  # what `--data_files` are files of without the Hub
 # For TRL's and transformers' fields that say nothing of themselves, or what does not hold here
 _HELP = {
-    "model_name_or_path": "The student: Hub id or folder.",
+    "model_name_or_path": "The student: Hub id or folder, also of a PEFT adapter, which is then trained further.",
     "dataset_name": "Hub id of the data set; json, csv, ... with `--data_files`.",
     "dataset_config": "Configuration of the data set, for those that have several.",
     "dataset_train_split": "Split to train on.",

@@ -19,6 +19,7 @@ LIST = "whole_checkpoint.json"
 
 def make_trainer(method, make_args, make_primed_args, **settings):
     models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": tiny_tokenizer()}
+    models["eval_dataset"] = answered_dataset(4)
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **settings}
     if method == "promptkd":
         config = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
@@ -130,6 +131,26 @@ class TestCheckpointToResume:
             checkpoint_to_resume(True, str(tmp_path))
         with pytest.raises(FileNotFoundError, match="checkpoint-7', which is not a folder"):
             checkpoint_to_resume(str(tmp_path / "checkpoint-7"), str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["promptkd", "primed"])
+class TestWeightsAlone:
+    @pytest.mark.parametrize("by_name", [True, False])
+    def test_cannot_be_resumed_from(self, method, by_name, make_args, make_primed_args, tmp_path):
+        """Not with a new optimizer either, which transformers would take without a word."""
+        make_trainer(method, make_args, make_primed_args, save_only_model=True).train()
+        resumed = make_trainer(method, make_args, make_primed_args, max_steps=4)
+        resume = str(tmp_path / "run" / "checkpoint-2") if by_name else True
+        with pytest.raises(
+            ValueError, match=r"checkpoint-[23] was saved with `save_only_model=True`, which leaves out the"
+        ):
+            resumed.train(resume_from_checkpoint=resume)
+
+    def test_may_be_the_best(self, method, make_args, make_primed_args):
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+        trainer = make_trainer(method, make_args, make_primed_args, save_only_model=True, **settings)
+        trainer.train()
+        assert trainer.state.best_model_checkpoint
 
 
 @pytest.mark.parametrize("method", ["promptkd", "primed"])

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import WORDS, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from trl_promptkd.cli import make_parser
 
@@ -268,6 +270,27 @@ class TestWrongFlags:
             load_script(name).main()
         assert "`--student_layers` is 31; it must be from 1 to 30." in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--num_warm_start_prompts", "481"], "`--num_warm_start_prompts` is 481; it must be from 1 to 480"),
+            (["--num_warm_start_prompts", "0"], "`--num_warm_start_prompts` is 0; it must be from 1"),
+            (["--num_test_prompts", "97"], "`--num_test_prompts` is 97; it must be from 1 to 96"),
+            (["--num_test_prompts", "8"], "`--num_kl_prompts` is 32; it must be from 1 to 8"),
+            (["--num_kl_prompts", "65"], "`--num_kl_prompts` is 65; it must be from 1 to 64"),
+            (["--num_kl_prompts", "-1"], "`--num_kl_prompts` is -1; it must be from 1"),
+            (["--max_new_tokens", "0"], "`--max_new_tokens` is 0; it must be at least 1"),
+            (["--steps", "0"], "`--steps` is 0; it must be at least 1"),
+        ],
+    )
+    def test_counts_that_quickstart_does_not_have(self, flags, message, capsys, monkeypatch):
+        script = load_script("quickstart")
+        monkeypatch.setattr(sys, "argv", ["quickstart", *flags])
+        monkeypatch.setattr(script, "load_smollm2", pytest.fail)
+        with pytest.raises(SystemExit):
+            script.main()
+        assert message in capsys.readouterr().err
+
     def test_smollm2_without_its_wheel(self, monkeypatch):
         script = load_script("quickstart")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -334,6 +357,61 @@ def launch(script, folder, settings, *flags):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+@pytest.mark.parametrize(("warm", "test", "kl"), [(2, 3, 2), (8, 2, 1), (17, 2, 2)])
+def test_quickstart_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
+    """From end to end, with a tiny model in the place of SmolLM2."""
+    pytest.importorskip("rouge_score")
+    script = load_script("quickstart")
+    model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer()
+    monkeypatch.setattr(script, "load_smollm2", lambda: (model, tokenizer))
+    monkeypatch.setattr(script, "bfloat16_is_faster", lambda model: False)
+    threads = torch.get_num_threads()
+    flags = {
+        "output_dir": tmp_path,
+        "num_warm_start_prompts": warm,
+        "num_test_prompts": test,
+        "num_kl_prompts": kl,
+        "student_layers": 2,
+        "max_new_tokens": 4,
+        "steps": 1,
+    }
+    monkeypatch.setattr(sys, "argv", ["quickstart", *(str(x) for key, v in flags.items() for x in (f"--{key}", v))])
+    try:
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert list(results) == list(script.STAGES)
+
+
+@pytest.mark.parametrize("name", ["promptkd", "primed_distill"])
+def test_a_scripts_student_may_be_an_adapters_folder(name, tmp_path):
+    """It is trained further, with the tokenizer of the model below it."""
+    for folder, seed in (("base", 1), ("teacher", 2)):
+        tiny_model(seed=seed).save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(tmp_path / "lora")
+    rows = [{"prompt": WORDS[i], "completion": WORDS[i + 1]} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {
+        "model_name_or_path": tmp_path / "lora",
+        "teacher_model_name_or_path": tmp_path / "teacher",
+        "data_files": tmp_path / "rows.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "max_new_tokens": 4,
+        "per_device_train_batch_size": 2,
+        "report_to": "none",
+        "bf16": "false",
+    }
+    flags |= {"prompt_init_text": "suppose you are a student ."} if name == "promptkd" else {}
+    script = load_script(name)
+    given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+    script.main(*script.make_parser().parse_args_and_config([*given, "--use_cpu"]))
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
 
 @pytest.mark.slow

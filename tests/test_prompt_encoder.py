@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import normalizers
+from transformers import MambaConfig, MambaForCausalLM
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
 from trl_promptkd.forward import forward_logits
@@ -98,6 +99,52 @@ class TestInitialization:
         prompt, teacher = build(prompt_init="random", num_virtual_tokens=tokens, encoder=encoder)
         assert prompt().std().item() == pytest.approx(teacher.get_input_embeddings().weight.std().item(), rel=0.1)
 
+    @pytest.mark.parametrize(("family", "scale"), [("gemma2", 32**0.5), ("gemma3", 32**0.5), ("llama", 1.0)])
+    @pytest.mark.parametrize("own_config", [True, False])
+    def test_random_has_the_scale_of_what_the_embedding_module_puts_out(self, family, scale, own_config):
+        """Gemma multiplies embeddings by the root of their width. What stands behind the tokenizer's 30 ids means nothing."""
+        teacher = tiny_model(family, seed=3)
+        weight = teacher.get_input_embeddings().weight
+        with torch.no_grad():
+            weight[30:] = 100.0
+        config = PromptEncoderConfig(prompt_init="random", num_virtual_tokens=512)
+        if not own_config:
+            config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=512, prompt_tuning_init="RANDOM")
+        prompt = SoftPrompt(config, teacher, tiny_tokenizer())
+        assert prompt().std().item() == pytest.approx(scale * weight[:30].std().item(), rel=0.03)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama"])
+    @pytest.mark.parametrize("init", ["vocab", "text"])
+    def test_tokens_have_the_embeddings_that_the_model_takes(self, family, init):
+        prompt, teacher = build(tiny_model(family, seed=3), prompt_init=init)
+        seen = []
+        teacher.model.layers[0].register_forward_pre_hook(
+            lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True
+        )
+        teacher(torch.arange(30)[None])
+        assert (torch.cdist(prompt(), seen[0][0]).min(dim=1).values < 0.05).all()
+
+    def test_a_tokenizer_with_more_tokens_than_embeddings(self):
+        """Gemma 3's text models: their tokenizer knows an image token."""
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        for init in ("vocab", "random"):
+            config = PromptEncoderConfig(prompt_init=init, num_virtual_tokens=200)
+            assert SoftPrompt(config, tiny_model(vocab_size=30), tokenizer)().isfinite().all()
+
+    def test_quantized_embeddings(self):
+        bnb = pytest.importorskip("bitsandbytes")
+        teacher = tiny_model(hidden_size=64, intermediate_size=64)
+        table = bnb.nn.Embedding4bit(40, 64)
+        table.load_state_dict(teacher.get_input_embeddings().state_dict())
+        teacher.set_input_embeddings(table.to("cpu"))
+        torch.manual_seed(0)
+        prompt = SoftPrompt(
+            PromptEncoderConfig(prompt_init="random", num_virtual_tokens=256), teacher, tiny_tokenizer()
+        )
+        assert prompt().shape == (256, 64)
+        assert prompt().std().item() == pytest.approx(table(torch.arange(30)).std().item(), rel=0.03)
+
     def test_a_text_without_tokens_is_refused(self):
         tokenizer = tiny_tokenizer()
         tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
@@ -148,6 +195,24 @@ class TestAdapter:
         assert loaded.peft_config["default"].num_virtual_tokens == 7
         theirs = loaded(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 7:]
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("encoder", ["embedding", "mlp"])
+    def test_of_a_teacher_without_attention(self, tmp_path, encoder):
+        """PEFT asks for the number of heads, which a state space model does not have."""
+        config = MambaConfig(vocab_size=40, hidden_size=32, state_size=4, num_hidden_layers=3, pad_token_id=0)
+        prompt, teacher = build(MambaForCausalLM(config).eval(), encoder=encoder)
+        about = prompt.peft_config
+        assert (about.token_dim, about.num_layers, about.num_attention_heads) == (32, 3, 1)
+        prompt.save_adapter(str(tmp_path))
+        loaded = PeftModel.from_pretrained(copy.deepcopy(teacher), tmp_path).eval()
+        torch.testing.assert_close(loaded.get_prompt(1)[0], prompt())
+        own = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        assert SoftPrompt(own, teacher, tiny_tokenizer())().shape == (3, 32)
+
+    def test_of_a_teacher_whose_embeddings_are_narrower_than_its_layers(self):
+        prompt, _ = build(tiny_model("opt", word_embed_proj_dim=16))
+        assert prompt().shape == (7, 16)
+        assert prompt.peft_config.token_dim == 16
 
     def test_drift_is_relative_to_the_initial_prompt(self):
         prompt, _ = build()

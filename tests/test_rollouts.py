@@ -1,10 +1,10 @@
 import pytest
 import torch
 from reference import greedy
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from trl_promptkd.rollouts import _Draw, generate_completions, own_random_state, rollout_seed
+from trl_promptkd.rollouts import _Draw, count_ended, generate_completions, own_random_state, rollout_seed
 
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
@@ -57,6 +57,14 @@ class TestGenerateCompletions:
         assert set(widths[1:]) == {1}
         assert model.training
 
+    def test_every_module_keeps_its_training_mode(self):
+        model = tiny_model().train()
+        model.model.layers[0].eval()
+        modes = [module.training for module in model.modules()]
+        sample(model)
+        assert [module.training for module in model.modules()] == modes
+        assert len(set(modes)) == 2
+
     def test_the_published_generation_config_plays_no_part(self):
         model = tiny_model()
         expected = sample(model)
@@ -74,6 +82,36 @@ class TestGenerateCompletions:
             with own_random_state(seed, torch.device("cpu")):
                 bound |= {t for ids in generate_completions(model, PROMPTS, config(), vocab_size=30) for t in ids}
         assert max(bound) < 30
+
+
+class TestStopStrings:
+    """The tiny tokenizer's ids 6 to 29 are words; none of them is within another."""
+
+    @pytest.mark.parametrize("pad", [EOS, 5])
+    @pytest.mark.parametrize("batch_size", [None, 1])
+    @pytest.mark.parametrize("do_sample", [False, True])
+    def test_a_completion_ends_with_its_first_stop_string(self, do_sample, batch_size, pad):
+        model, tokenizer = tiny_model(), tiny_tokenizer()
+        settings = config(do_sample=do_sample, pad_token_id=pad, max_new_tokens=12)
+        settings.suppress_tokens = list(range(1, 6)) + list(range(30, 40))
+        seeds = range(len(PROMPTS))
+        free = generate_completions(model, PROMPTS, settings, batch_size, row_seeds=seeds)
+        stops = [free[0][2], free[1][4], PROMPTS[2][-1]]  # the last one stands in a prompt too, where it ends nothing
+        settings.stop_strings = [tokenizer.convert_ids_to_tokens(stop) for stop in stops]
+        expected = [ids[: next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids))] for ids in free]
+        assert {len(ids) for ids in expected} != {len(ids) for ids in free}
+        got = generate_completions(model, PROMPTS, settings, batch_size, row_seeds=seeds, tokenizer=tokenizer)
+        assert got == expected
+        assert settings.stop_strings is not None
+        assert count_ended([*got, [7] * 12], settings, tokenizer) == len([i for i in got if i[-1] in (EOS, *stops)])
+
+    @pytest.mark.parametrize("string", ["cat", ["cat"]])
+    def test_counted_as_ended_at_the_last_possible_token_too(self, string):
+        tokenizer = tiny_tokenizer()
+        cat, dog = tokenizer.convert_tokens_to_ids(["cat", "dog"])
+        rows = [[dog] * 7 + [cat], [dog] * 8, [dog, EOS], []]
+        assert count_ended(rows, config(stop_strings=string), tokenizer) == 2
+        assert count_ended(rows, config(), tokenizer) == 1
 
 
 class TestDrawing:

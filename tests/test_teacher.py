@@ -10,8 +10,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl_promptkd import PromptKDTrainer
 from trl_promptkd.checks import check_found
 from trl_promptkd.forward import input_embeddings
+from trl_promptkd.init_kwargs import check_init_kwargs
 from trl_promptkd.teacher import (
-    check_init_kwargs,
     check_same_tokenizer,
     disable_dropout,
     freeze,

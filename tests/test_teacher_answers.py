@@ -9,7 +9,7 @@ from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from reference import greedy
 from tiny import prompt_dataset, tiny_model, tiny_tokenizer
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from trl_promptkd import PrimingTemplate, teacher_answers
 from trl_promptkd.primed_collator import tokenize_primed_dataset
@@ -153,6 +153,53 @@ class TestFingerprint:
         assert weights_fingerprint(teacher) != weights_fingerprint(tiny_model(seed=3).requires_grad_(False))
         assert weights_fingerprint(tiny_model(seed=2)) != weights_fingerprint(tiny_model(seed=3))
         assert weights_fingerprint(teacher) != weights_fingerprint(teacher.to(torch.bfloat16))
+
+    @pytest.mark.parametrize("place", [0, 1, 777, -1])
+    def test_any_entry_counts(self, place):
+        model = tiny_model()
+        with torch.no_grad():
+            before = weights_fingerprint(model.requires_grad_(False))
+            for name, parameter in model.named_parameters():
+                flat = parameter.view(-1)
+                place_here = place if place < len(flat) else 1
+                value = flat[place_here].clone()
+                flat[place_here] += 1e-3
+                assert weights_fingerprint(model) != before, name
+                flat[place_here] = value
+                assert weights_fingerprint(model) == before, name
+
+    def test_some_rows_of_the_embeddings_count(self):
+        """Not what stands at regular distances in memory only."""
+        model = tiny_model(vocab_size=512, dtype=torch.bfloat16).requires_grad_(False)
+        before = weights_fingerprint(model)
+        model.get_input_embeddings().weight[::2][:200] += 1.0
+        assert weights_fingerprint(model) != before
+
+    def test_buffers_count(self):
+        model = tiny_model().requires_grad_(False)
+        model.register_buffer("scale", torch.ones(3))
+        before = weights_fingerprint(model)
+        model.scale[1] = 2.0
+        assert weights_fingerprint(model) != before
+
+    def test_the_scales_of_quantized_weights_count(self, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+        for bits in ("load_in_4bit", "load_in_8bit"):
+            model = AutoModelForCausalLM.from_pretrained(
+                tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True})
+            )
+            before = weights_fingerprint(model)
+            weight = model.model.layers[0].mlp.up_proj.weight
+            (weight.quant_state.absmax if bits == "load_in_4bit" else weight.SCB)[:1] *= 2
+            assert weights_fingerprint(model) != before, bits
+
+    def test_shapes_and_types_count(self):
+        model = tiny_model().requires_grad_(False)
+        seen = {weights_fingerprint(model)}
+        for other in (tiny_model(tie_word_embeddings=True), tiny_model(dtype=torch.bfloat16)):
+            seen.add(weights_fingerprint(other.requires_grad_(False)))
+        assert len(seen) == 3
 
     def test_an_adapter_above_the_teacher_does_not_count(self):
         models = []

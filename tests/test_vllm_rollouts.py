@@ -78,6 +78,10 @@ class TestSettings:
         told = rollouts(make_args, generation_kwargs={"min_new_tokens": 2, "do_sample": True}).generation.kwargs
         assert told["generation_kwargs"] == {"min_tokens": 2, "stop_token_ids": [0, 2]}
 
+    def test_stop_strings_by_vllms_name(self, stand_in, make_args):
+        told = rollouts(make_args, generation_kwargs={"stop_strings": ["cat"]}).generation.kwargs
+        assert told["generation_kwargs"] == {"stop": ["cat"], "stop_token_ids": [0, 2]}
+
     def test_an_unknown_setting_is_refused(self, stand_in, make_args):
         with pytest.raises(ValueError, match="'num_beams', which is not known to be the same in vLLM"):
             rollouts(make_args, generation_kwargs={"num_beams": 2})

@@ -22,24 +22,30 @@ from peft.tuners.prompt_tuning import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer  # tells an adapted output head
 from peft.utils.other import (
+    AuxiliaryTrainingWrapper,  # tells which weights are an adapter's
+)
+from peft.utils.other import (
     _prepare_prompt_learning_config as fill_prompt_learning_config,  # hidden size from a config
 )
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
 from trl.trainer.utils import (
+    create_model_from_path,  # loads a student as TRL does
     print_prompt_completions_sample,  # the table of sampled completions
     remove_none_values,  # what TRL tells users to apply to rows with tool calls
 )
 
 
 __all__ = [
+    "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "GKDConfig",
     "GKDTrainer",
     "PTuningEncoder",
     "PromptEmbedding",
     "PromptTuningInit",
+    "create_model_from_path",
     "fill_prompt_learning_config",
     "fsdp2_prepare_model",
     "is_vllm_available",

@@ -96,7 +96,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
     Raises:
         FileNotFoundError: for a folder that is not there.
-        ValueError: for a folder that is no whole checkpoint, and where there is none in `output_dir`.
+        ValueError: for a folder that is no whole checkpoint, or one of the weights alone, and if there is none in `output_dir`.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -111,6 +111,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         if problem == _NO_LIST:
             logger.warning(f"The checkpoint {folder} cannot be checked: {problem}.")
         if problem in (None, _NO_LIST):
+            _check_resumable(folder)
             return folder
         of_this_run = os.path.realpath(folder) in map(os.path.realpath, checkpoint_folders(output_dir))
         if problem != _UNFINISHED or not of_this_run:
@@ -124,6 +125,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     for folder in there:
         problem = _problem(folder)
         if problem is None:
+            _check_resumable(folder)
             return folder
         logger.warning(f"The checkpoint {folder} is not whole and is skipped: {problem}.")
         problems.append(problem)
@@ -135,6 +137,17 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         + (f" ({len(problems)} that are not)" if problems else "")
         + ". Start without it, or name a checkpoint's folder."
     )
+
+
+def _check_resumable(folder: str) -> None:
+    """Refuse a checkpoint that was saved without what a run goes on with: transformers would start a new optimizer without a word."""
+    names = os.listdir(folder)
+    if "trainer_state.json" in names and not any(name.startswith("rng_state") for name in names):
+        raise ValueError(
+            f"{folder} was saved with `save_only_model=True`, which leaves out the optimizer, the schedule and the random states: a run cannot "
+            "go on from it. Set `save_only_model=False` in runs that are to be resumed. Or start a new run from these weights: pass the "
+            "folder as `model`."
+        )
 
 
 def checkpoint_folders(run_dir: str) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
@@ -21,8 +22,10 @@ from transformers.utils import find_adapter_config_file, logging
 
 from .files import read_text
 from .forward import TokenStates
+from .init_kwargs import check_init_kwargs, hub_kwargs
 from .prompt_encoder import PromptEncoderConfig, check_peft_config, text_token_ids
-from .teacher import check_init_kwargs, check_same_tokenizer, load_teacher_tokenizer, position_limit
+from .student import adapter_config, check_trains
+from .teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
 
 
 __all__ = [
@@ -32,6 +35,7 @@ __all__ = [
     "check_positions",
     "check_sharding",
     "check_soft_prompt",
+    "check_streamed_evaluation",
     "loaded_settings",
     "prepare_tokenizer",
     "restore_settings",
@@ -41,10 +45,6 @@ logger = logging.get_logger(__name__)
 
 _CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
-_HUB_KWARGS = (
-    *("revision", "subfolder", "trust_remote_code", "code_revision"),
-    *("token", "cache_dir", "local_files_only", "force_download", "proxies"),
-)
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
 
 
@@ -102,6 +102,7 @@ def check_arguments(
         )
     check_init_kwargs("model_init_kwargs", args.model_init_kwargs)
     check_init_kwargs("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+    adapter = _student_adapter(model, args.model_init_kwargs, peft_config)
     _check_model("model", model, args.model_init_kwargs, args.trust_remote_code)
     _check_model("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
     base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
@@ -115,7 +116,7 @@ def check_arguments(
             "`teacher_model` already carries a soft prompt (PEFT prompt learning). Pass the model below it: "
             "`teacher_model.get_base_model()`."
         )
-    student_peft_config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    student_peft_config = model.active_peft_config if isinstance(model, PeftModel) else adapter or peft_config
     if student_peft_config is not None and student_peft_config.is_prompt_learning:
         raise ValueError(
             f"The student is to be trained with a {type(student_peft_config).__name__}, prompt learning for the *student*, "
@@ -127,6 +128,8 @@ def check_arguments(
             "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own forward pass and would "
             "learn nothing here. Use a plain LoraConfig."
         )
+    if not isinstance(model, str) and peft_config is None:
+        check_trains(model)
     if args.torch_compile:
         raise ValueError(
             "`torch_compile` is True, but this trainer asks a model's decoder and its output head apart, which a compiled model cannot "
@@ -142,7 +145,9 @@ def check_arguments(
     in_few_bits = isinstance(quantization, dict) and (
         quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
     )
-    if in_few_bits and peft_config is None and isinstance(model, str):  # of a loaded student, the Trainer says so
+    if (
+        in_few_bits and student_peft_config is None and isinstance(model, str)
+    ):  # of a loaded student, the Trainer says so
         raise ValueError(
             "The student is quantized, and quantized weights cannot be trained. Pass a `peft_config`, such as "
             "`LoraConfig(task_type='CAUSAL_LM')`, to train an adapter, or load the student without quantization."
@@ -166,7 +171,10 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
             raise FileNotFoundError(
                 f"`{argument}` is {model!r}, and there is no such folder. Check the path (relative ones start at {os.getcwd()}, and `~` is not replaced)."
             )
-        config = _published_config(model, init_kwargs or {}, trust_remote_code)
+        name, kwargs, adapter = model, dict(init_kwargs or {}), adapter_config(model, init_kwargs)
+        if adapter is not None:  # what the adapter's folder says of files is not true of the model below it
+            name, kwargs = adapter.base_model_name_or_path, kwargs | {"revision": adapter.revision, "subfolder": ""}
+        config = _published_config(name, kwargs, trust_remote_code)
         names = getattr(config, "architectures", None) or []
     else:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -186,6 +194,23 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
         )
 
 
+def _student_adapter(model: Any, init_kwargs: Any, peft_config: Any) -> PeftConfig | None:
+    """The configuration of the adapter that `model` names, if it does; refuses a second adapter above the first."""
+    adapter = adapter_config(model, init_kwargs)
+    if adapter is not None and not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"`model` is {model!r}, an adapter whose adapter_config.json does not name the model below it. Set "
+            "`base_model_name_or_path` there to its name or folder."
+        )
+    if peft_config is not None and (adapter is not None or isinstance(model, PeftModel)):
+        raise ValueError(
+            f"`model` is {'an adapter' if adapter is None else repr(model) + ', an adapter'}, and `peft_config` is set too, which would put "
+            "another adapter above it. Leave `peft_config` out to train the adapter further. Or merge it first "
+            "(`model.merge_and_unload()`) and pass what comes out."
+        )
+    return adapter
+
+
 def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
     """Refuse a name that no model has, before the weights of the other model are loaded.
 
@@ -198,8 +223,7 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
     try:
         AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("trust_remote_code", "code_revision")}
-        if find_adapter_config_file(name, **kwargs) is not None:
+        if find_adapter_config_file(name, **hub_kwargs(init_kwargs)) is not None:
             return  # an adapter, which is loaded with the model below it
         if isinstance(error, ValueError):
             raise
@@ -209,8 +233,8 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
 
 
 def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
-    kwargs = {"trust_remote_code": trust_remote_code}
-    return kwargs | {key: init_kwargs[key] for key in _HUB_KWARGS if key in init_kwargs}
+    of_code = {key: init_kwargs[key] for key in ("trust_remote_code", "code_revision") if key in init_kwargs}
+    return {"trust_remote_code": trust_remote_code, **of_code, **hub_kwargs(init_kwargs)}
 
 
 def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
@@ -268,11 +292,8 @@ def prepare_tokenizer(
         name = model if isinstance(model, str) else model.config._name_or_path
         if not name:
             raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
-        revision = (args.model_init_kwargs or {}).get("revision") or "main"
         try:
-            processing_class = AutoTokenizer.from_pretrained(
-                name, revision=revision, trust_remote_code=args.trust_remote_code
-            )
+            processing_class = _load_tokenizer(name, args)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
@@ -313,12 +334,44 @@ def prepare_tokenizer(
     return processing_class
 
 
+def _load_tokenizer(name: str, args: Any) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; that of the model below an adapter if there is none beside the adapter."""
+    revision = (args.model_init_kwargs or {}).get("revision") or "main"
+    adapter = adapter_config(name, args.model_init_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        if adapter is None:
+            raise
+    return AutoTokenizer.from_pretrained(
+        adapter.base_model_name_or_path,
+        revision=adapter.revision or "main",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
 def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTokenizerBase) -> None:
     """Refuse a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
     if not isinstance(prompt_encoder_config, PromptEncoderConfig):
         check_peft_config(prompt_encoder_config)
     elif prompt_encoder_config.prompt_init == "text":
         text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+
+def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
+    """Refuse streamed evaluation data on several ranks, whose last rows would be counted twice, or would not fit together.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_streamed_evaluation(part, f"{name}[{key!r}]", args)
+    if isinstance(dataset, IterableDataset) and args.world_size > 1:
+        raise ValueError(
+            f"`{name}` is streamed, but it is shared out to {args.world_size} processes, which need to know how many rows there are. Load it "
+            "without streaming. For the first rows of a stream: `Dataset.from_list(list(stream.take(1000)))`. (Training data may be streamed.)"
+        )
 
 
 def check_sharding(accelerator: Accelerator) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from .best_metric import choose_best_metric
 from .config_checks import (
     check_choice,
     check_ignored,
@@ -86,6 +87,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """
 
+    _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
@@ -149,6 +151,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
+        # On the student's own samples, the cross-entropy falls when the student collapses; the loss is the divergence alone there
+        choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
         super().__post_init__()
         if self.alpha is None:
             self.alpha = 0.0 if self.response_source == "student" else _PAPER_ALPHA

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ._trl import keep_four_bit_weights_differentiable
+from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
@@ -26,6 +27,7 @@ from .checks import (
     check_found,
     check_positions,
     check_sharding,
+    check_streamed_evaluation,
     loaded_settings,
     prepare_tokenizer,
     restore_settings,
@@ -48,6 +50,8 @@ from .primed_distill_loss import PrimedLossSums, log_prob_sums, primed_loss_sums
 from .priming import PrimingTemplate, resolve_priming
 from .quantization_receipt import quantization_receipt
 from .rollouts import rollout_config, rollout_seed, sample_completions
+from .side_effects import flags_restored, nothing_changed
+from .student import check_trains, student_by_name
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -60,6 +64,7 @@ from .teacher_answers import weights_fingerprint, write_teacher_answers
 from .teacher_cache import TeacherCache
 from .telemetry import Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
+from .vocabulary import check_rows_embedded, embedded_by
 
 
 __all__ = ["PrimedDistillTrainer"]
@@ -197,6 +202,8 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what the student sees, "
                 "so that the divergence only holds the student where it started. Pass a teacher or a priming text."
             )
+        check_best_metric(args, eval_dataset, callbacks)
+        check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.response_source == "student")
         self._tokenizes = data_collator is None
         if args.response_source == "teacher" and teacher_cache is None:
@@ -210,25 +217,27 @@ class PrimedDistillTrainer(SFTTrainer):
             data_collator = DataCollatorForPrimedDistillation(processing_class, self.priming, args.pad_to_multiple_of)
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
-        settings_as_loaded = loaded_settings(model, args)
         # 2. The student
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with student_by_name(model, args, quantization_config) as (loaded, quantization_config):
+            settings_as_loaded = loaded_settings(loaded, args)
+            super().__init__(
+                model=loaded,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         restore_settings(self.model, settings_as_loaded)
         self.aux_loss_enabled = False
+        check_trains(self.model)
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model, adapters=False)
@@ -254,6 +263,12 @@ class PrimedDistillTrainer(SFTTrainer):
             teacher if self.teacher_cache is None else self.teacher_cache.manifest.vocab_size,
             processing_class,
         )
+        models = {"student": (self.model, ("prompt_ids", "completion_ids"))}
+        if self.teacher_cache is None:
+            models["teacher"] = (teacher, ("teacher_prompt_ids", "completion_ids"))
+        self._embedded = embedded_by(models, processing_class)
+        train_dataset = self._check_embedded(train_dataset, "train_dataset")
+        eval_dataset = self._check_embedded(eval_dataset, "eval_dataset")
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self.vllm: VLLMRollouts | None = None
         if args.use_vllm:
@@ -374,6 +389,12 @@ class PrimedDistillTrainer(SFTTrainer):
                 self.shared_vocab_size,
                 name,
             )
+
+    def _check_embedded(self, dataset, name: str):
+        """Refuse tokens that a model has no embedding for; rows for a collator of one's own are not looked into."""
+        if not self._tokenizes:
+            return dataset
+        return check_rows_embedded(dataset, name, self.processing_class, self._embedded)
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
         """Refuse rows that run out of learned positions; streams, and rows for a collator of one's own, are not looked into."""
@@ -551,7 +572,8 @@ class PrimedDistillTrainer(SFTTrainer):
             self.vllm.sync()
         start = time.perf_counter()
         answers = self._sample(students, self.state.global_step)
-        add_rollouts(self._train_means, answers, self.generation_config, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        add_rollouts(self._train_means, answers, self.generation_config, seconds, self.processing_class)
         self._last_rollouts = (students, answers)
         rows = [row for student, teacher in prompts for row in zip(student, teacher, strict=True)]
         lengths = [len(teacher) + len(answer) for (_, teacher), answer in zip(rows, answers, strict=True)]
@@ -578,6 +600,7 @@ class PrimedDistillTrainer(SFTTrainer):
             seed,
             self.args,
             vocab_size=self.shared_vocab_size,
+            tokenizer=self.processing_class,
         )
 
     def _two_views(self, prompts, teacher_prompts, answers) -> dict[str, Tensor]:
@@ -590,6 +613,7 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -597,6 +621,14 @@ class PrimedDistillTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         save = partial(super()._save_checkpoint, model, trial)
         save_whole_checkpoint(self, save, super()._push_from_checkpoint, self._get_output_dir(trial=trial))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with flags_restored(self.model):  # PEFT makes all weights of the adapter trainable
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with flags_restored(self.model):
+            super()._load_best_model()
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Does nothing: the base class would push a checkpoint before it is whole; `save_whole_checkpoint` does it then."""
@@ -688,7 +720,8 @@ class PrimedDistillTrainer(SFTTrainer):
         """As in the base class; takes raw or tokenized data."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):  # a name: prepared already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
@@ -696,10 +729,13 @@ class PrimedDistillTrainer(SFTTrainer):
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
-        return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
+        with nothing_changed(self):
+            return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 
     def _prepare(self, dataset, name: str):
+        check_streamed_evaluation(dataset, name, self.args)
         dataset = self._tokenize(dataset, name, self.processing_class, self.args)
+        dataset = self._check_embedded(dataset, name)
         if self.teacher_cache is not None:
             self._check_positions(self.model, dataset)
             return dataset

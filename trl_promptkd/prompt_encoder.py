@@ -6,7 +6,9 @@ itself with its adapter switched off. What is saved is a standard PEFT adapter a
 """
 
 import copy
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +47,7 @@ class PromptEncoderConfig:
         prompt_init (`str`, *optional*, defaults to `"text"`):
             What they start from: `"text"`, the embeddings of `prompt_init_text`, repeated or cut to
             `num_virtual_tokens`; `"vocab"`, those of randomly drawn tokens; `"random"`, normal noise with the standard
-            deviation of the teacher's embeddings.
+            deviation of what the teacher's embedding module puts out.
         prompt_init_text (`str`, *optional*, defaults to `"Suppose you are a student."`):
             Text for `prompt_init="text"`.
         encoder (`str`, *optional*, defaults to `"embedding"`):
@@ -143,7 +145,22 @@ class PromptEncoderConfig:
             config = PromptTuningConfig(prompt_tuning_init=_INITS[self.prompt_init], **common)
         else:
             config = peft.PromptEncoderConfig(encoder_reparameterization_type=self.encoder.upper(), **common)
-        return config if teacher is None else fill_prompt_learning_config(config, teacher.config)
+        return config if teacher is None else _filled(config, teacher)
+
+
+def _filled(config: Any, teacher: PreTrainedModel) -> Any:
+    """A PEFT configuration with what PEFT takes from a model: the width of its embeddings, its layers and its heads.
+
+    A soft prompt before the input has a width alone. PEFT asks for the others when the adapter is loaded, too, but reads neither: in their
+    place stands 1 if the model has none (Mamba, RWKV).
+    """
+    about = teacher.config.get_text_config()
+    config.token_dim = config.token_dim or embedding_width(input_embeddings(teacher))
+    for wanted, name in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        number = getattr(about, name, None)
+        if getattr(config, wanted) is None:
+            setattr(config, wanted, number if isinstance(number, int) else 1)
+    return fill_prompt_learning_config(config, teacher.config)
 
 
 def _check_choice(name: str, value: str, allowed) -> None:
@@ -195,13 +212,13 @@ class SoftPrompt(nn.Module):
             init, init_text = _INITS[config.prompt_init], config.prompt_init_text
         else:
             check_peft_config(config)
-            width = embeddings.weight.size(1)
+            width = embedding_width(embeddings)
             if config.token_dim not in (None, width):
                 raise ValueError(
                     f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have {width} numbers a token. "
                     "Leave it at None, which takes the teacher's."
                 )
-            self.peft_config = fill_prompt_learning_config(copy.deepcopy(config), teacher.config)
+            self.peft_config = _filled(copy.deepcopy(config), teacher)
             self.peft_config.num_transformer_submodules = 1
             init = getattr(config, "prompt_tuning_init", PromptTuningInit.RANDOM)
             init_text = getattr(config, "prompt_tuning_init_text", None)
@@ -309,17 +326,38 @@ def initial_embeddings(
     Raises:
         ValueError: where the initial text has no tokens.
     """
-    weight = embeddings.weight
+    device = next(embeddings.parameters()).device
+    num_embeddings = getattr(embeddings, "num_embeddings", math.inf)
+    # The rows beyond the tokenizer's ids are padding, and mean nothing
+    real = sorted(index for index in processing_class.get_vocab().values() if index < num_embeddings)
     if init == PromptTuningInit.RANDOM:
-        noise = torch.randn(num_virtual_tokens, weight.size(1), device=weight.device)
-        return noise * weight.float().std()
+        noise = torch.randn(num_virtual_tokens, embedding_width(embeddings), device=device)
+        return noise * embedding_std(embeddings, real)
     if init == PromptTuningInit.SAMPLE_VOCAB:
-        ids = torch.randint(0, len(processing_class.get_vocab()), (num_virtual_tokens,), device=weight.device)
+        ids = torch.tensor(real, device=device)[torch.randint(0, len(real), (num_virtual_tokens,), device=device)]
     else:
         text_ids = text_token_ids(init_text, processing_class)
         repeats = -(-num_virtual_tokens // len(text_ids))
-        ids = torch.tensor((text_ids * repeats)[:num_virtual_tokens], device=weight.device)
+        ids = torch.tensor((text_ids * repeats)[:num_virtual_tokens], device=device)
     return embeddings(ids).float()
+
+
+def embedding_width(embeddings: Any) -> int:
+    """Numbers a token has after the embedding module. Its weight may have another shape, where it is quantized."""
+    device = next(embeddings.parameters()).device
+    return embeddings(torch.zeros(1, dtype=torch.long, device=device)).size(-1)
+
+
+def embedding_std(embeddings: Any, ids: Sequence[int], num_at_once: int = 1024) -> float:
+    """The standard deviation of what the module puts out for `ids`, which is not its weight's in models that scale it (Gemma)."""
+    device = next(embeddings.parameters()).device
+    count, total, squares = 0, 0.0, 0.0
+    for part in torch.tensor(ids, device=device).split(num_at_once):
+        values = embeddings(part).double()
+        count += values.numel()
+        total += values.sum().item()
+        squares += values.square().sum().item()
+    return math.sqrt((squares - total**2 / count) / (count - 1))
 
 
 def text_token_ids(init_text: str | None, processing_class: PreTrainedTokenizerBase) -> list[int]:

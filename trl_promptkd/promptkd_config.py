@@ -7,6 +7,7 @@ from transformers.utils import logging
 from trl import SFTConfig
 
 from ._trl import GKDConfig
+from .best_metric import choose_best_metric
 from .config_checks import (
     check_at_least_zero,
     check_choice,
@@ -83,6 +84,11 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
     """
 
+    _FALLING_METRICS = (
+        "forward_kl",
+        "reverse_kl",
+        "loss",
+    )  # of evaluations; the first one chooses the best checkpoint
     _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
@@ -138,6 +144,12 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     def __post_init__(self):
         check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
         check_share(self, "lmbda", "beta")
+        by_loss = self.metric_for_best_model in ("loss", "eval_loss")
+        if choose_best_metric(self, "eval_forward_kl") and by_loss:
+            logger.warning(
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}: the distance to the prompted teacher, which also falls when the "
+                "prompt follows its student. Set it to 'eval_forward_kl' (the default), or to a task metric."
+            )
         super().__post_init__()
         self.check_values()
         if self.seq_kd and self.lmbda == 1:

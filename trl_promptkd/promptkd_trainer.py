@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ._trl import GKDTrainer, keep_four_bit_weights_differentiable
+from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
@@ -31,6 +32,7 @@ from .checks import (
     check_positions,
     check_sharding,
     check_soft_prompt,
+    check_streamed_evaluation,
     loaded_settings,
     prepare_tokenizer,
     restore_settings,
@@ -63,6 +65,8 @@ from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 from .promptkd_loss import prompt_loss_sums, promptkd_loss_sums, regularization_weight, student_loss_sums
 from .rollouts import rollout_config, rollout_seed, sample_completions
+from .side_effects import flags_restored, nothing_changed
+from .student import check_trains, student_by_name
 from .teacher import (
     asked_teacher,
     build_teacher,
@@ -73,6 +77,7 @@ from .teacher import (
 )
 from .telemetry import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .vllm_rollouts import VLLMRollouts, check_vllm
+from .vocabulary import check_rows_embedded, embedded_by
 
 
 __all__ = ["PromptKDTrainer"]
@@ -190,6 +195,8 @@ class PromptKDTrainer(GKDTrainer):
             data_collator,
             callbacks,
         )
+        check_best_metric(args, eval_dataset, callbacks)
+        check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.lmbda > 0)
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
@@ -203,24 +210,26 @@ class PromptKDTrainer(GKDTrainer):
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
-        settings_as_loaded = loaded_settings(model, args)
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
-        super(GKDTrainer, self).__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-            peft_config=peft_config,
-        )
+        with student_by_name(model, args) as (loaded, _):
+            settings_as_loaded = loaded_settings(loaded, args)
+            super(GKDTrainer, self).__init__(
+                model=loaded,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                compute_metrics=compute_metrics,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+                peft_config=peft_config,
+            )
         restore_settings(self.model, settings_as_loaded)
         self.aux_loss_enabled = False
+        check_trains(self.model)
         check_sharding(self.accelerator)
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -246,6 +255,12 @@ class PromptKDTrainer(GKDTrainer):
             with recomputed_activations(teacher, True):
                 pass  # refused now where the teacher cannot
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
+        columns = ("prompt_ids", "completion_ids")
+        self._embedded = embedded_by(
+            {"student": (self.model, columns), "teacher": (teacher, columns)}, processing_class
+        )
+        self.train_dataset: Any = self._check_embedded(train_dataset, "train_dataset")
+        self.eval_dataset: Any = self._check_embedded(eval_dataset, "eval_dataset")
         self.prompt_encoder_config = prompt_encoder_config
         with whole_weights(input_embeddings(teacher)):
             self.soft_prompt = SoftPrompt(prompt_encoder_config, teacher, processing_class)
@@ -298,6 +313,12 @@ class PromptKDTrainer(GKDTrainer):
             with_answers,
         )
         return tokenized.shuffle(seed=args.seed) if args.shuffle_dataset else tokenized
+
+    def _check_embedded(self, dataset, name: str):
+        """Refuse tokens that a model has no embedding for; rows for a collator of one's own are not looked into."""
+        if not self._tokenizes:
+            return dataset
+        return check_rows_embedded(dataset, name, self.processing_class, self._embedded)
 
     def _check_positions(self, teacher: nn.Module, dataset) -> None:
         """Refuse rows that run out of learned positions; streams, and rows for a collator of one's own, are not looked into."""
@@ -451,7 +472,8 @@ class PromptKDTrainer(GKDTrainer):
             start = time.perf_counter()
             sampled = self._sample([prompts[i][j] for i, j in chosen_rows], source, step, rank)
             if source == "student":
-                add_rollouts(self._train_means, sampled, self.generation_config, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                add_rollouts(self._train_means, sampled, self.generation_config, seconds, self.processing_class)
                 if sampled:
                     self._last_rollouts = ([prompts[i][j] for i, j in chosen_rows], sampled)
             for (i, j), completion in zip(chosen_rows, sampled, strict=True):
@@ -473,18 +495,26 @@ class PromptKDTrainer(GKDTrainer):
         """Completions by the student or by the plain teacher, from a random state of their own."""
         if source == "student" and self.vllm is not None:
             return self.vllm.sample(prompts, step)
-        settings = (self.generation_config, rollout_seed(self.args.seed, source, step, rank), self.args)
+        sample = partial(
+            sample_completions,
+            accelerator=self.accelerator,
+            prompt_ids=prompts,
+            generation_config=self.generation_config,
+            seed=rollout_seed(self.args.seed, source, step, rank),
+            args=self.args,
+            vocab_size=self.shared_vocab_size,
+            tokenizer=self.processing_class,
+        )
         if source == "student":
-            return sample_completions(
-                self.model_wrapped, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size
-            )
+            return sample(self.model_wrapped)
         with self._teacher() as teacher:
-            return sample_completions(teacher, self.accelerator, prompts, *settings, vocab_size=self.shared_vocab_size)
+            return sample(teacher)
 
     # ------------------------------------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
         """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -563,8 +593,11 @@ class PromptKDTrainer(GKDTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
+            check_streamed_evaluation(eval_dataset, "eval_dataset", self.args)
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.processing_class, self.args)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            eval_dataset = self._check_embedded(eval_dataset, "eval_dataset")
+        with nothing_changed(self):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
@@ -572,8 +605,11 @@ class PromptKDTrainer(GKDTrainer):
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
             )
+        check_streamed_evaluation(test_dataset, "test_dataset", self.args)
         test_dataset = self._tokenize(test_dataset, "test_dataset", self.processing_class, self.args)
-        return super().predict(test_dataset, ignore_keys, metric_key_prefix)
+        test_dataset = self._check_embedded(test_dataset, "test_dataset")
+        with nothing_changed(self):
+            return super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         self._eval_means, self._eval_batches = Means(), 0
@@ -688,12 +724,14 @@ class PromptKDTrainer(GKDTrainer):
             # The base class would take `teacher_prompt/` for a second adapter of the student
             name = self.model.active_adapters[0]
             folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
-            self.model.load_adapter(folder, name, is_trainable=True)
+            with flags_restored(self.model):  # PEFT makes all weights of the adapter trainable
+                self.model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        with flags_restored(self.model):
+            super()._load_best_model()
         self.soft_prompt.load_parameters(os.path.join(self.state.best_model_checkpoint, ADAPTER_FOLDER))
 
 

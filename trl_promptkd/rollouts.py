@@ -4,6 +4,7 @@ The random state of a rollout depends on the seed, the step and the rank, and on
 the uninterrupted one would have, and sampling leaves the global state as it was.
 """
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,15 +21,19 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.generation import GenerationMode
 
 from ._trl import sampling_loop, unwrap_model_for_generation
 from .data import pad_rows
 from .forward import is_sharded, prompted_embeddings, without_router_logits
+from .side_effects import flags_restored, random_state_restored
 
 
 __all__ = [
+    "count_ended",
     "generate_completions",
     "own_random_state",
     "rollout_config",
@@ -83,8 +88,7 @@ def rollout_seed(seed: int, purpose: str, step: int, rank: int) -> int:
 @contextmanager
 def own_random_state(seed: int, device: torch.device):
     """Inside, torch draws from `seed`; afterwards its global state is what it was."""
-    forked = device.type in ("cuda", "xpu")
-    with torch.random.fork_rng(devices=[device] if forked else [], device_type=device.type if forked else "cuda"):
+    with random_state_restored(device):
         torch.manual_seed(seed)
         yield
 
@@ -132,6 +136,48 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, float("-inf")).scatter_(-1, drawn, 0.0)
 
 
+class _StopStrings(StoppingCriteria):
+    """
+    Ends a row at a stop string, and keeps where that was: `generate` fills what follows with padding, which may look like tokens.
+
+    transformers' own criterion fails on tokenizers that do not know each letter, and looks into the prompt too.
+
+    Args:
+        width: Columns of the prompts, in which a stop string ends nothing.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], width: int):
+        self.tokenizer, self.strings, self.width = tokenizer, strings, width
+        # A letter may take four tokens, one a byte
+        self.window = 4 * max(map(len, strings)) + 1
+        self.lengths: dict[int, int] = {}  # row -> tokens up to the end of its first stop string
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, self.width :]
+        texts = self.tokenizer.batch_decode(new[:, -self.window :])
+        for row, text in enumerate(texts):
+            if row not in self.lengths and any(string in text for string in self.strings):
+                self.lengths[row] = new.size(1)
+        return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
+
+
+def _stop_strings(generation_config: GenerationConfig) -> list[str]:
+    strings = generation_config.stop_strings or []
+    return [strings] if isinstance(strings, str) else list(strings)
+
+
+def count_ended(
+    completions: Sequence[Sequence[int]], generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many completions ended by themselves, with an end-of-text token or a stop string."""
+    ends, strings = stop_ids(generation_config), _stop_strings(generation_config)
+    texts = tokenizer.batch_decode(completions) if strings and completions else [""] * len(completions)
+    return sum(
+        bool(ends.intersection(ids[-1:])) or any(string in text for string in strings)
+        for ids, text in zip(completions, texts, strict=True)
+    )
+
+
 def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):
     """transformers' own sampling loop, after whose temperature, top-k and so on [`_Draw`] comes."""
     generation_config.do_sample = False
@@ -149,6 +195,7 @@ def generate_completions(
     in_step: bool = False,
     soft_prompt: Tensor | None = None,
     row_seeds: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """Sample one completion for each prompt, with a KV cache, in evaluation mode.
 
@@ -164,9 +211,10 @@ def generate_completions(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each prompt's first token.
         row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size` nor on the other
             prompts. `None`: all from torch's random state.
+        tokenizer: Needed if `generation_config` has `stop_strings`.
 
     Returns:
-        One list of token ids a prompt, in their order, each up to and including its first end-of-text token.
+        One list of token ids a prompt, in their order, each up to and including its first end-of-text token or stop string.
     """
     ends = stop_ids(generation_config)
     processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
@@ -174,38 +222,44 @@ def generate_completions(
     draws = generation_config.get_generation_mode() == GenerationMode.SAMPLE
     draws = draws and (model.device.type == "cpu" or row_seeds is not None)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    published, was_training = base.generation_config, model.training
+    published, strings = base.generation_config, _stop_strings(generation_config)
+    if strings:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.stop_strings = None  # `_StopStrings` looks for them
     completions: list[list[int]] = [[] for _ in prompt_ids]
     order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))  # rows are padded to their likes
     try:
         base.generation_config = generation_config
-        model.eval()
-        for start in range(0, len(prompt_ids), batch_size):
-            rows = order[start : start + batch_size]
-            prompts = [prompt_ids[row] for row in rows]
-            batch = pad_rows(prompts, [[]] * len(prompts), generation_config.pad_token_id)
-            ids, mask = (batch[name].to(model.device) for name in ("prompts", "prompt_attention_mask"))
-            inputs, width = {"input_ids": ids}, ids.size(1)
-            if soft_prompt is not None:  # `generate` then returns the new tokens alone
-                embeds, mask = prompted_embeddings(model, ids, mask, soft_prompt)
-                inputs, width = {"inputs_embeds": embeds}, 0
-            seeds = None if row_seeds is None else [row_seeds[row] for row in rows]
-            draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
-            sequences = model.generate(
-                **inputs,
-                **without_router_logits(model),
-                attention_mask=mask,
-                generation_config=generation_config,
-                logits_processor=processors,
-                # `generate` keeps `synced_gpus` from a loop of one's own
-                custom_generate=partial(_sample_by_drawing, draw=draw, synced_gpus=in_step) if draws else None,
-                synced_gpus=in_step,
-            )
-            for row, new in zip(rows, sequences[:, width:].tolist(), strict=True):
-                completions[row] = up_to_the_end(new, ends)
+        with flags_restored(model):
+            model.eval()
+            for start in range(0, len(prompt_ids), batch_size):
+                rows = order[start : start + batch_size]
+                prompts = [prompt_ids[row] for row in rows]
+                batch = pad_rows(prompts, [[]] * len(prompts), generation_config.pad_token_id)
+                ids, mask = (batch[name].to(model.device) for name in ("prompts", "prompt_attention_mask"))
+                inputs, width = {"input_ids": ids}, ids.size(1)
+                if soft_prompt is not None:  # `generate` then returns the new tokens alone
+                    embeds, mask = prompted_embeddings(model, ids, mask, soft_prompt)
+                    inputs, width = {"inputs_embeds": embeds}, 0
+                seeds = None if row_seeds is None else [row_seeds[row] for row in rows]
+                draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
+                stops = [_StopStrings(tokenizer, strings, width)] if strings else []
+                sequences = model.generate(
+                    **inputs,
+                    **without_router_logits(model),
+                    attention_mask=mask,
+                    generation_config=generation_config,
+                    logits_processor=processors,
+                    stopping_criteria=StoppingCriteriaList(stops),
+                    # `generate` keeps `synced_gpus` from a loop of one's own
+                    custom_generate=partial(_sample_by_drawing, draw=draw, synced_gpus=in_step) if draws else None,
+                    synced_gpus=in_step,
+                )
+                for index, (row, new) in enumerate(zip(rows, sequences[:, width:].tolist(), strict=True)):
+                    stopped = stops[0].lengths.get(index) if stops else None
+                    completions[row] = up_to_the_end(new[:stopped], ends)
     finally:
         base.generation_config = published
-        model.train(was_training)
     return completions
 
 
@@ -218,13 +272,14 @@ def sample_completions(
     args: Any,
     vocab_size: int | None = None,
     row_seeds: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
     """[`generate_completions`] for a model as a trainer holds it: wrapped, under checkpointing, in mixed precision.
 
     Args:
         seed: The completions' own random state; see [`rollout_seed`].
         args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
-        row_seeds: As in [`generate_completions`].
+        row_seeds, tokenizer: As in [`generate_completions`].
     """
     in_step = accelerator.num_processes > 1 and is_sharded(model)
     num_rows = len(prompt_ids)
@@ -243,6 +298,13 @@ def sample_completions(
         unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=checkpointing) as unwrapped,
     ):
         completions = generate_completions(
-            unwrapped, prompt_ids, generation_config, args.rollout_batch_size, vocab_size, in_step, row_seeds=row_seeds
+            unwrapped,
+            prompt_ids,
+            generation_config,
+            args.rollout_batch_size,
+            vocab_size,
+            in_step,
+            row_seeds=row_seeds,
+            tokenizer=tokenizer,
         )
     return completions[:num_rows]

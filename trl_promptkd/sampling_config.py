@@ -31,8 +31,8 @@ class SamplingConfig:
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample among the likeliest tokens that hold this probability together.
         generation_kwargs (`dict`, *optional*):
-            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}`; with `use_vllm`, those of them that
-            vLLM has too.
+            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}` or `{"stop_strings": ["Question:"]}`. With
+            `use_vllm`, those of them that vLLM has too.
         rollout_batch_size (`int`, *optional*):
             Rows sampled at once on one device. `None` samples a whole accumulation window at once.
         log_completions (`bool`, *optional*, defaults to `False`):

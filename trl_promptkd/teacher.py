@@ -1,13 +1,11 @@
 """The frozen teacher: loading, the proof that both vocabularies are one, and its place beside the student."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -26,12 +24,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from ._trl import BaseTunerLayer, fsdp2_prepare_model, keep_four_bit_weights_differentiable, prepare_deepspeed
+from .init_kwargs import from_pretrained_kwargs
+from .side_effects import flags_restored
 
 
 __all__ = [
     "asked_teacher",
     "build_teacher",
-    "check_init_kwargs",
     "check_same_tokenizer",
     "disable_dropout",
     "freeze",
@@ -59,11 +58,8 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
         OSError: where it cannot be loaded, naming it.
         ValueError: for `init_kwargs` that would be taken wrongly, or ignored.
     """
-    check_init_kwargs("teacher_model_init_kwargs", init_kwargs)
-    kwargs = {"trust_remote_code": trust_remote_code, **(init_kwargs or {})}
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        kwargs["dtype"] = getattr(torch, dtype)
+    kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
+    kwargs.setdefault("trust_remote_code", trust_remote_code)
     quantization = kwargs.get("quantization_config")
     if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
         kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
@@ -84,30 +80,6 @@ def _from_pretrained(name_or_path: str, kwargs: dict[str, Any]):
             raise
     # Models of images and texts, of which only text is asked (Mistral 3, Llava)
     return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
-
-
-def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse arguments of `from_pretrained` that it would take wrongly, or ignore.
-
-    Raises:
-        ValueError: for a dtype that is none, and for a quantization that quantizes nothing.
-    """
-    dtype = (init_kwargs or {}).get("dtype", "auto")
-    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(
-            f"`{field}['dtype']` is {dtype!r}; it must be the name of a torch dtype, such as 'bfloat16' or 'float32', or 'auto'."
-        )
-    quantization = (init_kwargs or {}).get("quantization_config")
-    if not isinstance(quantization, Mapping) or quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
-        return
-    known = {*inspect.signature(BitsAndBytesConfig).parameters, "quant_method"}
-    unknown = sorted(name for name in quantization if name not in known and not name.startswith("_"))
-    if unknown or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        problem = f"holds {unknown[0]!r}, which bitsandbytes does not know" if unknown else "quantizes nothing"
-        raise ValueError(
-            f"`{field}['quantization_config']` {problem}. Set 'load_in_4bit' or 'load_in_8bit' to True, and besides them only arguments of "
-            "transformers' BitsAndBytesConfig."
-        )
 
 
 def load_teacher_tokenizer(
@@ -271,13 +243,10 @@ def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module
     if teacher is not None:
         yield teacher
         return
-    was_training = student.training
-    student.eval()
-    try:
+    with flags_restored(student):
+        student.eval()
         with student.disable_adapter():
             yield student
-    finally:
-        student.train(was_training)
 
 
 @contextmanager

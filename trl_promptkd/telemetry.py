@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ._trl import print_prompt_completions_sample
 from .files import whole_file
-from .rollouts import stop_ids
+from .rollouts import count_ended
 
 
 __all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions", "with_means"]
@@ -55,15 +55,17 @@ def is_logged_step(trainer: Trainer) -> bool:
 
 
 def add_rollouts(
-    means: Means, completions: list[list[int]], generation_config: GenerationConfig, seconds: float
+    means: Means,
+    completions: list[list[int]],
+    generation_config: GenerationConfig,
+    seconds: float,
+    processing_class: PreTrainedTokenizerBase,
 ) -> None:
     """What is logged about the samples of one window."""
-    ends = stop_ids(generation_config)
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
-    means.add(
-        "rollout/terminated_share", sum(bool(ends.intersection(ids[-1:])) for ids in completions), len(completions)
-    )
+    num_ended = count_ended(completions, generation_config, processing_class)
+    means.add("rollout/terminated_share", num_ended, len(completions))
     means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 

@@ -1,6 +1,5 @@
 """The student's completions by vLLM, through TRL's own class, with its weights kept in step."""
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,12 @@ from .rollouts import own_random_state, rollout_seed, stop_ids, up_to_the_end
 __all__ = ["VLLMRollouts", "check_vllm"]
 
 # Fields of GenerationConfig that rollouts may have, and what SamplingParams calls them
-_NAMES = {"min_p": "min_p", "repetition_penalty": "repetition_penalty", "min_new_tokens": "min_tokens"}
+_NAMES = {
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
+    "stop_strings": "stop",
+}
 
 
 def check_vllm(args: Any, model: Any, samples: bool) -> None:
@@ -200,15 +204,10 @@ def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
 
 @contextmanager
 def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """As [`~trl_promptkd.rollouts.own_random_state`], of numpy and Python too: on a GPU, vLLM draws its requests' seeds from numpy."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with own_random_state(seed, device):
-            np.random.seed(seed % 2**32)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    """As [`~trl_promptkd.rollouts.own_random_state`], with a seed for numpy too: on a GPU, vLLM draws its requests' seeds from it."""
+    with own_random_state(seed, device):
+        np.random.seed(seed % 2**32)
+        yield
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..forward import completion_states
+from ..side_effects import flags_restored
 
 
 __all__ = ["attention_layers", "eager_attention", "model_device"]
@@ -90,14 +91,14 @@ def _holds_weights(output: Any, size: int) -> bool:
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
     """Inside, the model computes attention such that its weights exist, and is in evaluation mode."""
-    before, was_training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        model.train(was_training)
+    before = model.config._attn_implementation
+    with flags_restored(model):
+        model.set_attn_implementation("eager")
+        model.eval()
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(before)
 
 
 def model_device(model: Any) -> torch.device:

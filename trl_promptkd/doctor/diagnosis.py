@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..checks import check_soft_prompt
 from ..priming import PrimingTemplate, resolve_priming
 from ..prompt_encoder import PromptEncoderConfig
+from ..side_effects import flags_restored
 from ..teacher import freeze, load_teacher_tokenizer
 from . import data_checks, model_checks
 from .case import Case, Finding
@@ -142,12 +143,9 @@ def diagnose(
         loss_chunk_size=loss_chunk_size,
         lora=lora,
     )
-    was_training = model.training
-    model.eval()
-    try:
+    with flags_restored(model):
+        model.eval()
         return _run(case)
-    finally:
-        model.train(was_training)
 
 
 def _run(case: Case) -> list[Finding]:

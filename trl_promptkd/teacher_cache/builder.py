@@ -19,6 +19,7 @@ from ..priming import PrimingTemplate, resolve_priming
 from ..rollouts import rollout_config
 from ..teacher import freeze, load_teacher, shared_vocab_size
 from ..teacher_answers import weights_fingerprint, write_teacher_answers
+from ..vocabulary import check_rows_embedded, embedded_by
 from .codec import PRESETS
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer
 from .reader import TeacherCache
@@ -112,6 +113,8 @@ def build_teacher_cache(
             f"`teacher` is a {type(teacher).__name__}; it must be a name, a folder or a causal language model."
         )
     vocab_size = shared_vocab_size(teacher, teacher, processing_class)
+    seen = {"teacher": (teacher, ("teacher_prompt_ids", "completion_ids"))}
+    check_rows_embedded(dataset, "dataset", processing_class, embedded_by(seen, processing_class))
     longest = max(dataset["length"]) + (max_new_tokens if response_source == "teacher" else 0)
     check_positions(
         "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."

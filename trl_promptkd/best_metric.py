@@ -1,0 +1,51 @@
+"""The evaluation metric by which the best checkpoint is chosen: what it is by default, and that there is one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import SaveStrategy, SchedulerType
+
+
+__all__ = ["check_best_metric", "choose_best_metric"]
+
+_BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+
+
+def choose_best_metric(config: Any, default: str) -> bool:
+    """Set `metric_for_best_model` to `default` if something needs it and the user named none, and say that its like fall.
+
+    Must come before `TrainingArguments.__post_init__`, which takes `loss`, and takes for granted that whatever is not called so rises.
+
+    Returns:
+        `bool`: Whether something needs it.
+    """
+    needed = config.load_best_model_at_end or config.save_strategy == SaveStrategy.BEST
+    needed = needed or config.lr_scheduler_type in _BY_METRIC
+    if config.metric_for_best_model is None and needed:
+        config.metric_for_best_model = default
+    name = config.metric_for_best_model or ""
+    if config.greater_is_better is None and any(name == m or name.endswith(f"_{m}") for m in config._FALLING_METRICS):
+        config.greater_is_better = False
+    return needed
+
+
+def check_best_metric(args: Any, eval_dataset: Any, callbacks: Sequence[Any] | None) -> None:
+    """Refuse a metric that no evaluation will have, before the first of them.
+
+    Raises:
+        ValueError: for early stopping by none, and with several evaluation sets for one without its set's name.
+    """
+    metric, falling = args.metric_for_best_model, args._FALLING_METRICS
+    kinds = [callback if isinstance(callback, type) else type(callback) for callback in callbacks or []]
+    if metric is None and any(issubclass(kind, EarlyStoppingCallback) for kind in kinds):
+        raise ValueError(
+            "`callbacks` holds an EarlyStoppingCallback, but `metric_for_best_model` is None. Set it to the metric to stop by, such as "
+            f"'eval_{falling[0]}'."
+        )
+    if isinstance(eval_dataset, dict) and metric in {*falling, *(f"eval_{name}" for name in falling)}:
+        there = [f"eval_{part}_{name}" for part in eval_dataset for name in falling]
+        raise ValueError(
+            f"`metric_for_best_model` is {metric!r}, but `eval_dataset` is a dict, whose metrics have its keys in their names. Set it to one of "
+            f"{', '.join(map(repr, there))}."
+        )

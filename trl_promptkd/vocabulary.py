@@ -1,0 +1,86 @@
+"""That both models have an embedding for every token that they are given: tokenizers are extended, and a model is forgotten."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from datasets import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+__all__ = ["Embedded", "check_rows_embedded", "embedded_by"]
+
+# A role ("student", "teacher") -> how many ids its model embeds, and the columns of rows that it sees
+Embedded = Mapping[str, tuple[int, Sequence[str]]]
+
+
+def embedded_by(
+    models: Mapping[str, tuple[PreTrainedModel, Sequence[str]]], processing_class: PreTrainedTokenizerBase
+) -> Embedded:
+    """What each of some models embeds.
+
+    Args:
+        models: A role -> its model, and the columns of rows that it sees.
+
+    Raises:
+        ValueError: if a model has no embedding for what every batch is padded with, or for the end-of-text token.
+    """
+    embedded = {role: (_num_embeddings(model), columns) for role, (model, columns) in models.items()}
+    for kind in ("pad", "eos"):
+        index = getattr(processing_class, f"{kind}_token_id")
+        for role, (size, _) in embedded.items():
+            if index is not None and index >= size:
+                hint = " Or set `tokenizer.pad_token = tokenizer.eos_token`." if kind == "pad" else ""
+                token = getattr(processing_class, f"{kind}_token")
+                raise ValueError(f"The tokenizer's {kind} token is {token!r}{_missing(index, role, size)}{hint}")
+    return embedded
+
+
+def check_rows_embedded(dataset: Any, name: str, processing_class: PreTrainedTokenizerBase, embedded: Embedded) -> Any:
+    """Refuse tokenized rows with a token that a model has no embedding for; those of a stream as they come.
+
+    The tokenizer may know more tokens than a model, such as those of images, as long as they do not occur.
+
+    Returns:
+        The data set, or a stream that checks its rows.
+
+    Raises:
+        ValueError: naming the token, and the model.
+    """
+    if isinstance(dataset, dict):
+        return {
+            key: check_rows_embedded(part, f"{name}[{key!r}]", processing_class, embedded)
+            for key, part in dataset.items()
+        }
+    tokens = {index: token for token, index in processing_class.get_vocab().items()}
+    if dataset is None or max(tokens) < min(size for size, _ in embedded.values()):
+        return dataset
+    check = partial(_check_row, name=name, tokens=tokens, embedded=embedded)
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(check)
+    columns = sorted({column for _, columns in embedded.values() for column in columns})
+    for row in dataset.select_columns(columns):
+        check(row)
+    return dataset
+
+
+def _check_row(row: Mapping[str, Any], name: str, tokens: Mapping[int, str], embedded: Embedded) -> dict[str, Any]:
+    for role, (size, columns) in embedded.items():
+        for column in columns:
+            index = max(row[column], default=0)
+            if index >= size:
+                raise ValueError(f"A row of `{name}` holds the token {tokens[index]!r}{_missing(index, role, size)}")
+    return {}
+
+
+def _missing(index: int, role: str, size: int) -> str:
+    model = "model" if role == "student" else "teacher_model"
+    return (
+        f" with id {index}, but the {role} has embeddings for the ids below {size} only. A token was added to the tokenizer, and the {role} "
+        f"was not resized: call `{model}.resize_token_embeddings(len(tokenizer))` on the loaded {role}, and on the other model too."
+    )
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    embeddings: Any = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)

@@ -1,5 +1,7 @@
-"""How good a model's answers are: instruction following with several seeds, as the PromptKD paper does it, and GSM8K by the response
-priming paper's rules.
+"""How good a model's answers are.
+
+Instruction following with several seeds, as the PromptKD paper does it, and GSM8K by lm-evaluation-harness's rules and the
+response priming paper's.
 
 Answers are written in batches of like lengths, each row from a random state of its own, so that they depend neither on the batch
 size, nor on the other rows, nor on where a run was interrupted. With an `output_dir` they stay on the disk, one file a data set and seed,
@@ -203,7 +205,7 @@ def check_evaluation_settings(
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = [name for name in runs[0] if name not in ("seed", "rules", "terminated_share")]
+    names = [name for name in runs[0] if name not in ("seed", "terminated_share")]
     values = {name: [run[name] for run in runs] for name in names}
     return {
         "mean": {name: statistics.fmean(numbers) for name, numbers in values.items()},

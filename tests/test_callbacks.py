@@ -255,6 +255,14 @@ class TestGenerationMetricsCallback:
         logged = [entry for entry in trainer.state.log_history if "eval_gsm8k" in entry]
         assert [{name: entry[name] for name in found} for entry in logged] == [found]
 
+    def test_thoughts_do_not_count(self, tmp_path):
+        trainer = make("sft", tmp_path, save_strategy="no")
+        rows = Dataset.from_list([{"instruction": "who", "output": "the cat"}] * 2)
+        callback = GenerationMetricsCallback(trainer, rows, max_new_tokens=3)
+        trainer.add_callback(callback)
+        callback._answers = lambda: ["<think>a dog</think>the cat", "<think>the cat"]
+        assert trainer.evaluate()["eval_exact_match"] == 50.0
+
     def test_a_dict_of_eval_sets_is_answered_once(self, tmp_path):
         sets = {"first": answered_dataset(3), "second": answered_dataset(4)}
         trainer = make("sft", tmp_path, save_strategy="no", eval_dataset=sets)

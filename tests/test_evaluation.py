@@ -423,6 +423,28 @@ class TestEvaluateModel:
         (run,) = result["sets"]["a"]["runs"]
         assert {rule: run[rule] for rule in ("strict", "flexible", "paper")} == result["sets"]["a"]["mean"]
 
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_thoughts_do_not_count(self, opened, monkeypatch):
+        """Nor if the chat template opened them, and `max_new_tokens` cut them."""
+        texts = ["<think> a dog </think> the cat", "a dog </think> the cat", "<think> the cat", "the cat"]
+        tokenizer = tiny_tokenizer([*WORDS, "<think>"])
+        if opened:
+            tokenizer.chat_template = tokenizer.chat_template.replace("<assistant> {%", "<assistant> <think> {%")
+        monkeypatch.setattr(
+            evaluation.answers, "generate_completions", lambda model, prompts, *args, **kwargs: prompts
+        )
+        monkeypatch.setattr(PreTrainedTokenizerFast, "batch_decode", lambda self, rows, **kwargs: texts[: len(rows)])
+        rows = Dataset.from_list([{"instruction": "who", "output": "the cat"}] * 4)
+        (run,) = evaluate_model(tiny_model(), tokenizer, {"a": rows}, "instruct", **SMALL)["sets"]["a"]["runs"]
+        expected = 50.0 if opened else 75.0
+        assert (run["rougeL"], run["exact_match"]) == (expected, expected)
+
+    def test_a_quoted_think_tag_in_the_question_opens_nothing(self):
+        tokenizer = tiny_tokenizer([*WORDS, "<think>", "</think>"])
+        prompts = ["<user> <think> <assistant>", "<assistant> <think> </think>", "<assistant> <think>", "<think>"]
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        assert evaluation.judged_texts(tokenizer, ids, ["a"] * 4) == ["a", "a", "<think>a", "<think>a"]
+
     def test_gsm8k_any_of_the_right_answers_is_right(self):
         answers, references = ["It is 7.", "#### 8", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
         assert evaluation.score_answers("gsm8k", answers, references) == {"strict": 25, "flexible": 50, "paper": 50}

@@ -323,6 +323,23 @@ class TestInstructionScores:
     def test_empty_predictions_score_nothing(self):
         assert instruction_scores(["", " \n"], [["a"], ["b"]]) == {"rougeL": 0.0, "exact_match": 0.0}
 
+    def test_thoughts_do_not_count(self):
+        """They are not compared with the reference, whichever side of the answer they would help or harm."""
+        predictions = [
+            "<think>Is it a dog?</think>\n\nthe cat",
+            "Is it a dog?</think>the cat",
+            "<think>a</think>the <think>b</think>cat",
+            "<think>the cat",
+            "<think>the cat</think>a dog",
+        ]
+        rows = instruction_row_scores(predictions, [["The cat."]] * 5)
+        assert [(row["rougeL"], row["exact_match"]) for row in rows] == [(100, 100)] * 3 + [(0, 0)] * 2
+
+    def test_references_stay_as_they_are(self):
+        (row,) = instruction_row_scores(["the cat"], [["<think>a</think> the cat"]])
+        # the cat / think a think the cat: 2 of 2 and 2 of 5 words, F = 4 / 7
+        assert row == {"rougeL": pytest.approx(400 / 7), "exact_match": 0}
+
     def test_equals_rouge_score_on_real_rows(self):
         from rouge_score.rouge_scorer import RougeScorer
 

@@ -18,6 +18,7 @@ from .evaluation import (
     evaluation_config,
     evaluation_rows,
     evaluation_seeds,
+    judged_texts,
     real_vocab_size,
     row_scores,
 )
@@ -34,7 +35,8 @@ class GenerationMetricsCallback(TrainerCallback):
     """
     Lets the model answer at each evaluation, and adds the scores of the answers to the evaluation's metrics, in
     percent: `eval_rougeL` and `eval_exact_match`, or for GSM8K `eval_gsm8k_strict`, `eval_gsm8k_flexible` and
-    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one.
+    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one. Thoughts
+    (`<think>...</think>`) do not count.
 
     `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper does. They are logged where the
     trainer logs. The answers come from a random state of their own, so that training goes on as it would without them.
@@ -137,7 +139,8 @@ class GenerationMetricsCallback(TrainerCallback):
         if metrics is None or not self._is_first_of_an_evaluation(metrics):
             return
         answers = self._answers()
-        scores = row_scores(self.task, answers, self.rows.references)
+        texts = judged_texts(self.tokenizer, self.rows.prompt_ids, answers)
+        scores = row_scores(self.task, texts, self.rows.references)
         prefix = "eval_gsm8k_" if self.task == "gsm8k" else "eval_"
         named = {f"{prefix}{name}": sum(values) / len(values) for name, values in scores.items()}
         if self.task == "gsm8k":

@@ -24,6 +24,7 @@ from .answers import (
     evaluation_config,
     evaluation_seeds,
     hash_of,
+    judged_texts,
     model_source,
     real_vocab_size,
     write_answers,
@@ -43,6 +44,7 @@ __all__ = [
     "evaluation_rows",
     "evaluation_seeds",
     "instruction_text",
+    "judged_texts",
     "model_source",
     "real_vocab_size",
     "row_scores",
@@ -131,7 +133,8 @@ def evaluate_model(
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
             answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, _title(name, seed))
-            scores = score_answers(task, [answer.text for answer in answers], rows.references)
+            texts = judged_texts(tokenizer, rows.prompt_ids, [answer.text for answer in answers])
+            scores = score_answers(task, texts, rows.references)
             terminated = sum(answer.ended for answer in answers) / len(answers)
             runs.append({"seed": seed, **scores, "terminated_share": terminated})
         results[name] = {

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from .checks import check_rows, shown
+from .thoughts import without_thoughts
 
 
 __all__ = ["instruction_row_scores", "instruction_scores", "normalized", "rouge_scorer"]
@@ -16,6 +17,8 @@ def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence
 
     `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once
     they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows.
+
+    Thoughts in predictions are cut off first, see [`without_thoughts`]. References stay as they are.
 
     Args:
         predictions: One answer per row. An empty one scores 0, but matches a reference that is empty once normalized.
@@ -51,6 +54,7 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
                     f"`references[{row}]` holds {shown(text)}; it must be texts only. Write them as texts."
                 )
     scorer = rouge_scorer()
+    predictions = [without_thoughts(prediction) for prediction in predictions]
     return [
         {
             "rougeL": 100 * max(scorer.score(text, prediction)["rougeL"].fmeasure for text in texts),

@@ -1,9 +1,12 @@
+# ruff: noqa: RUF001  the texts of other scripts are meant
 import json
 import math
 import os
+import string
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy
@@ -20,6 +23,7 @@ from trl_promptkd.metrics import (
     gsm8k_row_scores,
     instruction_row_scores,
     instruction_scores,
+    normalized,
     reference_number,
     without_thoughts,
 )
@@ -372,6 +376,170 @@ class TestInstructionScores:
     def test_bad_rows_are_refused(self, predictions, references, error, message):
         with pytest.raises(error, match=message):
             instruction_scores(predictions, references)
+
+
+TEXTS = {  # a text, its first part, and how many of how many tokens that is
+    "Russian": ("Москва — столица России.", "Москва — столица", 2, 3),
+    "Ukrainian": ("Їжак п’є молоко", "Їжак", 1, 4),
+    "Greek": ("Η Αθήνα είναι όμορφη.", "Η Αθήνα", 2, 4),
+    "Hindi": ("दिल्ली भारत की राजधानी है।", "दिल्ली भारत", 2, 5),
+    "Bengali": ("ঢাকা বাংলাদেশের রাজধানী", "ঢাকা", 1, 3),
+    "Tamil": ("சென்னை தமிழ்நாட்டின் தலைநகரம்", "சென்னை", 1, 3),
+    "Arabic": ("القاهِرة عاصمة مصر، أليس كذلك؟", "القاهِرة عاصمة مصر", 3, 5),
+    "Persian": ("می‌خواهم بروم", "می‌خواهم", 1, 2),
+    "Hebrew": ("ירושלים היא בירת ישראל", "ירושלים היא", 2, 4),
+    "Korean": ("서울은 한국의 수도입니다.", "서울은", 1, 3),
+    "Amharic": ("አዲስ አበባ።", "አዲስ", 1, 2),
+    "Georgian": ("თბილისი დიდია", "თბილისი", 1, 2),
+    "Armenian": ("Երևան մեծ է։", "Երևան", 1, 3),
+    "Chinese": ("北京是中国的首都。", "北京是", 3, 8),
+    "Japanese": ("東京のタワーです。", "東京の", 3, 8),
+    "Thai": ("น้ำดี", "น้ำ", 2, 3),  # NFKC writes the vowel of "water" after its consonant
+    "Lao": ("ນ້ຳດີ", "ນ້ຳ", 2, 3),
+    "Khmer": ("ភាសាខ្មែរ", "ភាសា", 2, 5),
+    "Burmese": ("မြန်မာ", "မြန်", 2, 3),
+    "mixed": ("Привет, 世界! Running 3.", "Привет, 世界", 3, 5),
+    "digits": ("१२ ٣٤ ５６", "१२", 1, 3),
+}
+FORMS_OF_UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
+
+
+class TestScripts:
+    @pytest.mark.parametrize("language", TEXTS)
+    @pytest.mark.parametrize("form", FORMS_OF_UNICODE)
+    def test_a_text_equals_itself_in_any_form(self, language, form):
+        text = TEXTS[language][0]
+        (row,) = instruction_row_scores([unicodedata.normalize(form, text)], [[text]])
+        assert row == {"rougeL": 100, "exact_match": 100}
+
+    @pytest.mark.parametrize("language", TEXTS)
+    def test_a_part_of_a_text_scores_by_its_tokens(self, language):
+        """F of precision 1 and recall part / whole."""
+        text, part, of_part, of_whole = TEXTS[language]
+        (row,) = instruction_row_scores([part], [[text]])
+        assert row["rougeL"] == pytest.approx(200 * of_part / (of_part + of_whole))
+        assert row["exact_match"] == 0
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("кот", "кит"),
+            ("दिल्ली", "दिल्ला"),
+            ("मैं", "मे"),  # the marks differ, the consonant is the same
+            ("ที่", "ทุ"),
+            ("كَتَبَ", "كُتُبُ"),
+            ("日", "月"),
+            ("서울", "부산"),
+            ("Ừ", "Ờ"),
+        ],
+    )
+    def test_different_words_have_nothing_in_common(self, one, other):
+        assert instruction_scores([one], [[other]]) == {"rougeL": 0, "exact_match": 0}
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("МОСКВА", "москва"),
+            ("ΟΔΥΣΣΕΥΣ", "Οδυσσευς"),
+            ("ＡＢＣ１２", "abc12"),
+            ("ｶﾞｽ", "ガス"),
+            ("كتــاب", "كتاب"),
+            ("Ừ", "ừ"),
+        ],
+    )
+    def test_one_word_in_two_spellings_is_one(self, one, other):
+        assert instruction_scores([one], [[other]]) == {"rougeL": 100, "exact_match": 100}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "“Don’t” – she said… café, naïve, à la carte, €5 and £3, ½ of m², nº 1 🙂",
+            "José García-Márquez's Erdoğan; Wałęsa, Hawaiʻi and 10 µm",
+            "Running runners ran. The U.S.A. (2021) C++ e-mail",
+            "\u212aelvin \u0130stanbul co\u00adoperate e\u0301",
+        ],
+    )
+    def test_latin_text_has_the_tokens_of_rouge_score(self, text):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        assert metrics.ScriptTokenizer().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+    @pytest.mark.parametrize("name", ["Ω", "富士山", "Фудзи"])
+    def test_english_that_quotes_a_foreign_name_scores_as_with_rouge_score(self, name):
+        """4 words in common, of 17 and 4: the name is none."""
+        sentence = f"The mountain ({name}) is really high, and it has snow on top during all of the long year."
+        words = 17
+        (row,) = instruction_row_scores(["The mountain is high."], [[sentence]])
+        assert row["rougeL"] == pytest.approx(100 * 2 * 4 / (words + 4))
+
+    def test_real_english_has_the_tokens_of_rouge_score_and_minillms_exact_match(self):
+        """Each text against the one before: equal to the last digit, and equal texts the same ones."""
+        from rouge_score.rouge_scorer import RougeScorer
+
+        original = RougeScorer(["rougeL"], use_stemmer=True)
+        texts = [
+            row[column]
+            for name in ("dolly/minillm_valid", "self_instruct/minillm_valid", "vicuna/minillm_valid")
+            for row in real_rows(f"{name}.jsonl")
+            for column in ("instruction", "output")
+        ]
+        latin = [text[:400] for text in texts if not any(is_foreign(letter) for letter in text)]
+        assert len(latin) > 0.95 * len(texts)
+        scores = instruction_row_scores(latin[1:], [[text] for text in latin[:-1]])
+        for before, text, row in zip(latin[:-1], latin[1:], scores, strict=True):
+            assert row["rougeL"] == 100 * original.score(before, text)["rougeL"].fmeasure
+            assert row["exact_match"] == 100 * (minillm(before) == minillm(text))
+
+
+def is_foreign(letter):
+    return letter.isalnum() and not letter.isascii() and not unicodedata.name(letter).startswith("LATIN")
+
+
+def minillm(text):
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+class TestNormalized:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("北京。", "北京"),
+            ("为什么？！", "为什么"),
+            ("「はい」、そうです。", "はいそうです"),
+            ("«Да», — сказал он…", "да сказал он"),
+            ("نعم، أليس كذلك؟", "نعم أليس كذلك"),
+            ("है।", "है"),
+            ("« Oui »", "oui"),
+            ("¿Qué?", "qué"),
+            ("Straße", "STRASSE"),
+            ("cafe\u0301", "café"),
+            ("ﬁne", "fine"),
+            ("Ａ１", "a1"),
+            ("\u200fשלום", "שלום"),
+            ("a\u3000b", "a b"),
+        ],
+    )
+    def test_equal(self, one, other):
+        assert normalized(one) == normalized(other)
+        assert instruction_scores([one], [[other]])["exact_match"] == 100
+
+    @pytest.mark.parametrize(("one", "other"), [("й", "и"), ("कि", "की"), ("x²", "x2"), ("nº", "no"), ("か", "が")])
+    def test_different(self, one, other):
+        assert normalized(one) != normalized(other)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "“Don’t” – she said…",
+            "A, dog!  (2)",
+            "wait…",
+            "nº 1, x², ½ and what the letter Ω says",
+            "§ 5 · café, naïve",
+            "E=mc^2",
+        ],
+    )
+    def test_english_stays_as_in_minillm(self, text):
+        assert normalized(text) == minillm(text)
 
 
 class TestGSM8KAccuracy:

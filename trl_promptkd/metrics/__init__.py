@@ -7,17 +7,20 @@ import os
 from typing import Any
 
 from .final_numbers import RULES, extract_final_number, gsm8k_accuracy, gsm8k_row_scores, reference_number
-from .scores import instruction_row_scores, instruction_scores, normalized, rouge_scorer
+from .scores import instruction_row_scores, instruction_scores, rouge_scorer
 from .thoughts import without_thoughts
+from .tokens import ScriptTokenizer, is_foreign, normalized
 
 
 __all__ = [
     "RULES",
+    "ScriptTokenizer",
     "extract_final_number",
     "gsm8k_accuracy",
     "gsm8k_row_scores",
     "instruction_row_scores",
     "instruction_scores",
+    "is_foreign",
     "load",
     "module_path",
     "normalized",

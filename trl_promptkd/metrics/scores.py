@@ -1,15 +1,15 @@
 """Scores of instruction following: ROUGE-L and exact match."""
 
-import string
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from .checks import check_rows, shown
 from .thoughts import without_thoughts
+from .tokens import ScriptTokenizer, is_foreign, normalized
 
 
-__all__ = ["instruction_row_scores", "instruction_scores", "normalized", "rouge_scorer"]
+__all__ = ["instruction_row_scores", "instruction_scores", "rouge_scorer"]
 
 
 def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -17,6 +17,10 @@ def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence
 
     `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once
     they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows.
+
+    `rouge_score` compares ASCII letters and digits only, which leaves nothing of other scripts. If the prediction or
+    the reference is of another script ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the
+    scores of `rouge_score` and of MiniLLM's code.
 
     Thoughts in predictions are cut off first, see [`without_thoughts`]. References stay as they are.
 
@@ -53,36 +57,36 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
                 raise TypeError(
                     f"`references[{row}]` holds {shown(text)}; it must be texts only. Write them as texts."
                 )
-    scorer = rouge_scorer()
     predictions = [without_thoughts(prediction) for prediction in predictions]
     return [
         {
-            "rougeL": 100 * max(scorer.score(text, prediction)["rougeL"].fmeasure for text in texts),
+            "rougeL": 100 * max(_rouge_l(text, prediction) for text in texts),
             "exact_match": 100.0 * any(normalized(text) == normalized(prediction) for text in texts),
         }
         for prediction, texts in zip(predictions, references, strict=True)
     ]
 
 
-def normalized(text: str) -> str:
-    """In lower case, without punctuation, with single spaces."""
-    return " ".join(text.lower().translate(_NO_PUNCTUATION).split())
+def _rouge_l(reference: str, prediction: str) -> float:
+    scorer = rouge_scorer(any_script=is_foreign(reference) or is_foreign(prediction))
+    return scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-@lru_cache(maxsize=1)
-def rouge_scorer() -> Any:
+@lru_cache(maxsize=2)
+def rouge_scorer(any_script: bool = False) -> Any:
     """`rouge_score`'s scorer of ROUGE-L.
 
+    Args:
+        any_script: With the tokens of [`ScriptTokenizer`].
+
     Raises:
-        ImportError: where it is not installed, saying how to install it.
+        ImportError: if it is not installed, saying how to install it.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError(
-            'ROUGE-L needs the package rouge_score, which is not installed. Run `pip install "trl_promptkd[evaluate]"`.'
+            "ROUGE-L needs the package rouge_score, which is not installed. Run "
+            '`pip install "trl_promptkd[evaluate]"`.'
         ) from error
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=ScriptTokenizer() if any_script else None)

@@ -420,6 +420,11 @@ class TestScripts:
         assert row["rougeL"] == pytest.approx(200 * of_part / (of_part + of_whole))
         assert row["exact_match"] == 0
 
+    def test_the_scorer_itself_takes_any_script(self):
+        scorer = metrics.rouge_scorer()
+        assert scorer.score("Привет, мир", "привет")["rougeL"].fmeasure == pytest.approx(2 / 3)
+        assert scorer.score_multi(["a dog", "你好"], "你好")["rougeL"].fmeasure == 1
+
     @pytest.mark.parametrize(
         ("one", "other"),
         [

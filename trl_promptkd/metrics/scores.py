@@ -57,27 +57,20 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
                 raise TypeError(
                     f"`references[{row}]` holds {shown(text)}; it must be texts only. Write them as texts."
                 )
+    scorer = rouge_scorer()
     predictions = [without_thoughts(prediction) for prediction in predictions]
     return [
         {
-            "rougeL": 100 * max(_rouge_l(text, prediction) for text in texts),
+            "rougeL": 100 * max(scorer.score(text, prediction)["rougeL"].fmeasure for text in texts),
             "exact_match": 100.0 * any(normalized(text) == normalized(prediction) for text in texts),
         }
         for prediction, texts in zip(predictions, references, strict=True)
     ]
 
 
-def _rouge_l(reference: str, prediction: str) -> float:
-    scorer = rouge_scorer(any_script=is_foreign(reference) or is_foreign(prediction))
-    return scorer.score(reference, prediction)["rougeL"].fmeasure
-
-
-@lru_cache(maxsize=2)
-def rouge_scorer(any_script: bool = False) -> Any:
-    """`rouge_score`'s scorer of ROUGE-L.
-
-    Args:
-        any_script: With the tokens of [`ScriptTokenizer`].
+@lru_cache(maxsize=1)
+def rouge_scorer() -> Any:
+    """`rouge_score`'s scorer of ROUGE-L, with the tokens of [`ScriptTokenizer`] where it would find none.
 
     Raises:
         ImportError: if it is not installed, saying how to install it.
@@ -89,4 +82,13 @@ def rouge_scorer(any_script: bool = False) -> Any:
             "ROUGE-L needs the package rouge_score, which is not installed. Run "
             '`pip install "trl_promptkd[evaluate]"`.'
         ) from error
-    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=ScriptTokenizer() if any_script else None)
+
+    class AnyScriptScorer(RougeScorer):
+        other_scripts = RougeScorer(["rougeL"], tokenizer=ScriptTokenizer())
+
+        def score(self, target, prediction):
+            if is_foreign(target) or is_foreign(prediction):
+                return self.other_scripts.score(target, prediction)
+            return super().score(target, prediction)
+
+    return AnyScriptScorer(["rougeL"], use_stemmer=True)

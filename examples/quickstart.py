@@ -24,13 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import matplotlib
 import torch
 from datasets import Dataset
-from rouge_score import rouge_scorer
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
 from trl_promptkd.data import pad_rows, tokenize_row
+from trl_promptkd.metrics import instruction_scores
 from trl_promptkd.rollouts import generate_completions
 
 
@@ -145,16 +145,6 @@ def write_answers(model, prompt_ids, args, greedy: bool, description: str) -> li
                 answers += generate_completions(model, prompt_ids[start : start + 48], config)
             bar.update(len(answers) - bar.n)
     return answers
-
-
-def rouge_l(predictions: list[str], references: list[str]) -> float:
-    """Mean ROUGE-L F-measure with stemming, in percent."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [
-        scorer.score(reference, text)["rougeL"].fmeasure
-        for text, reference in zip(predictions, references, strict=True)
-    ]
-    return 100 * sum(scores) / len(scores)
 
 
 def report(results, samples, questions, references) -> str:
@@ -336,7 +326,7 @@ def main() -> None:
         results[name] = {
             REVERSE_KL: metrics["eval_reverse_kl"],
             FORWARD_KL: metrics["eval_forward_kl"],
-            ROUGE_L: rouge_l(samples[name], references),
+            ROUGE_L: instruction_scores(samples[name], [[text] for text in references])["rougeL"],
         }
 
     stage(3, f"Cutting a student of {args.student_layers} layers, and measuring it")

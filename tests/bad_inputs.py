@@ -56,7 +56,7 @@ from trl_promptkd import (
 )
 from trl_promptkd.cli import main
 from trl_promptkd.evaluation import evaluate_model
-from trl_promptkd.metrics import gsm8k_accuracy, instruction_scores, load
+from trl_promptkd.metrics import extract_final_number, gsm8k_accuracy, instruction_scores, load
 
 
 NAN = float("nan")
@@ -821,6 +821,14 @@ ARGUMENTS = [
         ValueError,
         "The metric is 'rouge'",
         "it must be 'gsm8k' or 'instruction_scores'",
+    ),
+    Case(
+        "metric_rule",
+        "`extract_final_number('18', rule='last')`",
+        lambda folder: extract_final_number("18", rule="last"),
+        ValueError,
+        "`rule` is 'last'",
+        "it must be 'strict' or 'flexible' or 'paper'",
     ),
     Case(
         "eval_task",

@@ -244,7 +244,24 @@ class TestGenerationMetricsCallback:
         callback = GenerationMetricsCallback(trainer, rows, task="gsm8k", max_new_tokens=3)
         trainer.add_callback(callback)
         callback._answers = lambda: ["It is 7", "It is 7"]
-        assert trainer.evaluate()["eval_gsm8k"] == 50.0
+        metrics = trainer.evaluate()
+        found = {name: value for name, value in metrics.items() if "gsm8k" in name}
+        assert found == {
+            "eval_gsm8k_strict": 0.0,
+            "eval_gsm8k_flexible": 50.0,
+            "eval_gsm8k_paper": 50.0,
+            "eval_gsm8k": 50.0,
+        }
+        logged = [entry for entry in trainer.state.log_history if "eval_gsm8k" in entry]
+        assert [{name: entry[name] for name in found} for entry in logged] == [found]
+
+    def test_thoughts_do_not_count(self, tmp_path):
+        trainer = make("sft", tmp_path, save_strategy="no")
+        rows = Dataset.from_list([{"instruction": "who", "output": "the cat"}] * 2)
+        callback = GenerationMetricsCallback(trainer, rows, max_new_tokens=3)
+        trainer.add_callback(callback)
+        callback._answers = lambda: ["<think>a dog</think>the cat", "<think>the cat"]
+        assert trainer.evaluate()["eval_exact_match"] == 50.0
 
     def test_a_dict_of_eval_sets_is_answered_once(self, tmp_path):
         sets = {"first": answered_dataset(3), "second": answered_dataset(4)}

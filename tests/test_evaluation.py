@@ -448,11 +448,11 @@ class TestEvaluateModel:
         ):
             evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(4)}, **settings)
 
-    def test_gsm8k_counts_rules(self, monkeypatch):
+    def test_gsm8k_has_three_readings(self, monkeypatch):
         rows = Dataset.from_list(
             [{"question": "the", "answer": "#### 7"}, {"question": "the cat sat", "answer": "#### 5"}]
         )
-        texts = {"the": "It is 7.", "the cat sat": "\\boxed{6}"}
+        texts = {"the": "It is 7.", "the cat sat": "6 - 1\n\\boxed{5} of 6"}
         tokenizer = without_template()
         monkeypatch.setattr(
             evaluation.answers, "generate_completions", lambda model, prompts, *args, **kwargs: prompts
@@ -464,17 +464,41 @@ class TestEvaluateModel:
         )
         result = evaluate_model(tiny_model(), tokenizer, {"a": rows}, "gsm8k", **SMALL)
         assert result["template"] == "plain"
-        assert result["sets"]["a"]["mean"] == {"accuracy": 50.0}
-        assert result["sets"]["a"]["std"] == {"accuracy": None}
-        assert result["sets"]["a"]["runs"][0]["rules"] == {
-            "boxed": {"rows": 1, "correct": 0},
-            "first_line": {"rows": 1, "correct": 1},
-        }
+        assert result["sets"]["a"]["mean"] == {"strict": 0.0, "flexible": 50.0, "paper": 100.0}
+        assert result["sets"]["a"]["std"] == {"strict": None, "flexible": None, "paper": None}
+        (run,) = result["sets"]["a"]["runs"]
+        assert {rule: run[rule] for rule in ("strict", "flexible", "paper")} == result["sets"]["a"]["mean"]
+
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_thoughts_do_not_count(self, opened, monkeypatch):
+        """Nor if the chat template opened them, and `max_new_tokens` cut them."""
+        texts = ["<think> a dog </think> the cat", "a dog </think> the cat", "<think> the cat", "the cat"]
+        tokenizer = tiny_tokenizer([*WORDS, "<think>"])
+        if opened:
+            tokenizer.chat_template = tokenizer.chat_template.replace("<assistant> {%", "<assistant> <think> {%")
+        monkeypatch.setattr(
+            evaluation.answers, "generate_completions", lambda model, prompts, *args, **kwargs: prompts
+        )
+        monkeypatch.setattr(PreTrainedTokenizerFast, "batch_decode", lambda self, rows, **kwargs: texts[: len(rows)])
+        rows = Dataset.from_list([{"instruction": "who", "output": "the cat"}] * 4)
+        (run,) = evaluate_model(tiny_model(), tokenizer, {"a": rows}, "instruct", **SMALL)["sets"]["a"]["runs"]
+        expected = 50.0 if opened else 75.0
+        assert (run["rougeL"], run["exact_match"]) == (expected, expected)
+
+    def test_a_quoted_think_tag_in_the_question_opens_nothing(self):
+        tokenizer = tiny_tokenizer([*WORDS, "<think>", "</think>"])
+        prompts = ["<user> <think> <assistant>", "<assistant> <think> </think>", "<assistant> <think>", "<think>"]
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        assert evaluation.judged_texts(tokenizer, ids, ["a"] * 4) == ["a", "a", "<think>a", "<think>a"]
 
     def test_gsm8k_any_of_the_right_answers_is_right(self):
-        answers, references = ["It is 7.", "It is 8.", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
-        assert evaluation.score_answers("gsm8k", answers, references)["accuracy"] == 50.0
-        assert evaluation.row_scores("gsm8k", answers, references) == {"accuracy": [100.0, 100.0, 0.0, 0.0]}
+        answers, references = ["It is 7.", "#### 8", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
+        assert evaluation.score_answers("gsm8k", answers, references) == {"strict": 25, "flexible": 50, "paper": 50}
+        assert evaluation.row_scores("gsm8k", answers, references) == {
+            "strict": [0, 100, 0, 0],
+            "flexible": [100, 100, 0, 0],
+            "paper": [100, 100, 0, 0],
+        }
 
     def test_the_hash_of_the_data_is_of_prompts_and_right_answers(self):
         rows = answered_dataset(2)
@@ -549,7 +573,7 @@ class TestCommand:
         assert result["task"] == "gsm8k"
         assert result["settings"]["seeds"] is None
         assert result["sets"]["problems"]["rows"] == 3
-        assert result["sets"]["problems"]["runs"][0]["rules"] == {"none": {"rows": 3, "correct": 0}}
+        assert result["sets"]["problems"]["mean"] == {"strict": 0, "flexible": 0, "paper": 0}
 
     def test_default_seeds_are_the_papers(self, folder, capsys):
         assert main(flags(folder, "instruct", "model", ("rows.jsonl",), "--rows", "2", "--json")) == 0

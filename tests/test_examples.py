@@ -364,7 +364,7 @@ def test_quickstart_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch)
     """From end to end, with a tiny model in the place of SmolLM2."""
     pytest.importorskip("rouge_score")
     script = load_script("quickstart")
-    model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer()
+    model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer(WORDS)
     monkeypatch.setattr(script, "load_smollm2", lambda: (model, tokenizer))
     monkeypatch.setattr(script, "bfloat16_is_faster", lambda model: False)
     threads = torch.get_num_threads()

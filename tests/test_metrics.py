@@ -1,12 +1,15 @@
+# ruff: noqa: RUF001  the texts of other scripts are meant
 import json
 import math
 import os
-import re
+import string
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,13 +18,14 @@ from test_hostile import SECONDS, fuzz
 from trl_promptkd import metrics
 from trl_promptkd.metrics import (
     RULES,
-    extract_answer,
     extract_final_number,
     gsm8k_accuracy,
     gsm8k_row_scores,
     instruction_row_scores,
     instruction_scores,
+    normalized,
     reference_number,
+    without_thoughts,
 )
 
 
@@ -36,532 +40,270 @@ def real_rows(name):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+class TestWithoutThoughts:
+    @pytest.mark.parametrize(
+        ("text", "answer"),
+        [
+            ("18", "18"),
+            ("", ""),
+            ("<think>3 or 4?</think>18", "18"),
+            ("<think>\n\n</think>\n\n18", "18"),
+            ("<think>a</think>18<think>b</think>eggs", "18 eggs"),
+            ("<think>a", ""),
+            ("<think>a</think>18<think>b", "18"),
+            ("opened in the prompt</think>18", "18"),
+            ("opened in the prompt</think>\n<think>again</think>18", "18"),
+            ("<think>a<think>b</think>c</think>18", "18"),
+            ("<think>I close it with </think>, no: </think>18", "18"),
+            ("I think <b>18</b>", "I think <b>18</b>"),
+        ],
+    )
+    def test_what_remains(self, text, answer):
+        assert without_thoughts(text).split() == answer.split()
+
+    def test_texts_without_thoughts_stay_to_the_letter(self):
+        assert without_thoughts(" a\n\n b ") == " a\n\n b "
+
+
 # ------------------------------------------------------------------------------------------------ final numbers
 
-BOXED = [
-    (r"So she makes $\boxed{18}$.", 18),
-    (r"The final answer is $\boxed{18}$. I hope it is correct.", 18),
-    (r"\boxed{\$18}", 18),
-    (r"\boxed{\$1,234.50}", 1234.5),
+PAPER = [
+    # 1. The first box with a number
+    (r"So she makes $\boxed{18}$. That is for 3 days.", 18),
     (r"\boxed{18\text{ dollars}}", 18),
     (r"\boxed{18 \text{ eggs in } 2 \text{ days}}", 18),
     (r"\boxed{\text{18 eggs}}", 18),
+    (r"\boxed{\$1,234.50}", 1234.5),
+    (r"\boxed{x = -7}", -7),
     (r"\boxed{\frac{1}{2}}", 0.5),
-    (r"\boxed{\dfrac{3}{4}}", 0.75),
-    (r"\boxed{1\frac{1}{2}}", 1.5),
-    (r"\boxed{\frac12}", 0.5),
-    (r"\boxed{1{,}234}", 1234),
-    (r"\boxed{1\,234}", 1234),
-    (r"\boxed{1\!,234}", 1234),
-    (r"\boxed{-5}", -5),
-    (r"\boxed{25\%}", 25),
-    (r"\boxed{x = 7}", 7),
-    (r"\boxed{9 \times 2 = 18}", 18),
-    (r"\fbox{18} is wrong; \boxed{19} is right", 19),
-    (r"First \boxed{9} eggs, then \boxed{18} dollars.", 18),
-    (r"The answer is 20, no: \boxed{18}. There are 3 others.", 18),
-    (r"\boxed 18", 18),
-    (r"\boxed{18", 18),
+    (r"\boxed{-\dfrac{3}{4}}", -0.75),
+    (r"\boxed{3/4}", 0.75),
     (r"\boxed{\mathbf{18}}", 18),
-    (r"\boxed{18 \, \text{m}^2}", 18),
-    ("Janet sells 16 - 3 - 4 = <<16-3-4=9>>9 eggs.\nShe makes 9 * 2 = $<<9*2=18>>18.\n#### 18", 18),
-    ("It is 2,000 + 125.\n#### 2,125", 2125),
-    ("They lose 10.\n#### -10", -10),
-    ("Half of it.\n#### 0.5", 0.5),
-    ("He pays.\n#### $18.00", 18),
-    ("He pays 18.\n#### 18 dollars\n\nQuestion: Tom has 5 apples.\n#### 5", 18),
-    ("#### 72\n#### 73", 72),
-    ("#### Step 1: Count the eggs\nThere are 9.\n#### The end\n\\boxed{18}", 18),
-]
-FIRST_LINE = [
+    (r"\boxed {18}", 18),
+    (r"\boxed{18", 18),
+    (r"\boxed{} and \boxed{\frac{1}{0}} and \boxed{18} and \boxed{3}", 18),
+    ("16\nThe answer is 17, \\boxed{18}", 18),
+    ("\\boxed{none}\nThe answer is 5. Not 6.", 5),
+    # 2. The first line, if its numbers are all equal
     ("18", 18),
+    ("#### 18", 18),
     ("18.", 18),
-    ("$18", 18),
-    ("$22.00. \n## Step 1: Find how many eggs there are\nThere are 16 eggs a day.", 22),
-    ("8 years. Thank you.\n## Step 1: The tree costs $90.", 8),
-    ("15. \n# Problem\nShe sold 3 of 7.", 15),
-    ("1080\nThanks for the answer. I give it 2 out of 5.", 1080),
-    ("$470.00. $470.00. \nAnswer: $470.00. \nAnswer: $47", 470),
-    ("80\n The correct answer is:  80\n The", 80),
-    ("18 18 18", 18),
-    ("12 apples and 12 pears\nThe answer is 15.", 12),
-    ("18 eggs\nHere is why: 16 - 3 = 13.", 18),
-    ("**18**\n\nShe eats 3 and bakes with 4, 16 - 7 = 9, 9 * 2 = 18.", 18),
-    ("Answer: 18\n\nBecause 16 - 3 - 4 = 9 and 9 * 2 = 18.", 18),
-    ("The answer is 18.", 18),
-    ("The answer is: **$18**", 18),
-    ("She makes $18 a day.", 18),
-    ("£3.50", 3.5),
-    ("€ 7", 7),
-    ("US$18", 18),
-    ("Rs. 500", 500),
-    ("Rs500", 500),
-    ("$ 20,000.00", 20000),
-    ("18 dollars and 18 cents", 18),
-    (".5", 0.5),
-    ("50%", 50),
-    ("50 %", 50),
-    ("-5", -5),
-    ("\u22125", -5),
-    ("-$5", -5),
-    ("$-5", -5),
-    ("negative 5", -5),
-    ("1,234", 1234),
-    ("1 234", 1234),
-    ("1\u202f234\u202f567", 1234567),
-    ("12,34,567", 1234567),
-    ("1,234,567.25", 1234567.25),
-    ("1.234,5", 1234.5),
-    ("1.234,50 \u20ac", 1234.5),
-    ("0,5 kg", 0.5),
-    ("3/4", 0.75),
-    ("1 1/2 cups", 1.5),
-    ("2\u00bd hours", 2.5),
-    (r"$\frac{3}{4}$", 0.75),
-    ("1e3", 1000),
-    ("1.5e-2", 0.015),
-    ("1.2 x 10^5", 120000),
-    (r"$3 \times 10^{2}$", 300),
-    ("2 million dollars", 2000000),
-    ("1.5 million", 1500000),
-    ("$20k", 20000),
-    ("18cm", 18),
-    ("7 dozen", 7),
-    ("7:30", 7.5),
-    ("5:00 PM", 5),
-    ("x = 18", 18),
-    ("= 18", 18),
-    ("3rd", 3),
-    ("(18)", 18),
-    ("1. She has a single one.", 1),
-    (r"\$ 1088$. \$1088. \$1088", 1088),
-    ("$\\$ 70$ \nNote: it grew by 2.", 70),
-    ("230.0. 230.0. 230.0.", 230),
-    ("Josh made $70,000.\nQuestion: How much did Ann make if she sold 5?", 70000),
-]
-ANSWER_IS = [
-    ("She has 16 - 3 - 4 = 9 eggs. The answer is 18. Ask me for 2 more.", 18),
-    ("There are 16 eggs.\nShe sells 9.\nThe answer is 18.", 18),
-    ("There are 16 eggs.\nThe final answer is: $18 per day.\nShe could sell 20.", 18),
-    ("16 eggs, 7 eaten.\nThe correct answer is **B) 18**.", 18),
-    ("16 eggs, 7 eaten.\nTherefore, the final answer is 18 dollars, as 9 were sold at 2.", 18),
-    ("Of 16, 3 are eaten.\nAnswer: 18", 18),
-    ("Of 16, 3 are eaten.\nFinal Answer: $18\nNote that 7 are not sold.", 18),
-    ("Of 16, 3 are eaten.\n**Answer:** 18 dollars\n(9 times 2)", 18),
-    ("Of 16, 3 are eaten.\n### Final Answer:\n**18**\n\n9 were sold at 2.", 18),
-    ("Of 16, 3 are eaten. So the answer is 9 * 2 = 18 dollars for 9 eggs.", 18),
-    ("Of 16, 3 are eaten. The answer is 9 * 2 = $18.", 18),
-    ("Of 16, 3 are eaten. The answer to the question is 18, for 9 eggs.", 18),
-    ("The answer is 17. Wait, 3 were eaten. The answer is 18, with 9 sold.", 18),
-    ("3 and 4.\nThe answer is -5, below 0.", -5),
-    ("3 and 4.\nThe answer is 1,234 of 5,000.", 1234),
-    ("3 and 4.\nThe answer is $5.75. That is 1 more.", 5.75),
-    ("3 and 4.\nThe answer would be 12, of 20.", 12),
-    ("3 and 4.\nThe answer is \\frac{1}{2}, of 20.", 0.5),
-    ("3 and 4.\nThe answer is 5.\n\nQuestion: And 6?\nThe answer is 7.", 5),
-    ("3 and 4.\nThe answer is 5.\n\n### Instruction:\nAdd 6 and 7. The answer is 13.", 5),
-    ("3 and 4.\nThe answer is 5.<|im_end|>\n<|im_start|>user\nThe answer is 9.", 5),
-    ("Q1: 3 and 4?\nThe answer is 7. Is it 8?", 7),
-    ("Let's see: 25 % of 80, or 30?\nThe answer is 25% of 80 = 20, not 30.", 20),
-    ("Is it 3 or 4? The answer is (b) 18 eggs, for 2.", 18),
-]
-LAST_NUMBER = [
-    ("First 3, then 5, and finally 7.", 7),
+    ("  \n18\n3", 18),
+    ("$22.00. \n## Step 1: There are 16 eggs.", 22),
+    ("18 18.0 $18\n3", 18),
+    ("She has 16 eggs.\nShe eats 3.", 16),
+    ("no number here\n3, 4", 4),
+    # 3. The number after the first statement
+    ("3 and 4.\nThe final answer is 7. Not 8.", 7),
+    ("3 and 4.\nTHE ANSWER IS 7. Not 8.", 7),
+    ("3 and 4.\nSo the correct answer is: **$7**, not 8", 7),
+    ("3 and 4.\nThe final answer is\n\n7\n\nof 8", 7),
+    ("3 and 4. The answer is 7. Question: 5 or 6? The answer is 8.", 7),
+    ("3 and 4. The answer is not known.", 4),
+    # 4. The last number
     ("16 - 3 - 4 = 9\n9 * 2 = 18", 18),
-    ("Janet has 16 eggs.\nShe eats 3, and 13 are left.\nShe sells 9 for $18.", 18),
-    ("She has 16 eggs and sells 9.\nThat makes $18", 18),
-    ("16 eggs, 9 sold: 9*2 = $18.", 18),
-    ("Cost: $5 + $3 + $45 = $53\n\nTherefore, Kylar needs to pay $53 for 16 glasses.", 53),
-    ("John is 180 + 15 + 160 = 255 miles from home at the end of those 4 hours.", 255),
-    ("That is 12/20 = 0.6, which is equivalent to 60%.", 60),
-    ("She earns 5 and 13.\nSo 5 + 13 = 18 dollars in total. Let me know if you need 2 more examples!", 18),
-    ("She earns 5 and 13, so 18 in total. I hope this helps with your 3 questions.", 18),
-    ("Step 1: 16 - 7 = 9\nStep 2: 9 * 2 = 18\nStep 3", 18),
-    ("1. She has 16 eggs.\n2. She eats 7.\n3. She sells 9 for 18 dollars.\n4. Done.", 18),
-    ("1) 16 eggs\n2) 7 eaten\n3) 9 * 2 = 18\n4) That is all", 18),
-    ("Between 3-2 and 5-7", 7),
-    ("16 -3 -4", 4),
-    ("3 or -5", -5),
-    ("3, 4 and \u22125", -5),
-    ("On 2023-05-04 she had 12 and sold 7, on 2023-05-05", 7),
-    ("She had 12, and 7 on 5/12/2020", 7),
-    ("She had 12 eggs and 7 on the 3rd day", 7),
-    ("130 minutes. 2 minutes. 110 minutes. 120", 120),
-    ("48/2 = <<48/2=24>>24 clips, 48 + 24 = <<48+24=72>> clips", 72),
-    ("3 apples, 5 m^2 and 2^3", 2),
-    ("COVID19 took 3 of 5, H2O none", 5),
-    ("The answer is not known. There are 3 or 4.", 4),
-    ("3 boxes of 1,500 each make 4,500.", 4500),
-    ("1/2 of 1/4 is 1/8", 0.125),
-    (r"$2 \times 3 = 6$ and \(6 \div 2 = 3\)", 3),
-    ("Total: 5 and 1.000.000,5", 1000000.5),
-    ("A is 5. B is 7. So `7`", 7),
+    ("16 and 7\n#### 18", 18),
+    ("3, 4 and 1,234.50 dollars", 1234.5),
+    ("3 or $5", 5),
+    ("3 or \u20ac 5,000", 5000),
+    ("3 or -3", -3),
+    ("3 or \u22123", -3),
+    ("3 or -$3.50", -3.5),
+    ("3 or $-3.50", -3.5),
+    ("3 or .5", 0.5),
+    ("3 or $.5", 0.5),
+    ("16-7", 7),
+    ("(9)-7", 7),
+    ("16 - 7", 7),
+    ("18,20", 20),
+    ("3, 1,234,567", 1234567),
+    ("1,2345", 2345),
+    ("3 or 1.2.", 1.2),
+    ("5 of 25%", 25),
+    # None of them
+    ("", None),
+    (" \n ", None),
+    ("eighteen", None),
+    ("\\boxed{}", None),
+    ("The answer is", None),
+    ("inf, NaN, \u0661\u0668", None),
+    ("9" * 400, None),
+    # Thoughts
+    ("<think>3\n\\boxed{4}</think>\n\n18 eggs", 18),
+    ("16 or 3 </think> 18", 18),
+    ("<think>The answer is 18.", None),
 ]
-WORDS = [
-    ("Eighteen.", 18),
-    ("The answer is twenty-five.", 25),
-    ("It follows that the answer is one hundred and five dollars.", 105),
-    ("three million eggs", 3000000),
-]
-NOTHING = [
-    "",
-    " \n ",
-    "I do not know.",
-    "No one can tell.",
-    "One cannot tell that from what is said here.",
-    "Step 1",
-    "x2",
-    "H2O",
-    "\\boxed{}",
-    "####",
-    "The answer is",
-    "9" * 400,
-    "1e999",
-    "\u221e",
-    "NaN",
-    "inf",
-    "2023-05-04",
-]
-# What a careful reader makes of texts that the four rules, taken literally, misread
-READ_WITH_CARE = [
-    ("### Final Answer\n18", 18),
-    ("**Answer**\n18", 18),
-    ("The total number of eggs is\n18", 18),
-    ("The answer is _18_", 18),
-    ("_18_", 18),
-    ("Step\n18", 18),
-    ("\\boxed{-\\frac{1}{2}}", -0.5),
-    ("-\u00bd", -0.5),
-    ("\\boxed{-\\text{5}}", -5),
-    ("\\boxed{\\frac{-1}{2}}", -0.5),
-    ("\\boxed{\\frac{3.5}{7}}", 0.5),
-    ("\\boxed{\\frac{18}{1,000}}", 0.018),
-    ("There are 16 eggs.\nShe eats 3 of them.\nShe sells 9 of them.\nShe makes $18.", 18),
-    ("Eggs laid: 16\nEggs eaten: 7\nMoney: $18", 18),
-    ("He has 5 apples.\nHe buys 6 more apples.\nHe now has 11 apples.", 11),
-    ("16 eggs\n16 - 7 = 9 eggs\n9 * 2 = 18 dollars", 18),
-    ("5 apples\n6 pears\n11 fruits", 11),
-    ("9\n9 * 2 = 18", 18),
-    ("24\n\n72", 24),
-    ("18\n\nExplanation: Janet has 16 eggs, eats 7, and has 9 eggs left", 18),
-    ("3 is 4 <think>\nThe answer is 5.</think>\nShe eats 3, so 18", 18),
-    ("16 - 7 = 9</s>[INST] What of 12? [/INST] 13", 9),
-    ("She makes 18<end_of_turn>\n<start_of_turn>user\n5", 18),
-    ("It is 18<|im_start|>user\n7", 18),
-    ("I am 100% sure", None),
-    ("I am 95% confident.", None),
-    ("18\nI am 100% sure.", 18),
-    ("She eats 3 and makes 18. Confidence: 95%", 18),
-    ("Let's define 16 eggs.\n\nQuestion: how much does she make?\n\n9 * 2 = 18, the answer is 18.", 18),
-    ("Given: 16 eggs, 7 used.\n\nProblem: Find the daily income.\n\nSolution: 9 * 2 = 18", 18),
-    ("Input: 16 eggs\nOutput: 18", 18),
-    ("The answer is 16 - 3 - 4 = 9 eggs, and 9 \u00d7 $2 = $18.", 18),
-    ("To get the answer: 16 - 7 = 9. Then 9 * 2 = 18.", 18),
-    ("Answer:\n- Eggs left: 9\n- Money: $18", 18),
-    ("#### 18 (9 eggs)", 18),
-    ("#### 18 eggs per day for 3 people", 18),
-    ("The answer is 6 + 12 which equals 18.", 18),
-    ("The answer is 6 + 12.\n6 + 12 = 18", 18),
-    ("\\boxed{9\\times2}", 18),
-    ("The answer is twice 9, i.e. 18.", 18),
-    ("The answer is 2/3 of 27, or 18.", 18),
-    ("The answer is not 20 but 18.", 18),
-    ("The answer is option (2) 18", 18),
-    ("Ans: 18; 9 eggs at 2", 18),
-    ("The answer is $18M", 18000000.0),
-    ("18K", 18000),
-    ("18, 000", 18000),
-    ("3 thousand 500", 3500),
-    ("18 hundred-dollar bills", 18),
-    ("\\boxed{10^6}", 1000000.0),
-    ("$18_{10}$", 18),
-    ("9 \\times 2 &= 18 \\\\[2pt]", 18),
-    ("2-1/2 hours", 2.5),
-    ("2 and a half hours", 2.5),
-    ("one half", 0.5),
-    ("three quarters", 0.75),
-    ("half", 0.5),
-    ("a dozen", 12),
-    ("There are twenty-one eggs.", 21),
-    ("She has twenty dollars left after buying the book.", 20),
-    ("The ages are 18,20", 20),
-    ("Therefore, 12 + 6 = 18 eggs are left, which is 3 more than on Monday.", 18),
-    ("She eats 7.\n18 = 9 * 2", 18),
-    ("18 = 9 * 2", 18),
-    ("Total = 18 = 9 * 2", 18),
-    ("5 + 6 = 11 > 10", 11),
-    ("The number of eggs is 3 + 4 = 7. The number of eggs is 3 + 4 = 7. The number of eggs is 3 + 4 =", 7),
-    ("18 +/- 0", 18),
-    ("72 clips. 48 in April, 24 in May.", 72),
-    ("a) 9\nb) 18", 18),
-    ("So she has 18 eggs left after 3 days.", 18),
-    ("He is 45 miles from home at the end of the 4 hours.", 45),
-    ("x = 5\n\ny = 10\n\nTherefore, Jill gets paid 57,500 a year", 57500),
-    ("He will be 23 years old in 5 years.", 23),
-    ("James runs a total of 540 meters per week (3 sprints x 60 meters x 3 days).", 540),
-    ("Janet makes 18 dollars per day (9 eggs at $2 each).", 18),
-    ("Janet makes $18 every day by selling the remaining 9 eggs at $2 each.", 18),
-    ("So, Toula paid $694 in total for 3 dozen donuts, 2 dozen cupcakes, and 6 dozen mini cheesecakes.", 694),
-    ("She needs 18 more stickers to have 50 stickers in total.", 18),
-    ("She sold 24 clips in May (48/2 = 24) and 72 altogether.", 72),
-    ("Natalia sold 72 clips altogether in April and May. (48 + 24)", 72),
-    ("In 5 years he will be 23", 23),
-    ("She sells 9 eggs for a total of 18", 18),
-    ("9 and 9 adds up to 18", 18),
-    ("9 and 9 is equal to 18", 18),
-    ("3 sprints make a total of 540", 540),
-    ("For 9 eggs it comes to 18", 18),
-    ("She sells them at $18", 18),
-    ("Josh made $70,000.\nQuestion: How much did Ann make if she sold 5?", 70000),
-    ("Answer: 16 - 7 = 9 eggs.\nSo 9 * 2 = 18 dollars.", 18),
-    ("Here is the answer:\n\nShe has 16 eggs.\nShe makes 18 dollars.", 18),
-    ("Of 16, 3 are eaten.\nAnswer: 18 because 9 were sold at 2.", 18),
-    ("The result is 18, not 20.", 18),
-    ("She is left with 18 eggs for 3 days.", 18),
-    ("-2\u00bd", -2.5),
-    ("3-\\frac{1}{2}", 0.5),
-    ("-$\\frac{1}{2}$", -0.5),
-    ("She ate 7 and sold 9 for 18 dollars each day.", 18),
-    ("9 * 2 = 18. I hope this helps with your 3 questions.", 18),
-    ("Let me know the numbers: 16 and 7.\nHere is how: 16 - 7 = 9\n9 * 2 = 18", 18),
-    ("Final Answer: She makes $18 per day.\nNote that 3 are eaten.", 18),
-    ("The answer in dollars is 18, for 9 eggs.", 18),
-    ("The answer comes to 18, for 9 eggs.", 18),
-    ("He finished 7 - 1 = 6th", 6),
-    ("\\boxed{\\frac{1}{2}}", 0.5),
-]
-TABLE = [
-    (text, value, rule)
-    for rule, cases in (
-        ("boxed", BOXED),
-        ("first_line", FIRST_LINE),
-        ("answer_is", ANSWER_IS),
-        ("last_number", LAST_NUMBER),
-        ("number_word", WORDS),
-        ("none", [(text, None) for text in NOTHING]),
-    )
-    for text, value in cases
+HARNESS = [  # text, strict, flexible
+    ("16 - 7 = 9\n#### 18", 18, 18),
+    ("#### 1,234.50", 1234.5, 1234.5),
+    ("#### -3", -3, -3),
+    ("#### 18.", 18, 18),
+    ("#### 18\n#### 19", 18, 19),
+    ("#### $18", None, 18),
+    ("####18", None, 18),
+    ("The answer is 18.", None, 18),
+    ("It is $5, or 7 eggs.", None, 7),
+    ("It is 18. Really...", None, None),  # the last run is the three points
+    ("1.2.3", None, None),
+    ("none", None, None),
+    ("<think>#### 3</think>#### 4", 4, 4),
+    ("<think>#### 3", None, None),
 ]
 
 
-class TestExtractAnswer:
-    @pytest.mark.parametrize(("text", "value", "rule"), TABLE)
-    def test_number_and_rule(self, text, value, rule):
-        assert extract_answer(text) == (value if value is None else pytest.approx(value, rel=1e-12), rule)
-        assert extract_final_number(text) == extract_answer(text)[0]
+class TestExtractFinalNumber:
+    @pytest.mark.parametrize(("text", "value"), PAPER)
+    def test_the_papers_rules(self, text, value):
+        assert extract_final_number(text) == value
+        assert extract_final_number(text, rule="paper") == value
 
-    @pytest.mark.parametrize(("text", "value"), READ_WITH_CARE)
-    def test_read_with_care(self, text, value):
-        assert extract_final_number(text) == (value if value is None else pytest.approx(value, rel=1e-12))
+    @pytest.mark.parametrize(("text", "strict", "flexible"), HARNESS)
+    def test_the_harness_rules(self, text, strict, flexible):
+        assert extract_final_number(text, rule="strict") == strict
+        assert extract_final_number(text, rule="flexible") == flexible
 
-    @pytest.mark.parametrize("before", ["Answer: ", "Answer:\n", "### Answer:\n", "Here is the answer:\n\n"])
-    def test_a_heading_before_reasoning_changes_nothing(self, before):
-        right = 0
-        rows = real_rows("gsm8k/test.jsonl")
-        for row in rows:
-            reasoning, _, gold = re.sub("<<[^<>]*>>", "", row["answer"]).rpartition("\n#### ")
-            right += extract_final_number(before + reasoning) == pytest.approx(float(gold.replace(",", "")))
-        assert right >= 0.985 * len(rows)
-
-    def test_rules_go_in_the_papers_order(self):
-        assert [
-            extract_answer(text)[1]
-            for text in ("\\boxed{1}\nThe answer is 2", "1\nThe answer is 2", "1, 2\nThe answer is 2, not 3", "1, 2")
-        ] == list(RULES[:4])
-
-    def test_what_is_no_text_is_refused(self):
+    def test_bad_arguments_are_refused(self):
         with pytest.raises(TypeError, match="An answer is 18, a int; it must be a text"):
-            extract_answer(18)
+            extract_final_number(18)
+        with pytest.raises(ValueError, match="`rule` is 'last'; it must be 'strict' or 'flexible' or 'paper'"):
+            extract_final_number("18", rule="last")
 
-    def test_gold_answers_of_gsm8k(self):
-        rows = real_rows("gsm8k/test.jsonl")
-        assert len(rows) == 1319
-        for row in rows:
-            gold = float(row["answer"].rpartition("#### ")[2].replace(",", ""))
-            assert extract_answer(row["answer"]) == (gold, "boxed")
-            # A model that leaves the marker away still ends with its result
-            reasoning = row["answer"].rpartition("\n#### ")[0]
-            assert extract_answer(f"{reasoning}\nThe answer is {gold:,.2f}.")[0] == gold
-
-    def test_reasoning_without_a_marker_ends_with_its_result(self):
-        """What GSM8K's authors wrote before `####`: the result of the last equation, nearly always."""
-        rows = real_rows("gsm8k/test.jsonl")
-        right = 0
-        for row in rows:
-            reasoning, _, gold = row["answer"].rpartition("\n#### ")
-            right += extract_final_number(reasoning) == float(gold.replace(",", ""))
-        assert right >= 0.99 * len(rows)
-
-
-PIECES = st.sampled_from(
-    [
-        *(
-            "\\boxed{",
-            "}",
-            "####",
-            "\n",
-            "Question:",
-            "the answer is",
-            "Answer:",
-            "<<",
-            ">>",
-            "=",
-            "/",
-            ":",
-            "-",
-            "$",
-            "%",
-            ",",
-            ".",
-        ),
-        *(
-            "1",
-            "23",
-            "456",
-            "7890",
-            "e",
-            "^",
-            "{",
-            "\\frac{1}{2}",
-            "\\text{",
-            "**",
-            " ",
-            "\u00a0",
-            "\u2212",
-            "\u00bd",
-            "\u0663",
-            "st",
-            "million",
-        ),
-        *("Step ", "1. ", "twenty", "let me know", "therefore", "9" * 400, "0" * 30, "1e308", "\u221e", "\x00"),
-    ]
-)
-ROUNDED = st.decimals(-10_000_000, 10_000_000, places=2, allow_nan=False, allow_infinity=False)
-
-
-def written(number, form):
-    """The same number as different models write it."""
-    value = float(number)
-    sign, size = ("-" if value < 0 else ""), abs(value)
-    return {
-        "plain": f"{value:.2f}",
-        "commas": f"{value:,.2f}",
-        "spaces": f"{value:,.2f}".replace(",", "\u202f"),
-        "money": f"{sign}${size:,.2f}",
-        "escaped": f"{sign}\\${size:,.2f}",
-        "bold": f"**{value:.2f}**",
-        "latex": f"${sign}{size:,.2f}$".replace(",", "{,}"),
-        "unit": f"{value:,.2f} dollars",
-        "minus": f"{value:.2f}".replace("-", "\u2212"),
-        "percent": f"{value:.2f}\\%",
-        "boxed": f"$\\boxed{{{value:,.2f}}}$",
-        "european": f"{value:,.2f}".translate(str.maketrans(",.", ".,")),
-        "fraction": f"{sign}{100 * size:.0f}/100",
-        "frac": f"${sign}\\frac{{{100 * size:.0f}}}{{100}}$",
-        "frac within": f"$\\frac{{{100 * value:.0f}}}{{100}}$",
-        "boxed frac": f"$\\boxed{{{sign}\\frac{{{100 * size:.0f}}}{{100}}}}$",
-        "text": f"$\\boxed{{{sign}\\text{{{size:,.2f}}}}}$",
-    }[form]
-
-
-FORMS = (
-    "plain",
-    "commas",
-    "spaces",
-    "money",
-    "escaped",
-    "bold",
-    "latex",
-    "unit",
-    "minus",
-    "percent",
-    "boxed",
-    "european",
-    "fraction",
-    "frac",
-    "frac within",
-    "boxed frac",
-    "text",
-)
-
-
-class TestHostileAnswers:
     @fuzz(400)
-    @given(st.lists(PIECES, max_size=60).map("".join) | st.text(max_size=300))
-    def test_any_text_gives_a_finite_number_or_none(self, text):
-        value, rule = extract_answer(text)
-        assert rule in RULES
-        assert (value is None) == (rule == "none")
-        assert value is None or (type(value) is float and math.isfinite(value))
-
-    @fuzz(300)
     @given(
-        ROUNDED,
-        st.sampled_from(FORMS),
-        st.sampled_from(["", "There are 3 of 7.\n", "Step 1: 3 + 4 = 7\n\n"]),
-        st.sampled_from([".", "", ", of 99.", "\nI hope this helps 1 bit."]),
+        st.lists(
+            st.sampled_from(
+                [
+                    *"1 2,.-$%\n{}/=",
+                    "boxed{",
+                    "\\frac{1}{2}",
+                    "#### ",
+                    "the answer is",
+                    "<think>",
+                    "</think>",
+                    "9" * 400,
+                ]
+            ),
+            max_size=40,
+        ).map("".join)
+        | st.text(max_size=200),
+        st.sampled_from(RULES),
     )
-    def test_a_number_in_any_form_comes_back(self, number, form, before, after):
-        text = f"{before}The answer is {written(number, form)}{after}"
-        assert extract_final_number(text) == pytest.approx(float(number), abs=1e-9)
+    def test_any_text_gives_a_finite_number_or_none(self, text, rule):
+        value = extract_final_number(text, rule)
+        assert value is None or (type(value) is float and math.isfinite(value))
 
     @pytest.mark.parametrize(
         "piece",
         [
-            "1",
-            "1,",
-            "1,22,33,",
-            "1.234.",
-            "1 234 ",
-            "answer is ",
-            "Question: 5\n",
-            "\\boxed{",
-            "\\text{",
-            "#### ",
-            "<<",
-            "1. a\n",
-            "= 5 or 6 ",
-            "-",
-            "$",
-            "1/2/",
-            "** ",
-            "1e9",
-            "a.",
-            "\n",
-            " ",
+            *(
+                "1",
+                "1,",
+                ",111",
+                "1.",
+                "-",
+                "$",
+                "1/",
+                "#### ",
+                "####\n",
+                " ",
+                "the ",
+                "the answer is ",
+                "<think>",
+                "</think>",
+            ),
+            *("{", "}", "boxed{", "boxed{}", "boxed{1/0}", "boxed", "\\frac{", "\\frac{1}{", "a."),
         ],
     )
-    def test_ten_times_the_text_takes_about_ten_times_the_work(self, piece):
-        """Counted in lines of Python, not in seconds."""
-        small, large = (work(piece * size) for size in (100, 1000))
-        assert large <= 12 * small + 1000
-
-    @pytest.mark.parametrize("piece", ["1", "1,", "12 345 ", "\\boxed{", "the answer is 5, ", "a"])
     def test_long_texts_end_soon(self, piece):
+        """Of 100,000 characters: anything that is not linear takes minutes."""
+        text = piece * (100_000 // len(piece))
         start = time.process_time()
-        extract_answer(piece * (100_000 // len(piece)))
+        for rule in RULES:
+            extract_final_number(text, rule)
+        gsm8k_row_scores([text], [18])
+        with pytest.raises(ValueError, match=r"x is '.*\.\.\., which (holds no finite number|does not say)"):
+            reference_number(f"{text} of {text}", "x")
         assert time.process_time() - start < SECONDS
 
 
-def work(text):
-    """How many lines of the package run while an answer is read."""
-    lines = 0
-    package = os.path.dirname(metrics.__file__)
+WAYS = (  # to end an answer with a number
+    "#### {}",
+    "#### {}.",
+    "#### {}..",
+    "#### ${}",
+    "####{}",
+    "###  {}",
+    "#### {} eggs",
+    "#### {}\n\nQuestion: and 5 more?\n#### 5",
+    "The answer is {}.",
+    "The answer is ${}!",
+    "It is -{}",
+    "It is {}%, which is more than 3 and less than $.",
+    "\\boxed{{{}}}",
+    "{}\n",
+    "{}, I think...",
+    "I cannot tell.",
+    "",
+)
+FORMS = ("{}", "{:,}", "{}.00", "{:,}.5", "0{}", "-{}", "{}{:,}")
 
-    def trace(frame, event, _):
-        nonlocal lines
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        lines += event == "line"
-        return trace
 
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        extract_answer(text)
-    finally:
-        sys.settrace(before)
-    return lines
+def harness_scores(text, gold):
+    """What the installed lm_eval makes of one answer, by the filters and the metric of its own task file."""
+    import yaml
+    from lm_eval import filters, tasks
+    from lm_eval.api.metrics import exact_match_fn
+
+    config = harness_scores.__dict__.setdefault(
+        "config", yaml.safe_load((Path(tasks.__file__).parent / "gsm8k" / "gsm8k.yaml").read_text(encoding="utf-8"))
+    )
+    (metric,) = config["metric_list"]
+    assert metric["metric"] == "exact_match"
+    settings = {name: metric[name] for name in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+    scores = {}
+    for pipeline in config["filter_list"]:
+        found = [[text]]
+        for step in pipeline["filter"]:
+            arguments = {name: value for name, value in step.items() if name != "function"}
+            found = list(filters.get_filter(step["function"])(**arguments).apply(found, [{}]))
+        scores[pipeline["name"]] = exact_match_fn(predictions=found, references=[gold], **settings)["exact_match"] == 1
+    return {"strict": scores["strict-match"], "flexible": scores["flexible-extract"]}
+
+
+class TestHarness:
+    @pytest.mark.slow
+    def test_strict_and_flexible_are_lm_evals_to_the_row(self):
+        """GSM8K's 1,319 right answers in many forms, right and wrong, by lm_eval's filters and metric and by ours.
+
+        `lm_eval` is in the extra `dev`.
+        """
+        pytest.importorskip("lm_eval")
+        rows = real_rows("gsm8k/test.jsonl")
+        assert len(rows) == 1319
+        counts = dict.fromkeys(("strict", "flexible"), 0)
+        number = 0
+        for index, row in enumerate(rows):
+            reasoning, _, gold = row["answer"].rpartition("\n#### ")
+            right = int(gold.replace(",", ""))
+            texts = [row["answer"], reasoning]
+            for way in range(len(WAYS)):
+                value = right + (index + way) % 3 // 2  # every third one is wrong
+                form = FORMS[(index + way) % len(FORMS)] if (index + way) % 2 else FORMS[way % 2]
+                ending = WAYS[way].format(form.format(value, value))
+                texts.append(ending if (index // 2 + way) % 2 else f"{reasoning}\n{ending}")
+            found = gsm8k_row_scores(texts, [row["answer"]] * len(texts))
+            for text, ours in zip(texts, found, strict=True):
+                theirs = harness_scores(text, row["answer"])
+                assert {rule: ours[rule] for rule in theirs} == theirs, (text, row["answer"])
+                counts = {rule: counts[rule] + theirs[rule] for rule in counts}
+                number += 1
+        # Neither rule takes everything or nothing
+        assert all(0.1 * number < count < 0.9 * number for count in counts.values())
+
+    def test_strict_and_flexible_take_gsm8ks_own_answers(self):
+        answers = [row["answer"] for row in real_rows("gsm8k/test.jsonl")]
+        scores = gsm8k_accuracy(answers, answers)
+        assert (scores["strict"], scores["flexible"]) == (100, 100)
 
 
 # ------------------------------------------------------------------------------------------------ scores
@@ -584,6 +326,23 @@ class TestInstructionScores:
 
     def test_empty_predictions_score_nothing(self):
         assert instruction_scores(["", " \n"], [["a"], ["b"]]) == {"rougeL": 0.0, "exact_match": 0.0}
+
+    def test_thoughts_do_not_count(self):
+        """They are not compared with the reference, whichever side of the answer they would help or harm."""
+        predictions = [
+            "<think>Is it a dog?</think>\n\nthe cat",
+            "Is it a dog?</think>the cat",
+            "<think>a</think>the <think>b</think>cat",
+            "<think>the cat",
+            "<think>the cat</think>a dog",
+        ]
+        rows = instruction_row_scores(predictions, [["The cat."]] * 5)
+        assert [(row["rougeL"], row["exact_match"]) for row in rows] == [(100, 100)] * 3 + [(0, 0)] * 2
+
+    def test_references_stay_as_they_are(self):
+        (row,) = instruction_row_scores(["the cat"], [["<think>a</think> the cat"]])
+        # the cat / think a think the cat: 2 of 2 and 2 of 5 words, F = 4 / 7
+        assert row == {"rougeL": pytest.approx(400 / 7), "exact_match": 0}
 
     def test_equals_rouge_score_on_real_rows(self):
         from rouge_score.rouge_scorer import RougeScorer
@@ -619,23 +378,209 @@ class TestInstructionScores:
             instruction_scores(predictions, references)
 
 
+TEXTS = {  # a text, its first part, and how many of how many tokens that is
+    "Russian": ("Москва — столица России.", "Москва — столица", 2, 3),
+    "Ukrainian": ("Їжак п’є молоко", "Їжак", 1, 4),
+    "Greek": ("Η Αθήνα είναι όμορφη.", "Η Αθήνα", 2, 4),
+    "Hindi": ("दिल्ली भारत की राजधानी है।", "दिल्ली भारत", 2, 5),
+    "Bengali": ("ঢাকা বাংলাদেশের রাজধানী", "ঢাকা", 1, 3),
+    "Tamil": ("சென்னை தமிழ்நாட்டின் தலைநகரம்", "சென்னை", 1, 3),
+    "Arabic": ("القاهِرة عاصمة مصر، أليس كذلك؟", "القاهِرة عاصمة مصر", 3, 5),
+    "Persian": ("می‌خواهم بروم", "می‌خواهم", 1, 2),
+    "Hebrew": ("ירושלים היא בירת ישראל", "ירושלים היא", 2, 4),
+    "Korean": ("서울은 한국의 수도입니다.", "서울은", 1, 3),
+    "Amharic": ("አዲስ አበባ።", "አዲስ", 1, 2),
+    "Georgian": ("თბილისი დიდია", "თბილისი", 1, 2),
+    "Armenian": ("Երևան մեծ է։", "Երևան", 1, 3),
+    "Chinese": ("北京是中国的首都。", "北京是", 3, 8),
+    "Japanese": ("東京のタワーです。", "東京の", 3, 8),
+    "Thai": ("น้ำดี", "น้ำ", 2, 3),  # NFKC writes the vowel of "water" after its consonant
+    "Lao": ("ນ້ຳດີ", "ນ້ຳ", 2, 3),
+    "Khmer": ("ភាសាខ្មែរ", "ភាសា", 2, 5),
+    "Burmese": ("မြန်မာ", "မြန်", 2, 3),
+    "mixed": ("Привет, 世界! Running 3.", "Привет, 世界", 3, 5),
+    "digits": ("१२ ٣٤ ５６", "१२", 1, 3),
+}
+FORMS_OF_UNICODE = ("NFC", "NFD", "NFKC", "NFKD")
+
+
+class TestScripts:
+    @pytest.mark.parametrize("language", TEXTS)
+    @pytest.mark.parametrize("form", FORMS_OF_UNICODE)
+    def test_a_text_equals_itself_in_any_form(self, language, form):
+        text = TEXTS[language][0]
+        (row,) = instruction_row_scores([unicodedata.normalize(form, text)], [[text]])
+        assert row == {"rougeL": 100, "exact_match": 100}
+
+    @pytest.mark.parametrize("language", TEXTS)
+    def test_a_part_of_a_text_scores_by_its_tokens(self, language):
+        """F of precision 1 and recall part / whole."""
+        text, part, of_part, of_whole = TEXTS[language]
+        (row,) = instruction_row_scores([part], [[text]])
+        assert row["rougeL"] == pytest.approx(200 * of_part / (of_part + of_whole))
+        assert row["exact_match"] == 0
+
+    def test_the_scorer_itself_takes_any_script(self):
+        scorer = metrics.rouge_scorer()
+        assert scorer.score("Привет, мир", "привет")["rougeL"].fmeasure == pytest.approx(2 / 3)
+        assert scorer.score_multi(["a dog", "你好"], "你好")["rougeL"].fmeasure == 1
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("кот", "кит"),
+            ("दिल्ली", "दिल्ला"),
+            ("मैं", "मे"),  # the marks differ, the consonant is the same
+            ("ที่", "ทุ"),
+            ("كَتَبَ", "كُتُبُ"),
+            ("日", "月"),
+            ("서울", "부산"),
+            ("Ừ", "Ờ"),
+        ],
+    )
+    def test_different_words_have_nothing_in_common(self, one, other):
+        assert instruction_scores([one], [[other]]) == {"rougeL": 0, "exact_match": 0}
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("МОСКВА", "москва"),
+            ("ΟΔΥΣΣΕΥΣ", "Οδυσσευς"),
+            ("ＡＢＣ１２", "abc12"),
+            ("ｶﾞｽ", "ガス"),
+            ("كتــاب", "كتاب"),
+            ("Ừ", "ừ"),
+        ],
+    )
+    def test_one_word_in_two_spellings_is_one(self, one, other):
+        assert instruction_scores([one], [[other]]) == {"rougeL": 100, "exact_match": 100}
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "“Don’t” – she said… café, naïve, à la carte, €5 and £3, ½ of m², nº 1 🙂",
+            "José García-Márquez's Erdoğan; Wałęsa, Hawaiʻi and 10 µm",
+            "Running runners ran. The U.S.A. (2021) C++ e-mail",
+            "\u212aelvin \u0130stanbul co\u00adoperate e\u0301",
+        ],
+    )
+    def test_latin_text_has_the_tokens_of_rouge_score(self, text):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        assert metrics.ScriptTokenizer().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+    @pytest.mark.parametrize("name", ["Ω", "富士山", "Фудзи"])
+    def test_english_that_quotes_a_foreign_name_scores_as_with_rouge_score(self, name):
+        """4 words in common, of 17 and 4: the name is none."""
+        sentence = f"The mountain ({name}) is really high, and it has snow on top during all of the long year."
+        words = 17
+        (row,) = instruction_row_scores(["The mountain is high."], [[sentence]])
+        assert row["rougeL"] == pytest.approx(100 * 2 * 4 / (words + 4))
+
+    def test_real_english_has_the_tokens_of_rouge_score_and_minillms_exact_match(self):
+        """Each text against the one before: equal to the last digit, and equal texts the same ones."""
+        from rouge_score.rouge_scorer import RougeScorer
+
+        original = RougeScorer(["rougeL"], use_stemmer=True)
+        texts = [
+            row[column]
+            for name in ("dolly/minillm_valid", "self_instruct/minillm_valid", "vicuna/minillm_valid")
+            for row in real_rows(f"{name}.jsonl")
+            for column in ("instruction", "output")
+        ]
+        latin = [text[:400] for text in texts if not any(is_foreign(letter) for letter in text)]
+        assert len(latin) > 0.95 * len(texts)
+        scores = instruction_row_scores(latin[1:], [[text] for text in latin[:-1]])
+        for before, text, row in zip(latin[:-1], latin[1:], scores, strict=True):
+            assert row["rougeL"] == 100 * original.score(before, text)["rougeL"].fmeasure
+            assert row["exact_match"] == 100 * (minillm(before) == minillm(text))
+
+
+def is_foreign(letter):
+    return letter.isalnum() and not letter.isascii() and not unicodedata.name(letter).startswith("LATIN")
+
+
+def minillm(text):
+    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+class TestNormalized:
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ("北京。", "北京"),
+            ("为什么？！", "为什么"),
+            ("「はい」、そうです。", "はいそうです"),
+            ("«Да», — сказал он…", "да сказал он"),
+            ("نعم، أليس كذلك؟", "نعم أليس كذلك"),
+            ("है।", "है"),
+            ("« Oui »", "oui"),
+            ("¿Qué?", "qué"),
+            ("Straße", "STRASSE"),
+            ("cafe\u0301", "café"),
+            ("ﬁne", "fine"),
+            ("Ａ１", "a1"),
+            ("\u200fשלום", "שלום"),
+            ("a\u3000b", "a b"),
+        ],
+    )
+    def test_equal(self, one, other):
+        assert normalized(one) == normalized(other)
+        assert instruction_scores([one], [[other]])["exact_match"] == 100
+
+    @pytest.mark.parametrize(("one", "other"), [("й", "и"), ("कि", "की"), ("x²", "x2"), ("nº", "no"), ("か", "が")])
+    def test_different(self, one, other):
+        assert normalized(one) != normalized(other)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "“Don’t” – she said…",
+            "A, dog!  (2)",
+            "wait…",
+            "nº 1, x², ½ and what the letter Ω says",
+            "§ 5 · café, naïve",
+            "E=mc^2",
+        ],
+    )
+    def test_english_stays_as_in_minillm(self, text):
+        assert normalized(text) == minillm(text)
+
+
 class TestGSM8KAccuracy:
     def test_by_hand(self):
-        scores = gsm8k_accuracy(
-            ["\\boxed{18}", "18.0000001", "3, 4 and 5", "none"], ["9 * 2 = 18\n#### 18", 18, "#### 4", "#### 1,000"]
-        )
-        assert scores == {
-            "accuracy": 50.0,
-            "rules": {
-                "boxed": {"rows": 1, "correct": 1},
-                "first_line": {"rows": 1, "correct": 1},
-                "last_number": {"rows": 1, "correct": 0},
-                "none": {"rows": 1, "correct": 0},
-            },
-        }
+        predictions = ["16 - 7 = 9\n#### 18", "It is $18", "#### 18\nOr 19?", "none", "<think>18</think>", "18.00"]
+        references = ["9 * 2 = 18\n#### 18", 18, "#### 18", "#### 1,000", 18.0, "18"]
+        assert gsm8k_accuracy(predictions, references) == {"strict": 200 / 6, "flexible": 200 / 6, "paper": 400 / 6}
+        rows = gsm8k_row_scores(predictions, references)
+        assert [row["strict"] for row in rows] == [True, False, True, False, False, False]
+        assert [row["flexible"] for row in rows] == [True, True, False, False, False, False]
+        assert [row["paper"] for row in rows] == [True, True, True, False, False, True]
+
+    def test_rows_hold_what_was_found(self):
+        assert gsm8k_row_scores(["The answer is 17.9 of 3"], [18]) == [
+            {
+                "strict": False,
+                "flexible": False,
+                "paper": False,
+                "values": {"strict": None, "flexible": 3.0, "paper": 17.9},
+            }
+        ]
+
+    @pytest.mark.parametrize(("prediction", "right"), [("#### 2.50", (True, True)), ("#### 2.5", (False, False))])
+    def test_the_harness_compares_texts_and_the_paper_numbers(self, prediction, right):
+        (row,) = gsm8k_row_scores([prediction], ["#### $2.50"])
+        assert (row["strict"], row["flexible"]) == right
+        assert row["paper"]
+
+    @pytest.mark.parametrize(
+        "reference", [1234, 1234.0, "1,234", "$1,234", "x\n#### 1,234", "\\boxed{1,234}", "1234 eggs"]
+    )
+    def test_all_kinds_of_references_compare_as_the_harness_writes_numbers(self, reference):
+        assert gsm8k_accuracy(["#### 1,234."], [reference]) == dict.fromkeys(RULES, 100)
 
     def test_large_numbers_must_be_equal(self):
-        assert gsm8k_accuracy(["1,000,001", "1,000,000.00"], [1_000_000, "1,000,000"])["accuracy"] == 50
+        assert gsm8k_accuracy(["1,000,001", "1,000,000.00"], [1_000_000, "1,000,000"])["paper"] == 50
 
     @pytest.mark.parametrize(
         ("reference", "value"),
@@ -645,14 +590,16 @@ class TestGSM8KAccuracy:
             ("18 eggs", 18),
             ("16 - 7 = 9\n#### 9", 9),
             ("7 and \\boxed{18}", 18),
+            ("\\boxed{18 \\text{ of } 20}", 18),
+            ("#### 17\n#### 18", 18),
+            ("#### -0.5", -0.5),
+            ("18 %", 18),
             (-0.5, -0.5),
+            (numpy.int64(18), 18),
         ],
     )
     def test_references(self, reference, value):
         assert reference_number(reference, "x") == value
-
-    def test_rows(self):
-        assert gsm8k_row_scores(["17.9"], [18]) == [{"value": 17.9, "rule": "first_line", "correct": False}]
 
     @pytest.mark.parametrize(
         ("reference", "error", "message"),
@@ -660,7 +607,9 @@ class TestGSM8KAccuracy:
             ("no number", ValueError, r"`references\[0\]` is 'no number', which holds no finite number"),
             ("She has 3 eggs.", ValueError, "does not say which of its numbers is the right answer. Give that alone"),
             ("9 * 2 = 18", ValueError, "does not say which"),
+            ("#### none, or 3", ValueError, "does not say which"),
             (float("nan"), ValueError, "holds no finite number"),
+            (10**400, ValueError, "holds no finite number"),
             (None, TypeError, "a NoneType; it must be a number or a text"),
             (True, TypeError, "a bool"),
         ],

@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
-from tiny import tiny_model, tiny_tokenizer
+from tiny import VOCAB_SIZE, WORDS, tiny_model, tiny_tokenizer
 from tokenizers import normalizers
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -110,7 +110,7 @@ class TestInitialization:
         config = PromptEncoderConfig(prompt_init="random", num_virtual_tokens=512)
         if not own_config:
             config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=512, prompt_tuning_init="RANDOM")
-        prompt = SoftPrompt(config, teacher, tiny_tokenizer())
+        prompt = SoftPrompt(config, teacher, tiny_tokenizer(WORDS))
         assert prompt().std().item() == pytest.approx(scale * weight[:30].std().item(), rel=0.03)
 
     @pytest.mark.parametrize("family", ["gemma2", "gemma3", "llama"])
@@ -121,12 +121,12 @@ class TestInitialization:
         teacher.model.layers[0].register_forward_pre_hook(
             lambda m, args, kwargs: seen.append(args[0]), with_kwargs=True
         )
-        teacher(torch.arange(30)[None])
+        teacher(torch.arange(VOCAB_SIZE)[None])
         assert (torch.cdist(prompt(), seen[0][0]).min(dim=1).values < 0.05).all()
 
     def test_a_tokenizer_with_more_tokens_than_embeddings(self):
         """Gemma 3's text models: their tokenizer knows an image token."""
-        tokenizer = tiny_tokenizer()
+        tokenizer = tiny_tokenizer(WORDS)
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
         for init in ("vocab", "random"):
             config = PromptEncoderConfig(prompt_init=init, num_virtual_tokens=200)

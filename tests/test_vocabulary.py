@@ -1,6 +1,6 @@
 import pytest
 from datasets import Dataset
-from tiny import answered_dataset, tiny_model, tiny_tokenizer
+from tiny import WORDS, answered_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import (
     PrimedDistillTrainer,
@@ -15,7 +15,7 @@ SIZE = 30  # the tiny tokenizer's tokens
 
 
 def extended(**special):
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(WORDS)
     tokenizer.add_special_tokens(special or {"additional_special_tokens": ["<chat>"]})
     assert len(tokenizer) == SIZE + 1
     return tokenizer

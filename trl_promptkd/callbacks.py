@@ -18,6 +18,7 @@ from .evaluation import (
     evaluation_config,
     evaluation_rows,
     evaluation_seeds,
+    judged_texts,
     real_vocab_size,
     row_scores,
 )
@@ -32,8 +33,10 @@ logger = logging.get_logger(__name__)
 
 class GenerationMetricsCallback(TrainerCallback):
     """
-    Lets the model answer at each evaluation, and adds what the answers are worth to the evaluation's metrics: `eval_rougeL` and
-    `eval_exact_match`, or `eval_gsm8k`, in percent.
+    Lets the model answer at each evaluation, and adds the scores of the answers to the evaluation's metrics, in
+    percent: `eval_rougeL` and `eval_exact_match`, or for GSM8K `eval_gsm8k_strict`, `eval_gsm8k_flexible` and
+    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one. Thoughts
+    (`<think>...</think>`) do not count.
 
     `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper does. They are logged where the
     trainer logs. The answers come from a random state of their own, so that training goes on as it would without them.
@@ -136,9 +139,12 @@ class GenerationMetricsCallback(TrainerCallback):
         if metrics is None or not self._is_first_of_an_evaluation(metrics):
             return
         answers = self._answers()
-        scores = row_scores(self.task, answers, self.rows.references)
-        names = {"rougeL": "eval_rougeL", "exact_match": "eval_exact_match", "accuracy": "eval_gsm8k"}
-        named = {names[name]: sum(values) / len(values) for name, values in scores.items()}
+        texts = judged_texts(self.tokenizer, self.rows.prompt_ids, answers)
+        scores = row_scores(self.task, texts, self.rows.references)
+        prefix = "eval_gsm8k_" if self.task == "gsm8k" else "eval_"
+        named = {f"{prefix}{name}": sum(values) / len(values) for name, values in scores.items()}
+        if self.task == "gsm8k":
+            named["eval_gsm8k"] = named["eval_gsm8k_paper"]
         metrics.update(named)
         self.trainer.log(dict(named))  # the evaluation's own have been logged already
         if state.is_world_process_zero:

@@ -1,5 +1,7 @@
-"""How good a model's answers are: instruction following with several seeds, as the PromptKD paper does it, and GSM8K by the response
-priming paper's rules.
+"""How good a model's answers are.
+
+Instruction following with several seeds, as the PromptKD paper does it, and GSM8K by lm-evaluation-harness's rules and the
+response priming paper's.
 
 Answers are written in batches of like lengths, each row from a random state of its own, so that they depend neither on the batch
 size, nor on the other rows, nor on where a run was interrupted. With an `output_dir` they stay on the disk, one file a data set and seed,
@@ -22,6 +24,7 @@ from .answers import (
     evaluation_config,
     evaluation_seeds,
     hash_of,
+    judged_texts,
     model_source,
     real_vocab_size,
     write_answers,
@@ -41,6 +44,7 @@ __all__ = [
     "evaluation_rows",
     "evaluation_seeds",
     "instruction_text",
+    "judged_texts",
     "model_source",
     "real_vocab_size",
     "row_scores",
@@ -129,7 +133,8 @@ def evaluate_model(
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
             answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, _title(name, seed))
-            scores = score_answers(task, [answer.text for answer in answers], rows.references)
+            texts = judged_texts(tokenizer, rows.prompt_ids, [answer.text for answer in answers])
+            scores = score_answers(task, texts, rows.references)
             terminated = sum(answer.ended for answer in answers) / len(answers)
             runs.append({"seed": seed, **scores, "terminated_share": terminated})
         results[name] = {
@@ -203,7 +208,7 @@ def check_evaluation_settings(
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = [name for name in runs[0] if name not in ("seed", "rules", "terminated_share")]
+    names = [name for name in runs[0] if name not in ("seed", "terminated_share")]
     values = {name: [run[name] for run in runs] for name in names}
     return {
         "mean": {name: statistics.fmean(numbers) for name, numbers in values.items()},

@@ -24,6 +24,7 @@ __all__ = [
     "evaluation_config",
     "evaluation_seeds",
     "hash_of",
+    "judged_texts",
     "model_source",
     "real_vocab_size",
     "write_answers",
@@ -31,6 +32,7 @@ __all__ = [
 
 _SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
 _SECONDS_TO_WRITE = 3600.0  # a file that is still half-written then was left by a run that was killed
+_THINK_TOKENS = 16  # `<think>` and the blank lines after it are no more, in any tokenizer
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 
 
@@ -117,6 +119,17 @@ def write_answers(
                 saved = time.monotonic()
             bar.update(len(batch))
     return [known[row] for row in range(len(order))]
+
+
+def judged_texts(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[Sequence[int]], texts: Sequence[str]
+) -> list[str]:
+    """Answers as they are scored: with the `<think>` that the chat template opened at the end of their prompts.
+
+    Without it, thoughts that were cut at `max_new_tokens` would look like an answer.
+    """
+    ends = [tokenizer.decode(list(ids[-_THINK_TOKENS:])).rstrip() for ids in prompt_ids]
+    return [f"<think>{text}" if end.endswith("<think>") else text for end, text in zip(ends, texts, strict=True)]
 
 
 def answers_path(folder: str, name: str, seed: int | None, source: Mapping[str, Any], rows: EvaluationRows) -> str:

@@ -1,4 +1,4 @@
-"""What answers are worth: instruction ROUGE-L and exact match, and the accuracy of final numbers (GSM8K).
+"""Scores of answers: ROUGE-L and exact match of instruction following, and the accuracy of final numbers (GSM8K).
 
 As functions, and as local modules for `evaluate`: `evaluate.load("rouge")` would fetch a script from the Hub.
 """
@@ -6,29 +6,27 @@ As functions, and as local modules for `evaluate`: `evaluate.load("rouge")` woul
 import os
 from typing import Any
 
-from .answers import RULES, extract_answer, extract_final_number
-from .scores import (
-    gsm8k_accuracy,
-    gsm8k_row_scores,
-    instruction_row_scores,
-    instruction_scores,
-    reference_number,
-    rouge_scorer,
-)
+from .final_numbers import RULES, extract_final_number, gsm8k_accuracy, gsm8k_row_scores, reference_number
+from .scores import instruction_row_scores, instruction_scores, rouge_scorer
+from .thoughts import without_thoughts
+from .tokens import ScriptTokenizer, is_foreign, normalized
 
 
 __all__ = [
     "RULES",
-    "extract_answer",
+    "ScriptTokenizer",
     "extract_final_number",
     "gsm8k_accuracy",
     "gsm8k_row_scores",
     "instruction_row_scores",
     "instruction_scores",
+    "is_foreign",
     "load",
     "module_path",
+    "normalized",
     "reference_number",
     "rouge_scorer",
+    "without_thoughts",
 ]
 
 _MODULES = ("gsm8k", "instruction_scores")
@@ -55,7 +53,7 @@ def load(name: str) -> Any:
         name: `"instruction_scores"` or `"gsm8k"`.
 
     Raises:
-        ImportError: where `evaluate` is not installed.
+        ImportError: if `evaluate` is not installed.
         ValueError: for another name.
     """
     path = module_path(name)
@@ -63,7 +61,7 @@ def load(name: str) -> Any:
         import evaluate
     except ImportError as error:
         raise ImportError(
-            'A metric\'s module needs the package evaluate, which is not installed. Run `pip install "trl_promptkd[evaluate]"`, or use the '
-            "functions of trl_promptkd.metrics."
+            "A metric's module needs the package evaluate, which is not installed. Run "
+            '`pip install "trl_promptkd[evaluate]"`, or use the functions of trl_promptkd.metrics.'
         ) from error
     return evaluate.load(path)

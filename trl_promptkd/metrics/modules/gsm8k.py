@@ -12,7 +12,7 @@ class GSM8K(evaluate.Metric):
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="The share of answers whose final number is the right one, in percent.",
+            description="The share of answers whose final number is right, by three sets of rules, in percent.",
             citation="",
             inputs_description="predictions: texts; references: texts that end with the right number, such as GSM8K's own",
             features=datasets.Features({"predictions": text, "references": text}),

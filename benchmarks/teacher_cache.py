@@ -27,9 +27,9 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, build_teacher_cache
 from trl_promptkd.data import pad_rows
+from trl_promptkd.data.primed import tokenize_primed_dataset
 from trl_promptkd.divergences import kl_divergence
-from trl_promptkd.forward import completion_states
-from trl_promptkd.primed_collator import tokenize_primed_dataset
+from trl_promptkd.models.forward import completion_states
 from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS
 

@@ -21,7 +21,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_qu
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
 from trl_promptkd.data import name_columns
-from trl_promptkd.sampling_config import SamplingConfig
+from trl_promptkd.trainer.sampling_config import SamplingConfig
 
 
 @dataclass

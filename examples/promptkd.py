@@ -16,7 +16,7 @@ from script_parser import ScriptParser
 from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
-from trl_promptkd.sampling_config import SamplingConfig
+from trl_promptkd.trainer.sampling_config import SamplingConfig
 
 
 # The template of both papers' evaluation: methods differ by it, so it is the same for training and scoring

@@ -30,8 +30,8 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
 from trl_promptkd.data import pad_rows, tokenize_row
+from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.metrics import instruction_scores
-from trl_promptkd.rollouts import generate_completions
 
 
 PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"

@@ -1,14 +1,14 @@
 """Prompt-shaped knowledge distillation for Hugging Face TRL."""
 
-from .callbacks import GenerationMetricsCallback
-from .primed_collator import DataCollatorForPrimedDistillation
-from .primed_distill_config import PrimedDistillConfig
-from .primed_distill_trainer import PrimedDistillTrainer
-from .priming import PrimingTemplate
-from .prompt_encoder import PromptEncoderConfig, SoftPrompt
-from .promptkd_config import PromptKDConfig
-from .promptkd_trainer import PromptKDTrainer
+from .data.primed import DataCollatorForPrimedDistillation
+from .data.priming import PrimingTemplate
+from .models.soft_prompt import PromptEncoderConfig, SoftPrompt
 from .teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
+from .trainer.callbacks import GenerationMetricsCallback
+from .trainer.primed_distill_config import PrimedDistillConfig
+from .trainer.primed_distill_trainer import PrimedDistillTrainer
+from .trainer.promptkd_config import PromptKDConfig
+from .trainer.promptkd_trainer import PromptKDTrainer
 
 
 __all__ = [

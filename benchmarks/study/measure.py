@@ -10,8 +10,8 @@ from world import WRITERS, Problem, make_problem, make_tokenizer, said_result
 
 from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import entropy, kl_divergence
-from trl_promptkd.forward import completion_states
-from trl_promptkd.rollouts import generate_completions, own_random_state
+from trl_promptkd.generation.rollouts import generate_completions, own_random_state
+from trl_promptkd.models.forward import completion_states
 
 
 MAX_NEW_TOKENS = 48

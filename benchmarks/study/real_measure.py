@@ -18,7 +18,7 @@ from trl_promptkd.analysis.saved_prompt import read_prompt
 from trl_promptkd.divergences import entropy, kl_divergence
 from trl_promptkd.evaluation import evaluate_model, evaluation_config, evaluation_rows
 from trl_promptkd.files import whole_file
-from trl_promptkd.rollouts import generate_completions
+from trl_promptkd.generation.rollouts import generate_completions
 
 
 STUDENTS = ["warm", "sft", "seqkd", "gkd", "promptkd", "promptkd_lr1e-3", "promptkd_lr1e-2"]

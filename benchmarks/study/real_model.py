@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
-from trl_promptkd.rollouts import generate_completions
+from trl_promptkd.generation.rollouts import generate_completions
 
 
 METHODS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 from run import ABLATIONS, HALF, METHODS, SECONDS, STEPS
 
-from trl_promptkd.telemetry import CollusionCallback
+from trl_promptkd.trainer.logged_metrics import CollusionCallback
 
 
 matplotlib.use("Agg")

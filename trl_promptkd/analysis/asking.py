@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..data import pad_rows
 from ..divergences import on_shared_support
-from ..forward import completion_states
+from ..models.forward import completion_states
 
 
 __all__ = ["log_probs_together"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..forward import completion_states
-from ..side_effects import flags_restored
+from ..models.forward import completion_states
+from ..models.side_effects import flags_restored
 
 
 __all__ = ["attention_layers", "eager_attention", "model_device"]

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..divergences import kl_divergence
-from ..rollouts import generate_completions, rollout_seed
+from ..generation.rollouts import generate_completions, rollout_seed
 from .asking import log_probs_together
 from .figures import line_colors, new_figure, save_figure
 
@@ -43,7 +43,7 @@ def sample_prefixes(
     smaller part in how they differ. A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
 
     Args:
-        generation_config: Such as [`~trl_promptkd.rollouts.rollout_config`] makes, at temperature 1.
+        generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
         batch_size (`int`): Rows sampled at once; it changes nothing.
         vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.

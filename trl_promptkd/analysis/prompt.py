@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..divergences import kl_divergence
-from ..forward import input_embeddings
+from ..models.forward import input_embeddings
 from .asking import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 

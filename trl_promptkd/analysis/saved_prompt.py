@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints import checkpoint_folders
 from ..files import read_safetensors
-from ..forward import input_embeddings
-from ..prompt_encoder import ADAPTER_FOLDER, PARAMETERS_FILE
+from ..models.forward import input_embeddings
+from ..models.soft_prompt import ADAPTER_FOLDER, PARAMETERS_FILE
+from ..trainer.checkpoints import checkpoint_folders
 
 
 __all__ = ["SavedPrompt", "check_fits", "find_prompts", "initial_prompt", "read_prompt"]

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_positions
 from ..data import check_columns, tokenize_dataset
-from ..rollouts import rollout_config
-from ..teacher import check_same_tokenizer, shared_vocab_size
+from ..generation.rollouts import rollout_config
+from ..models.teacher import check_same_tokenizer, shared_vocab_size
+from ..trainer.checks import check_positions
 from .common import add_row_arguments, json_dict, load_rows, load_tokenizer, needed_tokenizer
 
 

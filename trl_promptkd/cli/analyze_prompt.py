@@ -16,7 +16,7 @@ from ..analysis.prompt import Drift, PromptEffect, nearest_tokens, prompt_drift,
 from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..files import write_text
-from ..rollouts import stop_ids
+from ..generation.rollouts import stop_ids
 from .analyze_common import (
     add_analysis_arguments,
     at_least_one,

@@ -9,7 +9,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from ..data import name_columns
-from ..teacher import load_teacher
+from ..models.teacher import load_teacher
 from ..teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
 from .common import add_data_arguments, json_dict, priming_of

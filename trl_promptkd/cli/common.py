@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data import name_columns
-from ..priming import PRIMING_TEMPLATES, PrimingTemplate
-from ..teacher import load_teacher, load_teacher_tokenizer
+from ..data.priming import PRIMING_TEMPLATES, PrimingTemplate
+from ..models.teacher import load_teacher, load_teacher_tokenizer
 
 
 FILE_SPLIT = "train"  # that a file's rows are

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..doctor import diagnose, passed, print_table
-from ..prompt_encoder import PromptEncoderConfig
-from ..teacher import load_teacher_tokenizer
+from ..models.soft_prompt import PromptEncoderConfig
+from ..models.teacher import load_teacher_tokenizer
 from .common import add_data_arguments, json_dict, load_model, load_rows, priming_of, without_nan
 
 

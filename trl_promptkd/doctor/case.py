@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data import RewrittenPromptError, pad_rows, tokenize_dataset, tokenize_row
-from ..forward import TokenStates, completion_states
-from ..primed_collator import tokenize_primed_dataset, tokenize_primed_row
-from ..priming import PrimingTemplate
-from ..prompt_encoder import SoftPrompt
-from ..rollouts import generate_completions, own_random_state, rollout_config
-from ..teacher import shared_vocab_size
+from ..data.primed import tokenize_primed_dataset, tokenize_primed_row
+from ..data.priming import PrimingTemplate
+from ..generation.rollouts import generate_completions, own_random_state, rollout_config
+from ..models.forward import TokenStates, completion_states
+from ..models.soft_prompt import SoftPrompt
+from ..models.teacher import shared_vocab_size
 
 
 __all__ = ["Case", "Finding"]

@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..checks import check_positions
 from ..data import DataCollatorForPromptCompletion, check_columns, masked_rows, split_row
-from ..primed_collator import DataCollatorForPrimedDistillation
-from ..rollouts import stop_ids
-from ..teacher import check_same_tokenizer
+from ..data.primed import DataCollatorForPrimedDistillation
+from ..generation.rollouts import stop_ids
+from ..models.teacher import check_same_tokenizer
+from ..trainer.checks import check_positions
 from .case import Case, Finding
 
 

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..checks import check_soft_prompt
-from ..priming import PrimingTemplate, resolve_priming
-from ..prompt_encoder import PromptEncoderConfig
-from ..side_effects import flags_restored
-from ..teacher import freeze, load_teacher_tokenizer
+from ..data.priming import PrimingTemplate, resolve_priming
+from ..models.side_effects import flags_restored
+from ..models.soft_prompt import PromptEncoderConfig
+from ..models.teacher import freeze, load_teacher_tokenizer
+from ..trainer.checks import check_soft_prompt
 from . import data_checks, model_checks
 from .case import Case, Finding
 from .memory import memory

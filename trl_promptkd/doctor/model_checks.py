@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunked_loss import chunked_sums
-from ..compare import distance, distances_from_own_forward, is_exact, is_same
 from ..divergences import kl_divergence, on_shared_support
-from ..promptkd_loss import prompt_loss_sums, promptkd_loss_sums, student_loss_sums
-from ..rollouts import stop_ids
+from ..generation.rollouts import stop_ids
+from ..losses.chunked import chunked_sums
+from ..losses.promptkd import prompt_loss_sums, promptkd_loss_sums, student_loss_sums
+from ..models.compare import distance, distances_from_own_forward, is_exact, is_same
 from .case import Case, Finding
 
 

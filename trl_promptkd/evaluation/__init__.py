@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_positions
 from ..metrics import rouge_scorer
+from ..trainer.checks import check_positions
 from .answers import (
     answers_path,
     evaluation_config,

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..files import read_text, remove_incomplete, whole_file
-from ..rollouts import generate_completions, rollout_config, rollout_seed, stop_ids
-from ..teacher_answers import answer_key, weights_fingerprint
+from ..generation.rollouts import generate_completions, rollout_config, rollout_seed, stop_ids
+from ..generation.teacher_answers import answer_key, weights_fingerprint
 from .rows import EvaluationRows
 
 

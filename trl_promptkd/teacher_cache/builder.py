@@ -11,15 +11,15 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_positions
-from ..compare import check_forward
+from ..data.primed import tokenize_primed_dataset
+from ..data.priming import PrimingTemplate, resolve_priming
 from ..files import remove_incomplete
-from ..primed_collator import tokenize_primed_dataset
-from ..priming import PrimingTemplate, resolve_priming
-from ..rollouts import rollout_config
-from ..teacher import freeze, load_teacher, shared_vocab_size
-from ..teacher_answers import weights_fingerprint, write_teacher_answers
-from ..vocabulary import check_rows_embedded, embedded_by
+from ..generation.rollouts import rollout_config
+from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
+from ..models.compare import check_forward
+from ..models.teacher import freeze, load_teacher, shared_vocab_size
+from ..models.vocabulary import check_rows_embedded, embedded_by
+from ..trainer.checks import check_positions
 from .codec import PRESETS
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer
 from .reader import TeacherCache

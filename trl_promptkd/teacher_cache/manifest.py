@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..data.priming import PrimingTemplate
 from ..files import whole_file
-from ..priming import PrimingTemplate
 
 
 __all__ = [

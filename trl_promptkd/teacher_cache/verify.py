@@ -7,9 +7,9 @@ from torch import nn
 
 from ..data import pad_rows
 from ..divergences import kl_divergence
-from ..forward import completion_states
-from ..teacher import freeze
-from ..teacher_answers import weights_fingerprint
+from ..generation.teacher_answers import weights_fingerprint
+from ..models.forward import completion_states
+from ..models.teacher import freeze
 from .reader import TeacherCache
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..data import pad_rows
 from ..divergences import kl_divergence
 from ..files import whole_file
-from ..forward import completion_states, inside_forward
+from ..models.forward import completion_states, inside_forward
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 from .reader import BASIS_FILE, TeacherCache, read_shard, sha256_of

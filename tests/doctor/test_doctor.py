@@ -1,0 +1,683 @@
+import copy
+import json
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, tiny_model, tiny_tokenizer, weights
+from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
+
+from trl_promptkd import PrimingTemplate, PromptEncoderConfig
+from trl_promptkd import teacher as teacher_module
+from trl_promptkd.cli import main
+from trl_promptkd.data import pad_rows, tokenize_row
+from trl_promptkd.data.primed import tokenize_primed_row
+from trl_promptkd.data.priming import resolve_priming
+from trl_promptkd.doctor import diagnose, passed
+from trl_promptkd.doctor import memory as memory_module
+from trl_promptkd.doctor.data_checks import _texts
+from trl_promptkd.generation.rollouts import generate_completions
+from trl_promptkd.models.teacher import load_teacher
+
+
+PROMPTS = [" ".join(WORDS[i : i + 2 + i % 4]) for i in range(8)]
+
+
+def pair(family="llama"):
+    """A student that is the teacher, slightly disturbed: it is worse on the teacher's own answers."""
+    teacher = tiny_model(family, seed=1)
+    student = copy.deepcopy(teacher)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.03)
+    return student, teacher
+
+
+def answered_rows(teacher, tokenizer, conversational=False, priming=None):
+    """Rows whose answers the (primed) teacher has written."""
+    rows = [{"prompt": [{"role": "user", "content": text}] if conversational else text} for text in PROMPTS]
+    prompts = [tokenize_primed_row(row, tokenizer, resolve_priming(priming))["teacher_prompt_ids"] for row in rows]
+    config = GenerationConfig(max_new_tokens=8, min_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=[0])
+    answers = generate_completions(teacher, prompts, config, vocab_size=len(tokenizer))
+    for row, ids in zip(rows, answers, strict=True):
+        text = tokenizer.decode([token for token in ids if token])
+        row["completion"] = [{"role": "assistant", "content": text}] if conversational else " " + text
+    return rows
+
+
+def healthy(family="llama", **settings):
+    """Arguments of `diagnose` that nothing is wrong with."""
+    student, teacher = pair(family)
+    tokenizer = tiny_tokenizer()
+    return {
+        "model": student,
+        "teacher": teacher,
+        "dataset": answered_rows(teacher, tokenizer),
+        "processing_class": tokenizer,
+        "teacher_processing_class": tiny_tokenizer(),
+        "max_new_tokens": 16,
+        **settings,
+    }
+
+
+def findings_of(arguments):
+    return {finding.name: finding for finding in diagnose(**arguments)}
+
+
+def hook(module, change):
+    module.register_forward_hook(lambda _, __, output: change(output))
+
+
+class BlindGPT2(GPT2LMHeadModel):
+    """Takes position ids and does not use them."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class BlindGPT2Decoder(GPT2Model):
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        kwargs.pop("position_ids", None)
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class WeakLlama(LlamaModel):
+    """Passes on a tenth of the gradient, as weights that were repacked for inference may do."""
+
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **kwargs):
+        if inputs_embeds is not None:
+            inputs_embeds = 0.1 * inputs_embeds + 0.9 * inputs_embeds.detach()
+        return super().forward(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class DetachedLlama(LlamaModel):
+    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **kwargs):
+        if inputs_embeds is not None:
+            inputs_embeds = 0.0 * inputs_embeds + inputs_embeds.detach()
+        return super().forward(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def of_class(module, cls):
+    module.__class__ = cls
+
+
+class OwnCollator:
+    def __init__(self, change):
+        self.change = change
+
+    def __call__(self, rows):
+        ids = [tokenize_row(row, tiny_tokenizer()) for row in rows]
+        batch = pad_rows([row["prompt_ids"] for row in ids], [row["completion_ids"] for row in ids], 0)
+        self.change(batch)
+        return batch
+
+
+def mask_padding_by_id(batch):
+    batch["labels"][batch["labels"] == 0] = -100
+
+
+def mask_first_answer_token(batch):
+    first = (batch["labels"] != -100).int().argmax(dim=1, keepdim=True)
+    batch["labels"].scatter_(1, first, -100)
+
+
+def train_on_prompts(batch):
+    batch["labels"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)
+    batch["labels"][:, :2] = -100
+
+
+def shift_labels(batch):
+    batch["labels"] = batch["labels"].roll(-1, dims=1)
+
+
+def forget_labels(batch):
+    del batch["labels"]
+
+
+def collator(change):
+    return lambda case: case.update(data_collator=OwnCollator(change))
+
+
+def other_words(case):
+    case["teacher_processing_class"] = tiny_tokenizer([*WORDS[:3], "an", *WORDS[4:]])
+
+
+def chat(case, template=CHAT_TEMPLATE):
+    case["dataset"] = answered_rows(case["teacher"], case["processing_class"], conversational=True)
+    case["processing_class"].chat_template = template
+
+
+def changing_template(case):
+    chat(case, "{% if messages[-1]['role'] == 'assistant' %}<system> {% endif %}" + CHAT_TEMPLATE)
+
+
+def changing_template_and_answers(case):
+    changing_template(case)
+    case["lmbda"] = 0.5
+
+
+def without_end(case):
+    """The template of a tokenizer whose answers do not end with what generation stops at."""
+    chat(case, CHAT_TEMPLATE.replace("<eos>", "<pad>"))
+    case["lmbda"] = 0.5
+
+
+def deaf_template(case):
+    chat(case, CHAT_TEMPLATE.replace("for m in messages", "for m in messages if m['role'] != 'system'"))
+    case["priming"] = PrimingTemplate("red blue", placement="system")
+
+
+def nan_weight(case):
+    case["teacher"].lm_head.weight.data[3, 3] = float("nan")
+
+
+def never_five(output, value=float("-inf")):
+    output = output.clone()
+    output[..., 5] = value
+    return output
+
+
+def lowest_five(output):
+    return never_five(output, torch.finfo(output.dtype).min)
+
+
+def prefer_the_end(output):
+    output = output.clone()
+    output[..., 0] += 100
+    return output
+
+
+def doubled_start(case):
+    case["processing_class"].bos_token = "<system>"
+    case["dataset"] = [{"prompt": f"<system> <system> {prompt}"} for prompt in PROMPTS]
+
+
+def no_eos(case):
+    case["processing_class"].eos_token = None
+    case["processing_class"].pad_token = "<pad>"
+
+
+def little_memory(case):
+    case["per_device_train_batch_size"] = 1_000_000
+
+
+# (what is broken, the check that must find it, its status, what it must say, how to break it)
+BROKEN = [
+    (
+        "gpt2 without positions",
+        "padding_teacher",
+        "fail",
+        "whole rows, padded",
+        lambda c: of_class(c["teacher"], BlindGPT2),
+    ),
+    (
+        "gpt2 student without positions",
+        "padding_student",
+        "fail",
+        "whole rows, padded",
+        lambda c: of_class(c["model"], BlindGPT2),
+    ),
+    (
+        "gpt2 decoder without positions",
+        "padding_soft_prompt",
+        "fail",
+        "padded, is off",
+        lambda c: of_class(c["teacher"].transformer, BlindGPT2Decoder),
+    ),
+    ("pad == eos masked by ids", "trained_tokens", "fail", r"\b8 not up to their end", collator(mask_padding_by_id)),
+    (
+        "first token masked",
+        "trained_tokens",
+        "fail",
+        r"\b8 are not trained on from",
+        collator(mask_first_answer_token),
+    ),
+    ("prompts trained on", "trained_tokens", "warn", "other tokens", collator(train_on_prompts)),
+    ("shifted labels", "trained_tokens", "fail", "not to be shifted", collator(shift_labels)),
+    ("a collator that raises", "trained_tokens", "fail", "KeyError", collator(forget_labels)),
+    ("other tokenizers", "tokenizers", "fail", r"id 9, which is 'a' .* and 'an'", other_words),
+    (
+        "no teacher's tokenizer",
+        "tokenizers",
+        "warn",
+        "no tokenizer",
+        lambda c: c.update(teacher_processing_class=None),
+    ),
+    (
+        "template that changes prompts",
+        "chat_template",
+        "fail",
+        "Row 0: .*differently once",
+        changing_template_and_answers,
+    ),
+    (
+        "... whose answers are not used",
+        "chat_template",
+        "warn",
+        "in 8 of 8 rows .*differently once",
+        changing_template,
+    ),
+    ("no template", "chat_template", "fail", "no chat template", lambda c: chat(c, None)),
+    ("answers that do not end", "trained_tokens", "fail", "8 of 8 answers do not end", without_end),
+    ("two beginnings of text", "chat_template", "warn", "8 of 8 prompts begin with '<system>' twice", doubled_start),
+    (
+        "dropout",
+        "repeatability",
+        "fail",
+        "two passes",
+        lambda c: hook(c["teacher"].model.norm, lambda x: torch.nn.functional.dropout(x, 0.1, training=True)),
+    ),
+    ("NaN", "finite_logits", "fail", "of the teacher are NaN", nan_weight),
+    (
+        "a weak gradient",
+        "soft_prompt_gradient",
+        "fail",
+        "times what the gradient says",
+        lambda c: of_class(c["teacher"].model, WeakLlama),
+    ),
+    (
+        "no gradient",
+        "soft_prompt_gradient",
+        "fail",
+        "norm is 0",
+        lambda c: of_class(c["teacher"].model, DetachedLlama),
+    ),
+    ("small vocabulary", "vocabulary", "fail", "20 entries", lambda c: c.update(teacher=tiny_model(vocab_size=20))),
+    ("too long", "lengths", "fail", "do not fit into `max_length=4`", lambda c: c.update(max_length=4, lmbda=0.5)),
+    (
+        "too long, dropped",
+        "lengths",
+        "warn",
+        "4 of 8 rows do not fit into `max_length=4`",
+        lambda c: c.update(max_length=4, lmbda=0.5, overlong="drop"),
+    ),
+    ("cut", "lengths", "warn", r"\d of 8 answers are cut", lambda c: c.update(max_length=8, lmbda=0.5)),
+    ("too few positions", "positions", "fail", "128 positions", lambda c: c.update(max_new_tokens=124)),
+    (
+        "prompts only",
+        "data",
+        "fail",
+        "prompts without answers",
+        lambda c: c.update(dataset=[{"prompt": text} for text in PROMPTS], lmbda=0.5),
+    ),
+    (
+        "an answer missing",
+        "data",
+        "fail",
+        "1 of 8 rows have no answer",
+        lambda c: c["dataset"][3].update(completion=None) or c.update(lmbda=0.5),
+    ),
+    ("an empty answer", "data", "warn", "1 an empty one", lambda c: c["dataset"][3].update(completion=" ")),
+    ("no prompt", "data", "fail", "1 of 8 rows hold None", lambda c: c["dataset"][3].update(prompt=None)),
+    ("no known column", "data", "fail", "neither a `messages`", lambda c: c.update(dataset=[{"question": "who"}])),
+    ("deaf template", "priming", "fail", "does not reach the teacher", deaf_template),
+    (
+        "unknown variable",
+        "priming",
+        "fail",
+        "'topic'",
+        lambda c: c.update(priming=PrimingTemplate("{{ topic }} ")),
+    ),
+    ("empty priming", "priming", "warn", "8 of 8 rows", lambda c: c.update(priming=PrimingTemplate("{{ '' }}"))),
+    (
+        "rows see each other",
+        "padding_student",
+        "fail",
+        "padded, is off",
+        lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
+    ),
+    (
+        "rows see each other in the loss",
+        "window_split",
+        "fail",
+        "gradients",
+        lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
+    ),
+    ("no eos", "special_tokens", "fail", "no end-of-text token", no_eos),
+    (
+        "another eos",
+        "special_tokens",
+        "warn",
+        "student was published to stop at {5: '<pad>'}",
+        lambda c: setattr(c["model"].generation_config, "eos_token_id", 5),
+    ),
+    ("stops at once", "sampling", "warn", "4 of 4", lambda c: hook(c["model"].lm_head, prefer_the_end)),
+    (
+        "a teacher that knows no better",
+        "quality",
+        "warn",
+        "answers cost",
+        lambda c: c.update(model=c["teacher"], teacher=c["model"]),
+    ),
+    ("nothing to learn", "quality", "warn", "answers cost", lambda c: c.update(model=copy.deepcopy(c["teacher"]))),
+    ("far off", "quality", "warn", r"teacher\) \d", lambda c: hook(c["model"].lm_head, lambda x: -3 * x)),
+    ("memory", "memory", "warn", "for a window of 1000000 rows", little_memory),
+]
+
+
+class TestBroken:
+    @pytest.mark.parametrize(("what", "check", "status", "says", "breaks"), BROKEN, ids=[case[0] for case in BROKEN])
+    def test_a_broken_setup_is_found(self, what, check, status, says, breaks):
+        learned = what.startswith("gpt2") or what == "too few positions"
+        arguments = healthy("gpt2" if learned else "llama")
+        breaks(arguments)
+        findings = findings_of(arguments)
+        assert findings[check].status == status, findings[check]
+        assert re.search(says, findings[check].found), findings[check].found
+        assert findings[check].advice or findings[check].values.get("exception")
+        assert passed(findings.values()) == all(finding.status != "fail" for finding in findings.values())
+        for finding in findings.values():
+            expected = "KeyError" if what == "a collator that raises" else "ValueError"
+            assert finding.values.get("exception", expected) == expected, finding
+
+    def test_a_four_bit_teacher_that_is_packed_for_inference(self, tmp_path, monkeypatch):
+        """What happens where freezing a teacher does not undo it."""
+        pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(teacher_module, "keep_four_bit_weights_differentiable", lambda model: 0)
+        arguments = healthy()
+        tiny_model(seed=1, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+        quantization = {"load_in_4bit": True}
+        arguments["teacher"] = load_teacher(tmp_path, {"quantization_config": quantization, "dtype": "float32"})
+        if not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in arguments["teacher"].modules()):
+            pytest.skip("this CPU has no AVX512-BF16: nothing is ever packed")
+        findings = findings_of(arguments)
+        assert findings["soft_prompt_gradient"].status == "fail"
+        assert findings["quantization"].status == "skip"
+
+    def test_what_needs_a_failed_check_is_left_out_with_a_word(self):
+        arguments = healthy()
+        nan_weight(arguments)
+        findings = findings_of(arguments)
+        assert findings["padding_student"].status == "skip"
+        assert findings["padding_student"].found == "left out, as finite_logits did not pass"
+        assert findings["soft_prompt_gradient"].found == "left out, as repeatability did not pass"
+        assert findings["memory"].status == "pass"
+
+    def test_the_gap_that_position_ids_close_is_told(self):
+        gap = findings_of(healthy("gpt2"))["padding_student"].values["difference_without_position_ids"]
+        assert gap > 0.1
+        assert findings_of(healthy("llama"))["padding_student"].values["difference_without_position_ids"] < 1e-3
+
+    @pytest.mark.parametrize("bad", [{"rows": 0}, {"dataset": []}, {"priming": "nobody"}])
+    def test_arguments_that_are_none_are_refused(self, bad):
+        with pytest.raises(ValueError, match=r"`rows` is 0|`dataset` is empty|'nobody'"):
+            diagnose(**healthy(**bad))
+
+
+class TestHealthy:
+    def assert_all_pass(self, arguments, *expected):
+        findings = findings_of(arguments)
+        assert {name: f for name, f in findings.items() if f.status != "pass"} == {}
+        assert set(expected) <= set(findings)
+        return findings
+
+    @pytest.mark.parametrize("family", sorted(CONFIGS))
+    def test_promptkd(self, family):
+        """Answers are needed and there."""
+        everything = ["trained_tokens", "padding_soft_prompt", "soft_prompt_gradient", "window_split", "quality"]
+        findings = self.assert_all_pass(healthy(family, lmbda=0.5), *everything)
+        assert 0.3 < findings["trained_tokens"].values["share"] < 1
+        assert len(findings) == 18
+
+    @pytest.mark.parametrize("change", [never_five, lowest_five])
+    def test_tokens_that_are_ruled_out_are_left_out(self, change):
+        arguments = healthy(lmbda=0.5)
+        hook(arguments["teacher"].lm_head, change)
+        findings = findings_of(arguments)
+        # The answers hold that token, which the teacher would never write
+        assert {name for name, finding in findings.items() if finding.status != "pass"} == {"quality"}
+        assert "ruled out, 1 by the teacher" in findings["finite_logits"].found
+        assert 0 < findings["quality"].values["reverse_kl"] < 100
+
+    def test_a_message_with_tool_calls_only_says_something(self):
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+        assert _texts([{"role": "user", "content": "red"}, call]) == ["red", "other"]
+        assert _texts([{"role": "user", "content": None, "tool_calls": None}]) == [None]
+
+    def test_prompts_only(self):
+        findings = self.assert_all_pass(healthy(dataset=[{"prompt": text} for text in PROMPTS]), "window_split")
+        assert "the student writes the answers" in findings["data"].found
+        assert "quality" not in findings
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_priming(self, family):
+        arguments = healthy(family, priming="teacher")
+        arguments["dataset"] = answered_rows(
+            arguments["teacher"], arguments["processing_class"], True, arguments["priming"]
+        )
+        findings = self.assert_all_pass(arguments, "priming", "quality", "trained_tokens")
+        assert findings["priming"].values["tokens"] > 10
+        assert findings["quality"].values["nll_primed_teacher"] < findings["quality"].values["nll_student"]
+        assert "soft_prompt_gradient" not in findings
+
+    def test_padded_vocabularies(self):
+        arguments = healthy()
+        arguments["teacher"].resize_token_embeddings(64)
+        findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
+        assert "compared on the 40 real ids" in findings["vocabulary"].found
+
+    def test_rows_of_mixed_types(self):
+        """Arrow keeps the contents of these two as JSON only."""
+        arguments = healthy()
+        rows = answered_rows(arguments["teacher"], arguments["processing_class"], conversational=True)
+        (message,) = rows[0]["prompt"]
+        rows[0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
+        self.assert_all_pass({**arguments, "dataset": rows})
+
+    def test_a_pad_token_of_its_own(self):
+        arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))
+        assert "pad '<pad>' (5)" in self.assert_all_pass(arguments)["special_tokens"].found
+
+    @pytest.mark.parametrize("peft", [False, True])
+    def test_self_distillation(self, peft):
+        student = pair()[0]
+        if peft:
+            student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+        findings = self.assert_all_pass(healthy(model=student, teacher=None, lora=peft), "soft_prompt_gradient")
+        assert "own teacher" in findings["tokenizers"].found
+        assert "padding_teacher" not in findings
+        assert abs(findings["quality"].values["reverse_kl"]) < 1e-6
+
+    def test_a_bfloat16_teacher(self):
+        arguments = healthy()
+        arguments["teacher"] = arguments["teacher"].bfloat16()
+        self.assert_all_pass(arguments, "soft_prompt_gradient", "padding_soft_prompt")
+
+    def test_a_four_bit_teacher(self, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        arguments = healthy()
+        tiny_model(seed=1, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+        quantization = {"load_in_4bit": True}
+        arguments["teacher"] = load_teacher(tmp_path, {"quantization_config": quantization, "dtype": "float32"})
+        findings = findings_of(arguments)
+        assert "gradient through it was compared" in findings["quantization"].found
+        assert {findings[name].status for name in ("soft_prompt_gradient", "padding_soft_prompt")} == {"pass"}
+
+    def test_the_collator_of_ones_own(self):
+        self.assert_all_pass(healthy(data_collator=OwnCollator(lambda batch: None)), "trained_tokens")
+
+    def test_tokenized_rows(self):
+        arguments = healthy(lmbda=0.5)
+        rows = [tokenize_row(row, arguments["processing_class"]) for row in arguments["dataset"]]
+        self.assert_all_pass({**arguments, "dataset": Dataset.from_list(rows)}, "quality")
+
+    def test_the_models_are_left_as_they_were(self):
+        arguments = healthy()
+        arguments["model"].train()
+        before = [weights(arguments[role]) for role in ("model", "teacher")]
+        diagnose(**arguments)
+        assert arguments["model"].training
+        assert all(parameter.requires_grad for parameter in arguments["model"].parameters())
+        assert all(parameter.grad is None for parameter in arguments["model"].parameters())
+        after = [weights(arguments[role]) for role in ("model", "teacher")]
+        assert [difference(*states) for states in zip(before, after, strict=True)] == [0.0, 0.0]
+
+
+class TestMemory:
+    def parts(self, **settings):
+        return findings_of(healthy(**settings))["memory"].values
+
+    def test_weights_gradients_and_moments(self):
+        size = 4 * sum(parameter.numel() for parameter in pair()[0].parameters()) / 1e9
+        parts = self.parts()
+        assert parts["student"] == parts["teacher"] == pytest.approx(size, rel=0.01)  # rotary frequencies come on top
+        assert parts["gradients"] == pytest.approx(size)
+        assert parts["AdamW"] == pytest.approx(2 * size)
+
+    def test_an_adapter_needs_less_and_its_own_teacher_no_second_copy(self):
+        parts = self.parts(lora=True)
+        # 16 x the widths of 2 layers (q, k, v, o, gate, up, down), in float32
+        assert parts["gradients"] == pytest.approx(16 * 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80) * 4 / 1e9)
+        assert parts["teacher"] > 0
+        assert self.parts(lora=True, teacher=None)["teacher"] == 0
+
+    def test_rollouts_grow_with_the_window_and_losses_with_the_micro_batch(self):
+        one = self.parts()
+        window, batch = self.parts(gradient_accumulation_steps=3), self.parts(per_device_train_batch_size=24)
+        assert window["rollouts"] == pytest.approx(3 * one["rollouts"])
+        assert window["activations"] == one["activations"]
+        assert batch["activations"] == pytest.approx(3 * one["activations"])
+        assert self.parts(loss_chunk_size=64)["logits"] == pytest.approx(self.parts(loss_chunk_size=32)["logits"] * 2)
+
+    def test_recomputed_activations_of_the_teacher_are_not_kept(self):
+        kept, recomputed = self.parts(), self.parts(teacher_gradient_checkpointing=True)
+        tokens = 8 * (max(len(prompt.split()) for prompt in PROMPTS) + 16 + 7)
+        features = 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
+        # Instead of what goes into and comes out of 2 layers: the inputs of both, and one layer
+        assert kept["activations"] - recomputed["activations"] == pytest.approx(
+            tokens * 4 * (features - 2 * 32 - features / 2) / 1e9
+        )
+
+    def test_the_cache_is_that_of_keys_and_values(self):
+        # 2 x layers x key-value heads x head size x (prompt + new) x rows x bytes, and drawing's logits
+        longest = max(len(prompt.split()) for prompt in PROMPTS) + 16
+        assert self.parts()["rollouts"] == pytest.approx((2 * 2 * 2 * 8 * longest * 8 * 4 + 28 * 40 * 8) / 1e9)
+
+    def test_the_total_is_held_against_what_there_is(self, monkeypatch):
+        total = self.parts()["total"]
+        monkeypatch.setattr(memory_module, "available_memory", lambda device: total + 0.01)
+        assert findings_of(healthy())["memory"].status == "pass"
+        monkeypatch.setattr(memory_module, "available_memory", lambda device: total - 0.01)
+        assert findings_of(healthy())["memory"].status == "warn"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    student, teacher = pair()
+    tokenizer = tiny_tokenizer()
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in answered_rows(teacher, tokenizer)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def flags(folder, *more, dataset="rows.jsonl"):
+    return [
+        "doctor",
+        *("--model", str(folder / "student"), "--teacher", str(folder / "teacher")),
+        *("--dataset", str(folder / dataset), "--prompt_column", "question", "--completion_column", "answer"),
+        *more,
+    ]
+
+
+class TestCommand:
+    def test_a_table_and_exit_code_0(self, folder, capsys):
+        assert main(flags(folder, "--lmbda", "0.5")) == 0
+        out = capsys.readouterr().out
+        for name in ("tokenizers", "soft_prompt_gradient", "memory"):
+            assert re.search(rf"{name} +pass ", out), out
+        assert "18 pass" in out
+
+    def test_json_and_nothing_else_on_standard_output(self, folder, capsys):
+        assert main(flags(folder, "--json", "--rows", "5")) == 0
+        captured = capsys.readouterr()
+        report = json.loads(captured.out)
+        assert report["passed"] is True
+        assert report["teacher"] == str(folder / "teacher")
+        assert [set(check) for check in report["checks"]] == [{"name", "status", "found", "advice", "values"}] * 18
+        assert "5 rows of texts" in next(c["found"] for c in report["checks"] if c["name"] == "data")
+        assert "Loading" in captured.err
+
+    def test_a_failed_check_is_exit_code_1(self, folder, capsys):
+        tiny_tokenizer([*WORDS[:-1], "five"]).save_pretrained(folder / "teacher")
+        assert main(flags(folder, "--json")) == 1
+        report = json.loads(capsys.readouterr().out)
+        assert report["passed"] is False
+        assert next(c for c in report["checks"] if c["name"] == "tokenizers")["status"] == "fail"
+
+    def test_what_is_not_finite_is_null(self, folder, capsys):
+        teacher = pair()[1]
+        teacher.model.embed_tokens.weight.data[:, 0] = float("nan")
+        teacher.save_pretrained(folder / "teacher")
+        student = pair()[0]
+        student.lm_head.weight.data *= 1e30  # differences of log-probabilities overflow
+        student.save_pretrained(folder / "student")
+        assert main(flags(folder, "--json")) == 1
+        out = capsys.readouterr().out
+        assert "NaN" not in re.sub(r'"[^"]*"', "", out)
+        assert "Infinity" not in out
+
+    def test_a_warning_is_exit_code_0(self, folder, capsys):
+        for path in (folder / "teacher").glob("*token*"):
+            path.unlink()
+        assert main(flags(folder)) == 0
+        assert re.search(r"tokenizers +warn ", capsys.readouterr().out)
+
+    def test_priming_from_a_file_and_self_distillation(self, folder, capsys):
+        (folder / "priming.txt").write_text("the answer is {{ reference_answer }} ")
+        arguments = flags(folder, "--json", "--priming_file", str(folder / "priming.txt"), "--num_virtual_tokens", "3")
+        del arguments[3:5]  # no teacher
+        main(arguments)
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        assert checks["priming"]["status"] == "pass"
+        assert "own teacher" in checks["tokenizers"]["found"]
+
+    def test_settings_reach_the_checks(self, folder, capsys):
+        more = ("--json", "--max_new_tokens", "40", "--num_virtual_tokens", "3", "--gradient_accumulation_steps", "2")
+        assert main(flags(folder, *more)) == 0
+        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+        assert checks["positions"]["values"] == {"student": 45, "teacher": 48}
+        assert "window of 16 rows" in checks["memory"]["found"]
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (["--dataset", "nowhere.jsonl"], "no such file"),
+            (["--dataset", "rows.csv"], "cannot be read"),
+            (["--prompt_column", "text"], "'text'; the columns are"),
+            (["--priming", "teacher", "--priming_file", "x"], "both given"),
+            (["--rows", "0"], "`rows` is 0"),
+            (["--num_virtual_tokens", "0"], "`num_virtual_tokens` is 0"),
+            (["--model", "nowhere/at/all"], "nowhere/at/all"),
+        ],
+    )
+    def test_unusable_arguments_are_exit_code_2(self, folder, capsys, monkeypatch, more, message):
+        monkeypatch.chdir(folder)
+        (folder / "rows.csv").write_bytes(b"\xff\xfe\x00" * 99)
+        assert main(flags(folder, *more)) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err.splitlines()[-1]
+        assert captured.out == ""
+
+    def test_json_that_is_none_is_exit_code_2(self, folder):
+        with pytest.raises(SystemExit) as exit_code:
+            main(flags(folder, "--model_init_kwargs", "{"))
+        assert exit_code.value.code == 2
+
+
+def test_defaults_are_those_of_the_configurations(make_args):
+    import inspect
+
+    from trl_promptkd import PromptKDConfig
+
+    ours = {name: p.default for name, p in inspect.signature(diagnose).parameters.items()}
+    theirs = PromptKDConfig.__dataclass_fields__
+    shared = set(ours) & set(theirs)
+    assert {"max_length", "max_new_tokens", "gradient_checkpointing", "loss_chunk_size", "overlong"} < shared
+    assert {name: ours[name] for name in shared} == {name: theirs[name].default for name in shared}
+    assert PromptEncoderConfig().num_virtual_tokens == 7

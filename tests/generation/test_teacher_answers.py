@@ -1,0 +1,216 @@
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from reference import greedy
+from tiny import prompt_dataset, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+
+from trl_promptkd import PrimingTemplate, teacher_answers
+from trl_promptkd.data.primed import tokenize_primed_dataset
+from trl_promptkd.generation.teacher_answers import answer_key, weights_fingerprint, write_teacher_answers
+
+
+ARGS = SimpleNamespace(
+    seed=1,
+    rollout_batch_size=2,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=1,
+    gradient_checkpointing_kwargs=None,
+)
+
+
+def rows(size=7, text="red "):
+    return tokenize_primed_dataset(prompt_dataset(size), "x", tiny_tokenizer(), PrimingTemplate(text))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(dataset, teacher=None, folder="answers", do_sample=False, **settings):
+        config = GenerationConfig(max_new_tokens=5, do_sample=do_sample, pad_token_id=0, eos_token_id=0)
+        return write_teacher_answers(
+            dataset,
+            str(tmp_path / folder),
+            teacher or tiny_model(seed=2),
+            weights_fingerprint(teacher or tiny_model(seed=2)),
+            Accelerator(cpu=True),
+            tiny_tokenizer(),
+            config,
+            SimpleNamespace(**{**vars(ARGS), **settings}),
+        )
+
+    return write
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many prompts were answered."""
+    counts, original = [], teacher_answers.sample_completions
+
+    def sample(model, accelerator, prompts, *args, **kwargs):
+        counts.append(len(prompts))
+        return original(model, accelerator, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(teacher_answers, "sample_completions", sample)
+    return counts
+
+
+class TestWriting:
+    def test_answers_are_the_primed_teachers_in_the_order_of_the_rows(self, write):
+        teacher = tiny_model(seed=2)
+        answered = write(rows(), teacher)
+        for before, after in zip(rows(), answered, strict=True):
+            assert after["completion_ids"] == greedy(teacher, before["teacher_prompt_ids"], 5, 0)
+            assert after["length"] == len(after["teacher_prompt_ids"]) + len(after["completion_ids"])
+            assert after["prompt_ids"] == before["prompt_ids"]
+
+    def test_are_a_data_set(self, write, tmp_path):
+        write(rows())
+        stored = load_dataset(
+            "parquet", data_files=str(tmp_path / "answers" / "*.parquet"), split="train", cache_dir=str(tmp_path / "c")
+        )
+        assert set(stored.column_names) == {"key", "prompt", "completion", "completion_ids"}
+        assert len(stored) == 7
+        assert all(row["prompt"].startswith("red ") for row in stored)
+
+    def test_equal_prompts_are_answered_once(self, write, counted):
+        dataset = rows(3)
+        twice = dataset.select([0, 1, 2, 0, 1])
+        answers = write(twice)["completion_ids"]
+        assert sum(counted) == 3
+        assert answers[:2] == answers[3:]
+
+    def test_sampled_answers_do_not_depend_on_the_order_of_the_rows(self, write):
+        dataset = rows()
+        first = write(dataset, folder="a", do_sample=True)["completion_ids"]
+        turned = write(dataset.select(range(6, -1, -1)), folder="b", do_sample=True)["completion_ids"]
+        assert turned[::-1] == first
+
+
+class TestResuming:
+    def test_what_is_there_is_not_written_again(self, write, counted, caplog, propagate):
+        first = write(rows(4))
+        more = write(rows(7))
+        assert counted == [2, 2, 2, 1]
+        assert more["completion_ids"][:4] == first["completion_ids"]
+        assert "4 of 7 teacher answers" in caplog.text
+        write(rows(7))
+        assert sum(counted) == 7
+
+    def test_a_killed_run_goes_on_where_it_was(self, write, counted, monkeypatch, tmp_path):
+        """Killed after every batch in turn; in the end the answers are those of an undisturbed run."""
+        monkeypatch.setattr(teacher_answers, "_SECONDS_A_PART", 0.0)
+        whole = write(rows(), folder="whole", do_sample=True)["completion_ids"]
+        counted.clear()
+        original = teacher_answers._write_part
+
+        def die(*args):
+            original(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(teacher_answers, "_write_part", die)
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                write(rows(), do_sample=True)
+        monkeypatch.setattr(teacher_answers, "_write_part", original)
+        assert write(rows(), do_sample=True)["completion_ids"] == whole
+        assert sum(counted) == 7
+
+    @pytest.mark.parametrize("change", ["teacher", "priming", "sampling", "seed"])
+    def test_what_made_them_is_part_of_their_name(self, write, counted, change):
+        write(rows(3))
+        write(
+            rows(3, "blue " if change == "priming" else "red "),
+            tiny_model(seed=3 if change == "teacher" else 2),
+            do_sample=change == "sampling",
+            seed=2 if change == "seed" else 1,
+        )
+        assert sum(counted) == 6
+
+    def test_a_damaged_file_is_named(self, write, tmp_path):
+        write(rows(3))
+        path = sorted((tmp_path / "answers").iterdir())[0]
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(ValueError, match=r"answers-\w+\.parquet cannot be read.*Delete it"):
+            write(rows(3))
+
+    def test_half_written_files_are_not_looked_at_and_removed(self, write, tmp_path):
+        os.makedirs(tmp_path / "answers")
+        (tmp_path / "answers" / "answers-abc.parquet.123.incomplete").write_bytes(b"PAR1")
+        assert all(write(rows(3))["completion_ids"])
+        assert not list((tmp_path / "answers").glob("*.incomplete"))
+
+
+class TestFingerprint:
+    def test_tells_models_apart_and_copies_not(self):
+        teacher = tiny_model(seed=2).requires_grad_(False)
+        assert weights_fingerprint(teacher) == weights_fingerprint(tiny_model(seed=2).requires_grad_(False))
+        assert weights_fingerprint(teacher) != weights_fingerprint(tiny_model(seed=3).requires_grad_(False))
+        assert weights_fingerprint(tiny_model(seed=2)) != weights_fingerprint(tiny_model(seed=3))
+        assert weights_fingerprint(teacher) != weights_fingerprint(teacher.to(torch.bfloat16))
+
+    @pytest.mark.parametrize("place", [0, 1, 777, -1])
+    def test_any_entry_counts(self, place):
+        model = tiny_model()
+        with torch.no_grad():
+            before = weights_fingerprint(model.requires_grad_(False))
+            for name, parameter in model.named_parameters():
+                flat = parameter.view(-1)
+                place_here = place if place < len(flat) else 1
+                value = flat[place_here].clone()
+                flat[place_here] += 1e-3
+                assert weights_fingerprint(model) != before, name
+                flat[place_here] = value
+                assert weights_fingerprint(model) == before, name
+
+    def test_some_rows_of_the_embeddings_count(self):
+        """Not what stands at regular distances in memory only."""
+        model = tiny_model(vocab_size=512, dtype=torch.bfloat16).requires_grad_(False)
+        before = weights_fingerprint(model)
+        model.get_input_embeddings().weight[::2][:200] += 1.0
+        assert weights_fingerprint(model) != before
+
+    def test_buffers_count(self):
+        model = tiny_model().requires_grad_(False)
+        model.register_buffer("scale", torch.ones(3))
+        before = weights_fingerprint(model)
+        model.scale[1] = 2.0
+        assert weights_fingerprint(model) != before
+
+    def test_the_scales_of_quantized_weights_count(self, tmp_path):
+        pytest.importorskip("bitsandbytes")
+        tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+        for bits in ("load_in_4bit", "load_in_8bit"):
+            model = AutoModelForCausalLM.from_pretrained(
+                tmp_path, quantization_config=BitsAndBytesConfig(**{bits: True})
+            )
+            before = weights_fingerprint(model)
+            weight = model.model.layers[0].mlp.up_proj.weight
+            (weight.quant_state.absmax if bits == "load_in_4bit" else weight.SCB)[:1] *= 2
+            assert weights_fingerprint(model) != before, bits
+
+    def test_shapes_and_types_count(self):
+        model = tiny_model().requires_grad_(False)
+        seen = {weights_fingerprint(model)}
+        for other in (tiny_model(tie_word_embeddings=True), tiny_model(dtype=torch.bfloat16)):
+            seen.add(weights_fingerprint(other.requires_grad_(False)))
+        assert len(seen) == 3
+
+    def test_an_adapter_above_the_teacher_does_not_count(self):
+        models = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            models.append(get_peft_model(tiny_model(seed=2), LoraConfig(task_type="CAUSAL_LM")))
+            torch.nn.init.normal_(next(p for p in models[-1].parameters() if p.requires_grad))
+        assert weights_fingerprint(models[0]) == weights_fingerprint(models[1])
+
+    def test_keys_are_stable(self):
+        key = answer_key({"teacher": "a", "seed": 1}, [1, 2])
+        assert key == answer_key({"seed": 1, "teacher": "a"}, (1, 2))
+        assert key != answer_key({"teacher": "a", "seed": 1}, [12])
+        assert json.dumps(key)

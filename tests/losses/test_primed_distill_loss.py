@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from trl_promptkd.divergences import entropy
+from trl_promptkd.losses.primed_distill import primed_loss_sums
+
+
+def log(*probabilities):
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+class TestByHand:
+    """q = (1/2, 1/2), p = (3/4, 1/4), the token is the second one."""
+
+    Q, P, TOKEN = log(0.5, 0.5), log(0.75, 0.25), torch.tensor([1])
+
+    def test_terms_at_temperature_one(self):
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.25, temperature=1.0)
+        reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+        assert sums.cross_entropy == pytest.approx(math.log(2))
+        assert sums.divergence == pytest.approx(reverse)
+        assert sums.student_teacher == pytest.approx(reverse)
+        assert sums.loss == pytest.approx(0.25 * math.log(2) + 0.75 * reverse)
+        assert sums.student_entropy == pytest.approx(math.log(2))
+        assert sums.teacher_entropy == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+        assert sums.teacher_log_prob == pytest.approx(math.log(0.25))
+
+    def test_temperature_divides_logits_and_scales_by_its_square(self):
+        # At temperature 2, p is proportional to (sqrt(3), 1)
+        p = math.sqrt(3) / (1 + math.sqrt(3))
+        reverse = 0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p))
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.25, temperature=2.0)
+        assert sums.divergence == pytest.approx(reverse)
+        assert sums.loss == pytest.approx(0.25 * math.log(2) + 0.75 * 4 * reverse)
+        assert sums.cross_entropy == pytest.approx(math.log(2))
+
+    def test_beta(self):
+        forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.0, temperature=1.0, beta=0.0)
+        assert sums.loss == pytest.approx(forward)
+        reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+        assert sums.student_teacher == pytest.approx(reverse)
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.0, temperature=1.0, beta=0.5)
+        m = (0.625, 0.375)
+        jsd = 0.5 * (0.75 * math.log(0.75 / m[0]) + 0.25 * math.log(0.25 / m[1]))
+        jsd += 0.5 * (0.5 * math.log(0.5 / m[0]) + 0.5 * math.log(0.5 / m[1]))
+        assert sums.loss == pytest.approx(jsd)
+
+    def test_skew_mixes_the_first_distribution_into_the_second(self):
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.0, temperature=1.0, skew=0.2)
+        mixed = (0.2 * 0.5 + 0.8 * 0.75, 0.2 * 0.5 + 0.8 * 0.25)
+        assert sums.loss == pytest.approx(0.5 * math.log(0.5 / mixed[0]) + 0.5 * math.log(0.5 / mixed[1]))
+        sums = primed_loss_sums(self.Q, self.P, self.TOKEN, alpha=0.0, temperature=1.0, beta=0.0, skew=0.2)
+        mixed = (0.2 * 0.75 + 0.8 * 0.5, 0.2 * 0.25 + 0.8 * 0.5)
+        assert sums.loss == pytest.approx(0.75 * math.log(0.75 / mixed[0]) + 0.25 * math.log(0.25 / mixed[1]))
+
+    def test_agreement_and_accuracy_count_tokens(self):
+        q = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 0.0, 3.0]])
+        p = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        sums = primed_loss_sums(q, p, torch.tensor([0, 1, 1]), alpha=0.5, temperature=3.0)
+        assert (sums.agreement, sums.accuracy) == (2, 2)
+
+
+class TestProperties:
+    @pytest.mark.parametrize(("beta", "skew"), [(1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1)])
+    def test_is_zero_on_equal_models_and_positive_on_others(self, beta, skew):
+        torch.manual_seed(0)
+        q, p, tokens = torch.randn(5, 11), torch.randn(5, 11), torch.arange(5)
+        kwargs = {"alpha": 0.0, "temperature": 5.942, "beta": beta, "skew": skew}
+        assert primed_loss_sums(q, q.clone(), tokens, **kwargs).loss.abs() < 1e-4
+        assert primed_loss_sums(q, p, tokens, **kwargs).loss > 0.1
+
+    @pytest.mark.parametrize(("beta", "skew"), [(1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1)])
+    def test_gradient_goes_to_the_student_and_is_right(self, beta, skew):
+        torch.manual_seed(0)
+        q = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+        p = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+        tokens = torch.tensor([0, 3, 6])
+
+        def loss(logits):
+            return primed_loss_sums(logits, p, tokens, alpha=0.3, temperature=2.0, beta=beta, skew=skew).loss
+
+        assert torch.autograd.gradcheck(loss, (q,))
+        loss(q).backward()
+        assert q.grad.abs().sum() > 0
+        assert p.grad is None
+
+    def test_what_draws_lack_in_entropy_is_put_back(self):
+        torch.manual_seed(0)
+        q, drawn, tokens = torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
+        settings = {"alpha": 0.3, "temperature": 1.0, "beta": 0.0}
+        plain = primed_loss_sums(q, drawn, tokens, **settings)
+        true = entropy(drawn.log_softmax(-1)) + torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4])
+        mended = primed_loss_sums(q, drawn, tokens, true, **settings)
+        assert mended.divergence.item() == pytest.approx(plain.divergence.item() - 1.0, abs=1e-5)
+        assert mended.loss.item() == pytest.approx(plain.loss.item() - 0.7, abs=1e-5)
+
+    def test_no_tokens_make_a_loss_of_zero_with_a_gradient_path(self):
+        q = torch.randn(0, 7, requires_grad=True)
+        loss = primed_loss_sums(
+            q, torch.randn(0, 7), torch.zeros(0, dtype=torch.long), alpha=0.5, temperature=2.0
+        ).loss
+        loss.backward()
+        assert loss == 0

@@ -1,0 +1,104 @@
+"""What the documentation site makes of pages and docstrings beyond what mkdocs does."""
+
+import importlib.util
+import inspect
+from types import SimpleNamespace
+
+import pytest
+from paths import ROOT
+
+import trl_promptkd
+
+
+griffe = pytest.importorskip("griffe", reason="the extra `docs` is not installed")
+pytest.importorskip("latex2mathml", reason="the extra `docs` is not installed")
+DOCS = ROOT / "docs"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return load("hooks")
+
+
+def page(source):
+    return SimpleNamespace(file=SimpleNamespace(src_uri=source))
+
+
+class TestLinks:
+    @pytest.mark.parametrize(
+        ("source", "text", "expected"),
+        [
+            ("a.md", "[b](b.md#c), [d](https://e.f/g.py)", "[b](b.md#c), [d](https://e.f/g.py)"),
+            ("a.md", "[the script](../examples/promptkd.py)", "the script (`examples/promptkd.py`)"),
+            ("a.md", "[`examples/promptkd.py`](../examples/promptkd.py)", "`examples/promptkd.py`"),
+            ("a.md", "[changes](../CHANGELOG.md)", "[changes](changelog.md)"),
+            ("api/a.md", "[b](../b.md)", "[b](../b.md)"),
+            ("changelog.md", "[b](docs/b.md#c)", "[b](b.md#c)"),
+            ("a.md", "![figure](images/b.png)", "![figure](images/b.png)"),
+            ("a.md", "```python\n[x](../none)\n```\n[s](../Makefile)", "```python\n[x](../none)\n```\ns (`Makefile`)"),
+            ("a.md", "`[x](../none)`", "`[x](../none)`"),
+        ],
+    )
+    def test_files_that_are_not_pages_become_their_names(self, hooks, source, text, expected):
+        assert hooks.on_page_markdown(text, page(source), None, None) == expected
+
+    def test_a_file_that_is_not_there_is_a_warning(self, hooks, caplog):
+        hooks.on_page_markdown("[x](../none.py)", page("a.md"), None, None)
+        assert "there is no none.py" in caplog.text
+
+
+class TestFormulas:
+    def test_are_mathml(self, hooks):
+        inline = '<p><span class="arithmatex">\\(a &lt; \\tau\\)</span></p>'
+        drawn = hooks.on_page_content(inline, None, None, None)
+        assert drawn.count("<math") == 1
+        assert "arithmatex" not in drawn
+        for part in ('display="inline"', "<mi>a</mi>", "&#x0003C;", "&#x003C4;"):
+            assert part in drawn
+        block = '<div class="arithmatex">\\[a\nb\\]</div>'
+        assert 'display="block"' in hooks.on_page_content(block, None, None, None)
+
+
+class TestDocstrings:
+    @pytest.fixture(scope="class")
+    def package(self):
+        extensions = griffe.load_extensions(load("hf_docstrings").HuggingFaceDocstrings)
+        return griffe.load("trl_promptkd", search_paths=[DOCS.parent], extensions=extensions)
+
+    def test_every_public_name_is_in_the_api(self):
+        pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+        assert [name for name in trl_promptkd.__all__ if f"::: trl_promptkd.{name}\n" not in pages] == []
+
+    def test_arguments_have_types_and_no_default_beside_the_signatures(self, package):
+        sections = package["promptkd_config.PromptKDConfig"].docstring.parse("google")
+        arguments = next(section for section in sections if section.kind.value == "parameters").value
+        found = {argument.name: (str(argument.annotation), argument.default) for argument in arguments}
+        assert found["lmbda"] == ("float", "1.0")
+        assert found["loss_chunk_size"] == ("int", "256")
+
+    def test_what_is_returned_is_text(self, package):
+        text = package["promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value
+        assert "**Returns:** `Tensor` of shape `(batch, seq, vocab)`" in text
+        docstring = package["doctor.diagnosis.diagnose"].docstring
+        assert "**Returns:** `list` of [`Finding`][trl_promptkd.doctor.Finding], in" in docstring.value
+        assert [section.kind.value for section in docstring.parse("google")][-1] == "raises"
+
+    def test_fields_of_trl_are_left_away(self, package):
+        names = package["PromptKDConfig"].parameters
+        assert "lmbda" in names
+        assert "learning_rate" not in names
+        assert "learning_rate" in inspect.signature(trl_promptkd.PromptKDConfig).parameters
+
+    def test_names_become_links_where_the_api_has_them(self, package):
+        text = package["promptkd_config.PromptKDConfig"].docstring.value
+        assert "[`PromptKDTrainer`][trl_promptkd.PromptKDTrainer]" in text
+        assert "[`SamplingConfig`][trl_promptkd.trainer.sampling_config.SamplingConfig]" in text
+        assert "[`~" not in text
+        assert "`TrainingArguments`" in text

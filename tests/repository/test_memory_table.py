@@ -1,0 +1,42 @@
+"""The memory table of docs/scaling.md is what its script computes."""
+
+import importlib.util
+
+import pytest
+from paths import ROOT
+
+
+SCRIPT = ROOT / "benchmarks" / "memory_table.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("memory_table", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_holds_the_table(script):
+    page = script.PAGE.read_text(encoding="utf-8")
+    table = page.split(script.START)[1].split(script.END)[0].strip().splitlines()
+    assert table == list(script.table()), "Run `python benchmarks/memory_table.py --write`."
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-7B", 7_615_616_512), ("Llama-3.1-8B", 8_030_261_248)],
+)
+def test_shapes_are_the_published_ones(script, name, parameters):
+    model = script.model_of(name, "bfloat16")
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_four_bits_a_weight_and_their_scales(script):
+    full, packed = (script.model_of("Qwen2.5-7B", held) for held in ("bfloat16", "4 bits"))
+    linear = sum(p.numel() for name, p in full.named_parameters() if "proj.weight" in name)
+    sizes = [
+        sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+        for model in (full, packed)
+    ]
+    assert sizes[0] - sizes[1] == 2 * linear - linear / 2 - linear / 64 * 4

@@ -1,0 +1,158 @@
+"""Two real ranks (gloo) on the CPU. `accelerate launch --cpu --num_processes 2` would start one (trap 16).
+
+FSDP2 and DeepSpeed run here as they do on GPUs, in float32: see how distributed_run.py makes accelerate use them. DeepSpeed is looked for
+in the environment and in `.venv/deepspeed`, where `make test-slow` puts it so that nothing else meets it. All runs of one way of
+sharding share a launch.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import SCRIPTS
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.slow
+SCRIPT = str(SCRIPTS / "distributed_run.py")
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+WAYS = ["ddp", "fsdp2", "zero2", "zero3"]
+
+SEQUENTIAL = {"config": {"prompt_update": "sequential"}}
+# Compared with one process: a step, with accumulation
+ALIKE = {
+    "simultaneous": {},
+    "sequential": SEQUENTIAL,
+    "lora": {"student": "lora"},
+    "self": {"student": "self"},
+    "self_sequential": {"student": "self", **SEQUENTIAL},
+    "tied": {"family": "gpt2"},
+    "two_families": {"teacher_family": "qwen2"},
+    "by_name": {"by_name": True},
+    "checkpointing": {"config": {"gradient_checkpointing": True, "teacher_gradient_checkpointing": True}},
+    "primed": {"method": "primed"},
+    "primed_self": {"method": "primed", "student": "self"},
+    "primed_cache": {"method": "primed", "source": "cache"},
+    "own_samples": {"method": "primed", "source": "student"},
+    "teacher_writes": {"method": "primed", "source": "teacher", "size": 18},  # nine batches: one rank has more of them
+    "teacher_writes_by_name": {"method": "primed", "source": "teacher", "by_name": True, "size": 18},
+}
+REFUSED = {  # or not run
+    "ddp": {"by_name", "teacher_writes_by_name", "two_families"},
+    "fsdp2": {"self_sequential", "primed_cache"},
+    "zero2": {"by_name", "teacher_writes_by_name", "primed_cache", "two_families"},
+    "zero3": {"teacher_writes", "teacher_writes_by_name", "primed_cache"},
+}
+# Without a counterpart in one process
+ADAM = {"steps": 4, "sampled": True, "config": {"optim": "adamw_torch", "learning_rate": 1e-3}}
+ALONE = {
+    "many_steps": {"steps": 20, "sampled": True, "config": {"lmbda": 0.6}},
+    "empty_rank": {"empty_rank": 1, "config": {"lmbda": 0.0}},
+    "empty_rank_primed": {"empty_rank": 1, "method": "primed"},
+    "straight": ADAM,
+    "interrupted": {**ADAM, "interrupted_rank": 1},
+    "resumed": {**ADAM, "resume": True},
+}
+
+
+@functools.cache
+def deepspeed_is_there():
+    return DEEPSPEED.is_dir() or importlib.util.find_spec("deepspeed") is not None
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """For a way of sharding, each run's folder; `alone` for one process with all rows."""
+
+    @functools.cache
+    def launch(way):
+        folder = tmp_path_factory.mktemp(way)
+        runs = {name: run for name, run in {**ALIKE, **ALONE}.items() if name not in REFUSED.get(way, ())}
+        if way == "alone":
+            runs = ALIKE
+        jobs = []
+        for name, settings in runs.items():
+            path = folder / {"resumed": "interrupted"}.get(name, name)
+            path.mkdir(exist_ok=True)
+            jobs.append({"folder": str(path), **settings, "rows": 4 if way == "alone" else 2})
+        sharding = way if way in ("fsdp2", "zero2", "zero3") else ""
+        environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {} if sharding else {"ACCELERATE_USE_CPU": "1"}
+        if way.startswith("zero"):
+            environment["PYTHONPATH"] = f"{DEEPSPEED}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        launcher = [sys.executable]
+        if way != "alone":
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        with open(folder / "log", "w") as log:
+            subprocess.run(
+                [*launcher, SCRIPT, json.dumps({"sharding": sharding, "runs": jobs})],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=900,
+                check=False,  # each run's own test says whether it was done
+            )
+        return folder
+
+    def result(way, name, rank=0):
+        if way.startswith("zero") and not deepspeed_is_there():
+            pytest.skip("DeepSpeed is not installed")
+        path = launch(way) / name / f"rank{rank}.safetensors"
+        log = launch(way) / "log"
+        assert path.exists(), f"{name} was not finished; see the end of {log}:\n{log.read_text()[-6000:]}"
+        return load_file(path)
+
+    return result
+
+
+def assert_ranks_agree(first, second):
+    assert all(torch.equal(first[name], second[name]) for name in first if name in second)
+    assert all(value.float().isfinite().all() for value in first.values())
+
+
+@pytest.mark.parametrize(("way", "name"), [(way, name) for way in WAYS for name in ALIKE if name not in REFUSED[way]])
+def test_two_ranks_of_two_rows_equal_one_of_four(results, way, name):
+    """Traps 1 and 2: tokens are counted on all ranks, and gradients are not divided by their number.
+
+    Student, prompt, logged and evaluated values; the teacher is sharded as the student is.
+    """
+    first, second, expected = results(way, name), results(way, name, 1), results("alone", name)
+    is_sharded, of_teacher = first["sharded"].tolist()
+    assert is_sharded == (way in ("fsdp2", "zero3"))
+    assert of_teacher == (is_sharded and ALIKE[name].get("student") != "self")
+    for key, value in expected.items():
+        if key == "sharded":
+            continue
+        limit = 5e-3 if key == "prompt" else 1e-4
+        assert (first[key] - value).abs().max() / value.abs().max().clamp(min=1) < limit, key
+    assert_ranks_agree(first, second)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_prompt_is_bitwise_equal_on_all_ranks_after_many_sampled_steps(results, way):
+    """Ranks stop generating at different lengths here, and draw different numbers of rows to be sampled; they do not hang."""
+    assert_ranks_agree(results(way, "many_steps"), results(way, "many_steps", 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["empty_rank", "empty_rank_primed"])
+def test_a_rank_with_nothing_to_train_on_takes_part(results, way, name):
+    """And every way of sharding comes to the same."""
+    first = results(way, name)
+    assert_ranks_agree(first, results(way, name, 1))
+    for key, value in results("ddp", name).items():
+        assert key == "sharded" or torch.allclose(first[key], value, atol=1e-5), key
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_run_resumes(results, way):
+    """One rank's SIGTERM stopped both after the same step, with a whole checkpoint, which the next run went on from."""
+    straight, parted = results(way, "straight"), results(way, "interrupted")
+    for name, value in straight.items():
+        assert torch.equal(parted[name], value) or (way != "ddp" and torch.allclose(parted[name], value)), name

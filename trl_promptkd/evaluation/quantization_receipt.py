@@ -1,0 +1,75 @@
+"""What quantization did to a teacher, measured on the user's own rows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data import pad_rows
+from ..divergences import kl_divergence
+from ..models.forward import completion_states
+
+
+__all__ = ["quantization_receipt"]
+
+
+@torch.no_grad()
+def quantization_receipt(
+    full: nn.Module,
+    quantized: nn.Module,
+    rows: Sequence[Mapping[str, list[int]]],
+    pad_token_id: int,
+    batch_size: int = 4,
+) -> dict[str, Any]:
+    """Compare a quantized model with the one it was made from, token by token of some answers.
+
+    Args:
+        full, quantized: The two models, each on its own device.
+        rows: With `prompt_ids` (as the teacher sees the prompt) and `completion_ids`.
+        batch_size: Rows at once.
+
+    Returns:
+        - `num_rows`, `num_tokens`: what was compared;
+        - `kl_full_quantized`: KL(full || quantized), mean over tokens, in nats, and `kl_full_quantized_p95`, its 95th percentile;
+        - `top1_agreement`: share of tokens at which both models' likeliest token is the same;
+        - `answer_nll_full`, `answer_nll_quantized`: mean negative log-likelihood of the answers' tokens, in nats.
+
+    Raises:
+        ValueError: where there is no row with an answer.
+    """
+    rows = [row for row in rows if row["completion_ids"]]
+    if not rows:
+        raise ValueError("A quantization receipt needs rows with answers, and there are none.")
+    full.eval()
+    quantized.eval()
+    parts: dict[str, list[torch.Tensor]] = {"kl": [], "agreement": [], "full": [], "quantized": []}
+    with tqdm(total=len(rows), desc="Quantization receipt", unit="row") as bar:
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            batch = pad_rows(
+                [row["prompt_ids"] for row in chunk], [row["completion_ids"] for row in chunk], pad_token_id
+            )
+            log_probs = []
+            for model in (full, quantized):
+                device = next(model.parameters()).device
+                ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
+                log_probs.append(completion_states(model, ids, mask, labels).logits().log_softmax(dim=-1).cpu())
+            tokens = batch["labels"][:, 1:]
+            tokens = tokens[tokens != -100].unsqueeze(-1)
+            parts["kl"].append(kl_divergence(*log_probs))
+            parts["agreement"].append((log_probs[0].argmax(dim=-1) == log_probs[1].argmax(dim=-1)).float())
+            parts["full"].append(-log_probs[0].gather(-1, tokens))
+            parts["quantized"].append(-log_probs[1].gather(-1, tokens))
+            bar.update(len(chunk))
+    values = {name: torch.cat(tensors).flatten() for name, tensors in parts.items()}
+    return {
+        "num_rows": len(rows),
+        "num_tokens": len(values["kl"]),
+        "kl_full_quantized": float(values["kl"].mean()),
+        "kl_full_quantized_p95": float(values["kl"].quantile(0.95)),
+        "top1_agreement": float(values["agreement"].mean()),
+        "answer_nll_full": float(values["full"].mean()),
+        "answer_nll_quantized": float(values["quantized"].mean()),
+    }

@@ -1,0 +1,310 @@
+"""Completions sampled for a whole accumulation window at once, each from a random state of its own.
+
+The random state of a rollout depends on the seed, the step and the rank, and on nothing else (but that of a vLLM server): a resumed run samples what
+the uninterrupted one would have, and sampling leaves the global state as it was.
+"""
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerationMode
+
+from .._trl import sampling_loop, unwrap_model_for_generation
+from ..data import pad_rows
+from ..models.forward import is_sharded, prompted_embeddings, without_router_logits
+from ..models.side_effects import flags_restored, random_state_restored
+
+
+__all__ = [
+    "count_ended",
+    "generate_completions",
+    "own_random_state",
+    "rollout_config",
+    "rollout_seed",
+    "sample_completions",
+    "stop_ids",
+    "up_to_the_end",
+]
+
+
+def rollout_config(
+    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any
+) -> GenerationConfig:
+    """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the tokenizer.
+
+    The teacher's belong to them: an instruction-tuned teacher ends a turn with a token that a base student does not stop at.
+    """
+    stop_ids = {processing_class.eos_token_id}
+    for model in (student, teacher):
+        published = model.generation_config.eos_token_id
+        stop_ids |= set(published if isinstance(published, list) else [published])
+    settings = {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "use_cache": True,
+        "pad_token_id": processing_class.pad_token_id,
+        "eos_token_id": sorted(stop_ids - {None}) or None,
+    }
+    return GenerationConfig(**{**settings, **(args.generation_kwargs or {})})
+
+
+def stop_ids(generation_config: GenerationConfig) -> set[int]:
+    """The tokens that end a completion."""
+    eos = generation_config.eos_token_id
+    return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+
+def up_to_the_end(ids: Sequence[int], ends: set[int]) -> list[int]:
+    """A completion up to and including its first token of `ends`."""
+    return list(ids[: next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))])
+
+
+def rollout_seed(seed: int, purpose: str, step: int, rank: int) -> int:
+    """A seed for one use of randomness, far from those of its neighbours."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextmanager
+def own_random_state(seed: int, device: torch.device):
+    """Inside, torch draws from `seed`; afterwards its global state is what it was."""
+    with random_state_restored(device):
+        torch.manual_seed(seed)
+        yield
+
+
+class _RealIdsOnly(LogitsProcessor):
+    """Keeps a model whose vocabulary is padded from sampling an id that stands for no token."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(scores.size(-1), device=scores.device) >= self.vocab_size
+        return scores.masked_fill(padding, float("-inf"))
+
+
+class _Draw(LogitsProcessor):
+    """Draws a token by the inverse of the distribution function, and leaves the others no probability.
+
+    On a CPU, `torch.multinomial` takes an exponential random number for every entry of the vocabulary, one after the other: a
+    fifth of the time of a small model's rollouts. Here it is one uniform number a row.
+
+    Args:
+        row_seeds: Of the rows of a batch; each then draws from a state of its own, whatever rows it is among. `None`: from torch's.
+        num_tokens: The longest completion.
+    """
+
+    def __init__(self, row_seeds: Sequence[int] | None = None, num_tokens: int = 0):
+        self.numbers, self.step = None, 0
+        if row_seeds is not None:
+            states = [torch.Generator().manual_seed(seed) for seed in row_seeds]
+            self.numbers = torch.stack(
+                [torch.rand(num_tokens, dtype=torch.float64, generator=state) for state in states]
+            )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        distribution = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        if self.numbers is None:
+            uniform = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device)
+        else:
+            uniform = self.numbers[:, self.step : self.step + 1].to(scores.device)
+            self.step += 1
+        uniform = uniform * distribution[:, -1:]
+        # `right`: an entry without probability is never the first whose distribution function exceeds the number
+        drawn = torch.searchsorted(distribution, uniform, right=True).clamp(max=scores.size(-1) - 1)
+        return torch.full_like(scores, float("-inf")).scatter_(-1, drawn, 0.0)
+
+
+class _StopStrings(StoppingCriteria):
+    """
+    Ends a row at a stop string, and keeps where that was: `generate` fills what follows with padding, which may look like tokens.
+
+    transformers' own criterion fails on tokenizers that do not know each letter, and looks into the prompt too.
+
+    Args:
+        width: Columns of the prompts, in which a stop string ends nothing.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], width: int):
+        self.tokenizer, self.strings, self.width = tokenizer, strings, width
+        # A letter may take four tokens, one a byte
+        self.window = 4 * max(map(len, strings)) + 1
+        self.lengths: dict[int, int] = {}  # row -> tokens up to the end of its first stop string
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        new = input_ids[:, self.width :]
+        texts = self.tokenizer.batch_decode(new[:, -self.window :])
+        for row, text in enumerate(texts):
+            if row not in self.lengths and any(string in text for string in self.strings):
+                self.lengths[row] = new.size(1)
+        return torch.tensor([row in self.lengths for row in range(len(texts))], device=input_ids.device)
+
+
+def _stop_strings(generation_config: GenerationConfig) -> list[str]:
+    strings = generation_config.stop_strings or []
+    return [strings] if isinstance(strings, str) else list(strings)
+
+
+def count_ended(
+    completions: Sequence[Sequence[int]], generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many completions ended by themselves, with an end-of-text token or a stop string."""
+    ends, strings = stop_ids(generation_config), _stop_strings(generation_config)
+    texts = tokenizer.batch_decode(completions) if strings and completions else [""] * len(completions)
+    return sum(
+        bool(ends.intersection(ids[-1:])) or any(string in text for string in strings)
+        for ids, text in zip(completions, texts, strict=True)
+    )
+
+
+def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):
+    """transformers' own sampling loop, after whose temperature, top-k and so on [`_Draw`] comes."""
+    generation_config.do_sample = False
+    processors = LogitsProcessorList([*logits_processor, draw])
+    return sampling_loop(model, input_ids, processors, stopping_criteria, generation_config, **kwargs)
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    batch_size: int | None = None,
+    vocab_size: int | None = None,
+    in_step: bool = False,
+    soft_prompt: Tensor | None = None,
+    row_seeds: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[list[int]]:
+    """Sample one completion for each prompt, with a KV cache, in evaluation mode.
+
+    Args:
+        model: A model with `generate`, not wrapped for data parallelism. Its own `generation_config` plays no part: a
+            repetition penalty or a top-k that it was published with would sample from another distribution than the one
+            that is trained.
+        prompt_ids: One list of token ids a prompt.
+        generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
+        batch_size: Prompts generated at once; `None` for all.
+        vocab_size: Number of ids that stand for tokens, where the model has more.
+        in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the others need.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each prompt's first token.
+        row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size` nor on the other
+            prompts. `None`: all from torch's random state.
+        tokenizer: Needed if `generation_config` has `stop_strings`.
+
+    Returns:
+        One list of token ids a prompt, in their order, each up to and including its first end-of-text token or stop string.
+    """
+    ends = stop_ids(generation_config)
+    processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
+    batch_size = batch_size or len(prompt_ids)
+    draws = generation_config.get_generation_mode() == GenerationMode.SAMPLE
+    draws = draws and (model.device.type == "cpu" or row_seeds is not None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    published, strings = base.generation_config, _stop_strings(generation_config)
+    if strings:
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.stop_strings = None  # `_StopStrings` looks for them
+    completions: list[list[int]] = [[] for _ in prompt_ids]
+    order = sorted(range(len(prompt_ids)), key=lambda row: -len(prompt_ids[row]))  # rows are padded to their likes
+    try:
+        base.generation_config = generation_config
+        with flags_restored(model):
+            model.eval()
+            for start in range(0, len(prompt_ids), batch_size):
+                rows = order[start : start + batch_size]
+                prompts = [prompt_ids[row] for row in rows]
+                batch = pad_rows(prompts, [[]] * len(prompts), generation_config.pad_token_id)
+                ids, mask = (batch[name].to(model.device) for name in ("prompts", "prompt_attention_mask"))
+                inputs, width = {"input_ids": ids}, ids.size(1)
+                if soft_prompt is not None:  # `generate` then returns the new tokens alone
+                    embeds, mask = prompted_embeddings(model, ids, mask, soft_prompt)
+                    inputs, width = {"inputs_embeds": embeds}, 0
+                seeds = None if row_seeds is None else [row_seeds[row] for row in rows]
+                draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
+                stops = [_StopStrings(tokenizer, strings, width)] if strings else []
+                sequences = model.generate(
+                    **inputs,
+                    **without_router_logits(model),
+                    attention_mask=mask,
+                    generation_config=generation_config,
+                    logits_processor=processors,
+                    stopping_criteria=StoppingCriteriaList(stops),
+                    # `generate` keeps `synced_gpus` from a loop of one's own
+                    custom_generate=partial(_sample_by_drawing, draw=draw, synced_gpus=in_step) if draws else None,
+                    synced_gpus=in_step,
+                )
+                for index, (row, new) in enumerate(zip(rows, sequences[:, width:].tolist(), strict=True)):
+                    stopped = stops[0].lengths.get(index) if stops else None
+                    completions[row] = up_to_the_end(new[:stopped], ends)
+    finally:
+        base.generation_config = published
+    return completions
+
+
+def sample_completions(
+    model: nn.Module,
+    accelerator: Accelerator,
+    prompt_ids: Sequence[Sequence[int]],
+    generation_config: GenerationConfig,
+    seed: int,
+    args: Any,
+    vocab_size: int | None = None,
+    row_seeds: Sequence[int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[list[int]]:
+    """[`generate_completions`] for a model as a trainer holds it: wrapped, under checkpointing, in mixed precision.
+
+    Args:
+        seed: The completions' own random state; see [`rollout_seed`].
+        args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
+        row_seeds, tokenizer: As in [`generate_completions`].
+    """
+    in_step = accelerator.num_processes > 1 and is_sharded(model)
+    num_rows = len(prompt_ids)
+    if in_step:
+        # All ranks ask for equally many tokens of equally many batches; what fills a rank up is thrown away
+        most = max(gather_object([num_rows]))
+        prompt_ids = [*prompt_ids, *[[generation_config.pad_token_id]] * (most - num_rows)]
+        row_seeds = None if row_seeds is None else [*row_seeds, *[0] * (most - num_rows)]
+    if not prompt_ids:
+        return []
+    checkpointing = args.gradient_checkpointing_kwargs
+    # `PeftModel.generate` goes past the forward that accelerate has wrapped in autocast
+    with (
+        own_random_state(seed, accelerator.device),
+        accelerator.autocast(),
+        unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=checkpointing) as unwrapped,
+    ):
+        completions = generate_completions(
+            unwrapped,
+            prompt_ids,
+            generation_config,
+            args.rollout_batch_size,
+            vocab_size,
+            in_step,
+            row_seeds=row_seeds,
+            tokenizer=tokenizer,
+        )
+    return completions[:num_rows]

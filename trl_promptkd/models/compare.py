@@ -1,0 +1,203 @@
+"""The passes that losses are taken from, compared with a model's own forward pass.
+
+Trainers compute hidden states, then logits, in padded batches and behind a soft prompt. A model may do something else there: its
+state may ignore the attention mask, or it may need more than input embeddings. `check_forward` finds that on two short rows before
+training starts. The doctor makes the same comparison on rows of the user's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import pad_rows
+from ..divergences import kl_divergence
+from .forward import completion_states, forward_logits, input_embeddings, is_sharded
+
+
+__all__ = ["Distance", "check_forward", "distance", "distances_from_own_forward", "is_exact", "is_same"]
+
+_MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats per token (16 bits, quantized)
+_SLACK = 5.0  # what stops a run must be wrong beyond doubt
+PADDED, WHOLE, ALONE = "of the loss, padded", "of whole rows, padded", "of the loss, row by row"
+
+
+class Distance(NamedTuple):
+    """How far two sets of logits `(num_tokens, vocab)` are apart."""
+
+    log_probs: float
+    """The largest difference of log-probabilities."""
+    kl: float
+    """The mean KL divergence, in nats per token."""
+
+
+def is_exact(model: Any) -> bool:
+    """Whether two ways to compute the same may only differ by float32's rounding."""
+    return model.dtype == torch.float32 and getattr(model, "quantization_method", None) is None
+
+
+def distance(logits: Tensor, others: Tensor) -> Distance:
+    """The distance between two sets of logits. Tokens that are as good as impossible count as equally so."""
+    a, b = (part.float().log_softmax(dim=-1).clamp(min=-100.0) for part in (others, logits))
+    return Distance(float((a - b).abs().max()), float(kl_divergence(a, b).mean()))
+
+
+def is_same(found: Distance, exact: bool, slack: float = 1.0) -> bool:
+    """Whether the distance is no more than rounding; NaN is more.
+
+    Args:
+        exact: Whether everything was computed in float32.
+        slack: How many times the usual limit is allowed.
+    """
+    return found.log_probs <= slack * _MAX_DIFFERENCE if exact else found.kl <= slack * _MAX_KL
+
+
+@torch.no_grad()
+def distances_from_own_forward(
+    model: Any,
+    rows: Sequence[Mapping[str, list[int]]],
+    pad_token_id: int,
+    soft_prompt: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Distance]:
+    """How far the logits at the rows' completions are from those of the model's own forward on each row alone.
+
+    Args:
+        model: In evaluation mode, not wrapped.
+        rows: With `prompt_ids` and `completion_ids`.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row.
+        vocab_size (`int`, *optional*): Only the first entries count.
+
+    Returns:
+        `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one.
+    """
+    device = model.device
+    batch = _padded(rows, pad_token_id, device)
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    trained = labels[:, 1:] != -100
+    own, alone = [], []
+    for row in rows:
+        single = {name: value.to(device) for name, value in _batch([row], pad_token_id).items()}
+        own.append(_own_logits(model, single["input_ids"], len(row["completion_ids"]), soft_prompt)[:, :vocab_size])
+        inputs = (single["input_ids"], single["attention_mask"], single["labels"])
+        alone.append(completion_states(model, *inputs, soft_prompt, vocab_size).logits())
+    expected = torch.cat(own)
+    return {
+        ALONE: distance(torch.cat(alone), expected),
+        PADDED: distance(completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits(), expected),
+        WHOLE: distance(
+            forward_logits(model, ids, mask, soft_prompt)[:, :-1][trained][:, :vocab_size].float(), expected
+        ),
+    }
+
+
+def _batch(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    return pad_rows([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad_token_id)
+
+
+def _padded(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, device: Any) -> dict[str, Tensor]:
+    """The rows with columns of nothing but padding on both sides."""
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+    batch = _batch(rows, pad_token_id)
+    return {name: nn.functional.pad(batch[name], (7, 3), value=value).to(device) for name, value in fill.items()}
+
+
+def _own_logits(model: Any, ids: Tensor, num_completion: int, soft_prompt: Tensor | None) -> Tensor:
+    """The model's own logits at the last tokens of one row, from nothing but its ids (after the soft prompt's embeddings)."""
+    if soft_prompt is None:
+        logits = model(input_ids=ids, use_cache=False).logits
+    else:
+        embeds = input_embeddings(model)(ids)
+        embeds = torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+    return logits[0, -num_completion - 1 : -1].float()
+
+
+def check_forward(
+    role: str,
+    model: Any,
+    processing_class: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+    soft_prompt: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> None:
+    """Stop before training if losses would be taken from logits that are not the model's.
+
+    Two short rows of ordinary tokens are compared, in evaluation mode. Weights that are sharded, or not yet on their device, are left
+    to `trl-promptkd doctor`.
+
+    Args:
+        role: For messages: `"student"`, `"teacher"` or `"prompted teacher"`.
+        soft_prompt, vocab_size: As for [`distances_from_own_forward`].
+
+    Raises:
+        ValueError: saying what is off by how much, and what to do.
+    """
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if is_sharded(model) or devices != {accelerator.device.type}:
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = f"The {role} ({type(base).__name__})"
+    rows = _probe_rows(processing_class, vocab_size)
+    pad_token_id = processing_class.pad_token_id or 0
+    with _evaluation_mode(model), accelerator.autocast():
+        try:
+            own = _own_logits(model, torch.tensor([rows[0]["prompt_ids"]], device=model.device), 1, None)
+        except Exception:
+            return  # the model cannot be run at all, and says so itself at the first step
+        try:
+            found = distances_from_own_forward(model, rows, pad_token_id, soft_prompt, vocab_size)
+        except Exception as error:  # a model's code may raise anything
+            needs = (
+                ""
+                if soft_prompt is None
+                else " A soft prompt needs a model that computes everything from `inputs_embeds`."
+            )
+            raise ValueError(
+                f"{name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}.{needs} Choose another model."
+            ) from error
+    if not torch.isfinite(own).all():
+        return  # the loss of the first step says what is not finite
+    exact = is_exact(model) and accelerator.mixed_precision == "no"
+    wrong = [way for way, off in found.items() if not is_same(off, exact, _SLACK)]
+    if not wrong:
+        return
+    off = found[wrong[0]]
+    about = f"{off.log_probs:.2g} in log-probabilities, {off.kl:.2g} nats per token"
+    if wrong[0] == ALONE:
+        raise ValueError(
+            f"The logits of the {role} ({type(base).__name__}) are not its output head applied to its last hidden state: they are off by "
+            f"{about}. Losses would be wrong. Choose another model, or use transformers' own class for this one."
+        )
+    raise ValueError(
+        f"{name} gives a padded row other logits than the row alone: they are off by {about}. Its forward pass ignores the attention "
+        "mask or the positions, so losses and samples would depend on the padding. Choose a model whose forward pass uses both, or use "
+        "transformers' own class for this one."
+    )
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _probe_rows(processing_class: PreTrainedTokenizerBase, vocab_size: int | None) -> list[dict[str, list[int]]]:
+    """Two rows of different lengths, of ordinary tokens from all over the vocabulary."""
+    special = {index for index, token in processing_class.added_tokens_decoder.items() if token.special}
+    known = sorted(set(processing_class.get_vocab().values()) - special)
+    known = [index for index in known if vocab_size is None or index < vocab_size]
+    ids = [known[index * (len(known) - 1) // 14] for index in range(15)]
+    return [
+        {"prompt_ids": ids[:6], "completion_ids": ids[6:10]},
+        {"prompt_ids": ids[10:12], "completion_ids": ids[12:]},
+    ]

@@ -1,0 +1,319 @@
+"""The frozen teacher: loading, the proof that both vocabularies are one, and its place beside the student."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from .._trl import BaseTunerLayer, fsdp2_prepare_model, keep_four_bit_weights_differentiable, prepare_deepspeed
+from .init_kwargs import from_pretrained_kwargs
+from .side_effects import flags_restored
+
+
+__all__ = [
+    "asked_teacher",
+    "build_teacher",
+    "check_same_tokenizer",
+    "disable_dropout",
+    "freeze",
+    "load_teacher",
+    "load_teacher_tokenizer",
+    "place_teacher",
+    "position_limit",
+    "recomputed_activations",
+    "shared_vocab_size",
+]
+
+logger = logging.get_logger(__name__)
+
+
+def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False):
+    """Load a causal language model to be the teacher.
+
+    Args:
+        name_or_path (`str`): Hub id or folder.
+        init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such as
+            `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
+        trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
+
+    Raises:
+        OSError: where it cannot be loaded, naming it.
+        ValueError: for `init_kwargs` that would be taken wrongly, or ignored.
+    """
+    kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
+    kwargs.setdefault("trust_remote_code", trust_remote_code)
+    quantization = kwargs.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
+    try:
+        return _from_pretrained(name_or_path, kwargs)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have access to it, and that "
+            f"its files are whole. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _from_pretrained(name_or_path: str, kwargs: dict[str, Any]):
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+    # Models of images and texts, of which only text is asked (Mistral 3, Llava)
+    return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
+
+
+def load_teacher_tokenizer(
+    name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any | None:
+    """The tokenizer that stands beside the teacher, or `None` where there is none to compare with."""
+    if not name_or_path:
+        return None
+    known = ("revision", "subfolder", "gguf_file", "trust_remote_code")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known}
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def check_same_tokenizer(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a teacher whose token ids mean something else.
+
+    Raises:
+        ValueError: naming the first id at which the vocabularies differ.
+    """
+    student_tokens = {index: token for token, index in student_tokenizer.get_vocab().items()}
+    teacher_tokens = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
+    for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
+        if student_tokens.get(index) != teacher_tokens.get(index):
+            raise ValueError(
+                "The student and the teacher have different tokenizers: the first token that differs has id "
+                f"{index}, which is {student_tokens.get(index)!r} for the student ({len(student_tokens)} tokens) and "
+                f"{teacher_tokens.get(index)!r} for the teacher ({len(teacher_tokens)} tokens). Their distributions "
+                "cannot be compared token by token. Choose two models of one family; if only a pad token was added to "
+                "one of them, use the end-of-text token for padding instead."
+            )
+
+
+def shared_vocab_size(
+    student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many token ids both models are compared on, and sample from.
+
+    Models pad their vocabularies, those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The padding stands for no
+    token, so both models are compared, and normalised, on the tokenizer's real ids only. If the teacher itself is not at hand, the size
+    of its vocabulary is enough.
+
+    Returns:
+        `int`: the number of real ids.
+
+    Raises:
+        ValueError: if a model has fewer entries than the tokenizer has tokens.
+    """
+    student_size = student.config.get_text_config().vocab_size
+    teacher_size = teacher if isinstance(teacher, int) else teacher.config.get_text_config().vocab_size
+    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    real_size = max(tokens) + 1
+    for role, size in (("student", student_size), ("teacher", teacher_size)):
+        missing = [index for index in tokens if index >= size and index not in added]
+        if missing:
+            raise ValueError(
+                f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens, such as "
+                f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share one tokenizer."
+            )
+    # Special tokens beyond both vocabularies (images in Gemma 3's text models) cannot occur in text
+    return min(real_size, student_size, teacher_size)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Make `model` a teacher: evaluation mode, no gradient for any weight, gradients through 4-bit weights kept right."""
+    keep_four_bit_weights_differentiable(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Module:
+    """The frozen teacher of a trainer.
+
+    Args:
+        student: The trainer's student, as it starts.
+        teacher_model: A model, a name, or `None` for the student's own starting weights.
+        args: Has `teacher_model_init_kwargs` and `trust_remote_code`.
+
+    Returns:
+        The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`asked_teacher`], and no
+        second copy is held), else a frozen copy of the student.
+
+    Raises:
+        ValueError: for an adapter that changes what is below it, so that switching it off does not bring the start back.
+    """
+    if teacher_model is None and isinstance(student, PeftModel):
+        _check_base_stays(student.active_peft_config)
+        _check_head_stays(student)
+        return student  # frozen by PEFT below its adapter; must not be frozen as a whole
+    if teacher_model is None:
+        teacher_model = copy.deepcopy(student)
+        # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
+        teacher_model.__dict__.pop("forward", None)
+        teacher_model.__dict__.pop("_is_accelerate_prepared", None)
+    elif isinstance(teacher_model, str):
+        teacher_model = load_teacher(teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+    return freeze(teacher_model)
+
+
+def _check_base_stays(config: Any) -> None:
+    bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
+    remedy = "Pass `teacher_model`, for example the student's name, so that the teacher has weights of its own."
+    if bias != "none":
+        raise ValueError(
+            f"The student's adapter has `bias={bias!r}` and so trains weights of the model below it, which is to be the teacher and "
+            f"must not change. Set `bias='none'`. Or: {remedy}"
+        )
+    if not isinstance(init, bool) and init not in ("gaussian", "eva", "orthogonal"):
+        raise ValueError(
+            f"The student's adapter has `init_lora_weights={init!r}`, which rewrites the model below it, so that switching the "
+            f"adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: {remedy}"
+        )
+
+
+def _check_head_stays(student: PeftModel) -> None:
+    """The head is asked apart from the decoder, when it no longer shows whose states it gets."""
+    base = student.get_base_model()
+    names = {type(module).__name__ for module in (base.get_output_embeddings(), base.get_input_embeddings())}
+    if names & {"ModulesToSaveWrapper", "TrainableTokensWrapper"} or isinstance(
+        base.get_output_embeddings(), BaseTunerLayer
+    ):
+        raise ValueError(
+            "The student's adapter trains its embeddings or its output head (`modules_to_save`, `trainable_token_indices` or a LoRA layer "
+            "there), so that it cannot be its own teacher with the adapter switched off. Leave them out of the adapter, or pass "
+            "`teacher_model`, for example the student's name, so that the teacher has weights of its own."
+        )
+
+
+def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
+    """The teacher on its device, sharded as the student is (FSDP2, ZeRO-3); `None` where it is the student below its adapter.
+
+    A quantized teacher is whole on every rank under FSDP2, which cannot shard integers.
+    """
+    if teacher is student:
+        return None
+    if accelerator.state.deepspeed_plugin is not None:
+        return prepare_deepspeed(teacher, accelerator)
+    if accelerator.is_fsdp2 and getattr(teacher, "quantization_method", None) is None:
+        # The plugin keeps the classes of the layers that it shards one by one, and the student's may be others
+        plugin = accelerator.state.fsdp_plugin
+        of_student = (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
+        plugin.transformer_cls_names_to_wrap = None
+        try:
+            return fsdp2_prepare_model(accelerator, teacher)
+        finally:
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = of_student
+    if accelerator.is_fsdp2:
+        return teacher.to(accelerator.device)
+    return accelerator.prepare_model(teacher, evaluation_mode=True)
+
+
+@contextmanager
+def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
+    """The teacher in evaluation mode: `teacher`, or `student` with its adapter switched off where that is `None`."""
+    if teacher is not None:
+        yield teacher
+        return
+    with flags_restored(student):
+        student.eval()
+        with student.disable_adapter():
+            yield student
+
+
+@contextmanager
+def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
+    """Inside, the teacher keeps only the inputs of its layers for a backward pass, which computes the rest anew.
+
+    transformers checkpoints the layers of a model in training mode alone; here only the layers themselves are in it, so that
+    what is inside them goes on as in evaluation. The backward pass must be inside, too.
+
+    Raises:
+        ValueError: where the model has no layers that can be checkpointed.
+    """
+    if not enabled:
+        yield
+        return
+    layers = [module for module in teacher.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"`teacher_gradient_checkpointing` is True, but {type(teacher).__name__} has no layers that transformers can checkpoint. "
+            "Set it to False."
+        )
+    names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [{name: layer.__dict__[name] for name in names if name in layer.__dict__} for layer in layers]
+    recompute = partial(checkpoint, use_reentrant=False)
+    for layer in layers:
+        layer.__dict__.update(zip(names, (True, True, recompute), strict=True))
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            for name in names:
+                layer.__dict__.pop(name, None)
+            layer.__dict__.update(own)
+
+
+def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
+    """Set every dropout probability to 0, wherever the model keeps it.
+
+    That is in modules, in numbers for functional calls (OPT), and in the configuration that layers read at each call (Falcon). Layers
+    then get a copy of it. The model's own configuration, which is saved with it, stays as it is.
+
+    Args:
+        adapters (`bool`): Whether a PEFT adapter's own dropout (`lora_dropout`) is switched off too.
+    """
+    without_dropout: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        if "lora_dropout" in path and not adapters:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in _dropout_rates(module):
+            setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, PreTrainedModel) and _dropout_rates(config):
+            if id(config) not in without_dropout:
+                without_dropout[id(config)] = copied = copy.copy(config)
+                for name in _dropout_rates(config):
+                    setattr(copied, name, 0.0)
+            module.config = without_dropout[id(config)]
+
+
+def _dropout_rates(holder: Any) -> list[str]:
+    return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
+    names = ("wpe", "embed_positions", "position_embeddings")
+    learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None

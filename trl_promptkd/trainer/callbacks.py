@@ -1,0 +1,214 @@
+"""Metrics of written answers during training, so that the best checkpoint can be chosen by them."""
+
+import importlib
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pandas
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from .._trl import print_prompt_completions_sample
+from ..evaluation import (
+    check_evaluation_settings,
+    evaluation_config,
+    evaluation_rows,
+    evaluation_seeds,
+    judged_texts,
+    real_vocab_size,
+    row_scores,
+)
+from ..files import whole_file
+from ..generation.rollouts import sample_completions
+from .checks import check_positions, check_sharding
+
+
+__all__ = ["GenerationMetricsCallback"]
+
+logger = logging.get_logger(__name__)
+
+
+class GenerationMetricsCallback(TrainerCallback):
+    """
+    Lets the model answer at each evaluation, and adds the scores of the answers to the evaluation's metrics, in
+    percent: `eval_rougeL` and `eval_exact_match`, or for GSM8K `eval_gsm8k_strict`, `eval_gsm8k_flexible` and
+    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one. Thoughts
+    (`<think>...</think>`) do not count.
+
+    `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper does. They are logged where the
+    trainer logs. The answers come from a random state of their own, so that training goes on as it would without them.
+
+    ```python
+    trainer = PromptKDTrainer(..., args=PromptKDConfig(..., eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="rougeL",
+                              load_best_model_at_end=True))
+    trainer.add_callback(GenerationMetricsCallback(trainer, load_dataset("json", data_files="dev.jsonl", split="train")))
+    trainer.train()
+    ```
+
+    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too. `EarlyStoppingCallback` may look at these
+    metrics, whichever of the two comes first; other callbacks that do must be added after this one.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Whose model answers; the callback must be added to it.
+        eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Rows as they are, with `instruction`, `input` and `output`; `question` and `answer`; `prompt` and `completion`; or `messages`.
+        task (`str`, *optional*, defaults to `"instruct"`):
+            Or `"gsm8k"`.
+        seed (`int`, *optional*):
+            Of sampled answers, the same at each evaluation. `None`: greedy ones.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Of sampled answers.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer.
+        batch_size (`int`, *optional*):
+            Rows at once on one device; by default the trainer's `per_device_eval_batch_size`.
+        num_rows (`int`, *optional*):
+            The first rows only.
+        template (`str`, *optional*):
+            `"chat"`, `"paper"` or `"plain"`; by default as [`~trl_promptkd.evaluation.evaluate_model`] chooses.
+        num_completions_to_print (`int`, *optional*, defaults to `3`):
+            How many answers to print at each evaluation; `None` for all.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Keep all answers as parquet files in `output_dir/eval_completions`, and log them as a table to wandb or trackio where the trainer
+            reports there.
+
+    Raises:
+        ValueError: for rows and settings that nothing can be scored with, before training.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        eval_dataset: Dataset | IterableDataset,
+        task: str = "instruct",
+        seed: int | None = None,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        batch_size: int | None = None,
+        num_rows: int | None = None,
+        template: str | None = None,
+        num_completions_to_print: int | None = 3,
+        log_completions: bool = False,
+    ):
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"`trainer` is a {type(trainer).__name__}; it must be a Trainer. Make it first, then `trainer.add_callback(GenerationMetricsCallback("
+                "trainer, ...))`."
+            )
+        batch_size = trainer.args.per_device_eval_batch_size if batch_size is None else batch_size
+        seeds = None if seed is None else [seed]
+        self.tokenizer = tokenizer = _tokenizer_of(trainer)
+        template = check_evaluation_settings(
+            task,
+            template,
+            tokenizer,
+            seeds=seeds,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            num_rows=num_rows,
+        )
+        check_sharding(trainer.accelerator)
+        self.trainer, self.task, self.seed = trainer, task, seed
+        self.num_completions_to_print, self.log_completions = num_completions_to_print, log_completions
+        self.rows = evaluation_rows(eval_dataset, "eval_dataset", task, tokenizer, template, num_rows)
+        longest = max_new_tokens + max(map(len, self.rows.prompt_ids))
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        check_positions("model", model, longest, "Lower `max_new_tokens`, or filter the longest rows out.")
+        self.generation_config = evaluation_config(model, tokenizer, max_new_tokens, seed is None, temperature)
+        self.vocab_size = real_vocab_size(model, tokenizer)
+        self.row_seeds = None if seed is None else evaluation_seeds(seed, self.rows.prompt_ids)
+        self.settings = SimpleNamespace(
+            rollout_batch_size=batch_size,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Come before the callback that stops early by these metrics, wherever it was passed."""
+        callbacks = self.trainer.callback_handler.callbacks
+        first = next((i for i, other in enumerate(callbacks) if isinstance(other, EarlyStoppingCallback)), None)
+        if first is not None and first < callbacks.index(self):
+            callbacks.remove(self)
+            callbacks.insert(first, self)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if metrics is None or not self._is_first_of_an_evaluation(metrics):
+            return
+        answers = self._answers()
+        texts = judged_texts(self.tokenizer, self.rows.prompt_ids, answers)
+        scores = row_scores(self.task, texts, self.rows.references)
+        prefix = "eval_gsm8k_" if self.task == "gsm8k" else "eval_"
+        named = {f"{prefix}{name}": sum(values) / len(values) for name, values in scores.items()}
+        if self.task == "gsm8k":
+            named["eval_gsm8k"] = named["eval_gsm8k_paper"]
+        metrics.update(named)
+        self.trainer.log(dict(named))  # the evaluation's own have been logged already
+        if state.is_world_process_zero:
+            self._show(answers, scores)
+
+    def _is_first_of_an_evaluation(self, metrics: dict[str, float]) -> bool:
+        """Whether these are the metrics of the trainer's evaluation; of the first data set where it has a `dict` of them."""
+        names = self.trainer.eval_dataset
+        first = f"_{next(iter(names))}" if isinstance(names, dict) and names else ""
+        return "eval_runtime" in metrics or f"eval{first}_runtime" in metrics
+
+    def _answers(self) -> list[str]:
+        """The answers to all rows, on every process; each process writes its share."""
+        accelerator, tokenizer = self.trainer.accelerator, self.tokenizer
+        rank, num_ranks = accelerator.process_index, accelerator.num_processes
+        mine = range(rank, len(self.rows.prompt_ids), num_ranks)
+        completions = sample_completions(
+            self.trainer.model_wrapped,
+            accelerator,
+            [self.rows.prompt_ids[row] for row in mine],
+            self.generation_config,
+            self.seed or 0,
+            self.settings,
+            vocab_size=self.vocab_size,
+            row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
+        )
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
+        written = gather_object(list(zip(mine, texts, strict=True)))
+        return [text for _, text in sorted(written)]
+
+    def _show(self, answers: list[str], scores: dict[str, list[float]]) -> None:
+        """Print the first answers with their scores, and keep all of them where that is asked for."""
+        step = self.trainer.state.global_step
+        num_printed = len(answers) if self.num_completions_to_print is None else self.num_completions_to_print
+        shown = len(answers) if self.log_completions else num_printed
+        if not shown:
+            return
+        prompts = self.tokenizer.batch_decode(self.rows.prompt_ids[:shown], skip_special_tokens=True)
+        # TRL would draw the rows to print from Python's global random state: here they are the first ones
+        if num_printed:
+            first = {name: values[:num_printed] for name, values in scores.items()}
+            print_prompt_completions_sample(prompts[:num_printed], answers[:num_printed], first, None, step)
+        if not self.log_completions:
+            return
+        columns = {"step": [step] * len(answers), "prompt": prompts, "completion": answers, **scores}
+        folder = os.path.join(self.trainer.args.output_dir, "eval_completions")
+        os.makedirs(folder, exist_ok=True)
+        with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
+            Dataset.from_dict(columns).to_parquet(path)
+        for name in ("wandb", "trackio"):
+            if name in (self.trainer.args.report_to or []):
+                backend = importlib.import_module(name)
+                if name == "trackio" or backend.run is not None:
+                    backend.log({"eval_completions": backend.Table(dataframe=pandas.DataFrame(columns))})
+
+
+def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
+    """The trainer's tokenizer, or that of its processor of texts and images."""
+    given = trainer.processing_class
+    tokenizer = given if isinstance(given, PreTrainedTokenizerBase) else getattr(given, "tokenizer", None)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        found = "none" if given is None else f"a {type(given).__name__}"
+        raise ValueError(
+            f"The trainer's `processing_class` is {found}; it must be a tokenizer, which reads and writes the answers. Make the trainer with "
+            "`processing_class=tokenizer`."
+        )
+    return tokenizer

@@ -1,0 +1,232 @@
+"""Checkpoints after a crash: which of them are whole, and one more when the run is told to stop.
+
+A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a checkpoint:
+transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its files, which is written
+last, and every file of that list in its length; while it is written, it holds a file that says so.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+from ..files import whole_file
+from .hub import push_checkpoint, wait_for_push
+
+
+__all__ = ["checkpoint_folders", "checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
+
+logger = logging.get_logger(__name__)
+
+_LIST_FILE = "whole_checkpoint.json"
+_BEGUN_FILE = "checkpoint_is_being_written"
+_UNFINISHED = "it was being written when its run ended"
+_NO_LIST = f"it has no {_LIST_FILE}, which is written last"
+
+
+def save_whole_checkpoint(
+    trainer: Trainer, save: Callable[[], None], push: Callable[[str], None], run_dir: str
+) -> None:
+    """Write the checkpoint of this step, list its files, remove what is too old, and push it.
+
+    Args:
+        trainer: Whose checkpoint.
+        save: Writes it to `run_dir`.
+        push: Is called with its folder when it is whole; what is pushed earlier could not be resumed from.
+        run_dir: Where checkpoints are.
+    """
+    args = trainer.args
+    folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+    path, begun = os.path.join(folder, _LIST_FILE), os.path.join(folder, _BEGUN_FILE)
+    if args.should_save:
+        os.makedirs(folder, exist_ok=True)
+        with open(begun, "w"):
+            pass
+        if os.path.exists(path):
+            os.remove(path)  # an earlier run's, of files that are about to be written anew
+    trainer.accelerator.wait_for_everyone()
+    limit, args.save_total_limit = args.save_total_limit, None  # the old ones stay until this one is whole
+    try:
+        save()
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()  # every rank writes its random state
+    if args.should_save:
+        card = os.path.join(args.output_dir, "README.md")
+        if os.path.isfile(card):
+            shutil.copy(card, folder)  # instead of PEFT's, which names the folder that the base model was in
+        sizes = {name: size for name, size in _sizes(folder).items() if name != _BEGUN_FILE}
+        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"files": sizes}, file, indent=1)
+        os.remove(begun)
+    if args.should_save and limit:
+        wait_for_push(trainer)
+        for old in checkpoint_folders(run_dir):
+            if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # what a killed run left must not outlive a whole one
+                shutil.rmtree(old, ignore_errors=True)
+        rotate_checkpoints(
+            output_dir=run_dir,
+            save_total_limit=limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+    # Last: an upload of `output_dir` fails where a folder goes while its files are listed
+    push_checkpoint(trainer, folder, push)
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that a run goes on from; `None` for a fresh start.
+
+    Args:
+        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`. Those that
+            are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that was being written when its run ended, for
+            an older one. Where nothing but such folders is left, the run starts afresh. A folder without a list of its files (another
+            trainer's, or one that was copied in part) is taken on the user's word, with a warning.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there.
+        ValueError: for a folder that is no whole checkpoint, or one of the weights alone, and if there is none in `output_dir`.
+    """
+    if resume_from_checkpoint is None or resume_from_checkpoint is False:
+        return None
+    if resume_from_checkpoint is not True:
+        folder = os.fspath(resume_from_checkpoint)
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(
+                f"`resume_from_checkpoint` is {folder!r}, which is not a folder. Check the path, or set it to True for the newest whole "
+                "checkpoint in `output_dir`."
+            )
+        problem = _problem(folder)
+        if problem == _NO_LIST:
+            logger.warning(f"The checkpoint {folder} cannot be checked: {problem}.")
+        if problem in (None, _NO_LIST):
+            _check_resumable(folder)
+            return folder
+        of_this_run = os.path.realpath(folder) in map(os.path.realpath, checkpoint_folders(output_dir))
+        if problem != _UNFINISHED or not of_this_run:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an older one, or set "
+                "`resume_from_checkpoint=True` for the newest whole one."
+            )
+    there, problems = checkpoint_folders(output_dir), []
+    if resume_from_checkpoint is not True:
+        there = [path for path in there if _step(path) <= _step(folder)]
+    for folder in there:
+        problem = _problem(folder)
+        if problem is None:
+            _check_resumable(folder)
+            return folder
+        logger.warning(f"The checkpoint {folder} is not whole and is skipped: {problem}.")
+        problems.append(problem)
+    if problems and set(problems) == {_UNFINISHED}:
+        logger.warning(f"{output_dir} holds no whole checkpoint: no run got that far. Training starts afresh.")
+        return None
+    raise ValueError(
+        f"`resume_from_checkpoint` is True, but {output_dir} holds no whole checkpoint"
+        + (f" ({len(problems)} that are not)" if problems else "")
+        + ". Start without it, or name a checkpoint's folder."
+    )
+
+
+def _check_resumable(folder: str) -> None:
+    """Refuse a checkpoint that was saved without what a run goes on with: transformers would start a new optimizer without a word."""
+    names = os.listdir(folder)
+    if "trainer_state.json" in names and not any(name.startswith("rng_state") for name in names):
+        raise ValueError(
+            f"{folder} was saved with `save_only_model=True`, which leaves out the optimizer, the schedule and the random states: a run cannot "
+            "go on from it. Set `save_only_model=False` in runs that are to be resumed. Or start a new run from these weights: pass the "
+            "folder as `model`."
+        )
+
+
+def checkpoint_folders(run_dir: str) -> list[str]:
+    """The checkpoints in a folder, whole or not, the newest first."""
+    there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    found = [name for name in there if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    return [os.path.join(run_dir, name) for name in sorted(found, key=_step, reverse=True)]
+
+
+def _step(folder: str) -> int:
+    return int(folder.rstrip(os.sep).rsplit("-", 1)[1])
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """The files in a folder and its folders, with their lengths in bytes."""
+    paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): os.path.getsize(path) for path in sorted(paths)}
+
+
+def _problem(folder: str) -> str | None:
+    """Why a checkpoint is not whole; `None` where it is."""
+    if os.path.exists(os.path.join(folder, _BEGUN_FILE)) or not os.listdir(folder):
+        return _UNFINISHED
+    try:
+        with open(os.path.join(folder, _LIST_FILE), encoding="utf-8") as file:
+            listed = json.load(file)["files"]
+        wanted = {str(name): int(size) for name, size in listed.items()}
+    except FileNotFoundError:
+        return _NO_LIST
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {_LIST_FILE} cannot be read ({error})"
+    found = _sizes(folder)
+    for name, size in wanted.items():
+        if found.get(name) != size:
+            return f"{name} " + (f"has {found[name]} bytes instead of {size}" if name in found else "is missing")
+    return None
+
+
+@contextmanager
+def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
+    """Around a training: on SIGTERM, as clusters send it before they take a machine away, the step is finished, a checkpoint saved, and
+    the training ended. Does nothing unless `save_on_interrupt` is set.
+
+    transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been stepped and the student
+    not, and on each rank when its own signal comes; here all ranks stop at the end of the same step. A signal that comes too late for that
+    ends the process when the training is over.
+
+    Raises:
+        ValueError: outside the main thread, which alone gets signals.
+    """
+    if not trainer.args.save_on_interrupt:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise ValueError(
+            "`save_on_interrupt` is True, but `train()` was not called in the main thread, which alone gets signals. Set it to False."
+        )
+    callback = _SaveOnInterrupt(trainer.accelerator)
+    before = signal.signal(signal.SIGTERM, callback.on_signal)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        trainer.remove_callback(callback)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    if callback.asked and not callback.saved:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _SaveOnInterrupt(TrainerCallback):
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.asked = self.saved = False
+
+    def on_signal(self, signum: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
+        if self.accelerator.reduce(asked, reduction="sum") > 0:
+            logger.warning(f"SIGTERM: a checkpoint is saved after step {state.global_step}, and training ends.")
+            self.saved = control.should_save = control.should_training_stop = True

@@ -1,0 +1,425 @@
+"""What is refused before any weights are loaded, and what the tokenizer must be for both models."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from datasets import IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.utils import find_adapter_config_file, logging
+
+from ..files import read_text
+from ..models.forward import TokenStates
+from ..models.init_kwargs import check_init_kwargs, hub_kwargs
+from ..models.soft_prompt import PromptEncoderConfig, check_peft_config, text_token_ids
+from ..models.student import adapter_config, check_trains
+from ..models.teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
+
+
+__all__ = [
+    "check_arguments",
+    "check_finite",
+    "check_found",
+    "check_positions",
+    "check_sharding",
+    "check_soft_prompt",
+    "check_streamed_evaluation",
+    "loaded_settings",
+    "prepare_tokenizer",
+    "restore_settings",
+]
+
+logger = logging.get_logger(__name__)
+
+_CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+# Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
+_OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
+
+
+def check_arguments(
+    trainer: str,
+    args_class: Any,
+    model,
+    teacher_model,
+    args: Any,
+    train_dataset,
+    peft_config,
+    formatting_func,
+    data_collator=None,
+    callbacks=None,
+) -> None:
+    """Refuse arguments of a trainer that do not go together.
+
+    Raises:
+        TypeError or ValueError: naming the argument, what it is, and what to pass instead.
+    """
+    if not isinstance(args, args_class):
+        raise TypeError(f"`args` is a {type(args).__name__}; {trainer} needs a `trl_promptkd.{args_class.__name__}`.")
+    if model is None:
+        raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is required.")
+    if isinstance(train_dataset, dict):
+        raise TypeError(
+            f"`train_dataset` is a {type(train_dataset).__name__} with the keys {sorted(train_dataset)}; training takes one data set. Pass "
+            "one of them, such as `dataset['train']`, or join them with `datasets.concatenate_datasets`."
+        )
+    if data_collator is not None and not callable(data_collator):
+        raise TypeError(
+            f"`data_collator` is a {type(data_collator).__name__}; it must be callable with a list of rows and return a batch. Leave it away "
+            "for the trainer's own."
+        )
+    for callback in callbacks or []:
+        given = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(given, TrainerCallback):
+            raise TypeError(
+                f"`callbacks` holds a {given.__name__}; it must hold `transformers.TrainerCallback`s only."
+            )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}; it must be a configuration of PEFT's, such as `peft.LoraConfig()`."
+        )
+    if formatting_func is not None:
+        raise ValueError(
+            "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt ends. "
+            "Build `prompt` and `completion` columns with `dataset.map` instead."
+        )
+    if peft_config is not None and peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise ValueError(
+            f"`peft_config` has `task_type={str(peft_config.task_type)!r}`; the student is a language model. Set `task_type='CAUSAL_LM'`."
+        )
+    check_init_kwargs("model_init_kwargs", args.model_init_kwargs)
+    check_init_kwargs("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
+    adapter = _student_adapter(model, args.model_init_kwargs, peft_config)
+    _check_model("model", model, args.model_init_kwargs, args.trust_remote_code)
+    _check_model("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+    base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
+    if not isinstance(model, str) and teacher_base is base:
+        raise ValueError(
+            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher would change with its student. "
+            "For self-distillation leave `teacher_model=None`; the student's starting weights are then kept as the teacher."
+        )
+    if isinstance(teacher_model, PeftModel) and teacher_model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "`teacher_model` already carries a soft prompt (PEFT prompt learning). Pass the model below it: "
+            "`teacher_model.get_base_model()`."
+        )
+    student_peft_config = model.active_peft_config if isinstance(model, PeftModel) else adapter or peft_config
+    if student_peft_config is not None and student_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The student is to be trained with a {type(student_peft_config).__name__}, prompt learning for the *student*, "
+            "whose forward pass is not exact under padding. Use LoRA or another weight adapter. (A soft prompt for the teacher "
+            "is `prompt_encoder_config` of PromptKDTrainer.)"
+        )
+    if getattr(student_peft_config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own forward pass and would "
+            "learn nothing here. Use a plain LoraConfig."
+        )
+    if not isinstance(model, str) and peft_config is None:
+        check_trains(model)
+    if args.torch_compile:
+        raise ValueError(
+            "`torch_compile` is True, but this trainer asks a model's decoder and its output head apart, which a compiled model cannot "
+            "be. Set it to False."
+        )
+    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+        raise ValueError(
+            "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
+            "name, or leave `teacher_model_init_kwargs` away."
+        )
+    quantization = (args.model_init_kwargs or {}).get("quantization_config", {})
+    quantization = quantization.to_dict() if isinstance(quantization, BitsAndBytesConfig) else quantization
+    in_few_bits = isinstance(quantization, dict) and (
+        quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    )
+    if (
+        in_few_bits and student_peft_config is None and isinstance(model, str)
+    ):  # of a loaded student, the Trainer says so
+        raise ValueError(
+            "The student is quantized, and quantized weights cannot be trained. Pass a `peft_config`, such as "
+            "`LoraConfig(task_type='CAUSAL_LM')`, to train an adapter, or load the student without quantization."
+        )
+    if args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"`chat_template_path` is {args.chat_template_path!r}; only a .jinja or .j2 file is supported, as a template "
+            "taken from another model may add tokens that the teacher does not know."
+        )
+
+
+def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
+    """Refuse what is no decoder-only language model; of a name, its configuration is asked, where there is one."""
+    if model is None:
+        return
+    wanted = "a name, a folder (as a `str`), a causal language model or a PEFT model of one"
+    if isinstance(model, str):
+        if not model:
+            raise ValueError(f"`{argument}` is an empty text; it must be {wanted}.")
+        if model.startswith(("/", "./", "../", "~")) and not os.path.isdir(model):
+            raise FileNotFoundError(
+                f"`{argument}` is {model!r}, and there is no such folder. Check the path (relative ones start at {os.getcwd()}, and `~` is not replaced)."
+            )
+        name, kwargs, adapter = model, dict(init_kwargs or {}), adapter_config(model, init_kwargs)
+        if adapter is not None:  # what the adapter's folder says of files is not true of the model below it
+            name, kwargs = adapter.base_model_name_or_path, kwargs | {"revision": adapter.revision, "subfolder": ""}
+        config = _published_config(name, kwargs, trust_remote_code)
+        names = getattr(config, "architectures", None) or []
+    else:
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        config, names = getattr(base, "config", None), [type(base).__name__]
+        if config is None or not hasattr(base, "get_decoder"):
+            raise TypeError(f"`{argument}` is a {type(model).__name__}; it must be {wanted}.")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"`{argument}` is an encoder-decoder model ({type(config).__name__}); only decoder-only language models are supported: a "
+            "prompt and its completion must be one sequence. Choose another model."
+        )
+    other_head = any(head in name for name in names for head in _OTHER_HEADS)
+    if other_head or (not isinstance(model, str) and base.get_output_embeddings() is None):
+        raise ValueError(
+            f"`{argument}` is a {names[0]}, which does not predict next tokens. Choose a model with a language model's head "
+            "(`AutoModelForCausalLM`)."
+        )
+
+
+def _student_adapter(model: Any, init_kwargs: Any, peft_config: Any) -> PeftConfig | None:
+    """The configuration of the adapter that `model` names, if it does; refuses a second adapter above the first."""
+    adapter = adapter_config(model, init_kwargs)
+    if adapter is not None and not adapter.base_model_name_or_path:
+        raise ValueError(
+            f"`model` is {model!r}, an adapter whose adapter_config.json does not name the model below it. Set "
+            "`base_model_name_or_path` there to its name or folder."
+        )
+    if peft_config is not None and (adapter is not None or isinstance(model, PeftModel)):
+        raise ValueError(
+            f"`model` is {'an adapter' if adapter is None else repr(model) + ', an adapter'}, and `peft_config` is set too, which would put "
+            "another adapter above it. Leave `peft_config` out to train the adapter further. Or merge it first "
+            "(`model.merge_and_unload()`) and pass what comes out."
+        )
+    return adapter
+
+
+def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
+    """Refuse a name that no model has, before the weights of the other model are loaded.
+
+    Raises:
+        OSError: with what `transformers` says of it.
+    """
+    if not isinstance(name, str) or {"gguf_file", "config"} & set(init_kwargs or {}):
+        return
+    kwargs = _config_kwargs(init_kwargs or {}, trust_remote_code)
+    try:
+        AutoConfig.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        if find_adapter_config_file(name, **hub_kwargs(init_kwargs)) is not None:
+            return  # an adapter, which is loaded with the model below it
+        if isinstance(error, ValueError):
+            raise
+        raise OSError(
+            f"`{argument}` is {name!r}, which cannot be loaded. Check the name, and that the Hub can be reached. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
+    of_code = {key: init_kwargs[key] for key in ("trust_remote_code", "code_revision") if key in init_kwargs}
+    return {"trust_remote_code": trust_remote_code, **of_code, **hub_kwargs(init_kwargs)}
+
+
+def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
+    """A model's configuration, or `None` where it cannot be had: whoever loads the model says why."""
+    if "gguf_file" in init_kwargs:
+        return None
+    try:
+        return AutoConfig.from_pretrained(name, **_config_kwargs(init_kwargs, trust_remote_code))
+    except Exception:
+        return None
+
+
+def loaded_settings(model: Any, args: Any) -> dict[str, Any]:
+    """What the base classes change in the student's configuration, as it was loaded.
+
+    TRL switches the load-balancing loss of a mixture of experts on there. Nothing here computes it, and a student that is saved with it
+    fails in padded generation. transformers switches the KV cache off, which would make a saved student slow.
+
+    Args:
+        model: The student, or its name.
+        args: Has `model_init_kwargs` and `trust_remote_code`.
+    """
+    init_kwargs = (args.model_init_kwargs or {}) if isinstance(model, str) else {}
+    config = _published_config(model, init_kwargs, args.trust_remote_code) if isinstance(model, str) else model.config
+    settings = {"output_router_logits": False, "use_cache": True}  # the defaults, if the configuration cannot be read
+    if config is not None:
+        text_config = config.get_text_config()
+        settings |= {name: getattr(text_config, name) for name in _CHANGED_SETTINGS if hasattr(text_config, name)}
+    return settings | {name: init_kwargs[name] for name in _CHANGED_SETTINGS if name in init_kwargs}
+
+
+def restore_settings(model: Any, settings: Mapping[str, Any]) -> None:
+    """Give the student's configuration what [`loaded_settings`] found."""
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in settings.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+
+
+def prepare_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel | str,
+    teacher_model: PreTrainedModel | str | None,
+    args: Any,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of both models, with a pad token and what `args` say about it.
+
+    Raises:
+        TypeError: for a processor of images or sound.
+        OSError: where the student's cannot be loaded.
+        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one; for special tokens
+            that it does not have.
+    """
+    if processing_class is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        if not name:
+            raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
+        try:
+            processing_class = _load_tokenizer(name, args)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; only tokenizers are supported. Pass "
+            "`AutoTokenizer.from_pretrained(name)`, or a processor's `tokenizer`."
+        )
+    for field in ("eos_token", "pad_token"):
+        token = getattr(args, field)
+        if token is None:
+            continue
+        if token not in processing_class.get_vocab():
+            raise ValueError(f"`{field}` is {token!r}, which the tokenizer does not have. Name one of its tokens.")
+        setattr(processing_class, field, token)
+    if processing_class.pad_token is None:
+        processing_class.pad_token = processing_class.eos_token  # masks come from lengths, so this is safe
+    if processing_class.pad_token is None:
+        raise ValueError("The tokenizer has neither a pad token nor an end-of-text token. Set `tokenizer.pad_token`.")
+    if args.chat_template_path is not None:
+        processing_class.chat_template = read_text(args.chat_template_path, "the chat template (`chat_template_path`)")
+        if not processing_class.chat_template.strip():
+            raise ValueError(
+                f"{args.chat_template_path}, the file of `chat_template_path`, is empty. Write a template to it."
+            )
+    if teacher_model is not None:
+        name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
+        teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
+        if teacher_tokenizer is not None:
+            check_same_tokenizer(processing_class, teacher_tokenizer)
+        elif isinstance(teacher_model, str):
+            logger.warning(
+                f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both models "
+                "share one. If they do not, training compares unrelated tokens."
+            )
+    return processing_class
+
+
+def _load_tokenizer(name: str, args: Any) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; that of the model below an adapter if there is none beside the adapter."""
+    revision = (args.model_init_kwargs or {}).get("revision") or "main"
+    adapter = adapter_config(name, args.model_init_kwargs)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError):
+        if adapter is None:
+            raise
+    return AutoTokenizer.from_pretrained(
+        adapter.base_model_name_or_path,
+        revision=adapter.revision or "main",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTokenizerBase) -> None:
+    """Refuse a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
+    if not isinstance(prompt_encoder_config, PromptEncoderConfig):
+        check_peft_config(prompt_encoder_config)
+    elif prompt_encoder_config.prompt_init == "text":
+        text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
+
+
+def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
+    """Refuse streamed evaluation data on several ranks, whose last rows would be counted twice, or would not fit together.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_streamed_evaluation(part, f"{name}[{key!r}]", args)
+    if isinstance(dataset, IterableDataset) and args.world_size > 1:
+        raise ValueError(
+            f"`{name}` is streamed, but it is shared out to {args.world_size} processes, which need to know how many rows there are. Load it "
+            "without streaming. For the first rows of a stream: `Dataset.from_list(list(stream.take(1000)))`. (Training data may be streamed.)"
+        )
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse FSDP's first version, whose weights cannot be asked for outside its wrapper."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's configuration (see "
+            "examples/accelerate_configs/fsdp2.yaml), or `FSDP_VERSION=2`."
+        )
+
+
+def check_finite(loss: Tensor, when: str, **models: Any) -> None:
+    """Stop before a loss that is not finite reaches the student's weights, or a log that would show a made-up number.
+
+    Args:
+        loss: A scalar.
+        when: For the message, such as "at step 3".
+        models: What each model said: [`TokenStates`], or anything else, which is not looked into.
+
+    Raises:
+        FloatingPointError: naming the models whose hidden states are not finite already.
+    """
+    if torch.isfinite(loss):
+        return
+    broken = [
+        name.replace("_", " ")
+        for name, states in models.items()
+        if isinstance(states, TokenStates) and not torch.isfinite(states.states).all()
+    ]
+    where = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
+    raise FloatingPointError(
+        f"The loss is {loss.item()} {when}. {where or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
+        "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; lower the learning rate if "
+        "it was finite before."
+    )
+
+
+def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
+    """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
+
+    Args:
+        role: "student" or "teacher", for the message.
+        longest: Positions that the longest row needs.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: with the number of positions there are and that are needed.
+    """
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

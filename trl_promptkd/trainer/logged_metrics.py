@@ -1,0 +1,146 @@
+"""What a run tells about itself: means over tokens of all ranks, and the warning that a prompt follows its student."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.utils import logging
+
+from .._trl import print_prompt_completions_sample
+from ..files import whole_file
+from ..generation.rollouts import count_ended
+
+
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions", "with_means"]
+
+logger = logging.get_logger(__name__)
+
+
+class Means:
+    """Sums and counts since the last report, kept on the device so that adding to them never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+        total, count = (torch.as_tensor(value).detach().float() for value in (total, count))
+        self._sums[name] = self._sums.get(name, 0) + total
+        self._counts[name] = self._counts.get(name, 0) + count
+
+    def report(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks, which must have added the same names, in any order; starts anew."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)  # ranks may have added them in different orders
+        pairs = [torch.stack([self._sums[name].cpu(), self._counts[name].cpu()]) for name in names]
+        totals = accelerator.reduce(torch.stack(pairs).to(accelerator.device), reduction="sum").cpu()
+        means = {name: float(total / count) for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def is_logged_step(trainer: Trainer) -> bool:
+    """Whether the optimizer step that is being made will be logged."""
+    args, state = trainer.args, trainer.state
+    step = state.global_step + 1
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    return args.logging_strategy == IntervalStrategy.EPOCH
+
+
+def add_rollouts(
+    means: Means,
+    completions: list[list[int]],
+    generation_config: GenerationConfig,
+    seconds: float,
+    processing_class: PreTrainedTokenizerBase,
+) -> None:
+    """What is logged about the samples of one window."""
+    num_tokens = sum(map(len, completions))
+    means.add("rollout/mean_length", num_tokens, len(completions))
+    num_ended = count_ended(completions, generation_config, processing_class)
+    means.add("rollout/terminated_share", num_ended, len(completions))
+    means.add("rollout/tokens_per_second", num_tokens, seconds)
+
+
+def keep_completions(trainer: Trainer, rollouts: tuple[list[list[int]], ...]) -> None:
+    """Where `log_completions` is set, print sampled completions, and write all of them to `output_dir/completions/completions_<step>.parquet`.
+
+    Args:
+        trainer: Whose samples.
+        rollouts: Token ids of the last window's prompts and of their completions.
+    """
+    args, step = trainer.args, trainer.state.global_step
+    if not args.log_completions or not trainer.accelerator.is_main_process or not rollouts:
+        return
+    prompts, completions = (trainer.processing_class.batch_decode(ids) for ids in rollouts)
+    print_prompt_completions_sample(prompts, completions, {}, None, step, args.num_completions_to_print)
+    folder = os.path.join(args.output_dir, "completions")
+    os.makedirs(folder, exist_ok=True)
+    table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
+    with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
+        table.to_parquet(path)
+
+
+def with_means(trainer: Trainer, output: EvalLoopOutput, means: Means, prefix: str) -> EvalLoopOutput:
+    """`output` with means over the tokens of the whole evaluation set, where the base class has means of batch means."""
+    if not trainer.is_in_train and trainer.model_wrapped is trainer.model:
+        # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
+        trainer.model.__dict__.pop("_is_accelerate_prepared", None)
+    output.metrics.update({f"{prefix}_{name}": value for name, value in means.report(trainer.accelerator).items()})
+    return output
+
+
+class CollusionCallback(TrainerCallback):
+    """
+    Warns once when the soft prompt seems to follow the student instead of leading it.
+
+    A prompt that learns too fast, or starts too far from any text, takes the teacher to wherever the student is: the loss
+    KL(student || prompted teacher) looks wonderful while the student gets no closer to the plain teacher, or worse. The sign is that two
+    quantities are a large share of KL(student || plain) at once: the prompt gain (that KL minus KL(student || prompted)), so that much
+    of what looks like progress is the prompt's, and KL(prompted || plain), so that the teacher is no longer itself. Either alone is harmless,
+    and the entropies are no sign: they may fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral
+    answers, that has not risen since the run's first evaluation clears the prompt.
+
+    Source of the threshold: docs/study.md, where it parts all runs that went wrong behind a good loss from all others.
+
+    Args:
+        share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.
+    """
+
+    def __init__(self, share: float = 0.3):
+        self.share = share
+        self.warned = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.warned = False  # in an earlier trial of a search, perhaps
+
+    def on_log(self, args, state, control, **kwargs):
+        training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
+        if self.warned or len(training) < 2:
+            return
+        first, last = training[0], training[-1]
+        gain, moved, plain = (last[f"kl/{name}"] for name in ("prompt_gain", "prompted_plain", "student_plain"))
+        if min(gain, moved) < self.share * plain:
+            return
+        forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
+        if len(forward) > 1 and forward[-1] <= forward[0]:
+            return
+        self.warned = True
+        said = f"the student's entropy went from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
+        if len(forward) > 1:
+            said += f", and KL(plain teacher || student) on neutral answers rose from {forward[0]:.2f} to {forward[-1]:.2f}"
+        else:
+            said += "; evaluate during training (`eval_strategy`) to see `eval_forward_kl`"
+        logger.warning(
+            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. Of KL(student || plain teacher), {plain:.2f} nats a "
+            f"token, the prompt gain makes up {gain:.2f}, and the prompted teacher is {moved:.2f} away from the plain one; {said}. A falling loss does "
+            "not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), start the prompt from a text "
+            '(`prompt_init="text"`), raise `regularization_coef`, or warm the student up with supervised fine-tuning first.'
+        )

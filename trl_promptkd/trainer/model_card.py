@@ -1,0 +1,263 @@
+"""The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw, data, metrics, loading."""
+
+import os
+import re
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..files import write_text
+from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig
+
+
+__all__ = [
+    "PLACES",
+    "complete_card",
+    "fenced",
+    "hub_dataset",
+    "hub_id",
+    "name_in_cache",
+    "priming_section",
+    "prompt_section",
+    "settings_table",
+]
+
+PLACES = {"prefix": "before the question", "suffix": "after the question", "system": "as the system message"}
+
+_TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it can be a repository's on the Hub, and is no file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if not name or os.path.exists(name) else name
+
+
+def hub_dataset(dataset: Any) -> str | None:
+    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` where that says nothing."""
+    for file in getattr(dataset, "cache_files", None) or []:
+        parts = Path(file["filename"]).parts
+        kept = Path(datasets.config.HF_DATASETS_CACHE).parts
+        if parts[: len(kept)] == kept and "___" in parts[len(kept)]:
+            return hub_id(parts[len(kept)].replace("___", "/", 1))
+    return None
+
+
+def prompt_section(trainer) -> str:
+    """The soft prompt and the settings of PromptKD."""
+    config, args = trainer.prompt_encoder_config, trainer.args
+    settings = asdict(config) if isinstance(config, PromptEncoderConfig) else config.to_dict()
+    settings = {name: value for name, value in settings.items() if not name.endswith("name_or_path")}
+    settings |= _values(
+        args,
+        *("prompt_update", "prompt_divergence", "regularization_coef", "regularization_schedule", "lmbda", "beta"),
+        *("temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
+    )
+    return f"""
+## The teacher's soft prompt
+
+This model was distilled from {_teacher_name(trainer)} behind a soft prompt of {trainer.soft_prompt.peft_config.num_virtual_tokens} virtual
+tokens, which was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is
+used without it.
+
+{settings_table(settings)}
+"""
+
+
+def priming_section(trainer) -> str:
+    """The priming text and the settings of the loss."""
+    args, priming = trainer.args, trainer.priming
+    settings = _values(
+        args,
+        *("alpha", "kd_temperature", "kd_beta", "skew", "response_source", "max_length", "teacher_max_length"),
+        "learning_rate",
+    )
+    if args.response_source != "dataset":
+        settings |= _values(args, "max_new_tokens", "temperature", "top_k", "top_p")
+    seen = "which saw the prompts as they are (no priming)."
+    used = ""
+    if priming is not None:
+        place = PLACES[priming.placement]
+        seen = f"which saw this text {place} (a Jinja template):\n\n{fenced(priming.text)}"
+        used = "The student never saw that text: it is used with the bare question. "
+    return f"""
+## The primed teacher
+
+This model was distilled from {_teacher_name(trainer)}, {seen}
+
+{used}Both were compared on the same completion tokens.
+
+{settings_table(settings)}
+"""
+
+
+def complete_card(trainer, section: str) -> None:
+    """Mend TRL's card in `output_dir`, and put `section` and what both trainers have to say behind it."""
+    path = os.path.join(trainer.args.output_dir, "README.md")
+    card, repo = ModelCard.load(path), trainer.hub_model_id or "<this repository>"
+    # TRL takes any path that is no folder now for a name
+    base, shown = hub_id(_start_of(trainer)), card.data.base_model
+    card.data.base_model, card.data.pipeline_tag = base, "text-generation"
+    card.data.tags = sorted(card.data.tags)  # of a set: another order in each process, and another commit
+    if is_peft_model(trainer.model):
+        card.data.library_name = "peft"
+    text = card.text
+    if base is None:
+        text = text.replace(f"[{shown}](https://huggingface.co/{shown})", _quoted(_start_of(trainer)))
+    text = text.replace('model="None"', f'model="{repo}"')
+    versions = "".join(f"- {name}: {version(package)}\n" for name, package in _PACKAGES.items())
+    text = text.replace(
+        "### Framework versions\n\n", f"### Framework versions\n\n- trl_promptkd: {_version()}\n{versions}"
+    )
+    ours = [section, _data_section(trainer), _metrics_section(trainer), _loading_section(trainer, repo)]
+    card.text = f"{text.rstrip()}\n{''.join(ours)}"
+    write_text(path, str(card))
+
+
+_PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
+
+
+def _version() -> str:
+    from .. import __version__  # which is not there yet when this module is imported
+
+    return __version__
+
+
+def _data_section(trainer) -> str:
+    args, rows = trainer.args, []
+    for role, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+        parts = data if isinstance(data, dict) else {"": data}
+        for name, part in parts.items():
+            if part is not None:
+                number = len(part) if isinstance(part, Dataset) else "streamed"
+                source = hub_dataset(part)
+                rows.append(f"| {role} {name} | {number} | {f'`{source}`' if source else ''} |")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    table = "\n".join(["| data | rows | from | ", "| --- | --- | --- |", *rows])
+    return f"""
+## Data
+
+{table}
+
+{trainer.state.global_step} steps of {batch} rows each, seed {args.seed}.
+"""
+
+
+def _metrics_section(trainer) -> str:
+    """The evaluation of the weights that are there now, if there was one."""
+    history = trainer.state.log_history
+    evaluated = [i for i, entry in enumerate(history) if any(name.startswith("eval_") for name in entry)]
+    ended = max((i for i, entry in enumerate(history) if "train_runtime" in entry), default=len(history))
+    if any(i > ended for i in evaluated):
+        step = None  # after the training
+    elif trainer.args.load_best_model_at_end and trainer.state.best_global_step and ended < len(history):
+        step = trainer.state.best_global_step
+    else:
+        step = history[evaluated[-1]]["step"] if evaluated else None
+    metrics: dict[str, float] = {}
+    for i in evaluated:
+        if i > ended or history[i]["step"] == step:
+            metrics |= {name: value for name, value in history[i].items() if name.startswith("eval_")}
+    shown = {name: f"{value:.4g}" for name, value in metrics.items() if not name.endswith(_TIMES)}
+    if not shown:
+        return ""
+    when = "after training" if step is None else f"after step {step}"
+    return f"\n## Evaluation\n\nOn the evaluation data, {when}; divergences in nats a token.\n\n{settings_table(shown, 'metric')}\n"
+
+
+def _loading_section(trainer, repo: str) -> str:
+    """How to load what is in the repository, as code that runs wherever the models have names on the Hub."""
+    revision = f', revision="{trainer.args.hub_revision}"' if trainer.args.hub_revision else ""
+    adapter, has_prompt = is_peft_model(trainer.model), hasattr(trainer, "soft_prompt")
+    lines = ["from peft import PeftModel"] if adapter or has_prompt else []
+    lines += [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{repo}"{revision})',
+    ]
+    if adapter:
+        base = (
+            hub_id(_start_of(trainer)) or f"<the model that the adapter was trained on, {_shown(_start_of(trainer))}>"
+        )
+        lines += [
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'student = PeftModel.from_pretrained(base, "{repo}"{revision})',
+        ]
+    else:
+        lines.append(f'student = AutoModelForCausalLM.from_pretrained("{repo}"{revision})')
+    exact = ""
+    if has_prompt:
+        name = _start_of(trainer) if trainer.distils_itself else _teachers_start(trainer)
+        pinned = (trainer.args.teacher_model_init_kwargs or {}).get("revision")
+        lines += [
+            "",
+            f'teacher = AutoModelForCausalLM.from_pretrained("{hub_id(name) or f"<the teacher, {_shown(name)}>"}"'
+            + (f', revision="{pinned}")' if pinned and not trainer.distils_itself else ")"),
+            f'prompted_teacher = PeftModel.from_pretrained(teacher, "{repo}", subfolder="{ADAPTER_FOLDER}"{revision})',
+        ]
+        exact = "\n(PEFT's own forward pass of a soft prompt is exact for rows without padding or with padding on the right.)\n"
+    code = "\n".join(lines)
+    return f"\n## How to load {'both' if has_prompt else 'it'}\n\n```python\n{code}\n```\n{exact}"
+
+
+def _start_of(trainer) -> str:
+    """The name or path that the student was loaded by."""
+    return trainer.accelerator.unwrap_model(trainer.model).config._name_or_path
+
+
+def _teachers_start(trainer) -> str:
+    return trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
+
+
+def _shown(name: str) -> str:
+    """A name on the Hub, or the last part of a path."""
+    return hub_id(name) or os.path.basename(name.rstrip("/\\")) or "a model without a name"
+
+
+def _quoted(name: str) -> str:
+    return f"`{_shown(name)}`"
+
+
+def _teacher_name(trainer) -> str:
+    if trainer.distils_itself:
+        return "the student's own starting weights (self-distillation)"
+    cache = getattr(trainer, "teacher_cache", None)
+    if cache is not None:
+        teacher, receipt = cache.manifest.teacher, cache.manifest.receipt
+        kept = f"preset `{cache.manifest.preset}`"
+        if "kl_mean" in receipt:  # draws have none
+            kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats a token"
+        return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
+    return _quoted(_teachers_start(trainer))
+
+
+def name_in_cache(teacher: dict[str, Any]) -> str:
+    """The teacher's name in a manifest. It may be a folder's of another machine: only what came from the Hub has a revision."""
+    name = teacher["name"]
+    return _quoted(name if teacher["revision"] else os.path.basename(name.rstrip("/\\")))
+
+
+def fenced(text: str) -> str:
+    """`text` as a block of code, whatever is in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _values(args, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
+def settings_table(settings: dict[str, Any], what: str = "setting") -> str:
+    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
+    return f"| {what} | value |\n| --- | --- |\n{rows}"

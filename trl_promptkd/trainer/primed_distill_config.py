@@ -1,0 +1,184 @@
+"""Settings of [`PrimedDistillTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from ..field_checks import (
+    check_choice,
+    check_ignored,
+    check_kinds,
+    check_number,
+    check_positive,
+    check_share,
+    check_training,
+)
+from .best_metric import choose_best_metric
+from .sampling_config import SamplingConfig
+
+
+__all__ = ["PrimedDistillConfig"]
+
+_PAPER_ALPHA = 0.6093348343631224
+
+# Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
+_IGNORED = {
+    "packing": (False, "rows are compared one by one, behind prompts of different lengths"),
+    "padding_free": (False, "batches are padded"),
+    "assistant_only_loss": (False, "the loss covers the last answer of a conversation; make a row of each answer"),
+    "loss_type": ("nll", "the loss is made of cross-entropy and the divergence that `kd_beta` selects"),
+    "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
+    "enable_jit_checkpoint": (False, "it saves in the middle of a step; `save_on_interrupt=True` does so at its end"),
+    "label_smoothing_factor": (0.0, "the teacher's distribution is the smoothing; `alpha` weighs it"),
+}
+
+
+@dataclass
+class PrimedDistillConfig(SamplingConfig, SFTConfig):
+    """
+    Configuration class for [`PrimedDistillTrainer`].
+
+    This class includes only what is specific to response priming. For the rest, see [`~transformers.TrainingArguments`] and
+    `trl.SFTConfig`, whose fields keep their meaning; how answers are sampled is in
+    [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included.
+
+    Args:
+        alpha (`float`, *optional*):
+            Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the paper's
+            0.6093; with `response_source="student"`, where there are no hard labels, 0.
+        kd_temperature (`float`, *optional*, defaults to `5.942267335064758`):
+            Both models' logits are divided by it in the divergence, which is multiplied by its square. The cross-entropy
+            stays at temperature 1.
+        kd_beta (`float`, *optional*, defaults to `1.0`):
+            The divergence: `1.0` the reverse KL(student || teacher), as in the released code, `0.0` the forward KL, between
+            them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends.
+        skew (`float`, *optional*, defaults to `0.0`):
+            Share of the first distribution of either KL that is mixed into its second one (DistiLLM), which bounds the
+            divergence; 0.1 is a common choice.
+        response_source (`str`, *optional*, defaults to `"dataset"`):
+            Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the primed teacher
+            writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own samples, drawn anew
+            at every step.
+        teacher_model_name_or_path (`str`, *optional*):
+            The teacher, where none is passed to the trainer.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            For `AutoModelForCausalLM.from_pretrained`, where the teacher is given by name; for example
+            `{"quantization_config": {"load_in_4bit": True}}`.
+        teacher_max_length (`int`, *optional*):
+            Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit. `max_length` bounds
+            it as the student sees it.
+        overlong (`str`, *optional*, defaults to `"drop"`):
+            What to do with rows that exceed either: `"drop"` leaves them out and reports how many, `"error"` refuses them.
+            Nothing is ever cut.
+        max_new_tokens (`int`, *optional*, defaults to `256`):
+            Longest answer that the teacher or the student writes. It comes on top of the prompt; `max_length` then bounds the
+            prompt alone.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling.
+        teacher_answers_dir (`str`, *optional*):
+            Where the teacher's answers are kept, and looked for; `output_dir/_teacher_answers` by default.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
+            `lora_dropout` is left as it is.
+        loss_chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
+        save_on_interrupt (`bool`, *optional*, defaults to `False`):
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
+    """
+
+    _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
+
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "The collator needs columns that the model's forward does not know."}
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the hard-label term. None: the paper's 0.6093, or 0 on student samples."},
+    )
+    kd_temperature: float = field(
+        default=5.942267335064758,
+        metadata={
+            "help": "Both models' logits are divided by it in the divergence, which is multiplied by its square."
+        },
+    )
+    kd_beta: float = field(
+        default=1.0,
+        metadata={"help": "1.0: reverse KL(student || teacher). 0.0: forward KL. Between: generalized JSD."},
+    )
+    skew: float = field(
+        default=0.0, metadata={"help": "Share of the first distribution of either KL mixed into its second one."}
+    )
+    response_source: str = field(
+        default="dataset",
+        metadata={"help": "Whose answers are trained on.", "choices": ["dataset", "teacher", "student"]},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained, where the teacher is given by name."}
+    )
+    teacher_max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest row in tokens as the teacher sees it, priming included; None: no limit."},
+    )
+    overlong: str = field(
+        default="drop",
+        metadata={"help": "Leave out and count, or refuse, rows that are too long.", "choices": ["drop", "error"]},
+    )
+    max_new_tokens: int = field(
+        default=256, metadata={"help": "Longest answer that the teacher or the student writes."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    teacher_answers_dir: str | None = field(
+        default=None, metadata={"help": "Where the teacher's answers are kept; None: output_dir/_teacher_answers."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays as it is."}
+    )
+    loss_chunk_size: int | None = field(
+        default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
+    )
+
+    save_on_interrupt: bool = field(
+        default=False, metadata={"help": "On SIGTERM, finish the step, save a checkpoint and end the training."}
+    )
+
+    def __post_init__(self):
+        check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
+        # On the student's own samples, the cross-entropy falls when the student collapses; the loss is the divergence alone there
+        choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
+        super().__post_init__()
+        if self.alpha is None:
+            self.alpha = 0.0 if self.response_source == "student" else _PAPER_ALPHA
+        self.check_values()
+        # Rows are tokenized by this package, for conversations and plain texts alike
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    def check_values(self) -> None:
+        """Refuse values out of range or that do not go together, and fields of the base classes that would be ignored."""
+        check_training(self)
+        check_choice(self, "response_source", ("dataset", "teacher", "student"))
+        check_choice(self, "overlong", ("drop", "error"))
+        check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
+        self.check_sampling()
+        check_ignored(self, "primed distillation", _IGNORED)
+        samples = self.response_source == "student"
+        check_share(self, "alpha", "kd_beta")
+        if samples and self.alpha:
+            raise ValueError(
+                f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard labels. Set "
+                "`alpha=0` (or leave it away), or train on `response_source='dataset'` or `'teacher'`."
+            )
+        check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
+        if self.skew and 0 < self.kd_beta < 1:
+            raise ValueError(
+                f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL (`kd_beta` 0 or 1) are "
+                "skewed; the Jensen-Shannon divergence mixes both distributions already. Set `skew=0`."
+            )

@@ -1,0 +1,174 @@
+"""Settings of [`PromptKDTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import logging
+from trl import SFTConfig
+
+from .._trl import GKDConfig
+from ..field_checks import (
+    check_at_least_zero,
+    check_choice,
+    check_ignored,
+    check_kinds,
+    check_positive,
+    check_share,
+    check_training,
+)
+from .best_metric import choose_best_metric
+from .sampling_config import SamplingConfig
+
+
+__all__ = ["PromptKDConfig"]
+
+logger = logging.get_logger(__name__)
+
+# Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
+_IGNORED = {
+    "packing": (False, "rows are distilled one by one; sequences hold sampled completions of unknown length"),
+    "padding_free": (False, "batches are padded"),
+    "assistant_only_loss": (False, "the loss covers the last answer of a conversation"),
+    "loss_type": ("nll", "the loss is the divergence that `beta` selects"),
+    "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
+    "enable_jit_checkpoint": (False, "it saves in the middle of a step; `save_on_interrupt=True` does so at its end"),
+    "label_smoothing_factor": (0.0, "there are no hard labels"),
+}
+
+
+@dataclass
+class PromptKDConfig(SamplingConfig, GKDConfig):
+    """
+    Configuration class for [`PromptKDTrainer`].
+
+    This class includes only what is specific to PromptKD. For the rest, see [`~transformers.TrainingArguments`],
+    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; how completions are sampled is in
+    [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included; the soft prompt's own settings are
+    in [`PromptEncoderConfig`]. The defaults are the paper's.
+
+    Args:
+        lmbda (`float`, *optional*, defaults to `1.0`):
+            Share of rows whose completion the student samples; the others are trained on the data's answers, or on the
+            teacher's with `seq_kd`. Drawn row by row.
+        beta (`float`, *optional*, defaults to `1.0`):
+            Divergence of the student's loss: `1.0` the reverse KL(student || teacher), `0.0` the forward KL, between them the
+            generalized Jensen-Shannon divergence, which goes to 0 towards both ends and does not turn into either KL there.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of sampling.
+        loss_temperature (`float`, *optional*, defaults to `1.0`):
+            Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
+            temperature, without a factor of its square.
+        prompt_divergence (`str`, *optional*, defaults to `"reverse"`):
+            Loss of the soft prompt: `"reverse"`, KL(prompted || student) + w KL(prompted || plain); `"forward"`, both the
+            other way round.
+        regularization_coef (`float`, *optional*, defaults to `1.0`):
+            `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain teacher
+            is only asked on steps that are logged.
+        regularization_schedule (`str`, *optional*, defaults to `"linear"`):
+            `"linear"` lets `w` fall to 0 at the end of training, `"constant"` keeps it.
+        prompt_update (`str`, *optional*, defaults to `"sequential"`):
+            `"sequential"`, the paper's: at the end of an accumulation window the prompt is stepped first and the student
+            learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns from the prompt
+            as it was before the step in all micro-batches; one teacher pass less, and how a window is split into
+            micro-batches makes no difference at all.
+        teacher_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest anew: less
+            memory, one more forward pass. `gradient_checkpointing` is the student's.
+        overlong (`str`, *optional*, defaults to `"error"`):
+            What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the data; a
+            sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
+            `"drop"` leaves them out and reports how many.
+        loss_chunk_size (`int`, *optional*, defaults to `256`):
+            Tokens whose logits exist at once, in every pass. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
+        save_on_interrupt (`bool`, *optional*, defaults to `False`):
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
+    """
+
+    _FALLING_METRICS = (
+        "forward_kl",
+        "reverse_kl",
+        "loss",
+    )  # of evaluations; the first one chooses the best checkpoint
+    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+
+    dataset_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "The collator needs columns that the model's forward does not know."}
+    )
+    lmbda: float = field(
+        default=1.0, metadata={"help": "Share of rows whose completion the student samples; drawn row by row."}
+    )
+    beta: float = field(
+        default=1.0,
+        metadata={"help": "1.0: reverse KL(student || teacher). 0.0: forward KL. Between: generalized JSD."},
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    loss_temperature: float = field(
+        default=1.0, metadata={"help": "Both models' logits are divided by it in every divergence."}
+    )
+    prompt_divergence: str = field(
+        default="reverse",
+        metadata={"help": "Direction of the soft prompt's loss.", "choices": ["reverse", "forward"]},
+    )
+    regularization_coef: float = field(
+        default=1.0, metadata={"help": "Weight of KL(prompted || plain) in the soft prompt's loss at the first step."}
+    )
+    regularization_schedule: str = field(
+        default="linear",
+        metadata={"help": "Whether that weight falls to 0 over the training.", "choices": ["linear", "constant"]},
+    )
+    prompt_update: str = field(
+        default="sequential",
+        metadata={
+            "help": "Whether the student learns from the prompt after or before its update.",
+            "choices": ["sequential", "simultaneous"],
+        },
+    )
+    teacher_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute the teacher's activations in the soft prompt's backward pass."}
+    )
+    overlong: str = field(
+        default="error",
+        metadata={"help": "Refuse or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
+    )
+    loss_chunk_size: int | None = field(
+        default=256, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
+    )
+
+    save_on_interrupt: bool = field(
+        default=False, metadata={"help": "On SIGTERM, finish the step, save a checkpoint and end the training."}
+    )
+
+    def __post_init__(self):
+        check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
+        check_share(self, "lmbda", "beta")
+        by_loss = self.metric_for_best_model in ("loss", "eval_loss")
+        if choose_best_metric(self, "eval_forward_kl") and by_loss:
+            logger.warning(
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}: the distance to the prompted teacher, which also falls when the "
+                "prompt follows its student. Set it to 'eval_forward_kl' (the default), or to a task metric."
+            )
+        super().__post_init__()
+        self.check_values()
+        if self.seq_kd and self.lmbda == 1:
+            logger.warning(
+                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower `lmbda`."
+            )
+        # Rows are tokenized by this package, for conversations and plain texts alike
+        given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
+        self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
+
+    def check_values(self) -> None:
+        """Refuse values out of range, and fields of the base classes that would be ignored."""
+        check_training(self)
+        check_share(self, "lmbda", "beta")
+        check_choice(self, "prompt_divergence", ("reverse", "forward"))
+        check_choice(self, "regularization_schedule", ("linear", "constant"))
+        check_choice(self, "prompt_update", ("sequential", "simultaneous"))
+        check_choice(self, "overlong", ("error", "drop"))
+        check_positive(self, "loss_temperature", "loss_chunk_size")
+        check_at_least_zero(self, "regularization_coef")
+        self.check_sampling()
+        check_ignored(self, "PromptKD", _IGNORED)

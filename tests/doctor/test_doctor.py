@@ -10,7 +10,6 @@ from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, tiny_model, tiny_tok
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
 
 from trl_promptkd import PrimingTemplate, PromptEncoderConfig
-from trl_promptkd import teacher as teacher_module
 from trl_promptkd.cli import main
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.data.primed import tokenize_primed_row
@@ -19,6 +18,7 @@ from trl_promptkd.doctor import diagnose, passed
 from trl_promptkd.doctor import memory as memory_module
 from trl_promptkd.doctor.data_checks import _texts
 from trl_promptkd.generation.rollouts import generate_completions
+from trl_promptkd.models import teacher as teacher_module
 from trl_promptkd.models.teacher import load_teacher
 
 

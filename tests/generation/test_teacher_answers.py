@@ -11,8 +11,9 @@ from reference import greedy
 from tiny import prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from trl_promptkd import PrimingTemplate, teacher_answers
+from trl_promptkd import PrimingTemplate
 from trl_promptkd.data.primed import tokenize_primed_dataset
+from trl_promptkd.generation import teacher_answers
 from trl_promptkd.generation.teacher_answers import answer_key, weights_fingerprint, write_teacher_answers
 
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import answered_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
 from transformers import GenerationConfig
 
-from trl_promptkd import PrimedDistillTrainer, PromptEncoderConfig, PromptKDTrainer, vllm_rollouts
+from trl_promptkd import PrimedDistillTrainer, PromptEncoderConfig, PromptKDTrainer
+from trl_promptkd.generation import vllm as vllm_rollouts
 from trl_promptkd.generation.vllm import VLLMRollouts, _base_weights_stay
 from trl_promptkd.trainer.promptkd_config import PromptKDConfig
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from heads import HEADS, ROWS, head_model, pad
 from peft import LoraConfig, get_peft_model
-from test_forward import HEADS, ROWS, head_model, pad
 from tiny import VOCAB_SIZE, tiny_model
 
-from trl_promptkd import chunked_loss
 from trl_promptkd.divergences import entropy, generalized_jsd, kl_divergence
+from trl_promptkd.losses import chunked as chunked_loss
 from trl_promptkd.losses.chunked import chunked_sums
 from trl_promptkd.models.forward import completion_states, forward_logits
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy
 import pytest
+from fuzzing import SECONDS, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
-from test_hostile import SECONDS, fuzz
 
 from trl_promptkd import metrics
 from trl_promptkd.metrics import (

@@ -10,16 +10,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl_promptkd import PromptKDTrainer
 from trl_promptkd.models.forward import input_embeddings
 from trl_promptkd.models.init_kwargs import check_init_kwargs
-from trl_promptkd.models.teacher import (
-    check_same_tokenizer,
-    disable_dropout,
-    freeze,
-    load_teacher,
-    load_teacher_tokenizer,
-    position_limit,
-    recomputed_activations,
-    shared_vocab_size,
-)
+from trl_promptkd.models.limits import position_limit
+from trl_promptkd.models.teacher import disable_dropout, freeze, load_teacher, recomputed_activations
+from trl_promptkd.models.tokenizer import check_same_tokenizer, load_teacher_tokenizer, shared_vocab_size
 from trl_promptkd.trainer.checks import check_found
 
 

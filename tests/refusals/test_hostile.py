@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, settings
+from fuzzing import SECONDS, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -24,19 +25,6 @@ from trl_promptkd.generation.teacher_answers import _read_parts
 from trl_promptkd.teacher_cache.manifest import Manifest, row_key
 from trl_promptkd.teacher_cache.reader import sha256_of
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
-
-
-SECONDS = 5.0  # about a second on a machine that does nothing else
-
-
-def fuzz(max_examples):
-    return settings(
-        max_examples=max_examples,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 # ------------------------------------------------------------------------------------------------ priming texts

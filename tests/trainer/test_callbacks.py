@@ -20,11 +20,11 @@ from trl_promptkd import (
     PrimingTemplate,
     PromptKDConfig,
     PromptKDTrainer,
-    callbacks,
 )
 from trl_promptkd._trl import GKDConfig, GKDTrainer
 from trl_promptkd.evaluation import evaluate_model
 from trl_promptkd.metrics import instruction_scores
+from trl_promptkd.trainer import callbacks
 
 
 ROWS = answered_dataset(6)

@@ -120,7 +120,7 @@ class TestOneStep:
         assert logs[0]["priming/gain_nats"] == pytest.approx(expected / sum(len(row[2]) for row in first), rel=1e-3)
 
     def test_what_only_stands_in_logs_is_worked_out_for_logged_steps(self, make_primed_args, monkeypatch):
-        from trl_promptkd import primed_distill_trainer
+        from trl_promptkd.trainer import primed_distill_trainer
 
         asked, original = [], primed_distill_trainer.primed_loss_sums
 

@@ -450,7 +450,7 @@ class TestTeacherCheckpointing:
             PromptKDTrainer(student, None, args, train_dataset=prompt_dataset(), processing_class=tiny_tokenizer())
 
     def test_a_teacher_without_such_layers_is_refused(self, make_args, monkeypatch):
-        from trl_promptkd import teacher
+        from trl_promptkd.models import teacher
 
         monkeypatch.setattr(teacher, "GradientCheckpointingLayer", torch.nn.Bilinear)
         with pytest.raises(

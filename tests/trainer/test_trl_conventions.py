@@ -14,7 +14,7 @@ import sys
 
 import pytest
 import torch
-from paths import SUPPORT
+from paths import ROOT
 from peft import LoraConfig, get_peft_model
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -594,7 +594,9 @@ class TestReports:
             **os.environ,
             "TRACKIO_DIR": str(tmp_path / "trackio"),
             "HOME": str(tmp_path),
-            "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
+            "PYTHONPATH": os.pathsep.join(
+                [*(str(ROOT / "tests" / name) for name in ("", "support", "trainer")), *sys.path]
+            ),
         }
         command = [sys.executable, "-c", TRACKIO_RUN, make.method, str(tmp_path / "run")]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -631,11 +633,11 @@ print(json.dumps(trainer.state.log_history))
 
 class TestElsewhere:
     def test_the_tests_that_hold_the_other_conventions_are_there(self):
-        folder = SUPPORT
         for names in ELSEWHERE.values():
             for name in names:
                 path, *parts = name.split("::")
-                body = ast.parse((folder / path).read_text()).body
+                (file,) = (ROOT / "tests").rglob(path)
+                body = ast.parse(file.read_text()).body
                 for part in parts:
                     found = [node for node in body if getattr(node, "name", None) == part]
                     assert found, name

@@ -14,8 +14,8 @@ from ..analysis.attention_plots import plot_heads, plot_measures
 from ..analysis.figures import check_matplotlib
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..files import write_text
-from ..models.teacher import check_same_tokenizer, shared_vocab_size
-from ..trainer.checks import check_positions
+from ..models.limits import check_positions
+from ..models.tokenizer import check_same_tokenizer, shared_vocab_size
 from .analyze_common import at_least_one, number, tokenized_rows
 from .common import (
     add_row_arguments,

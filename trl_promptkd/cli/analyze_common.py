@@ -8,8 +8,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ..data import check_columns, tokenize_dataset
 from ..generation.rollouts import rollout_config
-from ..models.teacher import check_same_tokenizer, shared_vocab_size
-from ..trainer.checks import check_positions
+from ..models.limits import check_positions
+from ..models.tokenizer import check_same_tokenizer, shared_vocab_size
 from .common import add_row_arguments, json_dict, load_rows, load_tokenizer, needed_tokenizer
 
 

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from ..data import name_columns
 from ..data.priming import PRIMING_TEMPLATES, PrimingTemplate
-from ..models.teacher import load_teacher, load_teacher_tokenizer
+from ..models.teacher import load_teacher
+from ..models.tokenizer import load_teacher_tokenizer
 
 
 FILE_SPLIT = "train"  # that a file's rows are

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..doctor import diagnose, passed, print_table
 from ..models.soft_prompt import PromptEncoderConfig
-from ..models.teacher import load_teacher_tokenizer
+from ..models.tokenizer import load_teacher_tokenizer
 from .common import add_data_arguments, json_dict, load_model, load_rows, priming_of, without_nan
 
 

@@ -6,6 +6,7 @@ A row becomes two lists of ids, `prompt_ids` and `completion_ids`, once, before 
 - `chat_template.py`: its text, if it is a conversation
 - `tokenize.py`: its token ids
 - `dataset.py`: a whole data set's, checked and counted
+- `priming.py`, `primed.py`: what the teacher sees instead, and both views of a row
 - `collate.py`: batches of them
 """
 

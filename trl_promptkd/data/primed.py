@@ -14,21 +14,11 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from . import (
-    NO_TOKENS,
-    check_answers,
-    check_columns,
-    check_ids,
-    check_text_only,
-    is_empty_answer,
-    map_rows,
-    masked_rows,
-    pad_rows,
-    sift_overlong,
-    tokenize_row,
-    tokenize_views,
-)
+from .collate import masked_rows, pad_rows
+from .dataset import check_answers, check_columns, is_empty_answer, map_rows, sift_overlong
 from .priming import PrimingTemplate, resolve_priming
+from .rows import NO_TOKENS, check_ids, check_text_only
+from .tokenize import tokenize_row, tokenize_views
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..files import read_text
-from . import joined_text, split_row
+from .rows import joined_text, split_row
 
 
 __all__ = ["PRIMING_TEMPLATES", "PrimingTemplate", "resolve_priming"]

@@ -17,7 +17,7 @@ from ..data.priming import PrimingTemplate
 from ..generation.rollouts import generate_completions, own_random_state, rollout_config
 from ..models.forward import TokenStates, completion_states
 from ..models.soft_prompt import SoftPrompt
-from ..models.teacher import shared_vocab_size
+from ..models.tokenizer import shared_vocab_size
 
 
 __all__ = ["Case", "Finding"]

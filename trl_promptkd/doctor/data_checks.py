@@ -12,8 +12,8 @@ from torch import Tensor
 from ..data import DataCollatorForPromptCompletion, check_columns, masked_rows, split_row
 from ..data.primed import DataCollatorForPrimedDistillation
 from ..generation.rollouts import stop_ids
-from ..models.teacher import check_same_tokenizer
-from ..trainer.checks import check_positions
+from ..models.limits import check_positions
+from ..models.tokenizer import check_same_tokenizer
 from .case import Case, Finding
 
 

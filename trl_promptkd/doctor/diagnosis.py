@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..data.priming import PrimingTemplate, resolve_priming
 from ..models.side_effects import flags_restored
 from ..models.soft_prompt import PromptEncoderConfig
-from ..models.teacher import freeze, load_teacher_tokenizer
+from ..models.teacher import freeze
+from ..models.tokenizer import load_teacher_tokenizer
 from ..trainer.checks import check_soft_prompt
 from . import data_checks, model_checks
 from .case import Case, Finding

@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..metrics import rouge_scorer
-from ..trainer.checks import check_positions
+from ..models.limits import check_positions
 from .answers import (
     answers_path,
     evaluation_config,

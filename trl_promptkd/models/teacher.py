@@ -14,11 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
@@ -31,15 +29,11 @@ from .side_effects import flags_restored
 __all__ = [
     "asked_teacher",
     "build_teacher",
-    "check_same_tokenizer",
     "disable_dropout",
     "freeze",
     "load_teacher",
-    "load_teacher_tokenizer",
     "place_teacher",
-    "position_limit",
     "recomputed_activations",
-    "shared_vocab_size",
 ]
 
 logger = logging.get_logger(__name__)
@@ -80,73 +74,6 @@ def _from_pretrained(name_or_path: str, kwargs: dict[str, Any]):
             raise
     # Models of images and texts, of which only text is asked (Mistral 3, Llava)
     return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
-
-
-def load_teacher_tokenizer(
-    name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
-) -> Any | None:
-    """The tokenizer that stands beside the teacher, or `None` where there is none to compare with."""
-    if not name_or_path:
-        return None
-    known = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known}
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError):
-        return None
-
-
-def check_same_tokenizer(
-    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuse a teacher whose token ids mean something else.
-
-    Raises:
-        ValueError: naming the first id at which the vocabularies differ.
-    """
-    student_tokens = {index: token for token, index in student_tokenizer.get_vocab().items()}
-    teacher_tokens = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
-    for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
-        if student_tokens.get(index) != teacher_tokens.get(index):
-            raise ValueError(
-                "The student and the teacher have different tokenizers: the first token that differs has id "
-                f"{index}, which is {student_tokens.get(index)!r} for the student ({len(student_tokens)} tokens) and "
-                f"{teacher_tokens.get(index)!r} for the teacher ({len(teacher_tokens)} tokens). Their distributions "
-                "cannot be compared token by token. Choose two models of one family; if only a pad token was added to "
-                "one of them, use the end-of-text token for padding instead."
-            )
-
-
-def shared_vocab_size(
-    student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """How many token ids both models are compared on, and sample from.
-
-    Models pad their vocabularies, those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The padding stands for no
-    token, so both models are compared, and normalised, on the tokenizer's real ids only. If the teacher itself is not at hand, the size
-    of its vocabulary is enough.
-
-    Returns:
-        `int`: the number of real ids.
-
-    Raises:
-        ValueError: if a model has fewer entries than the tokenizer has tokens.
-    """
-    student_size = student.config.get_text_config().vocab_size
-    teacher_size = teacher if isinstance(teacher, int) else teacher.config.get_text_config().vocab_size
-    tokens = {index: token for token, index in tokenizer.get_vocab().items()}
-    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    real_size = max(tokens) + 1
-    for role, size in (("student", student_size), ("teacher", teacher_size)):
-        missing = [index for index in tokens if index >= size and index not in added]
-        if missing:
-            raise ValueError(
-                f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens, such as "
-                f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share one tokenizer."
-            )
-    # Special tokens beyond both vocabularies (images in Gemma 3's text models) cannot occur in text
-    return min(real_size, student_size, teacher_size)
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -310,10 +237,3 @@ def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
 
 def _dropout_rates(holder: Any) -> list[str]:
     return [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float) and value > 0]
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
-    names = ("wpe", "embed_positions", "position_embeddings")
-    learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None

@@ -17,9 +17,9 @@ from ..files import remove_incomplete
 from ..generation.rollouts import rollout_config
 from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
 from ..models.compare import check_forward
-from ..models.teacher import freeze, load_teacher, shared_vocab_size
-from ..models.vocabulary import check_rows_embedded, embedded_by
-from ..trainer.checks import check_positions
+from ..models.limits import check_positions, check_rows_embedded, embedded_by
+from ..models.teacher import freeze, load_teacher
+from ..models.tokenizer import shared_vocab_size
 from .codec import PRESETS
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer
 from .reader import TeacherCache

@@ -4,7 +4,7 @@ import os
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, DatasetCardData, HfApi
 
-from ..trainer.model_card import PLACES, fenced, name_in_cache, settings_table
+from .card import PLACES, fenced, name_in_cache, settings_table
 from .manifest import MANIFEST_FILE, Manifest
 
 

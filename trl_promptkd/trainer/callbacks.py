@@ -23,7 +23,8 @@ from ..evaluation import (
 )
 from ..files import whole_file
 from ..generation.rollouts import sample_completions
-from .checks import check_positions, check_sharding
+from ..models.limits import check_positions
+from .checks import check_sharding
 
 
 __all__ = ["GenerationMetricsCallback"]

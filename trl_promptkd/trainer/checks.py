@@ -12,32 +12,26 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
 from transformers.utils import find_adapter_config_file, logging
 
-from ..files import read_text
 from ..models.forward import TokenStates
 from ..models.init_kwargs import check_init_kwargs, hub_kwargs
 from ..models.soft_prompt import PromptEncoderConfig, check_peft_config, text_token_ids
 from ..models.student import adapter_config, check_trains
-from ..models.teacher import check_same_tokenizer, load_teacher_tokenizer, position_limit
 
 
 __all__ = [
     "check_arguments",
     "check_finite",
     "check_found",
-    "check_positions",
     "check_sharding",
     "check_soft_prompt",
     "check_streamed_evaluation",
     "loaded_settings",
-    "prepare_tokenizer",
     "restore_settings",
 ]
 
@@ -274,82 +268,6 @@ def restore_settings(model: Any, settings: Mapping[str, Any]) -> None:
                 setattr(config, name, value)
 
 
-def prepare_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel | str,
-    teacher_model: PreTrainedModel | str | None,
-    args: Any,
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of both models, with a pad token and what `args` say about it.
-
-    Raises:
-        TypeError: for a processor of images or sound.
-        OSError: where the student's cannot be loaded.
-        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one; for special tokens
-            that it does not have.
-    """
-    if processing_class is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        if not name:
-            raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
-        try:
-            processing_class = _load_tokenizer(name, args)
-        except (OSError, ValueError) as error:
-            raise OSError(
-                f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; only tokenizers are supported. Pass "
-            "`AutoTokenizer.from_pretrained(name)`, or a processor's `tokenizer`."
-        )
-    for field in ("eos_token", "pad_token"):
-        token = getattr(args, field)
-        if token is None:
-            continue
-        if token not in processing_class.get_vocab():
-            raise ValueError(f"`{field}` is {token!r}, which the tokenizer does not have. Name one of its tokens.")
-        setattr(processing_class, field, token)
-    if processing_class.pad_token is None:
-        processing_class.pad_token = processing_class.eos_token  # masks come from lengths, so this is safe
-    if processing_class.pad_token is None:
-        raise ValueError("The tokenizer has neither a pad token nor an end-of-text token. Set `tokenizer.pad_token`.")
-    if args.chat_template_path is not None:
-        processing_class.chat_template = read_text(args.chat_template_path, "the chat template (`chat_template_path`)")
-        if not processing_class.chat_template.strip():
-            raise ValueError(
-                f"{args.chat_template_path}, the file of `chat_template_path`, is empty. Write a template to it."
-            )
-    if teacher_model is not None:
-        name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
-        teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
-        if teacher_tokenizer is not None:
-            check_same_tokenizer(processing_class, teacher_tokenizer)
-        elif isinstance(teacher_model, str):
-            logger.warning(
-                f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both models "
-                "share one. If they do not, training compares unrelated tokens."
-            )
-    return processing_class
-
-
-def _load_tokenizer(name: str, args: Any) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; that of the model below an adapter if there is none beside the adapter."""
-    revision = (args.model_init_kwargs or {}).get("revision") or "main"
-    adapter = adapter_config(name, args.model_init_kwargs)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        if adapter is None:
-            raise
-    return AutoTokenizer.from_pretrained(
-        adapter.base_model_name_or_path,
-        revision=adapter.revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )
-
-
 def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTokenizerBase) -> None:
     """Refuse a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
     if not isinstance(prompt_encoder_config, PromptEncoderConfig):
@@ -407,19 +325,3 @@ def check_finite(loss: Tensor, when: str, **models: Any) -> None:
         "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; lower the learning rate if "
         "it was finite before."
     )
-
-
-def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
-    """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
-
-    Args:
-        role: "student" or "teacher", for the message.
-        longest: Positions that the longest row needs.
-        remedy: What to do about it.
-
-    Raises:
-        ValueError: with the number of positions there are and that are needed.
-    """
-    limit = position_limit(model)
-    if limit is not None and longest > limit:
-        raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

@@ -1,7 +1,6 @@
 """The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw, data, metrics, loading."""
 
 import os
-import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,37 +10,21 @@ import datasets
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..files import write_text
 from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig
+from ..teacher_cache.card import PLACES, fenced, hub_id, name_in_cache, quoted, settings_table, shown_name
 
 
 __all__ = [
-    "PLACES",
     "complete_card",
-    "fenced",
     "hub_dataset",
-    "hub_id",
-    "name_in_cache",
     "priming_section",
     "prompt_section",
-    "settings_table",
 ]
 
-PLACES = {"prefix": "before the question", "suffix": "after the question", "system": "as the system message"}
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` where it can be a repository's on the Hub, and is no file or folder here."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if not name or os.path.exists(name) else name
 
 
 def hub_dataset(dataset: Any) -> str | None:
@@ -114,7 +97,7 @@ def complete_card(trainer, section: str) -> None:
         card.data.library_name = "peft"
     text = card.text
     if base is None:
-        text = text.replace(f"[{shown}](https://huggingface.co/{shown})", _quoted(_start_of(trainer)))
+        text = text.replace(f"[{shown}](https://huggingface.co/{shown})", quoted(_start_of(trainer)))
     text = text.replace('model="None"', f'model="{repo}"')
     versions = "".join(f"- {name}: {version(package)}\n" for name, package in _PACKAGES.items())
     text = text.replace(
@@ -188,7 +171,8 @@ def _loading_section(trainer, repo: str) -> str:
     ]
     if adapter:
         base = (
-            hub_id(_start_of(trainer)) or f"<the model that the adapter was trained on, {_shown(_start_of(trainer))}>"
+            hub_id(_start_of(trainer))
+            or f"<the model that the adapter was trained on, {shown_name(_start_of(trainer))}>"
         )
         lines += [
             f'base = AutoModelForCausalLM.from_pretrained("{base}")',
@@ -202,7 +186,7 @@ def _loading_section(trainer, repo: str) -> str:
         pinned = (trainer.args.teacher_model_init_kwargs or {}).get("revision")
         lines += [
             "",
-            f'teacher = AutoModelForCausalLM.from_pretrained("{hub_id(name) or f"<the teacher, {_shown(name)}>"}"'
+            f'teacher = AutoModelForCausalLM.from_pretrained("{hub_id(name) or f"<the teacher, {shown_name(name)}>"}"'
             + (f', revision="{pinned}")' if pinned and not trainer.distils_itself else ")"),
             f'prompted_teacher = PeftModel.from_pretrained(teacher, "{repo}", subfolder="{ADAPTER_FOLDER}"{revision})',
         ]
@@ -220,15 +204,6 @@ def _teachers_start(trainer) -> str:
     return trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
 
 
-def _shown(name: str) -> str:
-    """A name on the Hub, or the last part of a path."""
-    return hub_id(name) or os.path.basename(name.rstrip("/\\")) or "a model without a name"
-
-
-def _quoted(name: str) -> str:
-    return f"`{_shown(name)}`"
-
-
 def _teacher_name(trainer) -> str:
     if trainer.distils_itself:
         return "the student's own starting weights (self-distillation)"
@@ -239,25 +214,8 @@ def _teacher_name(trainer) -> str:
         if "kl_mean" in receipt:  # draws have none
             kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats a token"
         return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
-    return _quoted(_teachers_start(trainer))
-
-
-def name_in_cache(teacher: dict[str, Any]) -> str:
-    """The teacher's name in a manifest. It may be a folder's of another machine: only what came from the Hub has a revision."""
-    name = teacher["name"]
-    return _quoted(name if teacher["revision"] else os.path.basename(name.rstrip("/\\")))
-
-
-def fenced(text: str) -> str:
-    """`text` as a block of code, whatever is in it."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}\n{text}\n{fence}"
+    return quoted(_teachers_start(trainer))
 
 
 def _values(args, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
-
-
-def settings_table(settings: dict[str, Any], what: str = "setting") -> str:
-    rows = "\n".join(f"| `{name}` | `{value}` |" for name, value in settings.items() if value is not None)
-    return f"| {what} | value |\n| --- | --- |\n{rows}"

@@ -35,35 +35,28 @@ from ..losses.chunked import chunked_sums
 from ..losses.primed_distill import PrimedLossSums, log_prob_sums, primed_loss_sums
 from ..models.compare import check_forward
 from ..models.forward import TokenStates, completion_states, forward_logits, inside_forward
+from ..models.limits import check_positions, check_rows_embedded, embedded_by
 from ..models.side_effects import flags_restored, nothing_changed
 from ..models.student import check_trains, student_by_name
-from ..models.teacher import (
-    asked_teacher,
-    build_teacher,
-    disable_dropout,
-    load_teacher,
-    place_teacher,
-    shared_vocab_size,
-)
-from ..models.vocabulary import check_rows_embedded, embedded_by
+from ..models.teacher import asked_teacher, build_teacher, disable_dropout, load_teacher, place_teacher
+from ..models.tokenizer import prepare_tokenizer, shared_vocab_size
 from ..teacher_cache import TeacherCache
+from ..teacher_cache.card import hub_id
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
     check_finite,
     check_found,
-    check_positions,
     check_sharding,
     check_streamed_evaluation,
     loaded_settings,
-    prepare_tokenizer,
     restore_settings,
 )
 from .hub import make_branch
 from .hyperparameters import objective_for, set_trial, trials_start_here
 from .logged_metrics import Means, add_rollouts, is_logged_step, keep_completions, with_means
-from .model_card import complete_card, hub_dataset, hub_id, priming_section
+from .model_card import complete_card, hub_dataset, priming_section
 from .primed_distill_config import PrimedDistillConfig
 
 

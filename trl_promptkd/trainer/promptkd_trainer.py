@@ -46,36 +46,29 @@ from ..models.forward import (
     inside_forward,
     whole_weights,
 )
+from ..models.limits import check_positions, check_rows_embedded, embedded_by
 from ..models.side_effects import flags_restored, nothing_changed
 from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from ..models.student import check_trains, student_by_name
-from ..models.teacher import (
-    asked_teacher,
-    build_teacher,
-    disable_dropout,
-    place_teacher,
-    recomputed_activations,
-    shared_vocab_size,
-)
-from ..models.vocabulary import check_rows_embedded, embedded_by
+from ..models.teacher import asked_teacher, build_teacher, disable_dropout, place_teacher, recomputed_activations
+from ..models.tokenizer import prepare_tokenizer, shared_vocab_size
+from ..teacher_cache.card import hub_id
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
     check_arguments,
     check_finite,
     check_found,
-    check_positions,
     check_sharding,
     check_soft_prompt,
     check_streamed_evaluation,
     loaded_settings,
-    prepare_tokenizer,
     restore_settings,
 )
 from .hub import make_branch
 from .hyperparameters import objective_for, set_trial, trials_start_here
 from .logged_metrics import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions, with_means
-from .model_card import complete_card, hub_dataset, hub_id, prompt_section
+from .model_card import complete_card, hub_dataset, prompt_section
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 

@@ -1,14 +1,15 @@
-"""That both models have an embedding for every token that they are given: tokenizers are extended, and a model is forgotten."""
+"""What a model can take: tokens that it embeds, as tokenizers are extended and a model is forgotten, and positions."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from datasets import IterableDataset
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-__all__ = ["Embedded", "check_rows_embedded", "embedded_by"]
+__all__ = ["Embedded", "check_positions", "check_rows_embedded", "embedded_by", "position_limit"]
 
 # A role ("student", "teacher") -> how many ids its model embeds, and the columns of rows that it sees
 Embedded = Mapping[str, tuple[int, Sequence[str]]]
@@ -84,3 +85,26 @@ def _missing(index: int, role: str, size: int) -> str:
 def _num_embeddings(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
     return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
+    names = ("wpe", "embed_positions", "position_embeddings")
+    learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
+
+
+def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
+    """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
+
+    Args:
+        role: "student" or "teacher", for the message.
+        longest: Positions that the longest row needs.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: with the number of positions there are and that are needed.
+    """
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

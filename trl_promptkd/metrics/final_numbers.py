@@ -84,9 +84,8 @@ def gsm8k_accuracy(predictions: Sequence[str], references: Sequence[str | float]
         by that rule.
 
     Raises:
-        TypeError, ValueError: for rows of other kinds, lists of different lengths, or a reference without a number.
-        They
-            name the row.
+        TypeError, ValueError: for rows of other kinds, lists of different lengths, or a reference without a number,
+            naming the row.
     """
     rows = gsm8k_row_scores(predictions, references)
     return {rule: 100 * sum(row[rule] for row in rows) / len(rows) for rule in RULES}

@@ -1,6 +1,7 @@
 """Files that are read as they are, and files that are whole or not there, whenever a run is killed."""
 
 import glob
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -10,9 +11,27 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-__all__ = ["read_safetensors", "read_text", "remove_incomplete", "whole_file", "write_text"]
+__all__ = [
+    "read_safetensors",
+    "read_text",
+    "remove_incomplete",
+    "sha256_of",
+    "text_hash",
+    "whole_file",
+    "write_text",
+]
 
 _INCOMPLETE = ".incomplete"
+
+
+def text_hash(text: str) -> str:
+    """32 hexadecimal digits by which a content is found again."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def sha256_of(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str, what: str) -> str:

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from tiny import answered_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimingTemplate, PromptEncoderConfig, SoftPrompt, TeacherCache, build_teacher_cache
+from trl_promptkd.files import sha256_of
 from trl_promptkd.generation.teacher_answers import _read_parts
 from trl_promptkd.teacher_cache.manifest import Manifest, row_key
-from trl_promptkd.teacher_cache.reader import sha256_of
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
 
 

@@ -77,14 +77,14 @@ class TestDocstrings:
         assert [name for name in trl_promptkd.__all__ if f"::: trl_promptkd.{name}\n" not in pages] == []
 
     def test_arguments_have_types_and_no_default_beside_the_signatures(self, package):
-        sections = package["promptkd_config.PromptKDConfig"].docstring.parse("google")
+        sections = package["trainer.promptkd_config.PromptKDConfig"].docstring.parse("google")
         arguments = next(section for section in sections if section.kind.value == "parameters").value
         found = {argument.name: (str(argument.annotation), argument.default) for argument in arguments}
         assert found["lmbda"] == ("float", "1.0")
         assert found["loss_chunk_size"] == ("int", "256")
 
     def test_what_is_returned_is_text(self, package):
-        text = package["promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value
+        text = package["trainer.promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value
         assert "**Returns:** `Tensor` of shape `(batch, seq, vocab)`" in text
         docstring = package["doctor.diagnosis.diagnose"].docstring
         assert "**Returns:** `list` of [`Finding`][trl_promptkd.doctor.Finding], in" in docstring.value
@@ -97,7 +97,7 @@ class TestDocstrings:
         assert "learning_rate" in inspect.signature(trl_promptkd.PromptKDConfig).parameters
 
     def test_names_become_links_where_the_api_has_them(self, package):
-        text = package["promptkd_config.PromptKDConfig"].docstring.value
+        text = package["trainer.promptkd_config.PromptKDConfig"].docstring.value
         assert "[`PromptKDTrainer`][trl_promptkd.PromptKDTrainer]" in text
         assert "[`SamplingConfig`][trl_promptkd.trainer.sampling_config.SamplingConfig]" in text
         assert "[`~" not in text

@@ -1,6 +1,5 @@
 """A model's answers to prompts, each from a random state of its own, in files that a run that starts again goes on with."""
 
-import hashlib
 import json
 import os
 import time
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import read_text, remove_incomplete, whole_file
+from ..files import read_text, remove_incomplete, text_hash, whole_file
 from ..generation.rollouts import generate_completions, rollout_config, rollout_seed, stop_ids
 from ..generation.teacher_answers import answer_key, weights_fingerprint
 from .rows import EvaluationRows
@@ -63,7 +62,7 @@ def evaluation_seeds(seed: int, prompt_ids: Sequence[Sequence[int]]) -> list[int
     asked: Counter[str] = Counter()
     seeds = []
     for ids in prompt_ids:
-        prompt = hashlib.blake2b(json.dumps(list(ids)).encode(), digest_size=16).hexdigest()
+        prompt = text_hash(json.dumps(list(ids)))
         seeds.append(rollout_seed(seed, f"evaluation/{prompt}", asked[prompt], 0))
         asked[prompt] += 1
     return seeds
@@ -215,4 +214,4 @@ def _tokenizer_source(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def hash_of(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return text_hash(json.dumps(value, sort_keys=True))

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..files import remove_incomplete, whole_file
+from ..files import remove_incomplete, text_hash, whole_file
 from .rollouts import rollout_seed, sample_completions
 
 
@@ -67,7 +67,7 @@ def weights_fingerprint(model: nn.Module, everything: bool = False) -> str:
 def answer_key(source: Mapping[str, Any], prompt_ids: Sequence[int]) -> str:
     """The hash under which the answer to one prompt is kept; `source` says who wrote it, and how."""
     text = json.dumps([source, list(prompt_ids)], sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return text_hash(text)
 
 
 def write_teacher_answers(
@@ -181,7 +181,7 @@ def _write_part(
             "completion_ids": list(answers.values()),
         }
     )
-    name = hashlib.blake2b("".join(answers).encode(), digest_size=16).hexdigest()
+    name = text_hash("".join(answers))
     with whole_file(os.path.join(folder, f"answers-{name}.parquet")) as path:
         pyarrow.parquet.write_table(table, path, compression="zstd")
 

@@ -1,6 +1,5 @@
 """What a cache says about itself, and whether it fits a run."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
-from ..files import whole_file
+from ..files import text_hash, whole_file
 
 
 __all__ = [
@@ -34,7 +33,7 @@ _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "
 def digest(value: Any) -> str:
     """A hash of whatever JSON can write."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return text_hash(text)
 
 
 def row_key(teacher_prompt_ids: list[int], completion_ids: list[int]) -> str:

@@ -1,6 +1,5 @@
 """Reading a cache: rows by their content, distributions as log-probabilities."""
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,29 +16,18 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..files import sha256_of
 from .codec import PRESETS, Basis, decode, entropies, num_tokens, payload_columns
 from .hub import push_cache
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
 
 
-__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "read_shard", "sha256_of"]
+__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "read_shard"]
 
 BASIS_FILE = "basis.safetensors"
 _IDS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
 _MAX_BYTES = 2**33  # of one shard in memory; the builder's have 2**26 and a batch
 _LEAST_BYTES = 16  # a row's key alone: random digits, which nothing compresses
-
-
-def sha256_of(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:  # Python 3.10
-    state = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        state.update(chunk)
-    return state.hexdigest()
 
 
 def read_shard(path: str, manifest: Manifest) -> pyarrow.Table:

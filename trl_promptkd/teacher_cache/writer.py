@@ -1,6 +1,5 @@
 """Filling a cache: the teacher's forward passes, written down as they come, so that a build can be killed at any moment."""
 
-import hashlib
 import json
 import os
 import time
@@ -18,11 +17,11 @@ from transformers.utils import logging
 
 from ..data import pad_rows
 from ..divergences import kl_divergence
-from ..files import whole_file
+from ..files import sha256_of, text_hash, whole_file
 from ..models.forward import completion_states, inside_forward
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, digest, row_key
-from .reader import BASIS_FILE, TeacherCache, read_shard, sha256_of
+from .reader import BASIS_FILE, TeacherCache, read_shard
 
 
 __all__ = ["CacheWriter"]
@@ -239,7 +238,7 @@ class CacheWriter:
         }
         table = pyarrow.table({name: pyarrow.array([row[name] for row in rows], type=types[name]) for name in rows[0]})
         table = table.replace_schema_metadata({_LABEL: json.dumps({**self.label, **summaries})})
-        name = hashlib.blake2b("".join(row["key"] for row in rows).encode(), digest_size=16).hexdigest()
+        name = text_hash("".join(row["key"] for row in rows))
         try:
             with whole_file(self._path(f"shard-{name}.parquet")) as path:
                 pyarrow.parquet.write_table(

@@ -10,18 +10,16 @@ from trl_promptkd.cli import common
 
 
 class TestShortNames:
-    def test_ends_that_tell_paths_apart(self, tmp_path):
-        for name in ("a/rows.jsonl", "b/rows.jsonl", "b/rows.csv", "dev.json"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-
-        def names(*paths):
-            return list(common.short_names([str(tmp_path / path) for path in paths], "`--x`").values())
-
-        assert names("dev.json", "b/rows.jsonl") == ["dev", "rows"]
-        assert names("a/rows.jsonl", "b/rows.jsonl") == ["a/rows", "b/rows"]
-        assert names("b/rows.csv", "b/rows.jsonl") == ["rows.csv", "rows.jsonl"]
-        assert names("run/checkpoint-1.5", "run/checkpoint-1.6") == ["checkpoint-1.5", "checkpoint-1.6"]
+    def test_last_parts_or_whole_paths_if_two_are_the_same(self, tmp_path):
+        files = [str(tmp_path / name) for name in ("dev.json", "rows.jsonl", "rows.csv")]
+        for file in files:
+            open(file, "w").close()
+        assert list(common.short_names(files[:2], "`--x`").values()) == ["dev", "rows"]
+        assert list(common.short_names(files, "`--x`").values()) == files
+        assert common.short_names(["run/checkpoint-1.5", "run/checkpoint-1.6"], "`--x`") == {
+            "run/checkpoint-1.5": "checkpoint-1.5",
+            "run/checkpoint-1.6": "checkpoint-1.6",
+        }
         assert common.short_names(["x", "y/x"], "`--x`") == {"x": "x", "y/x": "y/x"}
 
     def test_one_path_twice_is_refused(self):

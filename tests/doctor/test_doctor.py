@@ -1,16 +1,19 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, tiny_model, tiny_tokenizer, weights
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
 
-from trl_promptkd import PrimingTemplate, PromptEncoderConfig
-from trl_promptkd.cli import main
+from trl_promptkd import PrimedDistillConfig, PrimingTemplate, PromptKDConfig
+from trl_promptkd.cli import main, make_parser
+from trl_promptkd.cli.doctor import parse
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.data.primed import tokenize_primed_row
 from trl_promptkd.data.priming import resolve_priming
@@ -22,6 +25,7 @@ from trl_promptkd.models import teacher as teacher_module
 from trl_promptkd.models.teacher import load_teacher
 
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [" ".join(WORDS[i : i + 2 + i % 4]) for i in range(8)]
 
 
@@ -48,8 +52,8 @@ def answered_rows(teacher, tokenizer, conversational=False, priming=None):
     return rows
 
 
-def healthy(family="llama", **settings):
-    """Arguments of `diagnose` that nothing is wrong with."""
+def healthy(family="llama", **changes):
+    """Arguments of `diagnose` that nothing is wrong with; settings of the run among them, see [`findings_of`]."""
     student, teacher = pair(family)
     tokenizer = tiny_tokenizer()
     return {
@@ -59,12 +63,20 @@ def healthy(family="llama", **settings):
         "processing_class": tokenizer,
         "teacher_processing_class": tiny_tokenizer(),
         "max_new_tokens": 16,
-        **settings,
+        **changes,
     }
 
 
+def diagnosed(arguments):
+    """What fields of the configuration are among the arguments is its."""
+    kind = PromptKDConfig if arguments.get("priming") is None else PrimedDistillConfig
+    known = {name: value for name, value in arguments.items() if name not in kind.__dataclass_fields__}
+    settings = {name: value for name, value in arguments.items() if name not in known}
+    return diagnose(**known, args=kind(bf16=False, use_cpu=True, **settings))
+
+
 def findings_of(arguments):
-    return {finding.name: finding for finding in diagnose(**arguments)}
+    return {finding.name: finding for finding in diagnosed(arguments)}
 
 
 def hook(module, change):
@@ -200,169 +212,95 @@ def no_eos(case):
     case["processing_class"].pad_token = "<pad>"
 
 
-def little_memory(case):
-    case["per_device_train_batch_size"] = 1_000_000
+def given(**changes):
+    return lambda case: case.update(changes)
 
 
-# (what is broken, the check that must find it, its status, what it must say, how to break it)
+def unanswered(case):
+    case["dataset"][3].update(completion=None)
+    case["lmbda"] = 0.5
+
+
+# (the check that must find it, its status, what it must say, how to break a healthy case), of models with learned positions
+LEARNED = [
+    ("padding_teacher", "fail", "whole rows, padded", lambda c: of_class(c["teacher"], BlindGPT2)),
+    ("padding_student", "fail", "whole rows, padded", lambda c: of_class(c["model"], BlindGPT2)),
+    ("padding_soft_prompt", "fail", "padded, is off", lambda c: of_class(c["teacher"].transformer, BlindGPT2Decoder)),
+    ("positions", "fail", "128 positions", given(max_new_tokens=124)),
+]
 BROKEN = [
+    ("trained_tokens", "fail", r"\b8 not up to their end", collator(mask_padding_by_id)),
+    ("trained_tokens", "fail", r"\b8 are not trained on from", collator(mask_first_answer_token)),
+    ("trained_tokens", "warn", "other tokens", collator(train_on_prompts)),
+    ("trained_tokens", "fail", "not to be shifted", collator(shift_labels)),
+    ("trained_tokens", "fail", "KeyError", collator(forget_labels)),
+    ("tokenizers", "fail", r"id 9, which is 'a' .* and 'an'", other_words),
+    ("tokenizers", "warn", "no tokenizer", given(teacher_processing_class=None)),
+    ("chat_template", "fail", "Row 0: .*differently once", changing_template_and_answers),
+    ("chat_template", "warn", "in 8 of 8 rows .*differently once", changing_template),
+    ("chat_template", "fail", "no chat template", lambda c: chat(c, None)),
+    ("trained_tokens", "fail", "8 of 8 answers do not end", without_end),
+    ("chat_template", "warn", "8 of 8 prompts begin with '<system>' twice", doubled_start),
     (
-        "gpt2 without positions",
-        "padding_teacher",
-        "fail",
-        "whole rows, padded",
-        lambda c: of_class(c["teacher"], BlindGPT2),
-    ),
-    (
-        "gpt2 student without positions",
-        "padding_student",
-        "fail",
-        "whole rows, padded",
-        lambda c: of_class(c["model"], BlindGPT2),
-    ),
-    (
-        "gpt2 decoder without positions",
-        "padding_soft_prompt",
-        "fail",
-        "padded, is off",
-        lambda c: of_class(c["teacher"].transformer, BlindGPT2Decoder),
-    ),
-    ("pad == eos masked by ids", "trained_tokens", "fail", r"\b8 not up to their end", collator(mask_padding_by_id)),
-    (
-        "first token masked",
-        "trained_tokens",
-        "fail",
-        r"\b8 are not trained on from",
-        collator(mask_first_answer_token),
-    ),
-    ("prompts trained on", "trained_tokens", "warn", "other tokens", collator(train_on_prompts)),
-    ("shifted labels", "trained_tokens", "fail", "not to be shifted", collator(shift_labels)),
-    ("a collator that raises", "trained_tokens", "fail", "KeyError", collator(forget_labels)),
-    ("other tokenizers", "tokenizers", "fail", r"id 9, which is 'a' .* and 'an'", other_words),
-    (
-        "no teacher's tokenizer",
-        "tokenizers",
-        "warn",
-        "no tokenizer",
-        lambda c: c.update(teacher_processing_class=None),
-    ),
-    (
-        "template that changes prompts",
-        "chat_template",
-        "fail",
-        "Row 0: .*differently once",
-        changing_template_and_answers,
-    ),
-    (
-        "... whose answers are not used",
-        "chat_template",
-        "warn",
-        "in 8 of 8 rows .*differently once",
-        changing_template,
-    ),
-    ("no template", "chat_template", "fail", "no chat template", lambda c: chat(c, None)),
-    ("answers that do not end", "trained_tokens", "fail", "8 of 8 answers do not end", without_end),
-    ("two beginnings of text", "chat_template", "warn", "8 of 8 prompts begin with '<system>' twice", doubled_start),
-    (
-        "dropout",
         "repeatability",
         "fail",
         "two passes",
         lambda c: hook(c["teacher"].model.norm, lambda x: torch.nn.functional.dropout(x, 0.1, training=True)),
     ),
-    ("NaN", "finite_logits", "fail", "of the teacher are NaN", nan_weight),
+    ("finite_logits", "fail", "of the teacher are NaN", nan_weight),
     (
-        "a weak gradient",
         "soft_prompt_gradient",
         "fail",
         "times what the gradient says",
         lambda c: of_class(c["teacher"].model, WeakLlama),
     ),
+    ("soft_prompt_gradient", "fail", "norm is 0", lambda c: of_class(c["teacher"].model, DetachedLlama)),
+    ("vocabulary", "fail", "20 entries", given(teacher=tiny_model(vocab_size=20))),
+    ("lengths", "fail", "do not fit into `max_length=4`", given(max_length=4, lmbda=0.5)),
+    ("lengths", "warn", "4 of 8 rows do not fit into `max_length=4`", given(max_length=4, lmbda=0.5, overlong="drop")),
+    ("lengths", "warn", r"\d of 8 answers are cut", given(max_length=8, lmbda=0.5)),
+    ("data", "fail", "prompts without answers", given(dataset=[{"prompt": text} for text in PROMPTS], lmbda=0.5)),
+    ("data", "fail", "1 of 8 rows have no answer", unanswered),
+    ("data", "warn", "1 an empty one", lambda c: c["dataset"][3].update(completion=" ")),
+    ("data", "fail", "1 of 8 rows hold None", lambda c: c["dataset"][3].update(prompt=None)),
+    ("data", "fail", "neither a `messages`", given(dataset=[{"question": "who"}])),
+    ("priming", "fail", "does not reach the teacher", deaf_template),
+    ("priming", "fail", "'topic'", given(priming=PrimingTemplate("{{ topic }} "))),
+    ("priming", "warn", "8 of 8 rows", given(priming=PrimingTemplate("{{ '' }}"))),
     (
-        "no gradient",
-        "soft_prompt_gradient",
-        "fail",
-        "norm is 0",
-        lambda c: of_class(c["teacher"].model, DetachedLlama),
-    ),
-    ("small vocabulary", "vocabulary", "fail", "20 entries", lambda c: c.update(teacher=tiny_model(vocab_size=20))),
-    ("too long", "lengths", "fail", "do not fit into `max_length=4`", lambda c: c.update(max_length=4, lmbda=0.5)),
-    (
-        "too long, dropped",
-        "lengths",
-        "warn",
-        "4 of 8 rows do not fit into `max_length=4`",
-        lambda c: c.update(max_length=4, lmbda=0.5, overlong="drop"),
-    ),
-    ("cut", "lengths", "warn", r"\d of 8 answers are cut", lambda c: c.update(max_length=8, lmbda=0.5)),
-    ("too few positions", "positions", "fail", "128 positions", lambda c: c.update(max_new_tokens=124)),
-    (
-        "prompts only",
-        "data",
-        "fail",
-        "prompts without answers",
-        lambda c: c.update(dataset=[{"prompt": text} for text in PROMPTS], lmbda=0.5),
-    ),
-    (
-        "an answer missing",
-        "data",
-        "fail",
-        "1 of 8 rows have no answer",
-        lambda c: c["dataset"][3].update(completion=None) or c.update(lmbda=0.5),
-    ),
-    ("an empty answer", "data", "warn", "1 an empty one", lambda c: c["dataset"][3].update(completion=" ")),
-    ("no prompt", "data", "fail", "1 of 8 rows hold None", lambda c: c["dataset"][3].update(prompt=None)),
-    ("no known column", "data", "fail", "neither a `messages`", lambda c: c.update(dataset=[{"question": "who"}])),
-    ("deaf template", "priming", "fail", "does not reach the teacher", deaf_template),
-    (
-        "unknown variable",
-        "priming",
-        "fail",
-        "'topic'",
-        lambda c: c.update(priming=PrimingTemplate("{{ topic }} ")),
-    ),
-    ("empty priming", "priming", "warn", "8 of 8 rows", lambda c: c.update(priming=PrimingTemplate("{{ '' }}"))),
-    (
-        "rows see each other",
         "padding_student",
         "fail",
         "padded, is off",
         lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
     ),
     (
-        "rows see each other in the loss",
         "window_split",
         "fail",
         "gradients",
         lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
     ),
-    ("no eos", "special_tokens", "fail", "no end-of-text token", no_eos),
+    ("special_tokens", "fail", "no end-of-text token", no_eos),
     (
-        "another eos",
         "special_tokens",
         "warn",
         "student was published to stop at {5: '<pad>'}",
         lambda c: setattr(c["model"].generation_config, "eos_token_id", 5),
     ),
-    ("stops at once", "sampling", "warn", "4 of 4", lambda c: hook(c["model"].lm_head, prefer_the_end)),
-    (
-        "a teacher that knows no better",
-        "quality",
-        "warn",
-        "answers cost",
-        lambda c: c.update(model=c["teacher"], teacher=c["model"]),
-    ),
-    ("nothing to learn", "quality", "warn", "answers cost", lambda c: c.update(model=copy.deepcopy(c["teacher"]))),
-    ("far off", "quality", "warn", r"teacher\) \d", lambda c: hook(c["model"].lm_head, lambda x: -3 * x)),
-    ("memory", "memory", "warn", "for a window of 1000000 rows", little_memory),
+    ("sampling", "warn", "4 of 4", lambda c: hook(c["model"].lm_head, prefer_the_end)),
+    ("quality", "warn", "answers cost", lambda c: c.update(model=c["teacher"], teacher=c["model"])),
+    ("quality", "warn", "answers cost", lambda c: c.update(model=copy.deepcopy(c["teacher"]))),
+    ("quality", "warn", r"teacher\) \d", lambda c: hook(c["model"].lm_head, lambda x: -3 * x)),
+    ("memory", "warn", "a window of 1000000 rows", given(per_device_train_batch_size=1_000_000)),
 ]
 
 
 class TestBroken:
-    @pytest.mark.parametrize(("what", "check", "status", "says", "breaks"), BROKEN, ids=[case[0] for case in BROKEN])
-    def test_a_broken_setup_is_found(self, what, check, status, says, breaks):
-        learned = what.startswith("gpt2") or what == "too few positions"
-        arguments = healthy("gpt2" if learned else "llama")
+    @pytest.mark.parametrize(
+        ("family", "check", "status", "says", "breaks"),
+        [*(("gpt2", *case) for case in LEARNED), *(("llama", *case) for case in BROKEN)],
+    )
+    def test_a_broken_setup_is_found(self, family, check, status, says, breaks):
+        arguments = healthy(family)
         breaks(arguments)
         findings = findings_of(arguments)
         assert findings[check].status == status, findings[check]
@@ -370,7 +308,7 @@ class TestBroken:
         assert findings[check].advice or findings[check].values.get("exception")
         assert passed(findings.values()) == all(finding.status != "fail" for finding in findings.values())
         for finding in findings.values():
-            expected = "KeyError" if what == "a collator that raises" else "ValueError"
+            expected = "KeyError" if says == "KeyError" else "ValueError"
             assert finding.values.get("exception", expected) == expected, finding
 
     def test_a_four_bit_teacher_that_is_packed_for_inference(self, tmp_path, monkeypatch):
@@ -401,10 +339,15 @@ class TestBroken:
         assert gap > 0.1
         assert findings_of(healthy("llama"))["padding_student"].values["difference_without_position_ids"] < 1e-3
 
+    def test_a_priming_text_and_another_trainers_configuration_are_refused(self):
+        arguments = {name: value for name, value in healthy().items() if name != "max_new_tokens"}
+        with pytest.raises(ValueError, match="`priming` is given, but `args` is a PromptKDConfig"):
+            diagnose(**arguments, args=PromptKDConfig(bf16=False, use_cpu=True), priming="teacher")
+
     @pytest.mark.parametrize("bad", [{"rows": 0}, {"dataset": []}, {"priming": "nobody"}])
     def test_arguments_that_are_none_are_refused(self, bad):
         with pytest.raises(ValueError, match=r"`rows` is 0|`dataset` is empty|'nobody'"):
-            diagnose(**healthy(**bad))
+            diagnosed(healthy(**bad))
 
 
 class TestHealthy:
@@ -508,7 +451,7 @@ class TestHealthy:
         arguments = healthy()
         arguments["model"].train()
         before = [weights(arguments[role]) for role in ("model", "teacher")]
-        diagnose(**arguments)
+        diagnosed(arguments)
         assert arguments["model"].training
         assert all(parameter.requires_grad for parameter in arguments["model"].parameters())
         assert all(parameter.grad is None for parameter in arguments["model"].parameters())
@@ -654,6 +597,9 @@ class TestCommand:
             (["--rows", "0"], "`rows` is 0"),
             (["--num_virtual_tokens", "0"], "`num_virtual_tokens` is 0"),
             (["--model", "nowhere/at/all"], "nowhere/at/all"),
+            (["--model_init_kwargs", "{"], "`model_init_kwargs` is the text '{'"),
+            (["--priming", "teacher", "--lmbda", "0.5"], "'--lmbda', '0.5'"),
+            (["--lmbda", "2"], "`lmbda` is 2"),
         ],
     )
     def test_unusable_arguments_are_exit_code_2(self, folder, capsys, monkeypatch, more, message):
@@ -664,20 +610,45 @@ class TestCommand:
         assert message in captured.err.splitlines()[-1]
         assert captured.out == ""
 
-    def test_json_that_is_none_is_exit_code_2(self, folder):
-        with pytest.raises(SystemExit) as exit_code:
-            main(flags(folder, "--model_init_kwargs", "{"))
-        assert exit_code.value.code == 2
+    @pytest.mark.parametrize(
+        ("recipe", "check", "says"),
+        [
+            ({"lmbda": 0.5, "max_length": 4}, "lengths", "do not fit into `max_length=4`"),
+            ({"lmbda": 0.5, "num_virtual_tokens": 3, "max_new_tokens": 40}, "positions", "and the soft prompt 3"),
+            ({"response_source": "student", "max_new_tokens": 40}, "positions", "samples 40 and the soft prompt 0"),
+            ({"priming_text": "red "}, "priming", "reaches the teacher"),
+            ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}, "memory", "a window of 15 rows"),
+        ],
+    )
+    def test_a_recipe_says_what_is_looked_at(self, folder, capsys, recipe, check, says):
+        about = {
+            "model_name_or_path": str(folder / "student"),
+            "teacher_model_name_or_path": str(folder / "teacher"),
+            "dataset_name": "json",
+            "data_files": str(folder / "rows.jsonl"),
+            "prompt_column": "question",
+            "completion_column": "answer",
+            "learning_rate": "1e-4",
+            "eval_data_files": None,  # of the script alone
+        }
+        (folder / "recipe.yaml").write_text(json.dumps({**about, **recipe}))
+        main(["doctor", "--config", str(folder / "recipe.yaml"), "--json"])
+        report = json.loads(capsys.readouterr().out)
+        assert report["dataset"] == str(folder / "rows.jsonl")
+        assert says in next(found["found"] for found in report["checks"] if found["name"] == check)
 
+    def test_flags_win_over_the_recipe(self, folder, capsys):
+        (folder / "recipe.yaml").write_text("{lmbda: 0.5, max_length: 4, model_name_or_path: nowhere}")
+        assert main(flags(folder, "--config", str(folder / "recipe.yaml"), "--max_length", "64")) == 0
 
-def test_defaults_are_those_of_the_configurations(make_args):
-    import inspect
-
-    from trl_promptkd import PromptKDConfig
-
-    ours = {name: p.default for name, p in inspect.signature(diagnose).parameters.items()}
-    theirs = PromptKDConfig.__dataclass_fields__
-    shared = set(ours) & set(theirs)
-    assert {"max_length", "max_new_tokens", "gradient_checkpointing", "loss_chunk_size", "overlong"} < shared
-    assert {name: ours[name] for name in shared} == {name: theirs[name].default for name in shared}
-    assert PromptEncoderConfig().num_virtual_tokens == 7
+    @pytest.mark.parametrize(
+        "path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem
+    )
+    def test_every_recipe_is_understood_or_refused_with_a_remedy(self, path):
+        given = make_parser().parse_args(["doctor", "--config", str(path), "--use_cpu"])
+        known = yaml.safe_load(path.read_text())
+        if known.get("instruction_template") or "teacher_cache" in known:
+            with pytest.raises(ValueError, match=r"Pass .* by `--(dataset|teacher)`"):
+                parse(given)
+        else:
+            assert isinstance(parse(given)[-1], PrimedDistillConfig) == path.stem.startswith("primed_")

@@ -31,9 +31,6 @@ def log_probs_together(
         prompt_ids, completion_ids: Rows that go through the models at once; every prompt has a token.
         vocab_size (`int`, *optional*): Distributions are over the first `vocab_size` ids.
 
-    Raises:
-        ValueError: where a model's logits are not numbers.
-
     Yields:
         For some tokens at a time, in the order of the rows and of the tokens in them, a `Tensor` of shape `(num_tokens, vocab)` a model, in
         float32, on the first model's device. Tokens that one of the models rules out are ruled out for all ([`on_shared_support`]).

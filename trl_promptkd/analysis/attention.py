@@ -1,20 +1,18 @@
 """Where models look: four measures of each layer's attention, and the heads in which models differ most.
 
-All models walk through their layers side by side, so that of each only one layer's matrices, and those of the layer before, exist
-at a time. The models themselves must all fit into memory.
+Of each model only one layer's matrices, and those of the layer before, exist at a time. The models themselves must all fit into memory.
 """
 
 import math
-from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data import pad_rows
@@ -124,25 +122,6 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
     return torch.stack([values.double().mean(dim=1).sum().cpu() for values in sums])
 
 
-class RunningVariance:
-    """The variance over tensors that come one after the other, of which none is kept (Welford's algorithm)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: Any = 0.0
-        self.squares: Any = 0.0
-
-    def add(self, values: Tensor) -> None:
-        self.count += 1
-        change = values - self.mean
-        self.mean = self.mean + change / self.count
-        self.squares = self.squares + change * (values - self.mean)
-
-    def variance(self) -> Tensor:
-        """The mean squared distance from the mean (divided by their number, not by one less)."""
-        return self.squares / self.count
-
-
 def same_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
     """The layer of a model with `other_num_layers` that is as deep as `layer` of one with `num_layers`: the first for the first, the
     last for the last, the nearest for those between."""
@@ -172,10 +151,6 @@ def measure_attention(
         queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of the text
             before them. `"all"`: that of the prompt's tokens, too.
         batch_size (`int`): Rows at a time; it changes no result.
-
-    Raises:
-        ValueError: for no models or rows, a batch size below 1, other `queries`, a row without any, a model that gives away no weights,
-            and weights that are not finite.
     """
     if not models:
         raise ValueError("`models` is empty; it must hold at least one model by its name.")
@@ -183,26 +158,40 @@ def measure_attention(
         raise ValueError(f"`batch_size` is {batch_size}; it must be above 0.")
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
-    rows = sorted(rows, key=lambda row: -_length(row))  # padded to their likes; the largest matrices first
+    # The largest matrices first, and rows of like length beside each other
+    rows = sorted(rows, key=lambda row: -len(row["prompt_ids"]) - len(row["completion_ids"]))
     with ExitStack() as stack:
         for model in models.values():
             stack.enter_context(eager_attention(model))
-        walkers = [_Walker(name, model, prompts.get(name)) for name, model in models.items()]
-        depth, heads = min(w.num_layers for w in walkers), min(w.num_heads for w in walkers)
-        variances = torch.zeros(depth, heads, dtype=torch.float64)
+        shapes = {name: _layers_and_heads(name, model) for name, model in models.items()}
+        depths = {name: layers for name, (layers, _) in shapes.items()}
+        sums = {name: torch.zeros(layers, len(MEASURES), dtype=torch.float64) for name, layers in depths.items()}
+        shares = {name: torch.zeros(layers, dtype=torch.float64) for name, layers in depths.items()}
+        heads = min(number for _, number in shapes.values())
+        variances = torch.zeros(min(depths.values()), heads, dtype=torch.float64)
         num_queries = num_entries = 0
         bar = stack.enter_context(tqdm(total=len(rows), desc="Attention", unit="row"))
         for start in range(0, len(rows), batch_size):
             batch = _Batch.of(rows[start : start + batch_size], queries)
-            variances += _walk_together(walkers, batch, depth, heads)
+            of_models = {name: _text_layers(model, batch, prompts.get(name)) for name, model in models.items()}
+            for name, layers in of_models.items():
+                before = None
+                for index, layer in enumerate(layers):
+                    attention, share = layer()
+                    sums[name][index] += layer_sums(attention, before)
+                    shares[name][index] += share.double().mean(dim=1).sum().cpu()
+                    before = attention
+            entries = visible_entries(batch.attention_mask, batch.queries).sum(dim=(1, 2))  # (batch)
+            if len(models) > 1:
+                variances += _variances(list(of_models.values()), len(variances), heads, entries)
             num_queries += int(batch.queries.sum())
-            num_entries += int(batch.num_entries().sum())
-            bar.update(len(batch.queries))
+            num_entries += int(entries.sum())
+            bar.update(len(entries))
     counts = torch.tensor([num_queries, num_queries, num_entries, len(rows)])
     return AttentionReport(
-        measures={walker.name: walker.measures(counts) for walker in walkers},
-        soft_prompt_share={w.name: (w.shares / num_queries).tolist() for w in walkers if w.soft_prompt is not None},
-        heads=_ranked(variances / len(rows), walkers) if len(walkers) > 1 else [],
+        measures={name: _means(name, of_model / counts) for name, of_model in sums.items()},
+        soft_prompt_share={name: (shares[name] / num_queries).tolist() for name in models if name in prompts},
+        heads=_ranked(variances / len(rows), depths) if len(models) > 1 else [],
         num_rows=len(rows),
         num_queries=num_queries,
     )
@@ -223,20 +212,17 @@ def head_matrices(
     """
     _check_rows([row], queries)
     batch = _Batch.of([row], queries)
-    found: dict[str, list[Tensor]] = {}
+    found = {}
     for name, model in models.items():
-        matrices: dict[int, Tensor] = {}
-        with eager_attention(model), closing(_text_layers(model, batch, (soft_prompts or {}).get(name))) as layers:
-            for layer, (attention, _) in enumerate(layers):
-                for index, head in enumerate(heads):
-                    if head.layers[name] == layer:
-                        matrices[index] = attention[0, head.head].cpu()[batch.queries[0]]
-        found[name] = [matrices[index] for index in range(len(heads))]
+        with eager_attention(model):
+            layers = _text_layers(model, batch, (soft_prompts or {}).get(name))
+            found[name] = [
+                layers[head.layers[name]]()[0][0, head.head].cpu()[batch.queries[0].cpu()] for head in heads
+            ]
     return found
 
 
-@dataclass
-class _Batch:
+class _Batch(NamedTuple):
     """Some rows: ids, mask and queries, each `(batch, seq)`."""
 
     input_ids: Tensor
@@ -249,107 +235,60 @@ class _Batch:
         mask = padded["attention_mask"]
         return cls(padded["input_ids"], mask, padded["labels"] != -100 if queries == "completion" else mask.bool())
 
-    def num_entries(self) -> Tensor:
-        """How many entries count, of each row: `(batch)`."""
-        return visible_entries(self.attention_mask, self.queries).sum(dim=(1, 2))
+
+def _text_layers(model: Any, batch: _Batch, soft_prompt: Tensor | None) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """[`text_attention`] of each layer, computed when it is called for."""
+    ids, mask, queries = (values.to(model_device(model)) for values in batch)
+
+    def measured(layer: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        weights = layer()
+        return text_attention(weights, mask.to(weights.device), queries.to(weights.device))
+
+    return [partial(measured, layer) for layer in attention_layers(model, ids, mask, soft_prompt)]
 
 
-class _Walker:
-    """A model on its way through its layers, and what was measured in them."""
-
-    def __init__(self, name: str, model: nn.Module, soft_prompt: Tensor | None):
-        self.name, self.model, self.soft_prompt = name, model, soft_prompt
-        two = torch.ones(1, 2, dtype=torch.long, device=model_device(model))
-        heads = [weights.size(1) for weights in attention_layers(model, two, two)]
-        if not heads:
-            raise ValueError(
-                f"The layers of {name!r} ({type(model).__name__}) give away no attention weights, also with `attn_implementation='eager'`. "
-                "Leave this model out."
-            )
-        self.num_layers, self.num_heads = len(heads), min(heads)
-        self.sums = torch.zeros(self.num_layers, len(MEASURES), dtype=torch.float64)
-        self.shares = torch.zeros(self.num_layers, dtype=torch.float64)
-
-    def walk(self, batch: _Batch) -> Generator[Tensor, None, None]:
-        """Yields the attention of layer after layer, `(batch, heads, seq, seq)`, having added up its measures."""
-        before = None
-        with closing(_text_layers(self.model, batch, self.soft_prompt)) as layers:
-            for layer, (attention, share) in enumerate(layers):
-                self.sums[layer] += layer_sums(attention, before)
-                self.shares[layer] += share.double().mean(dim=1).sum().cpu()
-                before = attention
-                yield attention
-                del attention
-
-    def measures(self, counts: Tensor) -> dict[str, list[float | None]]:
-        """Measure -> a mean a layer, of the sums divided by `counts`, one a measure.
-
-        Raises:
-            ValueError: where attention is not finite.
-        """
-        broken = (~self.sums[:, 0].isfinite()).nonzero()
-        if len(broken):
-            raise ValueError(
-                f"The attention of {self.name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN; where they are float16, "
-                "load them in float32."
-            )
-        means = (self.sums / counts).T.tolist()
-        return {
-            measure: [None if math.isnan(value) else value for value in values]
-            for measure, values in zip(MEASURES, means, strict=True)
-        }
-
-
-def _text_layers(
-    model: nn.Module, batch: _Batch, soft_prompt: Tensor | None
-) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """[`text_attention`] of layer after layer."""
-    ids, mask, queries = (x.to(model_device(model)) for x in (batch.input_ids, batch.attention_mask, batch.queries))
-    with closing(attention_layers(model, ids, mask, soft_prompt)) as layers:
-        for weights in layers:
-            attention = text_attention(weights, mask.to(weights.device), queries.to(weights.device))
-            del weights
-            yield attention
-            del attention
-
-
-def _walk_together(walkers: Sequence[_Walker], batch: _Batch, depth: int, heads: int) -> Tensor:
-    """All models through all layers, side by side.
-
-    Returns:
-        `Tensor` of shape `(depth, heads)`: the variance of a head's entries over the models, a mean over a row's, summed over rows.
-    """
-    variances = torch.zeros(depth, heads, dtype=torch.float64)
-    num_entries = batch.num_entries().unsqueeze(1)  # (batch, 1)
-    with ExitStack() as stack:
-        walks = [stack.enter_context(closing(walker.walk(batch))) for walker in walkers]
-        reached = [-1] * len(walkers)
-        for layer in range(depth):
-            over_models = RunningVariance()
-            for index, (walker, walk) in enumerate(zip(walkers, walks, strict=True)):
-                steps = same_depth(layer, depth, walker.num_layers) - reached[index]
-                reached[index] += steps
-                attention = next(islice(walk, steps - 1, None))
-                over_models.add(attention[:, :heads].to(model_device(walkers[0].model)))
-                del attention
-            # Entries that do not count are 0 in all models, and so is their variance
-            sums = over_models.variance().sum(dim=(2, 3)).cpu().double()  # (batch, heads)
-            variances[layer] = (sums / num_entries).sum(dim=0)
-        for walk in walks:
-            deque(walk, maxlen=0)  # to the end, where the shallowest model has one layer and another more
-    return variances
-
-
-def _ranked(variances: Tensor, walkers: Sequence[_Walker]) -> list[HeadVariance]:
-    depth, heads = variances.shape
-    found = [
-        HeadVariance(
-            head=head,
-            layers={walker.name: same_depth(layer, depth, walker.num_layers) for walker in walkers},
-            variance=float(variances[layer, head]),
+def _layers_and_heads(name: str, model: Any) -> tuple[int, int]:
+    two = torch.ones(1, 2, dtype=torch.long, device=model_device(model))
+    heads = [layer().size(1) for layer in attention_layers(model, two, two)]
+    if not heads:
+        raise ValueError(
+            f"The layers of {name!r} ({type(model).__name__}) give away no attention weights, also with "
+            "`attn_implementation='eager'`. Leave this model out."
         )
-        for layer in range(depth)
-        for head in range(heads)
+    return len(heads), min(heads)
+
+
+def _variances(
+    models: Sequence[Sequence[Callable[[], tuple[Tensor, Tensor]]]], depth: int, heads: int, num_entries: Tensor
+) -> Tensor:
+    """`(depth, heads)`: the variance of a head's entries over the models, a mean over a row's, summed over rows."""
+    found = torch.zeros(depth, heads, dtype=torch.float64)
+    for layer in range(depth):
+        matrices = [layers[same_depth(layer, depth, len(layers))]()[0][:, :heads] for layers in models]
+        stacked = torch.stack([matrix.to(matrices[0].device) for matrix in matrices])
+        # Entries that do not count are 0 in all models, and so is their variance
+        sums = stacked.var(dim=0, correction=0).sum(dim=(2, 3)).cpu().double()  # (batch, heads)
+        found[layer] = (sums / num_entries.unsqueeze(1)).sum(dim=0)
+    return found
+
+
+def _means(name: str, means: Tensor) -> dict[str, list[float | None]]:
+    """Measure -> a mean a layer, of `means`, `(layers, measures)`."""
+    broken = (~means[:, 0].isfinite()).nonzero()
+    if len(broken):
+        raise ValueError(
+            f"The attention of {name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN. If they are "
+            "float16, load them in float32."
+        )
+    columns = [[None if math.isnan(value) else value for value in values] for values in means.T.tolist()]
+    return dict(zip(MEASURES, columns, strict=True))
+
+
+def _ranked(variances: Tensor, depths: Mapping[str, int]) -> list[HeadVariance]:
+    found = [
+        HeadVariance(head, {name: same_depth(layer, len(variances), depth) for name, depth in depths.items()}, value)
+        for layer, of_layer in enumerate(variances.tolist())
+        for head, value in enumerate(of_layer)
     ]
     return sorted(found, key=lambda head: -head.variance)
 
@@ -365,7 +304,3 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], queries: str) -> None:
                 f"Row {index} of `rows` has no completion, whose attention is to be measured. Filter such rows out, or set "
                 "`queries='all'` to measure that of the prompt's tokens, too."
             )
-
-
-def _length(row: Mapping[str, Any]) -> int:
-    return len(row["prompt_ids"]) + len(row["completion_ids"])

@@ -1,9 +1,8 @@
 """A model's attention weights, one layer at a time: never all of them, as with `output_attentions=True`."""
 
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import Queue
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,68 +16,48 @@ from ..models.side_effects import flags_restored
 __all__ = ["attention_layers", "eager_attention", "model_device"]
 
 
+@torch.no_grad()
 def attention_layers(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None = None
-) -> Generator[Tensor, None, None]:
-    """The attention weights of one layer after the other; in between, the forward pass stands still and keeps none of them.
+) -> list[Callable[[], Tensor]]:
+    """A function for each layer, which computes that layer's attention weights.
 
-    It runs in a thread of its own, which waits inside a hook while the caller has the weights. Only one of the two runs at a time.
+    One forward pass keeps what goes into each attention layer, which grows with a row's length, and drops the weights, which grow with
+    its square. They exist only while a caller has them.
 
     Args:
         model: A causal language model, plain or PEFT, in evaluation mode and with eager attention [`eager_attention`].
         input_ids, attention_mask (`Tensor` of shape `(batch, seq)`): Rows padded on either side.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row's first token.
 
-    Yields:
-        `Tensor` of shape `(batch, heads, num_virtual_tokens + seq, num_virtual_tokens + seq)`: queries and keys. Without a soft
-        prompt they are the columns of `input_ids`; with one, column `i` of `input_ids` is found at `num_virtual_tokens + i`, and the soft
-        prompt directly before a row's first token.
+    Returns:
+        Functions that return a `Tensor` of shape `(batch, heads, num_virtual_tokens + seq, num_virtual_tokens + seq)`: queries and keys.
+        Without a soft prompt they are the columns of `input_ids`. With one, column `i` of `input_ids` is found at
+        `num_virtual_tokens + i`, and the soft prompt directly before a row's first token.
     """
     size = input_ids.size(1) + (0 if soft_prompt is None else soft_prompt.size(0))
-    layers: Queue[Any] = Queue()  # a layer's weights; at last an error, or None at the end
-    go_on, stopped = threading.Semaphore(0), threading.Event()
+    layers: list[Callable[[], Tensor]] = []
 
-    def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
-        if threading.current_thread() is not thread or not _holds_weights(output, size):
-            return None  # the same model may be asked by others, with and without a soft prompt
-        layers.put(output[1])
-        go_on.acquire()
-        if stopped.is_set():
-            raise _StoppedError
-        return (output[0], None, *output[2:])  # the layer needs them no more, and must not keep them
+    def keep_inputs(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not _holds_weights(output, size):
+            return None
+        layers.append(partial(_weights, module, args, kwargs))
+        return (output[0], None, *output[2:])  # nothing needs the weights any more
 
-    def ask() -> None:
-        # One more column of padding: `completion_states` does not ask for the last one
-        ids, mask = F.pad(input_ids, (0, 1)), F.pad(attention_mask, (0, 1))
-        try:
-            with torch.no_grad():
-                completion_states(model, ids, mask, torch.full_like(ids, -100), soft_prompt)
-            layers.put(None)
-        except _StoppedError:
-            pass
-        except Exception as error:
-            layers.put(error)
-
-    hooks = [module.register_forward_hook(hand_over) for module in model.modules()]
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
+    hooks = [module.register_forward_hook(keep_inputs, with_kwargs=True) for module in model.modules()]
+    # One more column of padding: `completion_states` leaves the last one out
+    ids, mask = F.pad(input_ids, (0, 1)), F.pad(attention_mask, (0, 1))
     try:
-        while (weights := layers.get()) is not None:
-            if isinstance(weights, Exception):
-                raise weights
-            yield weights
-            del weights
-            go_on.release()
+        completion_states(model, ids, mask, torch.full_like(ids, -100), soft_prompt)
     finally:
-        stopped.set()
-        go_on.release()
-        thread.join()
         for hook in hooks:
             hook.remove()
+    return layers
 
 
-class _StoppedError(Exception):
-    """Ends a forward pass that nobody waits for."""
+@torch.no_grad()
+def _weights(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    return module(*args, **kwargs)[1]
 
 
 def _holds_weights(output: Any, size: int) -> bool:

@@ -22,27 +22,19 @@ _MAX_NAMED_TOKENS = 36  # as many as there is room for
 
 
 def plot_measures(report: AttentionReport, path: str) -> None:
-    """The four measures, a line a model, over the layers; over relative depth where models have different numbers of them."""
-    counts = {len(values["entropy"]) for values in report.measures.values()}
+    """The four measures, a line a model, over the layers; over relative depth if models have different numbers of them."""
+    same = len({len(values["entropy"]) for values in report.measures.values()}) == 1
     figure = new_figure(9, 6)
     panels, colors = figure.subplots(2, 2), line_colors(len(report.measures))
     for axes, measure in zip(panels.flat, MEASURES, strict=True):
         for index, (name, values) in enumerate(report.measures.items()):
             numbers = np.array(values[measure], dtype=float)  # None, of the first layer's similarity, is NaN
-            layers = np.arange(len(numbers))
-            axes.plot(
-                layers if len(counts) == 1 else layers / max(len(numbers) - 1, 1),
-                numbers,
-                color=colors[index],
-                marker=_MARKERS[index % len(_MARKERS)],
-                markersize=4,
-                linewidth=1.5,
-                label=name,
-            )
+            layers = np.arange(len(numbers)) / (1 if same else max(len(numbers) - 1, 1))
+            look = {"color": colors[index], "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
+            axes.plot(layers, numbers, label=name, **look)
         title, unit = _TITLES[measure]
-        axes.set(title=title, ylabel=unit, xlabel="layer" if len(counts) == 1 else "depth (0: first layer, 1: last)")
-        if len(counts) == 1:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=title, ylabel=unit, xlabel="layer" if same else "depth (0: first layer, 1: last)")
+        axes.xaxis.get_major_locator().set_params(integer=same)
         axes.grid(alpha=0.3, linewidth=0.5)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     save_figure(figure, path)

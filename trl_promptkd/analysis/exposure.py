@@ -7,7 +7,6 @@ teacher has.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,6 @@ def sample_prefixes(
     batch_size: int = 8,
     vocab_size: int | None = None,
     soft_prompt: Tensor | None = None,
-    bar: tqdm | None = None,
 ) -> list[list[int]]:
     """One completion for each prompt, whose beginnings are the prefixes.
 
@@ -47,17 +45,14 @@ def sample_prefixes(
         batch_size (`int`): Rows sampled at once; it changes nothing.
         vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
-        bar: A progress bar that counts rows.
     """
     completions: list[list[int]] = []
-    for start in range(0, len(prompt_ids), batch_size):
+    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Sampling", unit="batch"):
         part = prompt_ids[start : start + batch_size]
         seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
         completions += generate_completions(
             model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
         )
-        if bar is not None:
-            bar.update(len(part))
     return completions
 
 
@@ -70,7 +65,6 @@ def prefix_kl(
     batch_size: int = 8,
     vocab_size: int | None = None,
     soft_prompt: Tensor | None = None,
-    bar: tqdm | None = None,
 ) -> Tensor:
     """KL(p || q) behind every prefix of some completions.
 
@@ -84,7 +78,7 @@ def prefix_kl(
         tokens. NaN where a row has ended: after its end-of-text token there is no next position.
     """
     rows: list[Tensor] = []
-    for start in range(0, len(prompt_ids), batch_size):
+    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         completions = completion_ids[start : start + batch_size]
         chunks = log_probs_together(
             [(teacher, soft_prompt), (student, None)],
@@ -95,8 +89,6 @@ def prefix_kl(
         )
         values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
         rows += values.split([len(ids) for ids in completions])
-        if bar is not None:
-            bar.update(len(completions))
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
@@ -158,23 +150,17 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
 
     Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.
     """
-    reached = [side.isfinite().any(dim=0).sum().item() for side in (on_student, on_teacher)]
-    sides = [side[:, : int(min(reached))].double() for side in (on_student, on_teacher)]
+    width = min(int(side.isfinite().any(dim=0).sum()) for side in (on_student, on_teacher))
+    sides = [side[:, :width].double() for side in (on_student, on_teacher)]
     rows = len(on_student)
     counts = [side.isfinite().sum(dim=0) for side in sides]
-    means = [_means(torch.ones(1, rows, dtype=torch.float64), side)[0] for side in sides]
+    means = [side.nanmean(dim=0) for side in sides]
     regret, expected = (mean.cumsum(dim=0) for mean in means)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(rows, (resamples, rows), generator=generator)
-    weights = torch.zeros(resamples, rows, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(resamples, rows, dtype=torch.float64)
-    )
+    drawn = torch.randint(rows, (resamples, rows), generator=torch.Generator().manual_seed(seed))
+    weights = torch.nn.functional.one_hot(drawn, rows).sum(dim=1).double()  # (resamples, rows)
     draws = _ex_acc_err(*(_means(weights, side).cumsum(dim=1) for side in sides))
-    enough = torch.minimum(*counts) >= 2
-    tail = (1 - _COVERAGE) / 2
-    low, high = (
-        torch.where(enough, draws.nanquantile(quantile, dim=0), float("nan")) for quantile in (tail, 1 - tail)
-    )
+    tail = torch.tensor([(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2], dtype=torch.float64)
+    low, high = draws.nanquantile(tail, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
     columns = (*means, regret, expected, _ex_acc_err(regret, expected), low, high, *counts)
     return ExposureBias(*(column.tolist() for column in columns))
 
@@ -196,9 +182,6 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     Args:
         results: By student and teacher.
         path: Of the PNG file.
-
-    Raises:
-        ImportError: without matplotlib.
     """
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, line_colors(len(students)), strict=True))
@@ -210,42 +193,24 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     longest = max(map(ExposureBias.well_covered, results.values()))
     intervals = "shaded" if len(results) <= 2 else f"bars at l = {READ_AT}" if len(results) <= 8 else None
     for index, ((student, teacher), result) in enumerate(results.items()):
-        shown = result.well_covered()
+        shown, color = result.well_covered(), colors[student]
         positions = range(1, shown + 1)
-        look = {"color": colors[student], "linestyle": styles[teacher], "linewidth": 1.6 if len(results) <= 8 else 1.1}
-        if shown == 1:
-            look["marker"] = "o"
+        look = {"color": color, "linestyle": styles[teacher], "linewidth": 1.4, "marker": "o" if shown == 1 else None}
+        for panel, values in (("student", result.kl_on_student), ("teacher", result.kl_on_teacher)):
+            axes[panel].plot(positions, values[:shown], **look)
         axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
         if intervals == "shaded":
-            area = {"color": colors[student], "alpha": 0.13, "linewidth": 0}
-            axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], **area)
+            low, high = result.low[:shown], result.high[:shown]
+            axes["error"].fill_between(positions, low, high, color=color, alpha=0.13, linewidth=0)
         elif intervals is not None and shown >= READ_AT:
             at = result.at(READ_AT)
-            beside = READ_AT + 0.016 * longest * (
-                index - (len(results) - 1) / 2
-            )  # bars at one place would hide each other
-            bar = axes["error"].vlines(beside, at["low"], at["high"], color=colors[student], linewidth=2, alpha=0.7)
-            bar.set_linestyle(styles[teacher])
-        axes["student"].plot(positions, result.kl_on_student[:shown], **look)
-        axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
-    _label(axes, intervals, longest)
-    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
-    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
-    columns = -(-len(entries) // lines)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    save_figure(figure, path)
-
-
-def _label(axes: Mapping[str, Any], intervals: str | None, longest: int) -> None:
-    axes["error"].set(
-        title="Exposure bias" + (f" ({intervals}: 95 % interval over rows)" if intervals else ""),
-        ylabel="ExAccErr(l), %",
-    )
+            beside = READ_AT + 0.016 * longest * (index - (len(results) - 1) / 2)  # else bars would hide each other
+            axes["error"].vlines(beside, at["low"], at["high"], color=color, linestyle=styles[teacher], linewidth=2)
+    told = f" ({intervals}: 95 % interval over rows)" if intervals else ""
+    axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
     axes["error"].axhline(0, color="gray", linewidth=0.6)
     if longest >= READ_AT and intervals in ("shaded", None):
         axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
-        mark = axes["error"].get_xaxis_transform()
-        axes["error"].text(READ_AT, 0.98, f"  l = {READ_AT}", transform=mark, va="top", color="dimgray", fontsize=9)
     axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats")
     axes["teacher"].set(title="On the teacher's prefixes")
     axes["teacher"].sharey(axes["student"])
@@ -254,3 +219,8 @@ def _label(axes: Mapping[str, Any], intervals: str | None, longest: int) -> None
         panel.set_xlabel("position l")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.grid(alpha=0.25, linewidth=0.6)
+    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
+    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
+    columns = -(-len(entries) // lines)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    save_figure(figure, path)

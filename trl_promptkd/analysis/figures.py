@@ -13,11 +13,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def check_matplotlib() -> None:
-    """Whether plots can be made, asked before hours of work.
-
-    Raises:
-        ImportError: where matplotlib is missing, with the command that installs it.
-    """
+    """Refuse to start hours of work if plots cannot be made."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -27,11 +23,7 @@ def check_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; without pyplot, whose state and windows belong to the user.
-
-    Raises:
-        ImportError: see [`check_matplotlib`].
-    """
+    """An empty figure, in inches; without pyplot, whose state and windows belong to the user."""
     check_matplotlib()
     from matplotlib.figure import Figure
 

@@ -4,7 +4,7 @@ teacher behind it differs from the plain teacher and from the student.
 Notation: `q` the student, `p` the plain teacher, `pP` the teacher behind the soft prompt.
 """
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,8 @@ def nearest_tokens(
     device = embeddings.weight.device
     prompt = soft_prompt.to(device)
     cosines, distances, norms = [], [], []
-    for start in range(0, vocab_size, _BLOCK):
-        block = embeddings(torch.arange(start, min(start + _BLOCK, vocab_size), device=device)).float()
+    for ids in torch.arange(vocab_size, device=device).split(_BLOCK):
+        block = embeddings(ids).float()
         cosines.append(nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(block, dim=-1).T)
         # Norms and products alone would lose the distance of a virtual token that has hardly moved
         distances.append(torch.cdist(prompt, block, compute_mode="donot_use_mm_for_euclid_dist"))
@@ -142,16 +142,15 @@ class PromptEffect:
         """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats a token, and
         `share`, its part of the sum of KL(pP || p). Last `all tokens`."""
         table = {}
+        total = sum(self.prompted_plain)
         for name in (*TOKEN_CLASSES, "all tokens"):
             places = [i for i, found in enumerate(self.classes) if name in (found, "all tokens")]
-            if not places:
-                continue
-            total = sum(self.prompted_plain)
-            part = sum(self.prompted_plain[i] for i in places)
-            table[name] = {"tokens": len(places), "prompted_plain": part / len(places)}
-            if self.prompted_student:
-                table[name]["prompted_student"] = sum(self.prompted_student[i] for i in places) / len(places)
-            table[name]["share"] = part / total if total > 0 else float("nan")
+            if places:
+                part = sum(self.prompted_plain[i] for i in places)
+                table[name] = {"tokens": len(places), "prompted_plain": part / len(places)}
+                if self.prompted_student:
+                    table[name]["prompted_student"] = sum(self.prompted_student[i] for i in places) / len(places)
+                table[name]["share"] = part / total if total > 0 else float("nan")
         return table
 
 
@@ -183,51 +182,46 @@ def prompt_effect(
         ValueError: where a model's logits are not numbers.
     """
     effect = PromptEffect()
-    asked: list[tuple[nn.Module, Tensor | None]] = [(teacher, soft_prompt), (teacher, None)]
-    asked += [] if student is None else [(student, None)]
+    passes: list[tuple[nn.Module, Tensor | None]] = [(teacher, soft_prompt), (teacher, None)]
+    passes += [] if student is None else [(student, None)]
     pad = int(processing_class.pad_token_id)
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         prompts, completions = (rows[start : start + batch_size] for rows in (prompt_ids, completion_ids))
-        places = [(row, place) for row, ids in enumerate(completions) for place in range(len(ids))]
+        places = iter([(row, place) for row, ids in enumerate(completions) for place in range(len(ids))])
         for prompt, completion in zip(prompts, completions, strict=True):
             effect.classes += token_classes(prompt, completion, processing_class, ends)
-        found: list[tuple[float, tuple[int, int], list[list[tuple[int, float]]]]] = []
-        done = 0
-        for log_probs in log_probs_together(asked, prompts, completions, pad, vocab_size):
-            prompted, plain = log_probs[:2]
+        found: list[Any] = []  # (KL, place, likeliest tokens of each model)
+        for log_probs in log_probs_together(passes, prompts, completions, pad, vocab_size):
+            prompted, plain, *of_student = log_probs
             kl = kl_divergence(prompted, plain)
             effect.prompted_plain += kl.tolist()
-            if student is not None:
-                effect.prompted_student += kl_divergence(prompted, log_probs[2]).tolist()
-            changed = (prompted.argmax(dim=-1) != plain.argmax(dim=-1)).nonzero().flatten().tolist()
-            effect.changed += len(changed)
-            for index in sorted(changed, key=lambda i: -float(kl[i]))[:max_changes]:
-                found.append((float(kl[index]), places[done + index], [_top(part[index]) for part in log_probs]))
-            done += len(kl)
-        for kl_there, (row, place), tops in sorted(found, key=lambda item: -item[0])[:max_changes]:
+            for student_log_probs in of_student:
+                effect.prompted_student += kl_divergence(prompted, student_log_probs).tolist()
+            changed = (prompted.argmax(dim=-1) != plain.argmax(dim=-1)).tolist()
+            effect.changed += sum(changed)
+            likeliest = zip(*map(_top, log_probs), strict=True)
+            # `changed` comes first: it ends first, and leaves the places of later tokens alone
+            found += [item[1:] for item in zip(changed, kl.tolist(), places, likeliest, strict=False) if item[0]]
+            found = sorted(found, key=lambda item: -item[0])[:max_changes]
+        for kl_there, (row, place), tops in found:
             before = [*prompts[row], *completions[row][:place]]
-            text = _texts_after(before[-1], processing_class)
-            likeliest = [[(text(token), probability) for token, probability in top] for top in tops]
-            effect.changes.append(
-                Change(
-                    row=start + row,
-                    place=place,
-                    kl=kl_there,
-                    context=processing_class.decode(before[-64:], skip_special_tokens=False),
-                    token=text(completions[row][place]),
-                    prompted=likeliest[0],
-                    plain=likeliest[1],
-                    student=likeliest[2] if student is not None else [],
-                )
+            texts = [[(token_text(i, before[-1], processing_class), share) for i, share in top] for top in tops]
+            change = Change(
+                row=start + row,
+                place=place,
+                kl=kl_there,
+                context=processing_class.decode(before[-64:], skip_special_tokens=False),
+                token=token_text(completions[row][place], before[-1], processing_class),
+                prompted=texts[0],
+                plain=texts[1],
+                student=texts[2] if student is not None else [],
             )
+            effect.changes.append(change)
         effect.changes = sorted(effect.changes, key=lambda change: -change.kl)[:max_changes]
     return effect
 
 
-def _top(log_probs: Tensor) -> list[tuple[int, float]]:
+def _top(log_probs: Tensor) -> list[list[tuple[int, float]]]:
+    """The three likeliest ids of each row with their probabilities."""
     values, ids = log_probs.topk(3)
-    return list(zip(ids.tolist(), values.exp().tolist(), strict=True))
-
-
-def _texts_after(before: int, processing_class: PreTrainedTokenizerBase) -> Callable[[int], str]:
-    return lambda token: token_text(token, before, processing_class)
+    return [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.exp().tolist(), strict=True)]

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from .figures import add_scale, line_colors, new_figure, save_figure
@@ -17,9 +18,6 @@ def plot_classes(by_class: Mapping[str, Mapping[str, float]], path: str) -> None
 
     Args:
         by_class: Of [`~trl_promptkd.analysis.prompt.PromptEffect.by_class`].
-
-    Raises:
-        ImportError: without matplotlib.
     """
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
     keys = [key for key in titles if key in by_class["all tokens"]]
@@ -43,110 +41,68 @@ def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str, start
     """How far each virtual token has come, over checkpoints.
 
     Args:
-        drifts: Name, step and drift of each checkpoint, the oldest first. A prompt without a step, saved when its run was over, stands last.
-        start (`int`): The step of what the drift is taken from, which is drawn besides.
-
-    Raises:
-        ImportError: without matplotlib.
+        drifts: Name, step and drift of each checkpoint, the oldest first. A prompt without a step, saved after its run, stands last.
+        start (`int`): The step of what the drift is taken from.
     """
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
     steps = [step for _, step, _ in drifts if step is not None]
-    positions = [start, *steps] + [_after(steps)] * (len(drifts) - len(steps))
+    after = steps[-1] * 1.15 + 1 if steps else 1  # where a prompt without a step stands
+    positions = [start, *(after if step is None else step for _, step, _ in drifts)]
     tokens = len(drifts[0][2].relative)
-    marker = "o" if len(positions) <= 20 else None
     named = tokens <= 12  # more lines have no room for names, and are told apart by a scale
     colors = line_colors(tokens)
     for token, color in enumerate(colors):
-        label = str(token + 1) if named else None
-        look = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4 if named else 0.8}
-        left.plot(positions, [0.0, *(drift.relative[token] for _, _, drift in drifts)], label=label, **look)
-        right.plot(positions, [1.0, *(drift.cosine[token] for _, _, drift in drifts)], **look)
+        look = {"color": color, "marker": "o" if len(positions) <= 20 else None, "markersize": 3, "linewidth": 1.2}
+        relative, cosine = zip(*((drift.relative[token], drift.cosine[token]) for _, _, drift in drifts), strict=True)
+        left.plot(positions, [0.0, *relative], label=str(token + 1) if named else None, **look)
+        right.plot(positions, [1.0, *cosine], **look)
     overall = [0.0, *(drift.overall for _, _, drift in drifts)]
     left.plot(positions, overall, color="dimgray", linewidth=2.6, linestyle="--", label="all together")
     left.set(title="Distance from the start (share of its norm)", ylim=(0, None))
     right.set(title="Cosine with the start")
     for panel in (left, right):
-        panel.set_xlabel("step")
+        panel.set_xlabel("step" if len(steps) == len(drifts) else "step (the last point: saved after the run)")
         panel.grid(alpha=0.25, linewidth=0.6)
-        if len(steps) < len(drifts):
-            ticks = [tick for tick in panel.get_xticks() if start <= tick <= max([*steps, start])]
-            panel.set_xticks([*ticks, positions[-1]], [*(f"{tick:g}" for tick in ticks), "\nlast saved"])
-        else:
-            panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(
-        loc="outside lower center",
-        ncols=min(tokens + 1, 13),
-        fontsize=9,
-        frameon=False,
-        title="virtual token" if named else None,
-    )
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    title = "virtual token" if named else None
+    figure.legend(loc="outside lower center", ncols=min(tokens + 1, 13), fontsize=9, frameon=False, title=title)
     if not named:
         add_scale(figure, right, colors, "virtual token")
     save_figure(figure, path)
 
 
-def _after(steps: Sequence[int]) -> float:
-    """Where a prompt without a step is drawn."""
-    return steps[-1] * 1.15 + 1 if steps else 1
-
-
 def plot_similarity(cosines: Tensor, path: str) -> None:
-    """The cosine between each two virtual tokens as a heat map.
-
-    Args:
-        cosines (`Tensor` of shape `(num_virtual_tokens, num_virtual_tokens)`): See [`~trl_promptkd.analysis.prompt.similarity`].
-
-    Raises:
-        ImportError: without matplotlib.
-    """
+    """The cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`, as a heat map."""
     size = len(cosines)
     figure = new_figure(5.2, 4.4)
     axes = figure.subplots()
     image = axes.imshow(cosines, cmap="PuOr_r", vmin=-1, vmax=1)
-    every = -(-size // 12)
-    axes.set_xticks(range(0, size, every), range(1, size + 1, every))
-    axes.set_yticks(range(0, size, every), range(1, size + 1, every))
+    shown = range(0, size, -(-size // 12))
+    axes.set_xticks(shown, [index + 1 for index in shown])
+    axes.set_yticks(shown, [index + 1 for index in shown])
     axes.set(title="Cosine between virtual tokens", xlabel="virtual token", ylabel="virtual token")
     if size <= 10:
-        for row in range(size):
-            for column in range(size):
-                value = float(cosines[row, column])
-                dark = abs(value) > 0.65
-                axes.text(
-                    column,
-                    row,
-                    f"{round(value, 2) + 0.0:.2f}",  # no minus before a zero
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if dark else "black",
-                )
+        for (row, column), value in np.ndenumerate(cosines.numpy()):
+            look = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if abs(value) > 0.65 else "black"}
+            axes.text(column, row, f"{round(float(value), 2) + 0.0:.2f}", **look)  # no minus before a zero
     figure.colorbar(image, label="cosine")
     save_figure(figure, path)
 
 
 _PAGE = """<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }}
-article {{ border-top: 1px solid #bbb; padding: 0.6em 0 1em; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: 0.6em; margin: 0.4em 0; }}
+pre {{ white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f4f4; padding: 0.6em; }}
 mark {{ background: #ffd27f; }}
-table {{ border-collapse: collapse; }}
-th, td {{ text-align: left; padding: 0.15em 1.2em 0.15em 0; font-weight: normal; }}
-thead th {{ border-bottom: 1px solid #888; }}
-code {{ white-space: pre-wrap; background: #eee; padding: 0 0.2em; }}
+th, td {{ text-align: left; padding: 0.15em 1.2em 0.15em 0; }}
 </style>
-</head>
-<body>
 <h1>{title}</h1>
 <p>{summary}</p>
 {examples}
-</body>
 </html>
 """
 
@@ -164,19 +120,20 @@ def _example(change: Change) -> str:
     columns = {"plain teacher": change.plain, "prompted teacher": change.prompted, "student": change.student}
     columns = {name: top for name, top in columns.items() if top}
     head = "".join(f"<th>{name}</th>" for name in columns)
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td>{_token(text)} {probability:.3f}</td>" for text, probability in line) + "</tr>"
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{_token(text)} {probability:.3f}</td>" for text, probability in line) + "</tr>\n"
         for line in zip(*columns.values(), strict=True)
     )
+    place = f"Row {change.row} (of those looked at, from 0), token {change.place + 1} of the answer"
     return (
-        f"<article>\n<p>Row {change.row} (of those looked at, from 0), token {change.place + 1} of the answer; KL(prompted || plain) {change.kl:.3f} nats</p>\n"
+        f"<hr>\n<p>{place}; KL(prompted || plain) {change.kl:.3f} nats</p>\n"
         f"<pre>{html.escape(change.context)}<mark>{html.escape(change.token)}</mark></pre>\n"
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>\n</article>"
+        f"<table>\n<thead><tr>{head}</tr></thead>\n{rows}</table>"
     )
 
 
 def _token(text: str) -> str:
-    """With line breaks and blanks to be seen."""
+    """With line breaks and tabs to be seen."""
     shown = text.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}").replace(
         "\t", "\N{RIGHTWARDS ARROW TO BAR}"
     )

@@ -50,32 +50,25 @@ def read_prompt(folder: str, name: str | None = None, step: int | None = None) -
         ValueError: where there is one of another kind, or one that cannot be read.
     """
     advice = "Pass the folder of a soft prompt (`.../teacher_prompt`), or a run's folder that holds it."
+    paths = {file: os.path.join(folder, file) for file in (_CONFIG, _ADAPTER, PARAMETERS_FILE)}
     for file in (_CONFIG, _ADAPTER):
-        if not os.path.isfile(os.path.join(folder, file)):
-            raise FileNotFoundError(
-                f"{os.path.join(folder, file)} is missing, so that there is no soft prompt. {advice}"
-            )
+        if not os.path.isfile(paths[file]):
+            raise FileNotFoundError(f"{paths[file]} is missing, so that there is no soft prompt. {advice}")
     try:
-        with open(os.path.join(folder, _CONFIG), encoding="utf-8") as text:
+        with open(paths[_CONFIG], encoding="utf-8") as text:
             config = json.load(text)
         kind = config["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{os.path.join(folder, _CONFIG)} is not an adapter's configuration ({error!r}). {advice}"
-        ) from error
-    tensors, _ = read_safetensors(os.path.join(folder, _ADAPTER), advice)
-    embeddings = tensors.get("prompt_embeddings")
+        raise ValueError(f"{paths[_CONFIG]} is not an adapter's configuration ({error!r}). {advice}") from error
+    embeddings = read_safetensors(paths[_ADAPTER], advice)[0].get("prompt_embeddings")
     if kind not in ("PROMPT_TUNING", "P_TUNING") or embeddings is None or embeddings.ndim != 2:
         raise ValueError(f"{folder} holds a {kind} adapter, which is no soft prompt before a model's input. {advice}")
     if not embeddings.isfinite().all():
         raise ValueError(f"The soft prompt in {folder} is not finite. Take that of an earlier checkpoint.")
-    initial = None
-    path = os.path.join(folder, PARAMETERS_FILE)
-    if os.path.isfile(path):
-        initial = read_safetensors(path, advice)[0].get("initial")
-    return SavedPrompt(
-        name or os.path.basename(os.path.normpath(folder)), folder, embeddings.float(), initial, config, step
-    )
+    known = os.path.isfile(paths[PARAMETERS_FILE])
+    initial = read_safetensors(paths[PARAMETERS_FILE], advice)[0].get("initial") if known else None
+    name = name or os.path.basename(os.path.normpath(folder))
+    return SavedPrompt(name, folder, embeddings.float(), initial, config, step)
 
 
 def find_prompts(path: str) -> list[SavedPrompt]:
@@ -93,33 +86,29 @@ def find_prompts(path: str) -> list[SavedPrompt]:
     prompts = []
     for checkpoint in reversed(checkpoint_folders(path)):
         folder, name = os.path.join(checkpoint, ADAPTER_FOLDER), os.path.basename(checkpoint)
-        if os.path.isfile(os.path.join(folder, _ADAPTER)) and os.path.isfile(os.path.join(folder, _CONFIG)):
+        if all(os.path.isfile(os.path.join(folder, file)) for file in (_ADAPTER, _CONFIG)):
             prompts.append(read_prompt(folder, name, int(name.rsplit("-", 1)[1])))
-    last = os.path.join(path, ADAPTER_FOLDER)
-    if os.path.isdir(last):
-        prompt = read_prompt(last)
-        if not prompts or not prompt.embeddings.equal(prompts[-1].embeddings):
-            prompts.append(prompt)
+    if os.path.isdir(os.path.join(path, ADAPTER_FOLDER)):
+        last = read_prompt(os.path.join(path, ADAPTER_FOLDER))
+        if not prompts or not last.embeddings.equal(prompts[-1].embeddings):
+            prompts.append(last)
     if not prompts:
         raise FileNotFoundError(
             f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor checkpoint-*/{ADAPTER_FOLDER}/. Pass the folder that "
             "PromptKDTrainer wrote to, or the one of the adapter itself."
         )
+    first = prompts[0]
     for prompt in prompts:
-        if prompt.embeddings.shape != prompts[0].embeddings.shape:
+        if prompt.embeddings.shape != first.embeddings.shape:
             raise ValueError(
-                f"The soft prompts in {prompt.folder} and {prompts[0].folder} have the shapes {tuple(prompt.embeddings.shape)} and "
-                f"{tuple(prompts[0].embeddings.shape)}: they are not of one run. Pass the folder of one run, or of one prompt."
+                f"The soft prompts in {prompt.folder} and {first.folder} have the shapes {tuple(prompt.embeddings.shape)} and "
+                f"{tuple(first.embeddings.shape)}: they are not of one run. Pass the folder of one run, or of one prompt."
             )
     return prompts
 
 
 def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
-    """Refuse a soft prompt of another model.
-
-    Raises:
-        ValueError: naming both sizes.
-    """
+    """Refuse a soft prompt of another model."""
     width, expected = prompt.embeddings.size(1), teacher.get_input_embeddings().weight.size(1)
     if width != expected:
         raise ValueError(

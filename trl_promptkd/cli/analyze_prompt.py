@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import sys
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
@@ -12,22 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.exposure import sample_prefixes
 from ..analysis.figures import check_matplotlib
-from ..analysis.prompt import Drift, PromptEffect, nearest_tokens, prompt_drift, prompt_effect, similarity
+from ..analysis.prompt import PromptEffect, nearest_tokens, prompt_drift, prompt_effect, similarity
 from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
-from ..files import write_text
 from ..generation.rollouts import stop_ids
-from .analyze_common import (
-    add_analysis_arguments,
-    at_least_one,
-    check_room,
-    compared_ids,
-    number,
-    sampling_of,
-    tokenized_rows,
-    tokenizer_of,
-)
-from .common import json_text, load_model, print_table
+from . import analyze_common as shared
+from .analyze_common import number
+from .common import load_model, print_table, reporting
 
 
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
@@ -35,90 +24,78 @@ _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers ar
 
 def add_prompt(commands: Any) -> None:
     prompt = commands.add_parser("prompt", help="what a soft prompt has become, and what it does to the teacher")
-    prompt.add_argument(
-        "--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints"
-    )
-    prompt.add_argument("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
-    prompt.add_argument(
-        "--dataset", help="Hub id, or a .json, .jsonl, .csv or .parquet file; without it the prompt alone is looked at"
-    )
-    prompt.add_argument(
-        "--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)"
-    )
-    add_analysis_arguments(prompt, output_dir="prompt_analysis", rows=32, max_new_tokens=64)
-    prompt.add_argument("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
-    prompt.add_argument("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
-    prompt.set_defaults(run=run_prompt)
+    add = prompt.add_argument
+    add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
+    add("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
+    add("--dataset", help="Hub id, or a .json, .jsonl, .csv or .parquet file; without it, the prompt alone is shown")
+    add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
+    add("--nearest", type=shared.at_least_one, default=5, help="tokens to name for each virtual token (5)")
+    add("--examples", type=shared.at_least_one, default=30, help="places on the page of examples (30)")
+    shared.add_analysis_arguments(prompt, rows=32)
+    shared.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
+    prompt.set_defaults(run=reporting(run_prompt))
 
 
-def run_prompt(args: argparse.Namespace) -> int:
-    with redirect_stdout(sys.stderr):  # standard output is for the results alone
-        check_matplotlib()
-        if args.responses == "student" and args.student is None:
-            raise ValueError(
-                "`--responses` is 'student', but there is no `--student`. Pass one, or set `--responses dataset`."
-            )
-        if args.responses == "student" and args.dataset is None:
-            raise ValueError(
-                "`--responses` is 'student', but there is no `--dataset`, whose prompts it answers. Pass one."
-            )
-        prompts = find_prompts(args.prompt)
-        tokenizer = tokenizer_of(args, [] if args.student is None else [args.student])
-        needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
-        rows = [] if args.dataset is None else tokenized_rows(args, tokenizer, needed)
-        teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
-        check_fits(prompts[-1], teacher)
-        os.makedirs(args.output_dir, exist_ok=True)
-        found = look_at(prompts, teacher, tokenizer, args)
-        effect = None if args.dataset is None else compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
-        if effect is not None:
-            plot_classes(effect.by_class(), os.path.join(args.output_dir, "kl_by_class.png"))
-            title = "Where the soft prompt changed the teacher's next token"
-            write_text(
-                os.path.join(args.output_dir, "changes.html"),
-                changes_page(effect.changes, title, summary_of(effect, args)),
-            )
-            found["classes"] = effect.by_class()
-            found["changed"] = {"tokens": effect.changed, "of": len(effect.classes)}
-            found["changes"] = [asdict(change) for change in effect.changes]
+def run_prompt(args: argparse.Namespace) -> Any:
+    check_matplotlib()
+    for flag, value, why in (
+        ("--student", args.student, ""),
+        ("--dataset", args.dataset, ", whose prompts it answers"),
+    ):
+        if args.responses == "student" and value is None:
+            remedy = "Pass one, or set `--responses dataset`." if not why else "Pass one."
+            raise ValueError(f"`--responses` is 'student', but there is no `{flag}`{why}. {remedy}")
+    prompts = find_prompts(args.prompt)
+    tokenizer = shared.tokenizer_of(args, [] if args.student is None else [args.student])
+    needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
+    rows = [] if args.dataset is None else shared.tokenized_rows(args, tokenizer, needed)
+    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
+    check_fits(prompts[-1], teacher)
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
-    text = json_text({**{name: getattr(args, name) for name in names}, **found})
-    write_text(os.path.join(args.output_dir, "prompt.json"), text)
-    if args.json:
-        print(text)
-    else:
-        show(found, effect, args)
-    return 0
+    result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
+    summary = None
+    if rows:
+        effect = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
+        classes, changed, total = effect.by_class(), effect.changed, len(effect.classes)
+        whose = "the data's answers" if args.responses == "dataset" else "the student's samples"
+        summary = (
+            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {total:,} tokens "
+            f"({100 * changed / total:.1f} %) of {whose}."
+        )
+        plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
+        title = "Where the soft prompt changed the teacher's next token"
+        shared.save(args, "changes.html", changes_page(effect.changes, title, summary))
+        changes = [asdict(change) for change in effect.changes]
+        result |= {"classes": classes, "changed": {"tokens": changed, "of": total}, "changes": changes}
+    shared.save(args, "prompt.json", result)
+    return result, lambda: show(result, summary, args.output_dir), 0
 
 
 def look_at(
     prompts: list[SavedPrompt], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> dict[str, Any]:
     """What can be said of the prompt without any text, and its plots."""
+    os.makedirs(args.output_dir, exist_ok=True)
     last = prompts[-1].embeddings
-    nearest = nearest_tokens(last, teacher, compared_ids(tokenizer, teacher, None), args.nearest)
-    cosines = similarity(last)
-    plot_similarity(cosines, os.path.join(args.output_dir, "similarity.png"))
+    plot_similarity(similarity(last), os.path.join(args.output_dir, "similarity.png"))
     initial, known_by = initial_prompt(prompts, teacher, tokenizer)
-    drifts: list[tuple[str, int | None, Drift]] = []
+    drifts = []
     if initial is not None:
         drifts = [(prompt.name, prompt.step, prompt_drift(prompt.embeddings, initial)) for prompt in prompts]
     if len(drifts) > 1:
         start = drifts[0][1] or 0 if initial is prompts[0].embeddings else 0
         plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
+    nearest = [
+        {
+            by: [{"token": tokenizer.decode([i]), "id": i, "cosine": cos, "distance": away} for i, cos, away in tokens]
+            for by, tokens in of_token.items()
+        }
+        for of_token in nearest_tokens(last, teacher, shared.compared_ids(tokenizer, teacher, None), args.nearest)
+    ]
     return {
         "looked_at": prompts[-1].folder,
-        "nearest": [
-            {
-                by: [
-                    {"token": tokenizer.decode([token]), "id": token, "cosine": cosine, "distance": distance}
-                    for token, cosine, distance in tokens
-                ]
-                for by, tokens in of_token.items()
-            }
-            for of_token in nearest
-        ],
-        "similarity": cosines.tolist(),
+        "nearest": nearest,
+        "similarity": similarity(last).tolist(),
         "drift_from": known_by,
         "drift": [{"name": name, "step": step, **asdict(drift)} for name, step, drift in drifts],
     }
@@ -134,77 +111,47 @@ def compare(
     student, sampled = None, 0
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
-    check_room("teacher", teacher, rows, sampled, len(soft_prompt))
+    shared.check_room("teacher", teacher, rows, sampled, len(soft_prompt))
     if args.student is not None:
         student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code).eval()
-        check_room("student", student, rows, sampled)
-    vocab_size = compared_ids(tokenizer, teacher, student)
-    sampling = sampling_of(args, teacher, tokenizer)
-    prompt_ids, completions = [row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows]
+        shared.check_room("student", student, rows, sampled)
+    size, texts = shared.compared_ids(tokenizer, teacher, student), [row["prompt_ids"] for row in rows]
+    sampling = shared.sampling_of(args, teacher, tokenizer)
+    completions = [row["completion_ids"] for row in rows]
     if student is not None and sampled:
-        completions = sample_prefixes(student, prompt_ids, sampling, args.seed, args.batch_size, vocab_size)
-    return prompt_effect(
-        teacher,
-        soft_prompt,
-        student,
-        prompt_ids,
-        completions,
-        tokenizer,
-        stop_ids(sampling),
-        args.batch_size,
-        vocab_size,
-        args.examples,
-    )
+        completions = sample_prefixes(student, texts, sampling, args.seed, args.batch_size, size)
+    how = (tokenizer, stop_ids(sampling), args.batch_size, size, args.examples)
+    return prompt_effect(teacher, soft_prompt, student, texts, completions, *how)
 
 
-def summary_of(effect: PromptEffect, args: argparse.Namespace) -> str:
-    whose = "the data's answers" if args.responses == "dataset" else "the student's samples"
-    share = 100 * effect.changed / len(effect.classes)
-    return (
-        f"Behind the soft prompt, the teacher's likeliest next token is another one at {effect.changed:,} of {len(effect.classes):,} tokens "
-        f"({share:.1f} %) of {whose}."
-    )
-
-
-def show(found: dict[str, Any], effect: PromptEffect | None, args: argparse.Namespace) -> None:
+def show(found: dict[str, Any], summary: str | None, output_dir: str) -> None:
     lines = []
-    for index, of_token in enumerate(found["nearest"], start=1):
+    for index, of_token in enumerate(found["nearest"]):
         by_cosine = "  ".join(f"{token['token']!r} {token['cosine']:.2f}" for token in of_token["cosine"][:3])
         closest = of_token["distance"][0]
-        line = [index, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}"]
-        if found["drift"]:
-            last = found["drift"][-1]
-            line += [number(last["relative"][index - 1], 4), number(last["cosine"][index - 1], 4)]
-        lines.append(line)
+        drift = [number(found["drift"][-1][by][index], 4) for by in ("relative", "cosine")] if found["drift"] else []
+        lines.append([index + 1, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}", *drift])
     title = f"Virtual tokens of {found['looked_at']} and the tokens nearest to them (distance 1: the typical norm)"
     columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
-    print_table(title, columns if found["drift"] else columns[:3], lines, left=3)
-    lines = [
-        [
-            drift["name"],
-            number(drift["overall"], 4),
-            f"{min(drift['relative']):.4f} to {max(drift['relative']):.4f}",
-            f"{min(drift['cosine']):.4f} to {max(drift['cosine']):.4f}",
-        ]
-        for drift in found["drift"]
-    ]
+    print_table(title, columns[: len(lines[0])], lines, left=3)
     print(f"Start of the prompt: {found['drift_from']}.")
-    if lines:
-        columns = ["", "all together", "of each virtual token", "cosine with its start"]
-        print_table("Distance from the start, as a share of its norm", columns, lines)
-    if effect is not None:
+    if found["drift"]:
         lines = [
             [
-                name,
-                f"{values['tokens']:,}",
-                number(values["prompted_plain"], 4),
-                number(values.get("prompted_student", float("nan")), 4),
-                number(100 * values["share"], 1),
+                drift["name"],
+                number(drift["overall"], 4),
+                *(f"{min(drift[by]):.4f} to {max(drift[by]):.4f}" for by in ("relative", "cosine")),
             ]
-            for name, values in effect.by_class().items()
+            for drift in found["drift"]
         ]
+        columns = ["", "all together", "of each virtual token", "cosine with its start"]
+        print_table("Distance from the start, as a share of its norm", columns, lines)
+    if summary is not None:
+        lines = []
+        for name, values in found["classes"].items():
+            kls = [number(values.get(key, float("nan")), 4) for key in ("prompted_plain", "prompted_student")]
+            lines.append([name, f"{values['tokens']:,}", *kls, number(100 * values["share"], 1)])
         columns = ["class", "tokens", "KL(prompted || plain)", "KL(prompted || student)", "share of the first, %"]
         print_table("By class of the token, mean in nats a token", columns, lines)
-        print(summary_of(effect, args))
-        print(f"Where, and to what: {os.path.join(args.output_dir, 'changes.html')}.")
-    print(f"Plots and all figures: {args.output_dir}.")
+        print(f"{summary}\nWhere, and to what: {os.path.join(output_dir, 'changes.html')}.")
+    print(f"Plots and all figures: {output_dir}.")

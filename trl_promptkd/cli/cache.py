@@ -6,52 +6,52 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import load_dataset
-from transformers import AutoTokenizer
 
 from ..data import name_columns
+from ..data.priming import PRIMING_TEMPLATES
 from ..models.teacher import load_teacher
 from ..teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
-from .common import add_data_arguments, json_dict, priming_of
+from .common import add_row_arguments, json_dict, needed_tokenizer, priming_of
 
 
 def add_cache(tools: Any) -> None:
-    cache = tools.add_parser("cache", help="the offline teacher")
-    commands = cache.add_subparsers(dest="action", required=True)
+    commands = tools.add_parser("cache", help="the offline teacher").add_subparsers(dest="action", required=True)
 
-    build = commands.add_parser(
-        "build",
-        help="ask a teacher once and keep what it says; goes on where it was, also under `accelerate launch -m trl_promptkd.cli`",
-    )
-    build.add_argument("--teacher", required=True, help="Hub id or folder")
-    build.add_argument("--output_dir", required=True, help="the cache's folder")
-    build.add_argument("--dataset_name", default="json", help="Hub id, or json, csv, parquet with --data_files")
-    build.add_argument("--data_files", help="local files, or a pattern")
-    add_data_arguments(build)
-    build.add_argument("--preset", default="standard", choices=sorted(PRESETS), help="how much is kept")
-    build.add_argument("--response_source", default="dataset", choices=["dataset", "teacher"], help="whose answers")
-    build.add_argument("--max_length", type=int, help="longest row in tokens as the student sees it")
-    build.add_argument("--teacher_max_length", type=int, help="longest row in tokens as the teacher sees it")
-    build.add_argument("--overlong", default="drop", choices=["drop", "error"], help="what to do with longer rows")
-    build.add_argument("--batch_size", type=int, default=8, help="rows at once on one device")
-    build.add_argument("--max_new_tokens", type=int, default=256, help="longest answer that the teacher writes")
-    build.add_argument("--temperature", type=float, default=1.0, help="of its samples")
-    build.add_argument("--seed", type=int, default=42, help="of its samples")
+    told = "run a teacher once and keep what it says; resumes, also under `accelerate launch -m trl_promptkd.cli`"
+    build = commands.add_parser("build", help=told)
+    add = build.add_argument
+    add("--teacher", required=True, help="Hub id or folder")
+    add("--output_dir", required=True, help="the cache's folder")
+    add("--dataset_name", default="json", help="Hub id, or json, csv, parquet with --data_files")
+    add("--data_files", help="local files, or a pattern")
+    add_row_arguments(build)
+    add("--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt")
+    add("--priming_file", help="a file with a priming text of your own (Jinja)")
+    add("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
+    add("--preset", default="standard", choices=sorted(PRESETS), help="how much is kept")
+    add("--response_source", default="dataset", choices=["dataset", "teacher"], help="whose answers")
+    add("--max_length", type=int, help="longest row in tokens as the student sees it")
+    add("--teacher_max_length", type=int, help="longest row in tokens as the teacher sees it")
+    add("--overlong", default="drop", choices=["drop", "error"], help="what to do with longer rows")
+    add("--batch_size", type=int, default=8, help="rows at once on one device")
+    add("--max_new_tokens", type=int, default=256, help="longest answer that the teacher writes")
+    add("--temperature", type=float, default=1.0, help="of its samples")
+    add("--seed", type=int, default=42, help="of its samples")
 
     verify = commands.add_parser("verify", help="compare checksums, and replay rows on the live teacher")
     verify.add_argument("cache", help="folder or Hub id")
     verify.add_argument("--teacher", help="Hub id or folder; the manifest's name by default")
     verify.add_argument("--rows", type=int, default=16, help="rows to replay")
-    verify.add_argument(
-        "--max_kl", type=float, help="exit with 1 above so many nats a token; by default twice the receipt's mean"
-    )
+    told = "exit with 1 above so many nats per token; by default twice the receipt's mean"
+    verify.add_argument("--max_kl", type=float, help=told)
 
     info = commands.add_parser("info", help="print manifest and receipt")
     info.add_argument("cache", help="folder or Hub id")
-    for command in (build, verify):
+    info.set_defaults(run=cache_info)
+    for command, run in ((build, build_cache), (verify, verify_cache)):
         command.add_argument("--teacher_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
         command.add_argument("--trust_remote_code", action="store_true")
-    for command, run in ((build, build_cache), (verify, verify_cache), (info, cache_info)):
         command.set_defaults(run=run)
 
 
@@ -61,26 +61,17 @@ def build_cache(args: argparse.Namespace) -> int:
         args.dataset_name, name=args.dataset_config, data_files=args.data_files, split=args.dataset_split
     )
     dataset = name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher, trust_remote_code=args.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+    same = "preset response_source max_length teacher_max_length overlong batch_size max_new_tokens temperature seed"
     cache = build_teacher_cache(
         args.teacher,
         dataset,
         args.output_dir,
         tokenizer,
         priming=priming,
-        preset=args.preset,
-        response_source=args.response_source,
-        max_length=args.max_length,
-        teacher_max_length=args.teacher_max_length,
-        overlong=args.overlong,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
         teacher_model_init_kwargs=args.teacher_init_kwargs,
         trust_remote_code=args.trust_remote_code,
-        seed=args.seed,
+        **{name: getattr(args, name) for name in same.split()},
     )
     if PartialState().is_main_process:
         show(cache)
@@ -90,12 +81,11 @@ def build_cache(args: argparse.Namespace) -> int:
 def show(cache: TeacherCache) -> None:
     """Manifest and receipt, as a reader would want them."""
     manifest = cache.manifest
+    teacher, priming = manifest.teacher, manifest.priming
     lines: dict[str, Any] = {
         "folder": cache.path,
-        "teacher": f"{manifest.teacher['name'] or 'without a name'} ({manifest.teacher['dtype']}, quantization {manifest.teacher['quantization']})",
-        "priming": "none"
-        if manifest.priming is None
-        else f"{manifest.priming['placement']}: {manifest.priming['text']!r}",
+        "teacher": f"{teacher['name'] or 'without a name'} ({teacher['dtype']}, quantization {teacher['quantization']})",
+        "priming": "none" if priming is None else f"{priming['placement']}: {priming['text']!r}",
         "answers": "the data's" if manifest.response_source == "dataset" else "the teacher's",
         "preset": manifest.preset,
         "shards": len(manifest.shards),

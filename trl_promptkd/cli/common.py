@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data import name_columns
-from ..data.priming import PRIMING_TEMPLATES, PrimingTemplate
+from ..data.priming import PrimingTemplate
 from ..models.teacher import load_teacher
 from ..models.tokenizer import load_teacher_tokenizer
 
@@ -33,9 +34,7 @@ def json_dict(text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not the JSON of a dict, such as {json.dumps({'dtype': 'float32'})!r}"
-        )
+        raise argparse.ArgumentTypeError(f'{text!r} is not the JSON of a dict, such as \'{{"dtype": "float32"}}\'')
     return value
 
 
@@ -48,21 +47,34 @@ def add_row_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
 
 
-def add_data_arguments(command: argparse.ArgumentParser) -> None:
-    """What a data set's rows are, and what the teacher sees besides them."""
-    add_row_arguments(command)
-    command.add_argument(
-        "--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt"
-    )
-    command.add_argument("--priming_file", help="a file with a priming text of your own (Jinja)")
-    command.add_argument("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
+def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:
+    """A command that prints its result, as JSON with `--json`, else by a function of its own, and returns an exit code.
+
+    Standard output is for the result alone; what is printed before goes to standard error.
+    """
+
+    def command(args: argparse.Namespace) -> int:
+        with redirect_stdout(sys.stderr):
+            result, show, code = run(args)
+        if args.json:
+            print(json_text(result))
+        else:
+            show()
+        return code
+
+    return command
 
 
-def priming_of(args: argparse.Namespace) -> str | PrimingTemplate | None:
-    if args.priming is not None and args.priming_file is not None:
-        raise ValueError("`--priming` and `--priming_file` are both given; choose one.")
+def priming_of(args: Any) -> str | PrimingTemplate | None:
+    """The one priming text that is given."""
+    texts = {name: getattr(args, name, None) for name in ("priming", "priming_text", "priming_file")}
+    given = [name for name, text in texts.items() if text is not None]
+    if len(given) > 1:
+        raise ValueError(f"`--{'` and `--'.join(given)}` are {'both ' if len(given) == 2 else ''}given; choose one.")
     if args.priming_file is not None:
         return PrimingTemplate.from_file(args.priming_file, args.priming_placement)
+    if texts["priming_text"] is not None:
+        return PrimingTemplate(texts["priming_text"], args.priming_placement)
     return args.priming
 
 
@@ -81,30 +93,16 @@ def json_text(values: dict[str, Any]) -> str:
 
 
 def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
-    """The end of each path that tells it from the others, of files without their endings.
+    """Names for tables: the last part of each path, of files without their endings; the paths themselves if two would be the same.
 
-    Args:
-        flags: That the paths were given by, for the message.
-
-    Raises:
-        ValueError: where one is given twice.
+    `flags` are those that the paths were given by, for the message.
     """
-    parts = {path: os.path.normpath(path).split(os.sep) for path in paths}
-    found = [os.path.normpath(path) for path in paths]
-    twice = next((path for path in found if found.count(path) > 1), None)
+    whole = [os.path.normpath(path) for path in paths]
+    twice = next((path for path in whole if whole.count(path) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} is given twice in {flags}. Give each once.")
-    stems = {
-        path: [*names[:-1], os.path.splitext(names[-1])[0]] if os.path.isfile(path) else names
-        for path, names in parts.items()
-    }
-    longest = max(map(len, parts.values()))
-    shortened = (
-        {path: "/".join(names[-number:]) for path, names in kind.items()}
-        for kind in (stems, parts)
-        for number in range(1, longest + 1)
-    )
-    return next(short for short in shortened if len(set(short.values())) == len(paths))
+    names = [os.path.basename(os.path.splitext(path)[0] if os.path.isfile(path) else path) for path in whole]
+    return dict(zip(paths, names if len(set(names)) == len(names) else whole, strict=True))
 
 
 def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
@@ -121,25 +119,27 @@ def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any
     console.print(table)
 
 
-def load_rows(args: argparse.Namespace) -> Any:
+def load_rows(
+    path: str,
+    config: str | None = None,
+    split: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    conversational: bool = False,
+) -> Any:
     """The data set of `--dataset`: a file by its ending, or a Hub id."""
-    kind = _FILES.get(os.path.splitext(args.dataset)[1])
-    if kind is not None and not os.path.isfile(args.dataset):
+    kind = _FILES.get(os.path.splitext(path)[1])
+    if kind is not None and not os.path.isfile(path):
         raise ValueError(
-            f"`--dataset` is {args.dataset!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
+            f"`--dataset` is {path!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
         )
-    if kind is None and args.dataset_split is None:
-        raise ValueError(
-            f"`--dataset` is {args.dataset!r}, whose split is not said. Pass `--dataset_split` (such as test)."
-        )
-    files = None if kind is None else args.dataset
+    if kind is None and split is None:
+        raise ValueError(f"`--dataset` is {path!r}, whose split is not said. Pass `--dataset_split` (such as test).")
     try:
-        dataset = load_dataset(
-            kind or args.dataset, name=args.dataset_config, data_files=files, split=args.dataset_split or FILE_SPLIT
-        )
+        dataset = load_dataset(kind or path, name=config, data_files=path if kind else None, split=split or FILE_SPLIT)
     except DatasetsError as error:
-        raise ValueError(f"`--dataset` is {args.dataset!r}, which cannot be read: {error}") from error
-    return name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
+        raise ValueError(f"`--dataset` is {path!r}, which cannot be read: {error}") from error
+    return name_columns(dataset, prompt_column, completion_column, conversational)
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -151,8 +151,7 @@ def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) 
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model, else that of the model below an adapter, else `None`; where it has no pad token, it pads with its
-    end-of-text token."""
+    """The tokenizer beside a model, else that of the model below an adapter, else `None`. Without a pad token, its end of text pads."""
     tokenizer = load_teacher_tokenizer(name, init_kwargs, trust_remote_code)
     if tokenizer is None and os.path.isfile(os.path.join(name, "adapter_config.json")):
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
@@ -163,11 +162,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bo
 
 
 def needed_tokenizer(flag: str, name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """[`load_tokenizer`], where there must be one.
-
-    Raises:
-        ValueError: where there is none, naming the flag.
-    """
+    """[`load_tokenizer`]; if there is none, the error names the flag."""
     tokenizer = load_tokenizer(name, init_kwargs, trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"`{flag}` is {name!r}, beside which there is no tokenizer. Save one there.")

@@ -1,90 +1,138 @@
 """`trl-promptkd doctor`."""
 
 import argparse
-import json
-import sys
-from contextlib import redirect_stdout
-from dataclasses import asdict
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..doctor import diagnose, passed, print_table
+import yaml
+from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+
+from ..doctor import Finding, diagnose, passed
 from ..models.soft_prompt import PromptEncoderConfig
-from ..models.tokenizer import load_teacher_tokenizer
-from .common import add_data_arguments, json_dict, load_model, load_rows, priming_of, without_nan
+from ..trainer.primed_distill_config import PrimedDistillConfig
+from ..trainer.promptkd_config import PromptKDConfig
+from .common import load_model, load_rows, load_tokenizer, needed_tokenizer, priming_of, print_table, reporting
 
 
-# Flags of `doctor` that are arguments of `diagnose`
-_SETTINGS = (
-    "lmbda",
-    "response_source",
-    "max_length",
-    "max_new_tokens",
-    "overlong",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "gradient_checkpointing",
-    "teacher_gradient_checkpointing",
-    "lora",
-    "rows",
-)
+@dataclass
+class DoctorArguments:
+    """What the scripts' recipes hold besides TRL's classes and the configurations, and the doctor's own flags."""
+
+    rows: int = field(default=16, metadata={"help": "how many rows to look at"})
+    json: bool = field(default=False, metadata={"help": "print JSON instead of a table"})
+    data_files: str | None = None
+    prompt_column: str | None = field(default=None, metadata={"help": "column to take as `prompt`"})
+    completion_column: str | None = field(default=None, metadata={"help": "column to take as `completion`"})
+    conversational: bool = field(default=False, metadata={"help": "make conversations of texts (chat template)"})
+    priming: str | None = field(default=None, metadata={"help": "what the teacher sees besides the prompt, by name"})
+    priming_text: str | None = field(default=None, metadata={"help": "a priming text of your own (Jinja)"})
+    priming_file: str | None = field(default=None, metadata={"help": "a file with one"})
+    priming_placement: str = field(default="prefix", metadata={"help": "prefix, suffix or system"})
+    teacher_cache: str | None = None
+    instruction_template: bool = False
+
+
+_TRAINERS = (PromptKDConfig, PrimedDistillConfig)
+_OTHERS = (DoctorArguments, ModelConfig, ScriptArguments, PromptEncoderConfig)
+_FIELDS = {field.name: field for cls in (*_TRAINERS, *_OTHERS) for field in fields(cls)}
+_ALIASES = {
+    "model_name_or_path": ("--model", "the student: Hub id or folder"),
+    "teacher_model_name_or_path": ("--teacher", "Hub id or folder; without it the student teaches itself"),
+    "dataset_name": ("--dataset", "Hub id, or a .json, .jsonl, .csv or .parquet file"),
+    "dataset_train_split": ("--dataset_split", "its split, or a part of it: train[:1000]"),
+    "teacher_model_init_kwargs": ("--teacher_init_kwargs", "JSON for from_pretrained"),
+    "use_peft": ("--lora", "an adapter is to be trained, not all weights"),
+}
 
 
 def add_doctor(tools: Any) -> None:
     doctor = tools.add_parser(
-        "doctor", help="look at models and rows for what goes wrong silently; exits with 1 where a check fails"
+        "doctor",
+        help="look at models and rows for what goes wrong silently; exits with 1 if a check fails",
+        usage="%(prog)s --model MODEL --dataset DATASET [--teacher TEACHER] [--config FILE] [flags]",
+        epilog="All other fields of the trainers' configurations and of TRL's ModelConfig are flags, too.",
     )
-    doctor.add_argument("--model", required=True, help="the student: Hub id or folder")
-    doctor.add_argument("--teacher", help="Hub id or folder; without it the student teaches itself")
-    doctor.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
-    add_data_arguments(doctor)
-    doctor.add_argument("--rows", type=int, default=16, help="how many rows to look at")
-    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    run = doctor.add_argument_group("settings of the run, under the names of the trainers' configurations")
-    run.add_argument("--max_length", type=int, default=1024)
-    run.add_argument("--max_new_tokens", type=int, default=128)
-    run.add_argument("--overlong", default="error", choices=["drop", "error"])
-    run.add_argument("--per_device_train_batch_size", type=int, default=8)
-    run.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    run.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    run.add_argument("--teacher_gradient_checkpointing", action="store_true")
-    run.add_argument("--num_virtual_tokens", type=int, default=7)
-    run.add_argument("--lmbda", type=float, default=1.0, help="PromptKD: below 1 the data's answers are needed")
-    run.add_argument("--response_source", default="dataset", choices=["dataset", "teacher", "student"])
-    run.add_argument("--lora", action="store_true", help="an adapter is to be trained, not all weights")
-    for role in ("model", "teacher"):
-        run.add_argument(f"--{role}_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
-    run.add_argument("--trust_remote_code", action="store_true")
-    doctor.set_defaults(run=run_doctor)
-
-
-def run_doctor(args: argparse.Namespace) -> int:
-    with redirect_stdout(sys.stderr):  # standard output is for the findings alone
-        priming = priming_of(args)
-        prompt_encoder_config = PromptEncoderConfig(num_virtual_tokens=args.num_virtual_tokens)
-        dataset = load_rows(args)
-        tokenizer = load_teacher_tokenizer(args.model, args.model_init_kwargs, args.trust_remote_code)
-        if tokenizer is None:
-            raise ValueError(f"`--model` is {args.model!r}, beside which there is no tokenizer. Save one there.")
-        student = load_model(args.model, {"dtype": "float32", **args.model_init_kwargs}, args.trust_remote_code)
-        teacher, teacher_tokenizer = None, None
-        if args.teacher is not None:
-            teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
-            teacher_tokenizer = load_teacher_tokenizer(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
-        settings = {name: getattr(args, name) for name in _SETTINGS}
-        findings = diagnose(
-            student,
-            teacher,
-            dataset,
-            tokenizer,
-            teacher_tokenizer,
-            prompt_encoder_config=prompt_encoder_config,
-            priming=priming,
-            **settings,
+    doctor.add_argument("--config", help="a recipe's YAML file; flags win over it")
+    for name, (alias, text) in _ALIASES.items():
+        doctor.add_argument(
+            alias, f"--{name}", dest=name, metavar="VALUE", nargs="*", default=argparse.SUPPRESS, help=text
         )
-    about = {"model": args.model, "teacher": args.teacher, "dataset": args.dataset}
-    if args.json:
-        checks = [{**asdict(finding), "values": without_nan(finding.values)} for finding in findings]
-        print(json.dumps({**about, "passed": passed(findings), "checks": checks}, indent=1))
-    else:
-        print_table(findings, about)
-    return 0 if passed(findings) else 1
+    ours = set().union(*(cls.__annotations__ for cls in (*_TRAINERS, DoctorArguments, PromptEncoderConfig)))
+    for name in sorted(_FIELDS.keys() - _ALIASES.keys()):
+        told = str(_FIELDS[name].metadata.get("help", "")).replace("%", "%%") if name in ours else argparse.SUPPRESS
+        doctor.add_argument(f"--{name}", metavar="VALUE", nargs="*", default=argparse.SUPPRESS, help=told)
+    doctor.set_defaults(run=reporting(run_doctor))
+
+
+def parse(given: argparse.Namespace) -> tuple[Any, ...]:
+    """Flags and recipe as the doctor's arguments, TRL's model and script arguments, the soft prompt's and the trainer's."""
+    flags = {name: values for name, values in vars(given).items() if name in _FIELDS}
+    recipe: Any = {}
+    if given.config is not None:
+        with open(given.config, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"`--config` is {given.config!r}, which holds no YAML mapping. Pass a recipe's file.")
+    primed = ("priming", "priming_text", "priming_file", "response_source")
+    trainer = PrimedDistillConfig if any(name in {**recipe, **flags} for name in primed) else PromptKDConfig
+    words = [] if given.config is None else ["--config", given.config]
+    words += [word for name, values in flags.items() for word in (f"--{name}", *values)]
+    parser = TrlParser((*_OTHERS, trainer), prog="trl-promptkd doctor", usage="%(prog)s --help")
+    # The models are looked at in their own precision
+    found = parser.parse_args_and_config([*words, "--bf16", "false", "--fp16", "false"], fail_with_unknown_args=False)
+    arguments, model, script, _, settings = found
+    script.dataset_name = arguments.data_files or script.dataset_name
+    for flag, value in (("--model", model.model_name_or_path), ("--dataset", script.dataset_name)):
+        if value is None:
+            raise ValueError(f"`{flag}` is not given, and no `--config` names it. Pass `{flag}`.")
+    if arguments.teacher_cache is not None and settings.teacher_model_name_or_path is None:
+        raise ValueError(
+            "`teacher_cache` is no model that the doctor can look at. Pass the live teacher by `--teacher`."
+        )
+    if arguments.instruction_template:
+        raise ValueError(
+            "`instruction_template` is for the script alone. Pass rows that have been through it by `--dataset`."
+        )
+    return found
+
+
+def run_doctor(given: argparse.Namespace) -> Any:
+    arguments, model_args, script, encoder, args = parse(given)
+    name, teacher_name = model_args.model_name_or_path, args.teacher_model_name_or_path
+    priming = priming_of(arguments)
+    columns = (arguments.prompt_column, arguments.completion_column, arguments.conversational)
+    dataset = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, *columns)
+    quantization = get_quantization_config(model_args)
+    kwargs = {"dtype": model_args.dtype, **({"quantization_config": quantization} if quantization else {})}
+    kwargs |= args.model_init_kwargs or {}
+    tokenizer = needed_tokenizer("--model", name, kwargs, args.trust_remote_code)
+    student = load_model(name, kwargs, args.trust_remote_code)
+    teacher = teacher_tokenizer = None
+    if teacher_name is not None:
+        loading = (teacher_name, args.teacher_model_init_kwargs or {}, args.trust_remote_code)
+        teacher, teacher_tokenizer = load_model(*loading), load_tokenizer(*loading)
+    findings = diagnose(
+        student,
+        teacher,
+        dataset,
+        tokenizer,
+        teacher_tokenizer,
+        args=args,
+        prompt_encoder_config=encoder,
+        priming=priming,
+        lora=model_args.use_peft,
+        rows=arguments.rows,
+    )
+    about = {"model": name, "teacher": teacher_name, "dataset": script.dataset_name}
+    given.json = arguments.json
+    result = {**about, "passed": passed(findings), "checks": [asdict(finding) for finding in findings]}
+    return result, lambda: show(findings, about), 0 if passed(findings) else 1
+
+
+def show(findings: list[Finding], about: dict[str, Any]) -> None:
+    title = ", ".join(f"{name} {value}" for name, value in about.items() if value)
+    lines = [[finding.name, finding.status, finding.found, finding.advice] for finding in findings]
+    print_table(title, ["check", "", "found", "what to do"], lines, left=4)
+    counts = Counter(finding.status for finding in findings)
+    print(", ".join(f"{counts[status]} {status}" for status in ("pass", "warn", "fail", "skip") if counts[status]))

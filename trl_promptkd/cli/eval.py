@@ -2,109 +2,80 @@
 
 import argparse
 import importlib.util
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 
 from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
-from .common import FILE_SPLIT, json_dict, json_text, load_model, load_rows, needed_tokenizer, print_table, short_names
+from .common import FILE_SPLIT, json_dict, load_model, load_rows, needed_tokenizer, print_table, reporting, short_names
 
 
 # Flags that are settings of `evaluate_model` under the same names
-_SETTINGS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_new_tokens",
-    "batch_size",
-    "max_prompt_length",
-)
+_SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "max_prompt_length")
+_TASKS = {
+    "instruct": "ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
+    "gsm8k": "accuracy of final numbers, by lm-evaluation-harness's rules and the priming paper's; greedy",
+}
 
 
 def add_eval(tools: Any) -> None:
     evaluation = tools.add_parser("eval", help="let a model answer, and score its answers")
     tasks = evaluation.add_subparsers(dest="task", required=True)
-    instruct = tasks.add_parser(
-        "instruct",
-        help="ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
-    )
-    gsm8k = tasks.add_parser(
-        "gsm8k", help="accuracy of final numbers, by lm-evaluation-harness's rules and the priming paper's; greedy"
-    )
-    instruct.add_argument(
-        "--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})"
-    )
-    instruct.add_argument("--greedy", action="store_true", help="answer greedily instead, once")
-    gsm8k.add_argument("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
-    for command in (instruct, gsm8k):
-        _add_arguments(command)
-        command.set_defaults(run=run_eval)
+    for task, told in _TASKS.items():
+        command = tasks.add_parser(task, help=told)
+        add = command.add_argument
+        add("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
+        told = "Hub id, or a .json, .jsonl, .csv or .parquet file; several of them make a table of sets"
+        add("--dataset", required=True, action="append", help=told)
+        add("--dataset_config", help="their configuration")
+        told = "their split, or a part of it: test[:100]; must be given for a Hub id (a file's is `train`)"
+        add("--dataset_split", help=told)
+        add("--prompt_column", help="column to take as the prompt, as it is, before all others")
+        add("--completion_column", help="column to take as the right answer, before all others")
+        told = "around instructions and questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)"
+        add("--template", choices=TEMPLATES, help=told)
+        add("--rows", type=int, help="the first rows of each set only")
+        add("--max_prompt_length", type=int, help="leave rows with longer prompts out (they are counted)")
+        add("--max_new_tokens", type=int, default=256, help="longest answer")
+        add("--temperature", type=float, default=1.0, help="of samples")
+        add("--top_p", type=float, default=1.0, help="of samples")
+        add("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
+        add("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
+        add("--output_dir", help="keep the answers there; a run that starts again resumes")
+        add("--json", action="store_true", help="print JSON instead of a table")
+        add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
+        add("--trust_remote_code", action="store_true")
+        if task == "instruct":
+            add("--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})")
+            add("--greedy", action="store_true", help="answer greedily instead, once")
+        else:
+            add("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
+        command.set_defaults(run=reporting(run_eval))
 
 
-def _add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
-    command.add_argument(
-        "--dataset",
-        required=True,
-        action="append",
-        help="Hub id, or a .json, .jsonl, .csv or .parquet file; several of them make a table of sets",
-    )
-    command.add_argument("--dataset_config", help="their configuration")
-    command.add_argument(
-        "--dataset_split",
-        help="their split, or a part of it: test[:100]; must be given for a Hub id (a file's is `train`)",
-    )
-    command.add_argument("--prompt_column", help="column to take as the prompt, as it is, before all others")
-    command.add_argument("--completion_column", help="column to take as the right answer, before all others")
-    command.add_argument(
-        "--template",
-        choices=TEMPLATES,
-        help="around instructions and questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)",
-    )
-    command.add_argument("--rows", type=int, help="the first rows of each set only")
-    command.add_argument("--max_prompt_length", type=int, help="leave rows with longer prompts out (they are counted)")
-    command.add_argument("--max_new_tokens", type=int, default=256, help="longest answer")
-    command.add_argument("--temperature", type=float, default=1.0, help="of samples")
-    command.add_argument("--top_p", type=float, default=1.0, help="of samples")
-    command.add_argument("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
-    command.add_argument("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
-    command.add_argument("--output_dir", help="keep the answers there; a run that starts again goes on where it was")
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    command.add_argument("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
-    command.add_argument("--trust_remote_code", action="store_true")
-    command.set_defaults(conversational=False)
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    with redirect_stdout(sys.stderr):  # standard output is for the results alone
-        names = short_names(args.dataset, "`--dataset`").values()
-        datasets = {name: _load_set(args, dataset) for name, dataset in zip(names, args.dataset, strict=True)}
-        tokenizer = needed_tokenizer("--model", args.model, args.model_init_kwargs, args.trust_remote_code)
-        settings = {name: getattr(args, name) for name in _SETTINGS}
-        settings |= {"seeds": _seeds(args), "num_rows": args.rows}
-        template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
-        rows = {
-            name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
-            for name, dataset in datasets.items()
-        }
-        model = load_model(args.model, {"dtype": _dtype(), **args.model_init_kwargs}, args.trust_remote_code).eval()
-        result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
-    for name, dataset in zip(names, args.dataset, strict=True):
-        about = {"source": dataset, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}
+def run_eval(args: argparse.Namespace) -> Any:
+    names = short_names(args.dataset, "`--dataset`")
+    datasets = {name: _load_set(args, path) for path, name in names.items()}
+    tokenizer = needed_tokenizer("--model", args.model, args.model_init_kwargs, args.trust_remote_code)
+    settings = {name: getattr(args, name) for name in _SETTINGS} | {"seeds": _seeds(args), "num_rows": args.rows}
+    template = check_evaluation_settings(args.task, args.template, tokenizer, **settings)
+    rows = {
+        name: evaluation_rows(dataset, name, args.task, tokenizer, template, args.rows, args.max_prompt_length)
+        for name, dataset in datasets.items()
+    }
+    dtype = "auto" if torch.cuda.is_available() else "float32"
+    model = load_model(args.model, {"dtype": dtype, **args.model_init_kwargs}, args.trust_remote_code).eval()
+    result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
+    for path, name in names.items():
+        about = {"source": path, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}
         result["sets"][name] = {**about, **result["sets"][name]}
-    result = {"model": args.model, **result}
-    if args.json:
-        print(json_text(result))
-    else:
-        _print_tables(result)
     if args.task == "gsm8k" and importlib.util.find_spec("lm_eval") is not None:
         print(
-            f"For the figure of the standard harness beside it: lm_eval --model hf --model_args pretrained={args.model} --tasks gsm8k",
-            file=sys.stderr,
+            "For the figure of the standard harness beside it: "
+            f"lm_eval --model hf --model_args pretrained={args.model} --tasks gsm8k"
         )
-    return 0
+    result = {"model": args.model, **result}
+    return result, lambda: _print_tables(result), 0
 
 
 def _seeds(args: argparse.Namespace) -> list[int] | None:
@@ -119,8 +90,7 @@ def _seeds(args: argparse.Namespace) -> list[int] | None:
 
 def _load_set(args: argparse.Namespace, dataset: str) -> Any:
     """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the same."""
-    unnamed = {"dataset": dataset, "prompt_column": None, "completion_column": None}
-    rows = load_rows(argparse.Namespace(**{**vars(args), **unnamed}))
+    rows = load_rows(dataset, args.dataset_config, args.dataset_split)
     given = (
         ("completion_column", args.completion_column, "references", ()),
         ("prompt_column", args.prompt_column, "prompt", ("instruction", "question", "messages")),
@@ -137,10 +107,6 @@ def _load_set(args: argparse.Namespace, dataset: str) -> Any:
         )
         rows = rows if column == name else rows.rename_column(column, name)
     return rows
-
-
-def _dtype() -> str:
-    return "auto" if torch.cuda.is_available() else "float32"
 
 
 def _print_tables(result: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,13 +17,19 @@ from ..generation.rollouts import generate_completions, own_random_state, rollou
 from ..models.forward import TokenStates, completion_states
 from ..models.soft_prompt import SoftPrompt
 from ..models.tokenizer import shared_vocab_size
+from ..trainer.primed_distill_config import PrimedDistillConfig
+from ..trainer.promptkd_config import PromptKDConfig
 
 
-__all__ = ["Case", "Finding"]
+__all__ = ["Case", "Finding", "failing", "passing", "warning"]
 
-_PROBES = 4  # rows that the models are asked about
+_PROBES = 4  # rows that go through the models
 _PROMPT, _PRIMED_PROMPT, _ANSWER = 128, 256, 48  # tokens of a probe at most
 _SAMPLE = 16  # tokens of a sample
+_ANSWERS_NEEDED = (
+    "Set `lmbda=1.0` (PromptKD: the student's samples only) or `response_source` to 'student' or 'teacher' (response priming: a "
+    "model writes the answers)."
+)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,10 @@ class Finding:
 
     Args:
         name: Of the check.
-        status: `"pass"`, `"warn"` (probably not what you want), `"fail"` (a run would be wrong or stop), or `"skip"` (left out, as a
-            check failed that it needs).
+        status: `"pass"`, `"warn"` (probably not what you want), `"fail"` (a run would be wrong or stop), or `"skip"` (a check
+            failed that it needs).
         found: What was found.
-        advice: What to do about it; empty where there is nothing to do.
+        advice: What to do about it; empty if there is nothing to do.
         values: The figures in it, for machines.
     """
 
@@ -48,17 +53,30 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
 
 
+# What checks return; their functions' names become the findings'
+def passing(found: str, advice: str = "", /, **values: Any) -> Finding:
+    return Finding("", "pass", found, advice, values)
+
+
+def warning(found: str, advice: str, /, **values: Any) -> Finding:
+    return Finding("", "warn", found, advice, values)
+
+
+def failing(found: str, advice: str, /, **values: Any) -> Finding:
+    return Finding("", "fail", found, advice, values)
+
+
 @dataclass
 class Case:
     """
-    Everything the checks ask about. What is worked out from it is worked out once, when the first check asks.
+    Everything the checks look at. What is worked out from it is worked out once, when the first check needs it.
 
     Args:
-        student, teacher: Both in evaluation mode, the teacher frozen; one object where the student is its own teacher.
+        student, teacher: Both in evaluation mode, the teacher frozen; one object if the student is its own teacher.
         tokenizer: Of both.
         teacher_tokenizer: What was found beside the teacher, if anything.
         raw: Rows as the user has them.
-        answers_needed: Why answers in the data are needed; `None` where they are not.
+        args: The run's. Its class says which trainer is checked for.
         The others: as for [`diagnose`].
     """
 
@@ -67,22 +85,26 @@ class Case:
     tokenizer: PreTrainedTokenizerBase
     teacher_tokenizer: PreTrainedTokenizerBase | None
     raw: list[dict[str, Any]]
+    args: PromptKDConfig | PrimedDistillConfig
     prompt_encoder_config: Any
     priming: PrimingTemplate | None
-    answers_needed: str | None
     data_collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]] | None
-    max_length: int | None
-    max_new_tokens: int
-    overlong: str
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    teacher_gradient_checkpointing: bool
-    loss_chunk_size: int | None
     lora: bool
 
     @property
-    def distils_itself(self) -> bool:
+    def answers_needed(self) -> str | None:
+        """How to train without the data's answers; `None` if they are not needed."""
+        args = self.args
+        needed = args.response_source == "dataset" if isinstance(args, PrimedDistillConfig) else args.lmbda < 1
+        return _ANSWERS_NEEDED if needed else None
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a model writes completions in a run."""
+        return isinstance(self.args, PromptKDConfig) or self.answers_needed is None
+
+    @property
+    def is_self_distillation(self) -> bool:
         return self.teacher is self.student
 
     @property
@@ -92,8 +114,6 @@ class Case:
     @cached_property
     def vocab_size(self) -> int | None:
         return shared_vocab_size(self.student, self.teacher, self.tokenizer)
-
-    # ------------------------------------------------------------------------------------------------ rows
 
     @cached_property
     def tokenized(self) -> list[dict[str, list[int]]]:
@@ -124,27 +144,25 @@ class Case:
     def prepared(self) -> list[dict[str, list[int]]]:
         """The rows as the trainers prepare them: cut (PromptKD) or dropped where they are too long."""
         rows = Dataset.from_list(self.raw, on_mixed_types="use_json")
-        limits = {"answers_needed": self.answers_needed, "overlong": self.overlong}
-        if self.priming is None:
-            return list(tokenize_dataset(rows, "dataset", self.tokenizer, self.max_length, **limits))  # type: ignore[arg-type]
-        return list(
-            tokenize_primed_dataset(rows, "dataset", self.tokenizer, self.priming, self.max_length, **limits)  # type: ignore[arg-type]
-        )
-
-    # ------------------------------------------------------------------------------------------------ probes
+        args, limits = self.args, {"answers_needed": self.answers_needed, "overlong": self.args.overlong}
+        if isinstance(args, PromptKDConfig):
+            return list(tokenize_dataset(rows, "dataset", self.tokenizer, args.max_length, **limits))  # type: ignore[arg-type]
+        lengths = (args.max_length, args.teacher_max_length)
+        return list(tokenize_primed_dataset(rows, "dataset", self.tokenizer, self.priming, *lengths, **limits))  # type: ignore[arg-type]
 
     @cached_property
     def soft_prompt(self) -> Tensor | None:
-        """Where a run's soft prompt would start, `(num_virtual_tokens, hidden)` in float32; `None` with a priming text."""
-        if self.priming is not None:
+        """Where PromptKD's soft prompt would start, `(num_virtual_tokens, hidden)` in float32; response priming has none."""
+        if isinstance(self.args, PrimedDistillConfig):
             return None
         with own_random_state(0, self.student.device):
             return SoftPrompt(self.prompt_encoder_config, self.teacher, self.tokenizer)().detach()
 
-    def generation_config(self, max_new_tokens: int = _SAMPLE) -> GenerationConfig:
-        settings = {"max_new_tokens": max_new_tokens, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        args = SimpleNamespace(**settings, generation_kwargs=None)
-        return rollout_config(self.student, self.teacher, self.tokenizer, args)
+    @property
+    def generation_config(self) -> GenerationConfig:
+        config: GenerationConfig = rollout_config(self.student, self.teacher, self.tokenizer, self.args)
+        config.max_new_tokens = _SAMPLE
+        return config
 
     @cached_property
     def chosen(self) -> list[dict[str, list[int]]]:
@@ -158,7 +176,7 @@ class Case:
         """A few tokens that the student writes after each of the chosen prompts."""
         prompts = [row["prompt_ids"][-_PRIMED_PROMPT:] for row in self.chosen]
         with own_random_state(0, self.student.device):
-            return generate_completions(self.student, prompts, self.generation_config(), vocab_size=self.vocab_size)
+            return generate_completions(self.student, prompts, self.generation_config, vocab_size=self.vocab_size)
 
     @cached_property
     def probes(self) -> list[dict[str, list[int]]]:
@@ -166,12 +184,9 @@ class Case:
         answers = [row["completion_ids"][:_ANSWER] for row in self.chosen]
         if not all(answers):
             answers = [answer or sample for answer, sample in zip(answers, self.samples, strict=True)]
+        cut = {"prompt_ids": _PROMPT, "teacher_prompt_ids": _PRIMED_PROMPT}
         return [
-            {
-                "prompt_ids": row["prompt_ids"][-_PROMPT:],
-                "teacher_prompt_ids": row["teacher_prompt_ids"][-_PRIMED_PROMPT:],
-                "completion_ids": answer,
-            }
+            {"completion_ids": answer, **{name: row[name][-length:] for name, length in cut.items()}}
             for row, answer in zip(self.chosen, answers, strict=True)
         ]
 
@@ -186,16 +201,11 @@ class Case:
         """
         rows = self.probes if rows is None else rows
         prompts = [row["prompt_ids" if view == "student" else "teacher_prompt_ids"] for row in rows]
-        pad = self.tokenizer.pad_token_id
-        batch = pad_rows(prompts, [row["completion_ids"] for row in rows], pad)
-        fill = {"input_ids": pad, "attention_mask": 0, "labels": -100}
-        return {
-            name: torch.nn.functional.pad(batch[name], padding, value=value).to(self.student.device)
-            for name, value in fill.items()
-        }
+        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        batch = pad_rows(prompts, [row["completion_ids"] for row in rows], self.tokenizer.pad_token_id)
+        padded = {name: torch.nn.functional.pad(batch[name], padding, value=value) for name, value in fill.items()}
+        return {name: values.to(self.student.device) for name, values in padded.items()}
 
     def states(self, model: Any, batch: dict[str, Tensor], soft_prompt: Tensor | None = None) -> TokenStates:
         """What `model` knows at a batch's answer tokens, by the pass that losses are taken from."""
-        return completion_states(
-            model, batch["input_ids"], batch["attention_mask"], batch["labels"], soft_prompt, self.vocab_size
-        )
+        return completion_states(model, **batch, soft_prompt=soft_prompt, vocab_size=self.vocab_size)

@@ -1,4 +1,4 @@
-"""Checks of tokenizers and rows, which ask no model anything.
+"""Checks of tokenizers and rows, which run no model.
 
 Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
 """
@@ -14,48 +14,31 @@ from ..data.primed import DataCollatorForPrimedDistillation
 from ..generation.rollouts import stop_ids
 from ..models.limits import check_positions
 from ..models.tokenizer import check_same_tokenizer
-from .case import Case, Finding
-
-
-__all__ = [
-    "chat_template",
-    "data",
-    "lengths",
-    "positions",
-    "priming",
-    "special_tokens",
-    "tokenizers",
-    "trained_tokens",
-    "vocabulary",
-]
+from ..trainer.promptkd_config import PromptKDConfig
+from .case import Case, Finding, failing, passing, warning
 
 
 def tokenizers(case: Case) -> Finding:
     """Distributions over different token ids can be compared without any error, and mean nothing."""
     size = len(case.tokenizer)
-    if case.distils_itself:
-        return Finding("tokenizers", "pass", f"{size} tokens; the student is its own teacher")
+    if case.is_self_distillation:
+        return passing(f"{size} tokens; the student is its own teacher")
     if case.teacher_tokenizer is None:
-        return Finding(
-            "tokenizers",
-            "warn",
+        return warning(
             "there is no tokenizer beside the teacher to compare with",
             "Make sure that both models were trained with one tokenizer; if not, training compares unrelated tokens.",
         )
     check_same_tokenizer(case.tokenizer, case.teacher_tokenizer)
-    return Finding("tokenizers", "pass", f"{size} tokens, the same for both models")
+    return passing(f"{size} tokens, the same for both models")
 
 
 def vocabulary(case: Case) -> Finding:
-    """Models of one family pad their vocabularies differently; what is padding must not take part in a loss."""
-    sizes = [model.config.get_text_config().vocab_size for model in (case.student, case.teacher)]
-    if sizes == [case.vocab_size] * 2:
-        return Finding("vocabulary", "pass", f"{sizes[0]} entries in both models, all compared")
-    return Finding(
-        "vocabulary",
-        "pass",
-        f"{sizes[0]} entries in the student, {sizes[1]} in the teacher, some of them padding: compared on the {case.vocab_size} real ids",
-    )
+    """Models of one family pad their vocabularies differently; padding must not take part in a loss."""
+    student, teacher = (model.config.get_text_config().vocab_size for model in (case.student, case.teacher))
+    if student == teacher == case.vocab_size:
+        return passing(f"{student} entries in both models, all compared")
+    sizes = f"{student} entries in the student, {teacher} in the teacher, some of them padding"
+    return passing(f"{sizes}: compared on the {case.vocab_size} real ids")
 
 
 def special_tokens(case: Case) -> Finding:
@@ -63,84 +46,72 @@ def special_tokens(case: Case) -> Finding:
     tokenizer = case.tokenizer
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if eos is None:
-        return Finding(
-            "special_tokens",
-            "fail",
+        return failing(
             "the tokenizer has no end-of-text token, so that answers would not end",
             "Set `tokenizer.eos_token` to the token that ends an answer.",
         )
-    found = [f"end of text {tokenizer.eos_token!r} ({eos})"]
-    if pad == eos:
-        found.append("which also pads (safe: masks come from lengths)")
-    else:
-        found.append(f"pad {tokenizer.pad_token!r} ({pad})")
+    safe = "which also pads (safe: masks come from lengths)"
+    found = [
+        f"end of text {tokenizer.eos_token!r} ({eos})",
+        safe if pad == eos else f"pad {tokenizer.pad_token!r} ({pad})",
+    ]
     strangers = []
     for role, model in (("student", case.student), ("teacher", case.teacher)):
-        published = model.generation_config.eos_token_id
-        ids = set(published if isinstance(published, list) else [published]) - {None}
+        ids = stop_ids(model.generation_config)
         if ids and eos not in ids:
             names = {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)}
             strangers.append(f"the {role} was published to stop at {names} instead")
         elif ids - {eos}:
             found.append(f"the {role} also stops at {sorted(ids - {eos})}")
     if strangers:
-        return Finding(
-            "special_tokens",
-            "warn",
+        return warning(
             f"{', '.join(found)}; {'; '.join(strangers)}",
             "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
             "`generation_config.eos_token_id`) to the token that ends a turn.",
         )
-    return Finding("special_tokens", "pass", ", ".join(found))
+    return passing(", ".join(found))
 
 
 def data(case: Case) -> Finding:
     """Rows without prompts or answers train on nothing and say nothing."""
     check_columns(Dataset.from_list(case.raw[:1], on_mixed_types="use_json"), "dataset", case.answers_needed)
     total = len(case.raw)
-    prompts: list[list[Any] | None] = []
-    answers: list[list[Any] | None] = []
-    for row in case.raw:
-        if row.get("prompt_ids") is not None:
-            prompts.append(["tokenized"])
-            answers.append(["tokenized"] if row.get("completion_ids") else None)
-        else:
-            prompt, answer = split_row(row)
-            prompts.append(_texts(prompt))
-            answers.append(_texts(answer))
-    missing = sum(texts is None or None in texts for texts in prompts)
-    missing += sum(texts is not None and None in texts for texts in answers)
+    pairs = [_parts(row) for row in case.raw]
+    missing = sum(prompt is None or None in prompt for prompt, _ in pairs)
+    missing += sum(answer is not None and None in answer for _, answer in pairs)
     if missing:
-        return Finding(
-            "data",
-            "fail",
+        return failing(
             f"{missing} of {total} rows hold None where a prompt or a message should be",
             "Filter such rows out with `dataset.filter`.",
         )
-    unanswered = sum(texts is None for texts in answers)
-    blank = sum(texts is not None and not "".join(texts).strip() for texts in answers)
+    unanswered = sum(answer is None for _, answer in pairs)
+    blank = sum(answer is not None and not "".join(answer).strip() for _, answer in pairs)
     if unanswered and case.answers_needed is not None:
-        return Finding("data", "fail", f"{unanswered} of {total} rows have no answer", case.answers_needed)
+        return failing(f"{unanswered} of {total} rows have no answer", case.answers_needed)
     if blank == total and case.answers_needed is not None:
-        return Finding("data", "fail", f"all {total} answers are empty", case.answers_needed)
+        return failing(f"all {total} answers are empty", case.answers_needed)
     if 0 < unanswered < total or blank:
-        return Finding(
-            "data",
-            "warn",
+        return warning(
             f"of {total} rows, {unanswered} have no answer and {blank} an empty one",
             "An empty answer trains the student to stop at once. Filter such rows out.",
         )
     kind = "conversations" if case.is_conversational else "texts"
-    found = f"{total} rows of {kind}, " + (
-        "prompts only: the student writes the answers" if unanswered else "answered"
-    )
-    if not unanswered and case.answers_needed is None:
-        found += ", but a model writes what is trained on"
-    return Finding("data", "pass", found)
+    if unanswered:
+        return passing(f"{total} rows of {kind}, prompts only: the student writes the answers")
+    unused = ", but a model writes what is trained on" if case.answers_needed is None else ""
+    return passing(f"{total} rows of {kind}, answered{unused}")
+
+
+def _parts(row: dict[str, Any]) -> tuple[list[Any] | None, list[Any] | None]:
+    """The texts of a row's prompt and answer."""
+    if row.get("prompt_ids") is not None:
+        return ["tokenized"], ["tokenized"] if row.get("completion_ids") else None
+    prompt, answer = split_row(row)
+    return _texts(prompt), _texts(answer)
 
 
 def _texts(part: Any) -> list[Any] | None:
-    """The texts of a prompt or an answer; `None` in them where a message says nothing, not even an empty text."""
+    """The texts of a prompt or an answer; `None` in them if a message says nothing, not even an empty text."""
     if part is None or isinstance(part, str):
         return None if part is None else [part]
     return [_text(message) for message in part]
@@ -154,36 +125,27 @@ def _text(message: dict[str, Any]) -> str | None:
 
 def chat_template(case: Case) -> Finding:
     """A template may write a prompt otherwise once an answer follows, or add a second beginning-of-text token."""
-    bos = case.tokenizer.bos_token_id
+    bos, total = case.tokenizer.bos_token_id, len(case.raw)
     doubled = sum(bos is not None and row["prompt_ids"][:2] == [bos, bos] for row in case.tokenized)
     if doubled:
-        return Finding(
-            "chat_template",
-            "warn",
-            f"{doubled} of {len(case.raw)} prompts begin with {case.tokenizer.bos_token!r} twice",
+        return warning(
+            f"{doubled} of {total} prompts begin with {case.tokenizer.bos_token!r} twice",
             "A text that has been through the chat template already gets another from the tokenizer. Pass conversations (lists of "
             "messages) instead, or take the token out of the texts.",
         )
     if not case.is_conversational:
-        found = "not used: the prompts are plain texts"
-        if case.tokenizer.chat_template is not None:
-            found += " (the tokenizer has a template; conversations would use it)"
-        return Finding("chat_template", "pass", found)
+        unused = " (the tokenizer has a template; conversations would use it)" if case.tokenizer.chat_template else ""
+        return passing(f"not used: the prompts are plain texts{unused}")
     answered = sum(bool(row["completion_ids"]) for row in case.tokenized)
-    rewritten = sum(
-        not ids["completion_ids"] and row.get("prompt_ids") is None and split_row(row)[1] is not None
-        for ids, row in zip(case.tokenized, case.raw, strict=True)
-    )
+    rewritten = sum(_parts(row)[1] is not None for row in case.raw) - answered
     if rewritten:
-        return Finding(
-            "chat_template",
-            "warn",
-            f"in {rewritten} of {len(case.raw)} rows the prompt is written differently once an answer follows it",
+        return warning(
+            f"in {rewritten} of {total} rows the prompt is written differently once an answer follows it",
             "A model writes the answers that are trained on, so training works, but evaluation cannot use the data's "
             "answers either. To use them, use a template that keeps prompts as they are (TRL ships patched ones).",
         )
-    found = f"a prompt is written the same with and without its answer ({answered} rows)" if answered else "in use"
-    return Finding("chat_template", "pass", found)
+    same = f"a prompt is written the same with and without its answer ({answered} rows)"
+    return passing(same if answered else "in use")
 
 
 def priming(case: Case) -> Finding | None:
@@ -191,149 +153,105 @@ def priming(case: Case) -> Finding | None:
     if case.priming is None:
         return None
     case.priming.check_columns(list(case.raw[0]), "dataset")
-    extra = [len(row["teacher_prompt_ids"]) - len(row["prompt_ids"]) for row in case.views]
     plain = sum(row["teacher_prompt_ids"] == row["prompt_ids"] for row in case.views)
     if plain:
-        return Finding(
-            "priming",
-            "warn",
-            f"in {plain} of {len(extra)} rows the priming text is empty, and the teacher sees the student's prompt",
+        return warning(
+            f"in {plain} of {len(case.views)} rows the priming text is empty, and the teacher sees the student's prompt",
             "Check the template's conditions and the columns that it writes.",
         )
-    mean = sum(extra) / len(extra)
-    return Finding(
-        "priming",
-        "pass",
-        f"reaches the teacher's prompt in every row ({mean:.0f} tokens on average)",
-        "",
-        {"tokens": mean},
-    )
+    mean = sum(len(row["teacher_prompt_ids"]) - len(row["prompt_ids"]) for row in case.views) / len(case.views)
+    return passing(f"reaches the teacher's prompt in every row ({mean:.0f} tokens on average)", tokens=mean)
 
 
 def lengths(case: Case) -> Finding:
     """Long rows are dropped or lose the end of their answer, and with it the token that says stop."""
-    sizes = {
-        "prompts": sorted(len(row["prompt_ids"]) for row in case.views),
-        "answers": sorted(len(row["completion_ids"]) for row in case.views),
-    }
-    if case.priming is not None:
-        sizes["teacher's prompts"] = sorted(len(row["teacher_prompt_ids"]) for row in case.views)
+    parts = {"prompts": "prompt_ids", "answers": "completion_ids"}
+    parts |= {} if case.priming is None else {"teacher's prompts": "teacher_prompt_ids"}
+    sizes = {name: sorted(len(row[part]) for row in case.views) for name, part in parts.items()}
     found = "tokens (median, 95 %, longest): " + "; ".join(
         f"{name} {values[len(values) // 2]}, {values[int(0.95 * (len(values) - 1))]}, {values[-1]}"
         for name, values in sizes.items()
         if values[-1]
     )
-    dropped = len(case.raw) - len(case.prepared)
-    limit = f"max_length={case.max_length}"
-    cut = 0
-    if case.priming is None and case.max_length is not None:
-        cut = sum(0 < case.max_length - len(row["prompt_ids"]) < len(row["completion_ids"]) for row in case.views)
+    total, dropped, cut = len(case.raw), len(case.raw) - len(case.prepared), 0
+    limit = f"max_length={case.args.max_length}"
+    if isinstance(case.args, PromptKDConfig) and case.args.max_length is not None:
+        room = [case.args.max_length - len(row["prompt_ids"]) for row in case.views]
+        cut = sum(0 < left < len(row["completion_ids"]) for left, row in zip(room, case.views, strict=True))
     figures = {"dropped": dropped, "cut": cut, "longest_prompt": sizes["prompts"][-1]}
     if dropped:
-        return Finding(
-            "lengths",
-            "warn",
-            f"{dropped} of {len(case.raw)} rows do not fit into `{limit}` and are left out; {found}",
-            "Raise `max_length` to keep them.",
-            figures,
-        )
+        left_out = f"{dropped} of {total} rows do not fit into `{limit}` and are left out; {found}"
+        return warning(left_out, "Raise `max_length` to keep them.", **figures)
     if cut and case.answers_needed is not None:
-        return Finding(
-            "lengths",
-            "warn",
-            f"{cut} of {len(case.raw)} answers are cut at `{limit}` and lose their end-of-text token; {found}",
-            "Raise `max_length` to train on them whole.",
-            figures,
-        )
-    return Finding("lengths", "pass", found, "", figures)
+        short = f"{cut} of {total} answers are cut at `{limit}` and lose their end-of-text token; {found}"
+        return warning(short, "Raise `max_length` to train on them whole.", **figures)
+    return passing(found, **figures)
 
 
-def positions(case: Case) -> Finding | None:
+def positions(case: Case) -> Finding:
     """A model with learned positions stops a run in the middle when a row and its sample run out of them."""
-    samples = case.priming is None or case.answers_needed is None
-    new = case.max_new_tokens if samples else 0
+    new = case.args.max_new_tokens if case.is_sampled else 0
     virtual = 0 if case.soft_prompt is None else len(case.soft_prompt)
-    answers = [max(len(row["completion_ids"]), new) for row in case.views]
-    longest = {
-        "student": max(len(row["prompt_ids"]) + answer for row, answer in zip(case.views, answers, strict=True)),
-        "teacher": virtual
-        + max(len(row["teacher_prompt_ids"]) + answer for row, answer in zip(case.views, answers, strict=True)),
-    }
-    remedy = "Lower `max_new_tokens` or `max_length`, filter the longest rows out, or take a shorter priming text."
-    check_positions("student", case.student, longest["student"], remedy)
-    check_positions("teacher", case.teacher, longest["teacher"], remedy)
-    return Finding(
-        "positions",
-        "pass",
-        f"at most {longest['student']} for the student and {longest['teacher']} for the teacher, of which samples {new} and the soft prompt "
-        f"{virtual}",
-        "",
-        longest,
-    )
+    longest = {}
+    for role, model, part, more in (
+        ("student", case.student, "prompt_ids", 0),
+        ("teacher", case.teacher, "teacher_prompt_ids", virtual),
+    ):
+        longest[role] = more + max(len(row[part]) + max(len(row["completion_ids"]), new) for row in case.views)
+        remedy = "Lower `max_new_tokens` or `max_length`, filter the longest rows out, or take a shorter priming text."
+        check_positions(role, model, longest[role], remedy)
+    most = f"at most {longest['student']} for the student and {longest['teacher']} for the teacher"
+    return passing(f"{most}, of which samples {new} and the soft prompt {virtual}", **longest)
 
 
 def trained_tokens(case: Case) -> Finding | None:
-    """Where the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first token."""
-    rows: list[dict[str, Any]]
+    """If the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first token."""
     if case.data_collator is not None:
-        rows, expected = case.raw, [row["completion_ids"] for row in case.views]
-        batch = case.data_collator(rows)
+        batch, rows = case.data_collator(case.raw), case.views
+    elif isinstance(case.args, PromptKDConfig):
+        batch, rows = DataCollatorForPromptCompletion(case.tokenizer.pad_token_id)(case.prepared), case.prepared
     else:
-        rows, expected = case.prepared, [row["completion_ids"] for row in case.prepared]
-        if case.priming is None:
-            batch = DataCollatorForPromptCompletion(case.tokenizer.pad_token_id)(rows)
-        else:
-            batch = DataCollatorForPrimedDistillation(case.tokenizer, case.priming)(rows)
+        batch, rows = DataCollatorForPrimedDistillation(case.tokenizer, case.priming)(case.prepared), case.prepared
+    expected = [row["completion_ids"] for row in rows]
     if not any(expected):
         return None
     trained = _trained(batch, "")
     share = sum(map(len, trained)) / int(batch["attention_mask"].sum())
-    ends = stop_ids(case.generation_config())
     missing = [_missing(batch, row, answer) for row, answer in enumerate(expected) if answer]
     no_first, no_end = (sum(which) for which in zip(*missing, strict=True))
     if no_first or no_end:
-        return Finding(
-            "trained_tokens",
-            "fail",
-            f"of {len(missing)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their end-of-text token",
-            "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` drops the end of "
-            "text where it also pads), or leave `data_collator` away.",
-            {"first_token_missing": no_first, "end_missing": no_end, "share": share},
+        return failing(
+            f"of {len(missing)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their "
+            "end-of-text token",
+            "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` drops the end "
+            "of text if it also pads), or omit `data_collator`.",
+            first_token_missing=no_first,
+            end_missing=no_end,
+            share=share,
         )
     if "teacher_labels" in batch and _trained(batch, "teacher_") != trained:
-        return Finding(
-            "trained_tokens",
-            "fail",
+        return failing(
             "student and teacher are not compared on the same tokens: the two views' labels differ",
-            "Both views must hold the same completion; leave `data_collator` away.",
+            "Both views must hold the same completion; omit `data_collator`.",
         )
     answers = [row["completion_ids"] for row in case.views if row["completion_ids"]]
-    endless = sum(ids[-1] not in ends for ids in answers)
+    endless = sum(ids[-1] not in stop_ids(case.generation_config) for ids in answers)
     if endless:
         never = endless == len(answers) and case.answers_needed is not None
-        return Finding(
-            "trained_tokens",
-            "fail" if never else "warn",
+        return (failing if never else warning)(
             f"{endless} of {len(answers)} answers do not end with a token that generation stops at",
             "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer with.",
-            {"endless": endless, "share": share},
+            endless=endless,
+            share=share,
         )
     other = sum(bool(want) and got != want for got, want in zip(trained, expected, strict=True))
     if other:
-        return Finding(
-            "trained_tokens",
-            "warn",
+        return warning(
             f"{other} of {len(missing)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
             "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer not?",
-            {"share": share},
+            share=share,
         )
-    return Finding(
-        "trained_tokens",
-        "pass",
-        f"{share:.0%} of all tokens, in every row from the answer's first token to its last",
-        "",
-        {"share": share},
-    )
+    return passing(f"{share:.0%} of all tokens, in every row from the answer's first token to its last", share=share)
 
 
 def _missing(batch: dict[str, Tensor], row: int, answer: list[int]) -> tuple[bool, bool]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .case import Case, Finding
+from .case import Case, Finding, passing, warning
 
 
 __all__ = ["available_memory", "estimate_memory", "memory"]
@@ -24,61 +24,52 @@ def memory(case: Case) -> Finding:
     """A run that does not fit stops at its first step, or is killed without a word."""
     parts = estimate_memory(case)
     needed, there = parts["total"], available_memory(case.student.device)
-    shown = ", ".join(
-        f"{name.replace('_', ' ')} {size:.2f}" for name, size in parts.items() if name != "total" and size
+    told = (f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
+    window = case.args.per_device_train_batch_size * case.args.gradient_accumulation_steps
+    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({', '.join(told)})"
+    advice = (
+        "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
+        "`gradient_checkpointing` and `teacher_gradient_checkpointing`."
     )
-    values = {**parts, "available": there}
-    window = case.per_device_train_batch_size * case.gradient_accumulation_steps
-    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({shown})"
-    if needed > there:
-        return Finding(
-            "memory",
-            "warn",
-            found,
-            "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
-            "`gradient_checkpointing` and `teacher_gradient_checkpointing`.",
-            values,
-        )
-    return Finding("memory", "pass", found, "", values)
+    return (warning if needed > there else passing)(found, advice if needed > there else "", **parts, available=there)
 
 
 def estimate_memory(case: Case) -> dict[str, float]:
     """GB by what takes them. `total` is the sum, with the larger one of rollouts and losses: they do not meet."""
-    student, teacher = case.student, case.teacher
-    answer = max(case.max_new_tokens, *(len(row["completion_ids"]) for row in case.views))
+    student, teacher, args = case.student, case.teacher, case.args
+    answer = max(args.max_new_tokens, *(len(row["completion_ids"]) for row in case.views))
     tokens = max(len(row["prompt_ids"]) for row in case.views) + answer
     teacher_tokens = max(len(row["teacher_prompt_ids"]) for row in case.views) + answer
     teacher_tokens += 0 if case.soft_prompt is None else len(case.soft_prompt)
-    rows = case.per_device_train_batch_size
-    window = rows * case.gradient_accumulation_steps
+    rows = args.per_device_train_batch_size
+    window = rows * args.gradient_accumulation_steps
 
     config = student.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = student.dtype.itemsize
-    cache = 2 * config.num_hidden_layers * heads * head_size * tokens * window * width
+    cache = 2 * config.num_hidden_layers * heads * head_size * tokens * window * student.dtype.itemsize
     drawing = 28 * config.vocab_size * window  # the logits, and their distribution in float64
-    chunk = case.loss_chunk_size or rows * answer
+    chunk = args.loss_chunk_size or rows * answer
     loss = _LOSS_TENSORS * 4 * min(chunk, rows * answer) * config.vocab_size
-    activations = _activations(student, rows * tokens, case.gradient_checkpointing)
+    activations = _activations(student, rows * tokens, args.gradient_checkpointing)
     if case.soft_prompt is not None:  # a primed teacher is asked without a gradient
-        activations += _activations(teacher, rows * teacher_tokens, case.teacher_gradient_checkpointing)
+        activations += _activations(teacher, rows * teacher_tokens, args.teacher_gradient_checkpointing)
 
     adapter = _LORA_RANK * _features(student)
     trained = 4 * adapter if case.lora else sum(p.numel() * p.element_size() for p in student.parameters())
-    shared = case.distils_itself and case.lora
+    shared = case.is_self_distillation and case.lora
     parts = {
         "student": _weights(student) + (trained if case.lora else 0),
         "gradients": trained,
         "AdamW": 2 * trained,
         "teacher": 0.0 if shared else _weights(teacher),
-        "rollouts": cache + drawing if case.priming is None or case.answers_needed is None else 0.0,
+        "rollouts": cache + drawing if case.is_sampled else 0.0,
         "activations": activations,
         "logits": loss,
         "process": 0.0 if student.device.type == "cuda" else _PROCESS,
     }
-    meet_not = min(parts["rollouts"], parts["activations"] + parts["logits"])
-    return {**{name: size / 1e9 for name, size in parts.items()}, "total": (sum(parts.values()) - meet_not) / 1e9}
+    smaller_peak = min(parts["rollouts"], parts["activations"] + parts["logits"])
+    return {**{name: size / 1e9 for name, size in parts.items()}, "total": (sum(parts.values()) - smaller_peak) / 1e9}
 
 
 def available_memory(device: torch.device) -> float:

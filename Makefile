@@ -12,7 +12,7 @@ OLDEST_VENV := .venv-oldest
 PACKAGE_VENV := .venv-package
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
+.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 # Not with --quiet, which lets warnings pass
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+errors: $(STAMP) ## Write docs/errors.md anew from tests/refusals/bad_inputs.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python tests/refusals/bad_inputs.py
 
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart

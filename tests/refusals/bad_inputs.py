@@ -1,6 +1,6 @@
 """What users get wrong, and the errors they get: the cases of test_bad_inputs.py, and docs/errors.md, which is written of them:
 
-python tests/refusals/bad_inputs.py > docs/errors.md
+make errors
 """
 
 import os
@@ -25,13 +25,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from conftest import short_run
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from runs import short_run
 from tiny import CHAT_TEMPLATE, WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -206,6 +207,25 @@ def bert():
     )
 
 
+def frozen_adapter():
+    return get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM")).requires_grad_(False)
+
+
+def saved_adapter(folder: Path) -> str:
+    frozen_adapter().save_pretrained(folder / "adapter")
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(
+        config.read_text().replace('"base_model_name_or_path": null', '"base_model_name_or_path": "no/such"')
+    )
+    return str(folder / "adapter")
+
+
+def with_token(**special):
+    tokenizer = tiny_tokenizer(WORDS)
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
 def without_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
@@ -245,6 +265,13 @@ def truncated_prompt(folder: Path):
     soft_prompt().save_adapter(str(folder / "teacher_prompt"))
     cut_short(folder / "teacher_prompt" / "prompt_encoder.safetensors")
     soft_prompt().load_parameters(str(folder / "teacher_prompt"))
+
+
+def resumed_from_weights_alone(folder: Path):
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer = primed(folder, model=tiny_model(seed=1), teacher=tiny_model(seed=2), args=saves)
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
 
 
 def resumed_without_prompt(folder: Path):
@@ -389,7 +416,41 @@ def _setting(
 
 
 P, R, E = "PromptKDConfig", "PrimedDistillConfig", "PromptEncoderConfig"
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+BEST |= {"load_best_model_at_end": True, "max_steps": 2}
 ARGUMENTS = [
+    Case(
+        "best_of_several_sets",
+        "`load_best_model_at_end=True` with several evaluation sets",
+        lambda folder: promptkd(folder, args=BEST, eval_dataset={"a": prompt_dataset(2), "b": prompt_dataset(2)}),
+        ValueError,
+        "`metric_for_best_model` is 'eval_forward_kl', but `eval_dataset` is a dict",
+        "Set it to one of 'eval_a_forward_kl'",
+    ),
+    Case(
+        "early_stopping_by_nothing",
+        "an `EarlyStoppingCallback`, and no `metric_for_best_model`",
+        lambda folder: promptkd(folder, callbacks=[EarlyStoppingCallback()]),
+        ValueError,
+        "holds an EarlyStoppingCallback, but `metric_for_best_model` is None",
+        "Set it to the metric to stop by",
+    ),
+    Case(
+        "two_dtypes",
+        "`model_init_kwargs={'dtype': 'float32', 'torch_dtype': 'bfloat16'}`",
+        lambda folder: primed(folder, args={"model_init_kwargs": {"dtype": "float32", "torch_dtype": "bfloat16"}}),
+        ValueError,
+        "two names of one setting",
+        "Leave 'torch_dtype' out",
+    ),
+    Case(
+        "bits_beside_quantization_config",
+        "`model_init_kwargs={'load_in_4bit': True}`",
+        lambda folder: primed(folder, args={"model_init_kwargs": {"load_in_4bit": True}}),
+        ValueError,
+        "holds 'load_in_4bit', which transformers no longer takes there",
+        "Write `model_init_kwargs={'quantization_config'",
+    ),
     _setting(P, {"lmbda": 1.5}, ValueError, "`lmbda` is 1.5", "it must be between 0 and 1"),
     _setting(
         P, {"lmbda": "1.0"}, TypeError, "`lmbda` is '1.0', a str", "it must be a number. Write it without quotes"
@@ -1539,6 +1600,15 @@ FILES = [
         needs_weights=True,
     ),
     Case(
+        "resume_weights_alone",
+        "resuming from a checkpoint that was saved with `save_only_model=True`",
+        resumed_from_weights_alone,
+        ValueError,
+        "was saved with `save_only_model=True`, which leaves out the optimizer",
+        "Set `save_only_model=False`",
+        needs_weights=True,
+    ),
+    Case(
         "cache_nowhere",
         "a `teacher_cache` that is neither a folder nor on the Hub",
         lambda folder: primed(folder, teacher=None, teacher_cache="no/such-cache"),
@@ -1796,6 +1866,61 @@ MODELS = [
         "Pass it",
     ),
     Case(
+        "frozen_student",
+        "a student whose weights all have `requires_grad=False`",
+        lambda folder: promptkd(folder, model=tiny_model().requires_grad_(False)),
+        ValueError,
+        "is a LlamaForCausalLM without trainable weights",
+        "Call `model.requires_grad_(True)`",
+    ),
+    Case(
+        "frozen_adapter",
+        "a student by `PeftModel.from_pretrained` without `is_trainable=True`",
+        lambda folder: primed(folder, model=frozen_adapter()),
+        ValueError,
+        "has no trainable weights: its active adapter 'default' is frozen",
+        "Load it with `PeftModel.from_pretrained(model, folder, is_trainable=True)`",
+    ),
+    Case(
+        "adapter_and_peft_config",
+        "an adapter's folder as `model`, and a `peft_config`",
+        lambda folder: promptkd(
+            folder, model=saved_adapter(folder), peft_config=LoraConfig(task_type="CAUSAL_LM", r=2)
+        ),
+        ValueError,
+        "an adapter, and `peft_config` is set too",
+        "Leave `peft_config` out",
+    ),
+    Case(
+        "pad_token_without_resizing",
+        "a pad token that was added to the tokenizer, but not to the models",
+        lambda folder: promptkd(
+            folder,
+            model=tiny_model(vocab_size=30),
+            teacher=tiny_model(vocab_size=30, seed=1),
+            processing_class=with_token(pad_token="[PAD]"),
+        ),
+        ValueError,
+        "pad token is '[PAD]' with id 30, but the student has embeddings for the ids below 30 only",
+        "call `model.resize_token_embeddings(len(tokenizer))`",
+        needs_weights=True,
+    ),
+    Case(
+        "chat_token_without_resizing",
+        "rows with such a token",
+        lambda folder: primed(
+            folder,
+            [{"prompt": "the <chat>", "completion": "cat"}],
+            model=tiny_model(vocab_size=30),
+            teacher=tiny_model(vocab_size=30, seed=1),
+            processing_class=with_token(additional_special_tokens=["<chat>"]),
+        ),
+        ValueError,
+        "holds the token '<chat>' with id 30, but the student has embeddings for the ids below 30 only",
+        "call `model.resize_token_embeddings(len(tokenizer))`",
+        needs_weights=True,
+    ),
+    Case(
         "small_vocabulary",
         "a teacher with fewer entries than the tokenizer has tokens",
         lambda folder: promptkd(folder, model=tiny_model(), teacher=tiny_model(vocab_size=20)),
@@ -1935,7 +2060,7 @@ CASES = [case for cases in GROUPS.values() for case in cases]
 HEAD = """# Errors
 
 What goes wrong most easily, what you then read, and what to do: {number} inputs, each of them a case of
-`tests/refusals/test_bad_inputs.py`, which also keeps this page true. It is written by `python tests/refusals/bad_inputs.py`.
+`tests/refusals/test_bad_inputs.py`, which also keeps this page true. It is written by `make errors`.
 
 All but {late} of them come before weights are loaded, which those need to be seen.
 """

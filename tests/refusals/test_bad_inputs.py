@@ -13,7 +13,7 @@ def test_bad_input_gives_an_error_that_says_what_to_do(name, tmp_path):
     message = case.message(tmp_path)
     assert case.says in message
     assert case.remedy in message.split(case.says, 1)[1]  # after what is wrong, what to do
-    assert case.row(message) in PAGE, "run `python tests/refusals/bad_inputs.py`"
+    assert case.row(message) in PAGE, "run `make errors`"
 
 
 def test_the_docs_have_a_row_for_each_case_and_no_other():

@@ -7,8 +7,8 @@ import pandas
 import pytest
 import torch
 import trl
-from conftest import short_run
 from datasets import Dataset
+from runs import short_run
 from tiny import answered_dataset, difference, tiny_model, tiny_tokenizer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer

@@ -595,7 +595,7 @@ class TestReports:
             "TRACKIO_DIR": str(tmp_path / "trackio"),
             "HOME": str(tmp_path),
             "PYTHONPATH": os.pathsep.join(
-                [*(str(ROOT / "tests" / name) for name in ("", "support", "trainer")), *sys.path]
+                [*(str(ROOT / "tests" / name) for name in ("support", "trainer")), *sys.path]
             ),
         }
         command = [sys.executable, "-c", TRACKIO_RUN, make.method, str(tmp_path / "run")]
@@ -615,7 +615,7 @@ class TestReports:
 TRACKIO_RUN = """
 import json, sys
 from pathlib import Path
-from conftest import short_run
+from runs import short_run
 from test_trl_conventions import Maker
 from trl_promptkd import PrimedDistillConfig, PromptKDConfig
 

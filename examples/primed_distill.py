@@ -98,7 +98,9 @@ def load_splits(args: PrimedScriptArguments, wants_eval: bool):
     return splits
 
 
-def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig) -> None:
+def make_trainer(
+    script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig
+) -> PrimedDistillTrainer:
     priming = choose_priming(script_args)
     quantization_config = get_quantization_config(model_args)
     model_kwargs = {
@@ -108,7 +110,7 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
     }
     training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
     train_dataset, eval_dataset = load_splits(script_args, wants_eval=training_args.eval_strategy != "no")
-    trainer = PrimedDistillTrainer(
+    return PrimedDistillTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
@@ -118,6 +120,10 @@ def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig,
         priming=priming,
         teacher_cache=script_args.teacher_cache,
     )
+
+
+def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig) -> None:
+    trainer = make_trainer(script_args, training_args, model_args)
     if script_args.quantization_receipt_rows:
         receipt = trainer.quantization_receipt(num_rows=script_args.quantization_receipt_rows)
         if trainer.accelerator.is_main_process:

@@ -73,7 +73,9 @@ def load_splits(args: PromptKDScriptArguments, wants_eval: bool):
     return train, test if wants_eval else None
 
 
-def main(script_args: PromptKDScriptArguments, training_args, model_args, prompt_args) -> None:
+def make_trainer(
+    script_args: PromptKDScriptArguments, training_args: PromptKDConfig, model_args: ModelConfig, prompt_args
+) -> PromptKDTrainer:
     quantization_config = get_quantization_config(model_args)
     model_kwargs = {
         "revision": model_args.model_revision,
@@ -84,7 +86,7 @@ def main(script_args: PromptKDScriptArguments, training_args, model_args, prompt
         model_kwargs["quantization_config"] = quantization_config
     training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
     train_dataset, eval_dataset = load_splits(script_args, wants_eval=training_args.eval_strategy != "no")
-    trainer = PromptKDTrainer(
+    return PromptKDTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
@@ -92,6 +94,10 @@ def main(script_args: PromptKDScriptArguments, training_args, model_args, prompt
         peft_config=get_peft_config(model_args),
         prompt_encoder_config=prompt_args,
     )
+
+
+def main(script_args: PromptKDScriptArguments, training_args, model_args, prompt_args) -> None:
+    trainer = make_trainer(script_args, training_args, model_args, prompt_args)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     if training_args.push_to_hub:

@@ -71,9 +71,6 @@ class TestWhatWeRelyOn:
         }
         for name, names in expected.items():
             assert parameters(getattr(Trainer, name)) == names
-        search = parameters(Trainer.hyperparameter_search)
-        for ours in (PromptKDTrainer, PrimedDistillTrainer):
-            assert parameters(ours.hyperparameter_search) == search
         assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
 
     def test_the_fused_forward_is_an_instance_attribute(self):
@@ -117,7 +114,6 @@ PRIVATE_ATTRIBUTES = {
 # What our classes replace of their base classes' private parts: parameters, or `None` where it is no method
 PRIVATE_OVERRIDES = {
     PromptKDTrainer: {
-        "_hp_search_setup": ["self", "trial"],
         "_load_best_model": ["self"],
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
@@ -129,7 +125,6 @@ PRIVATE_OVERRIDES = {
         "_tag_names": None,
     },
     PrimedDistillTrainer: {
-        "_hp_search_setup": ["self", "trial"],
         "_load_best_model": ["self"],
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
         "_name": None,

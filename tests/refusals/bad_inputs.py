@@ -152,11 +152,6 @@ def primed(folder: Path, rows=None, model="no/such-student", teacher="no/such-te
     return PrimedDistillTrainer(model=model, teacher_model=teacher, args=args, train_dataset=dataset, **kwargs)
 
 
-def searched(folder: Path, **kwargs):
-    trainer = promptkd(folder, model=tiny_model(seed=1), teacher=tiny_model(seed=2))
-    return trainer.hyperparameter_search(n_trials=1, **kwargs)
-
-
 def written(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     return str(path)
@@ -730,21 +725,12 @@ ARGUMENTS = [
         "Set it to False",
     ),
     Case(
-        "hp_space",
-        "`hyperparameter_search` over `max_length`",
-        lambda folder: searched(folder, hp_space=lambda trial: {"max_length": 8}, compute_objective=len),
-        ValueError,
-        "`hp_space` sets 'max_length', which is used when a trainer is made",
-        "make a trainer for each trial yourself",
-        needs_weights=True,
-    ),
-    Case(
-        "hp_direction",
-        "`hyperparameter_search(direction='maximize')` without `compute_objective`",
-        partial(searched, direction="maximize"),
-        ValueError,
-        "`direction` is 'maximize', but without a `compute_objective`",
-        "Set it to 'minimize', or pass a function of the metrics",
+        "hyperparameter_search",
+        "`trainer.hyperparameter_search()`",
+        lambda folder: promptkd(folder, model=tiny_model(), teacher=tiny_model(seed=2)).hyperparameter_search(),
+        NotImplementedError,
+        "`hyperparameter_search` is not supported",
+        "`examples/search.py` makes one for each trial",
         needs_weights=True,
     ),
     Case(

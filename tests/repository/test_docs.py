@@ -132,12 +132,6 @@ def folder(tmp_path, stand_ins, monkeypatch):
         complete(args)
 
     monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", shortened)
-    search = transformers.Trainer.hyperparameter_search
-
-    def one_trial(self, hp_space, compute_objective, n_trials, *args, **kwargs):
-        return search(self, hp_space, compute_objective, 1, *args, **kwargs)
-
-    monkeypatch.setattr(transformers.Trainer, "hyperparameter_search", one_trial)
     configure = transformers.GenerationConfig.__init__
 
     def brief(config, **kwargs):
@@ -185,10 +179,12 @@ def check_script(script, flags):
     path = ROOT / script
     assert path.is_file(), f"there is no {script}"
     source = path.read_text(encoding="utf-8")
-    if "def make_parser() -> ScriptParser" in source:
+    if "def make_parser() -> ScriptParser" in source or "def read_flags(" in source:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if hasattr(module, "read_flags"):
+            _, module, flags = module.read_flags(flags)
         required = [] if "--output_dir" in flags or "--config" in flags else ["--output_dir", "run"]
         module.make_parser().parse_args_and_config([*flags, *required, "--use_cpu", "--bf16", "false"])
     else:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from paths import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import WORDS, tiny_model, tiny_tokenizer
+from runs import short_run
+from tiny import WORDS, answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
 from trl_promptkd.cli import make_parser
 
 
@@ -412,6 +415,74 @@ def test_a_scripts_student_may_be_an_adapters_folder(name, tmp_path):
     given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
     script.main(*script.make_parser().parse_args_and_config([*given, "--use_cpu"]))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
+
+
+class TestSearch:
+    SPACE = {"learning_rate": "1e-4:1e-2", "beta": "0.0,0.5,1.0"}
+
+    def run(self, folder, trials, storage=None):
+        made = []
+
+        def make_trainer(settings, number):
+            made.append(settings)
+            args = short_run(PromptKDConfig, folder / str(number), {name: float(v) for name, v in settings.items()})
+            return PromptKDTrainer(
+                tiny_model(seed=1),
+                tiny_model(seed=2),
+                args,
+                train_dataset=prompt_dataset(2),
+                eval_dataset=answered_dataset(2),
+                processing_class=tiny_tokenizer(),
+                prompt_encoder_config=PromptEncoderConfig(prompt_init_text="suppose you"),
+            )
+
+        return load_script("search").search(make_trainer, self.SPACE, "eval_forward_kl", trials, storage), made
+
+    def test_the_best_trial_is_that_of_the_lowest_metric_and_a_search_resumes(self, tmp_path):
+        pytest.importorskip("optuna")
+        storage = f"sqlite:///{tmp_path}/search.db"
+        study, made = self.run(tmp_path, 2, storage)
+        assert len(made) == 2
+        assert study.best_value == min(trial.value for trial in study.trials)
+        assert all(1e-4 <= settings["learning_rate"] <= 1e-2 for settings in made)
+        study, made = self.run(tmp_path, 3, storage)
+        assert (len(made), len(study.trials)) == (1, 3)
+
+    def test_a_metric_that_there_is_not(self, tmp_path):
+        pytest.importorskip("optuna")
+        module = load_script("search")
+        trainer = SimpleNamespace(train=lambda: None, evaluate=lambda: {"eval_loss": 1.0})
+        with pytest.raises(ValueError, match="`--metric` is 'eval_ce', which the evaluation does not have"):
+            module.search(lambda settings, number: trainer, {}, "eval_ce", 1)
+
+    @pytest.mark.parametrize("method", ["promptkd", "primed"])
+    def test_the_script(self, method, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("optuna")
+        for name, seed in (("student", 1), ("teacher", 2)):
+            tiny_model(seed=seed).save_pretrained(tmp_path / name)
+            tiny_tokenizer().save_pretrained(tmp_path / name)
+        rows = [{"prompt": " ".join(WORDS[i : i + 3]), "completion": f" {WORDS[i]}"} for i in range(4)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = {
+            "model_name_or_path": tmp_path / "student",
+            "teacher_model_name_or_path": tmp_path / "teacher",
+            "data_files": tmp_path / "rows.jsonl",
+            "eval_data_files": tmp_path / "rows.jsonl",
+            "eval_strategy": "epoch",
+            "output_dir": tmp_path / "out",
+            "max_steps": 1,
+            "max_new_tokens": 4,
+            "per_device_train_batch_size": 2,
+            "report_to": "none",
+            "bf16": "false",
+        }
+        flags |= {"prompt_init_text": "suppose you"} if method == "promptkd" else {}
+        given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        argv = ["search.py", method, "--trials", "2", "--search", "learning_rate=1e-4:1e-2", *given, "--use_cpu"]
+        monkeypatch.setattr("sys.argv", argv)
+        load_script("search").main()
+        out = capsys.readouterr().out
+        assert {"value", "trial", "learning_rate"} <= json.loads(out[out.rindex("{") :]).keys()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from ..models.student import adapter_config, check_trains
 
 
 __all__ = [
+    "SEARCH",
     "check_arguments",
     "check_finite",
     "check_found",
@@ -36,6 +37,11 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
+
+SEARCH = (
+    "`hyperparameter_search` is not supported: most settings are used when a trainer is made, so a trial needs a trainer of its own. "
+    "`examples/search.py` makes one for each trial, with Optuna, and resumes a search that was stopped."
+)
 
 _CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head

@@ -45,6 +45,7 @@ from ..teacher_cache.card import hub_id
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
+    SEARCH,
     check_arguments,
     check_finite,
     check_found,
@@ -54,7 +55,6 @@ from .checks import (
     restore_settings,
 )
 from .hub import make_branch
-from .hyperparameters import objective_for, set_trial, trials_start_here
 from .logged_metrics import Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .model_card import complete_card, hub_dataset, priming_section
 from .primed_distill_config import PrimedDistillConfig
@@ -433,43 +433,9 @@ class PrimedDistillTrainer(SFTTrainer):
         self._train_means, self._train_batches = Means(), 0
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def hyperparameter_search(
-        self,
-        hp_space: Callable | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        backend: str | None = None,
-        hp_name: Callable | None = None,
-        **kwargs,
-    ):
-        """As in the base class, by Optuna and without a `model_init`: each trial starts from the student as it is now.
-
-        `hp_space` may set `alpha`, `kd_temperature`, `kd_beta`, `skew`, with `response_source="student"` also `temperature`, `top_k` and `top_p`, and
-        what is the optimizer's. Afterwards the trainer is as it was before. Without a `compute_objective`, trials are compared by `eval_ce`.
-        """
-        compute_objective = objective_for(compute_objective, "eval_ce", direction)
-        with trials_start_here(self, backend, self._use_settings):
-            return super().hyperparameter_search(
-                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
-            )
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        if trial is None:
-            super()._hp_search_setup(trial)
-            return
-        sampling = ("temperature", "top_k", "top_p") if self.args.response_source == "student" else ()
-        self._total_train_tokens = 0
-        set_trial(self, trial, ("alpha", "kd_temperature", "kd_beta", "skew", *sampling))
-        super()._hp_search_setup(trial)
-        self._use_settings()
-
-    def _use_settings(self) -> None:
-        if self.teacher_cache is not None:
-            self.teacher_cache.check_serves(self.args.kd_temperature, self.args.kd_beta, self.args.skew)
-        else:
-            with self._teacher() as teacher:
-                self.generation_config = rollout_config(self.model, teacher, self.processing_class, self.args)
+    def hyperparameter_search(self, *args: Any, **kwargs: Any):
+        """Not supported: a trainer's settings are used up when it is made, so each trial needs a trainer of its own."""
+        raise NotImplementedError(SEARCH)
 
     # ------------------------------------------------------------------------------------------------ both models
 

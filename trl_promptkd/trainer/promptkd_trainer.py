@@ -56,6 +56,7 @@ from ..teacher_cache.card import hub_id
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, save_whole_checkpoint, saved_on_interrupt
 from .checks import (
+    SEARCH,
     check_arguments,
     check_finite,
     check_found,
@@ -66,7 +67,6 @@ from .checks import (
     restore_settings,
 )
 from .hub import make_branch
-from .hyperparameters import objective_for, set_trial, trials_start_here
 from .logged_metrics import CollusionCallback, Means, add_rollouts, is_logged_step, keep_completions, with_means
 from .model_card import complete_card, hub_dataset, prompt_section
 from .prompt_optimizer import PromptOptimizer
@@ -356,42 +356,9 @@ class PromptKDTrainer(GKDTrainer):
         self._train_means = Means()  # without those of a window that failed (`auto_find_batch_size`) or was broken off
         return scheduler
 
-    def hyperparameter_search(
-        self,
-        hp_space: Callable | None = None,
-        compute_objective: Callable[[dict[str, float]], float] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] = "minimize",
-        backend: str | None = None,
-        hp_name: Callable | None = None,
-        **kwargs,
-    ):
-        """As in the base class, by Optuna and without a `model_init`: each trial starts from the student and the soft prompt as they are now.
-
-        `hp_space` may set `beta`, `loss_temperature`, `regularization_coef`, `temperature`, `top_k`, `top_p`, the `prompt_*` fields of
-        [`PromptEncoderConfig`] that concern training, such as `prompt_learning_rate`, and what is the student's optimizer's. Afterwards the
-        trainer is as it was before. Without a `compute_objective`, trials are compared by `eval_forward_kl`.
-        """
-        compute_objective = objective_for(compute_objective, "eval_forward_kl", direction)
-        with trials_start_here(self, backend, self._use_settings, self.soft_prompt):
-            return super().hyperparameter_search(
-                hp_space, compute_objective, n_trials, direction, backend, hp_name, **kwargs
-            )
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        if trial is None:
-            super()._hp_search_setup(trial)
-            return
-        own = ("beta", "loss_temperature", "regularization_coef", "temperature", "top_k", "top_p")
-        set_trial(self, trial, own)
-        super()._hp_search_setup(trial)
-        self._use_settings()
-
-    def _use_settings(self) -> None:
-        self.beta, self.temperature = self.args.beta, self.args.temperature
-        with self._teacher() as teacher:
-            self.generation_config = rollout_config(self.model, teacher, self.processing_class, self.args)
-        self._teacher_answers.clear()  # were sampled with another trial's settings
+    def hyperparameter_search(self, *args: Any, **kwargs: Any):
+        """Not supported: a trainer's settings are used up when it is made, so each trial needs a trainer of its own."""
+        raise NotImplementedError(SEARCH)
 
     # ------------------------------------------------------------------------------------------------ the teacher
 

@@ -1,0 +1,105 @@
+"""Search for settings with Optuna: each trial trains a trainer of its own, and is judged by an evaluation.
+
+    python examples/search.py promptkd --trials 20 --storage sqlite:///search.db \\
+        --search learning_rate=1e-6:1e-4 prompt_learning_rate=1e-6:1e-3 beta=0,0.5,1 \\
+        --config examples/configs/promptkd_qlora_single_gpu.yaml --eval_strategy epoch --output_dir search
+
+`name=low:high` draws from a range, evenly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other flags are those of
+examples/promptkd.py or examples/primed_distill.py. A search that was stopped goes on when it is started again with the same storage.
+"""
+
+import argparse
+import importlib
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+
+
+# KL(plain teacher || student) and the cross-entropy of answers mean the same whatever the loss is
+METRICS = {"promptkd": "eval_forward_kl", "primed": "eval_ce"}
+
+
+def draw(trial: optuna.Trial, space: dict[str, str]) -> dict[str, Any]:
+    """A trial's settings: `"low:high"` is a range, `"a,b,c"` are choices."""
+    settings = {}
+    for name, values in space.items():
+        low, is_range, high = values.partition(":")
+        if is_range:
+            settings[name] = trial.suggest_float(name, float(low), float(high), log=float(low) > 0)
+        else:
+            settings[name] = trial.suggest_categorical(name, values.split(","))
+    return settings
+
+
+def search(
+    make_trainer: Callable[[dict[str, Any], int], Any],
+    space: dict[str, str],
+    metric: str,
+    num_trials: int,
+    storage: str | None = None,
+    name: str = "search",
+) -> optuna.Study:
+    """Optuna's study after `num_trials` trials, those of an earlier start included.
+
+    Args:
+        make_trainer: Gets a trial's settings and its number, and returns a new trainer with evaluation data.
+        space: A setting's name -> what it may be, see [`draw`].
+        metric: Of `trainer.evaluate()`; less is better.
+        storage: Where Optuna keeps the trials, such as `"sqlite:///search.db"`; `None` keeps them in memory.
+    """
+
+    def objective(trial: optuna.Trial) -> float:
+        trainer = make_trainer(draw(trial, space), trial.number)
+        trainer.train()
+        metrics = trainer.evaluate()
+        if metric not in metrics:
+            raise ValueError(
+                f"`--metric` is {metric!r}, which the evaluation does not have; it has {sorted(metrics)}."
+            )
+        return metrics[metric]
+
+    study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
+    done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
+    study.optimize(objective, n_trials=max(num_trials - done, 0))
+    return study
+
+
+def read_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, Any, list[str]]:
+    """The search's own flags, the method's script, and the flags that are left for it."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
+    parser.add_argument("method", choices=sorted(METRICS))
+    parser.add_argument("--search", nargs="+", required=True, metavar="NAME=VALUES", help="what to search")
+    parser.add_argument("--trials", type=int, default=20, help="trials in all, those of an earlier start included")
+    parser.add_argument("--storage", help="where the trials are kept, such as sqlite:///search.db")
+    parser.add_argument("--metric", help="of the evaluation; less is better")
+    args, rest = parser.parse_known_args(argv)
+    if any("=" not in part for part in args.search):
+        parser.error(f"`--search` holds {args.search}; each must be NAME=LOW:HIGH or NAME=A,B,C.")
+    return args, importlib.import_module({"promptkd": "promptkd", "primed": "primed_distill"}[args.method]), rest
+
+
+def main() -> None:
+    args, script, rest = read_flags()
+    flags = script.make_parser()
+
+    def make_trainer(settings: dict[str, Any], number: int) -> Any:
+        drawn = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        parsed = flags.parse_args_and_config([*rest, *drawn])
+        if parsed[1].eval_strategy == "no":
+            flags.error(
+                "`--eval_strategy` is no, but trials are judged by an evaluation. Set it to `epoch` or `steps`."
+            )
+        parsed[1].output_dir = os.path.join(parsed[1].output_dir, f"trial-{number}")
+        return script.make_trainer(*parsed)
+
+    space = dict(part.split("=", 1) for part in args.search)
+    study = search(make_trainer, space, args.metric or METRICS[args.method], args.trials, args.storage, args.method)
+    print(json.dumps({"value": study.best_value, "trial": study.best_trial.number, **study.best_params}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

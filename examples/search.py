@@ -35,12 +35,7 @@ def draw(trial: optuna.Trial, space: dict[str, str]) -> dict[str, Any]:
 
 
 def search(
-    make_trainer: Callable[[dict[str, Any], int], Any],
-    space: dict[str, str],
-    metric: str,
-    num_trials: int,
-    storage: str | None = None,
-    name: str = "search",
+    make_trainer: Callable, space: dict[str, str], metric: str, num_trials: int, storage: str | None = None
 ) -> optuna.Study:
     """Optuna's study after `num_trials` trials, those of an earlier start included.
 
@@ -48,7 +43,7 @@ def search(
         make_trainer: Gets a trial's settings and its number, and returns a new trainer with evaluation data.
         space: A setting's name -> what it may be, see [`draw`].
         metric: Of `trainer.evaluate()`; less is better.
-        storage: Where Optuna keeps the trials, such as `"sqlite:///search.db"`; `None` keeps them in memory.
+        storage: A database of Optuna's; `None` keeps the trials in memory.
     """
 
     def objective(trial: optuna.Trial) -> float:
@@ -61,7 +56,7 @@ def search(
             )
         return metrics[metric]
 
-    study = optuna.create_study(storage=storage, study_name=name, direction="minimize", load_if_exists=True)
+    study = optuna.create_study(storage=storage, study_name="search", direction="minimize", load_if_exists=True)
     done = sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
     study.optimize(objective, n_trials=max(num_trials - done, 0))
     return study
@@ -90,14 +85,12 @@ def main() -> None:
         drawn = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
         parsed = flags.parse_args_and_config([*rest, *drawn])
         if parsed[1].eval_strategy == "no":
-            flags.error(
-                "`--eval_strategy` is no, but trials are judged by an evaluation. Set it to `epoch` or `steps`."
-            )
+            flags.error("`--eval_strategy` is no, but trials are judged by an evaluation. Set it to `epoch`.")
         parsed[1].output_dir = os.path.join(parsed[1].output_dir, f"trial-{number}")
         return script.make_trainer(*parsed)
 
     space = dict(part.split("=", 1) for part in args.search)
-    study = search(make_trainer, space, args.metric or METRICS[args.method], args.trials, args.storage, args.method)
+    study = search(make_trainer, space, args.metric or METRICS[args.method], args.trials, args.storage)
     print(json.dumps({"value": study.best_value, "trial": study.best_trial.number, **study.best_params}, indent=1))
 
 

@@ -1,12 +1,12 @@
 import copy
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from paths import ROOT
 from peft import LoraConfig, get_peft_model
 from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, tiny_model, tiny_tokenizer, weights
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
@@ -25,7 +25,6 @@ from trl_promptkd.models import teacher as teacher_module
 from trl_promptkd.models.teacher import load_teacher
 
 
-ROOT = Path(__file__).parent.parent
 PROMPTS = [" ".join(WORDS[i : i + 2 + i % 4]) for i in range(8)]
 
 
@@ -395,6 +394,10 @@ class TestHealthy:
         assert findings["priming"].values["tokens"] > 10
         assert findings["quality"].values["nll_primed_teacher"] < findings["quality"].values["nll_student"]
         assert "soft_prompt_gradient" not in findings
+
+    def test_samples_may_end_with_a_stop_string(self):
+        findings = self.assert_all_pass(healthy(generation_kwargs={"stop_strings": ["cat"]}), "sampling")
+        assert findings["sampling"].values["mean_length"] > 0
 
     def test_padded_vocabularies(self):
         arguments = healthy()

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from datasets import Dataset
 from tiny import WORDS, answered_dataset, tiny_model, tiny_tokenizer
@@ -68,7 +70,9 @@ class TestPadToken:
             make_trainer(extended(pad_token="[PAD]"), resized)
 
     def test_added_and_both_resized_trains(self, make_trainer):
-        make_trainer(extended(pad_token="[PAD]"), ("student", "teacher")).train()
+        trainer = make_trainer(extended(pad_token="[PAD]"), ("student", "teacher"))
+        trainer.train()
+        assert math.isfinite(trainer.state.log_history[0]["loss"])
 
     def test_an_end_of_text_token_that_was_added(self, make_trainer):
         tokenizer = extended(eos_token="<end>")
@@ -116,11 +120,13 @@ class TestRows:
         """As the image token of Gemma 3, whose text models do not have it."""
         trainer = make_trainer(extended(), rows=PLAIN, eval_rows=PLAIN)
         trainer.train()
-        trainer.evaluate()
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
 
     @pytest.mark.parametrize("rows", ROWS)
     def test_after_resizing_both_train(self, make_trainer, rows):
-        make_trainer(extended(), ("student", "teacher"), rows, eval_rows=rows).train()
+        trainer = make_trainer(extended(), ("student", "teacher"), rows, eval_rows=rows)
+        trainer.train()
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
 class TestCacheBuilder:

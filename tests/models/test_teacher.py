@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import WORDS, prompt_dataset, tiny_model, tiny_tokenizer
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from trl_promptkd import PromptKDTrainer
 from trl_promptkd.models.forward import input_embeddings
@@ -36,6 +36,13 @@ class TestTokenizers:
         assert load_teacher_tokenizer("") is None
         tiny_tokenizer().save_pretrained(tmp_path)
         assert load_teacher_tokenizer(str(tmp_path)).get_vocab() == tiny_tokenizer().get_vocab()
+
+    def test_an_adapters_folder_gives_that_of_the_model_below_it(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "base")
+        tiny_tokenizer().save_pretrained(tmp_path / "base")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+        assert load_teacher_tokenizer(str(tmp_path / "lora")).get_vocab() == tiny_tokenizer().get_vocab()
 
 
 class TestSharedVocabSize:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from peft import PeftConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -151,11 +150,8 @@ def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) 
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """The tokenizer beside a model, else that of the model below an adapter, else `None`. Without a pad token, its end of text pads."""
+    """The tokenizer of a model, or `None`. Without a pad token, its end of text pads."""
     tokenizer = load_teacher_tokenizer(name, init_kwargs, trust_remote_code)
-    if tokenizer is None and os.path.isfile(os.path.join(name, "adapter_config.json")):
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-        tokenizer = load_teacher_tokenizer(base or "", {}, trust_remote_code)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -112,7 +112,7 @@ class Case:
         return any("messages" in row or isinstance(row.get("prompt"), list) for row in self.raw)
 
     @cached_property
-    def vocab_size(self) -> int | None:
+    def vocab_size(self) -> int:
         return shared_vocab_size(self.student, self.teacher, self.tokenizer)
 
     @cached_property
@@ -176,7 +176,13 @@ class Case:
         """A few tokens that the student writes after each of the chosen prompts."""
         prompts = [row["prompt_ids"][-_PRIMED_PROMPT:] for row in self.chosen]
         with own_random_state(0, self.student.device):
-            return generate_completions(self.student, prompts, self.generation_config, vocab_size=self.vocab_size)
+            return generate_completions(
+                self.student,
+                prompts,
+                self.generation_config,
+                vocab_size=self.vocab_size,
+                tokenizer=self.tokenizer,
+            )
 
     @cached_property
     def probes(self) -> list[dict[str, list[int]]]:

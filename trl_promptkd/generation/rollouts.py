@@ -100,6 +100,8 @@ class _RealIdsOnly(LogitsProcessor):
         self.vocab_size = vocab_size
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.size(-1) <= self.vocab_size:
+            return scores
         padding = torch.arange(scores.size(-1), device=scores.device) >= self.vocab_size
         return scores.masked_fill(padding, float("-inf"))
 

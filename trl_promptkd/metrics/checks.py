@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from ..data.rows import shortened
 
-__all__ = ["check_rows", "shown"]
+
+__all__ = ["check_rows"]
 
 
 def check_rows(predictions: Any, references: Any) -> None:
@@ -12,7 +14,7 @@ def check_rows(predictions: Any, references: Any) -> None:
     for name, rows in (("predictions", predictions), ("references", references)):
         if isinstance(rows, str) or not isinstance(rows, Sequence):
             raise TypeError(
-                f"`{name}` is {shown(rows)}, a {type(rows).__name__}; it must be a list with one entry per row."
+                f"`{name}` is {shortened(rows)}, a {type(rows).__name__}; it must be a list with one entry per row."
             )
     if len(predictions) != len(references):
         raise ValueError(
@@ -24,12 +26,6 @@ def check_rows(predictions: Any, references: Any) -> None:
     for row, text in enumerate(predictions):
         if not isinstance(text, str):
             raise TypeError(
-                f"`predictions[{row}]` is {shown(text)}, a {type(text).__name__}; it must be a text. Decode token ids "
+                f"`predictions[{row}]` is {shortened(text)}, a {type(text).__name__}; it must be a text. Decode token ids "
                 "first."
             )
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -23,7 +23,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .checks import check_rows, shown
+from ..data.rows import shortened
+from .checks import check_rows
 from .thoughts import without_thoughts
 
 
@@ -57,7 +58,7 @@ def extract_final_number(text: str, rule: str = "paper") -> float | None:
         ValueError: for another rule.
     """
     if not isinstance(text, str):
-        raise TypeError(f"An answer is {shown(text)}, a {type(text).__name__}; it must be a text.")
+        raise TypeError(f"An answer is {shortened(text)}, a {type(text).__name__}; it must be a text.")
     if rule not in RULES:
         raise ValueError(f"`rule` is {rule!r}; it must be {' or '.join(map(repr, RULES))}.")
     text = without_thoughts(text)
@@ -130,11 +131,11 @@ def _gold(reference: Any, name: str) -> tuple[float, str]:
         value, written = _gold_in_text(reference, name)
     else:
         raise TypeError(
-            f"{name} is {shown(reference)}, a {type(reference).__name__}; it must be a number or a text with one."
+            f"{name} is {shortened(reference)}, a {type(reference).__name__}; it must be a number or a text with one."
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"{name} is {shown(reference)}, which holds no finite number to compare with. Give the right answer as a "
+            f"{name} is {shortened(reference)}, which holds no finite number to compare with. Give the right answer as a "
             "number, or as a text that ends with it (#### 18)."
         )
     return value, written
@@ -154,7 +155,7 @@ def _gold_in_text(text: str, name: str) -> tuple[float, str]:
         return _value(match), _written(match)
     if _NUMBER.search(text):
         raise ValueError(
-            f"{name} is {shown(text)}, which does not say which of its numbers is the right answer. Give that alone, "
+            f"{name} is {shortened(text)}, which does not say which of its numbers is the right answer. Give that alone, "
             "or behind #### or in \\boxed{}."
         )
     return math.nan, ""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from .checks import check_rows, shown
+from ..data.rows import shortened
+from .checks import check_rows
 from .thoughts import without_thoughts
 from .tokens import ScriptTokenizer, is_foreign, normalized
 
@@ -45,7 +46,7 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
     for row, texts in enumerate(references):
         if isinstance(texts, str) or not isinstance(texts, Sequence):
             raise TypeError(
-                f"`references[{row}]` is {shown(texts)}, a {type(texts).__name__}; it must be a list of texts. Write "
+                f"`references[{row}]` is {shortened(texts)}, a {type(texts).__name__}; it must be a list of texts. Write "
                 "[text] for a single one."
             )
         if not texts:
@@ -55,7 +56,7 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(
-                    f"`references[{row}]` holds {shown(text)}; it must be texts only. Write them as texts."
+                    f"`references[{row}]` holds {shortened(text)}; it must be texts only. Write them as texts."
                 )
     scorer = rouge_scorer()
     predictions = [without_thoughts(prediction) for prediction in predictions]

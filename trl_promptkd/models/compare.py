@@ -6,7 +6,6 @@ training starts. The doctor makes the same comparison on rows of the user's own.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data import pad_rows
 from ..divergences import kl_divergence
 from .forward import completion_states, forward_logits, input_embeddings, is_sharded
+from .side_effects import flags_restored
 
 
 __all__ = ["Distance", "check_forward", "distance", "distances_from_own_forward", "is_exact", "is_same"]
@@ -76,24 +76,45 @@ def distances_from_own_forward(
     Returns:
         `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one.
     """
-    device = model.device
-    batch = _padded(rows, pad_token_id, device)
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    trained = labels[:, 1:] != -100
-    own, alone = [], []
+    own = _own_logits(model, rows, soft_prompt, vocab_size)
+    return _distances(model, rows, pad_token_id, own, soft_prompt, vocab_size)
+
+
+def _own_logits(
+    model: Any, rows: Sequence[Mapping[str, list[int]]], soft_prompt: Tensor | None, vocab_size: int | None
+) -> Tensor:
+    """The model's own logits at the completions of rows, each alone, from nothing but its ids (after the soft prompt's embeddings)."""
+    parts = []
     for row in rows:
-        single = {name: value.to(device) for name, value in _batch([row], pad_token_id).items()}
-        own.append(_own_logits(model, single["input_ids"], len(row["completion_ids"]), soft_prompt)[:, :vocab_size])
+        ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]], device=model.device)
+        if soft_prompt is None:
+            logits = model(input_ids=ids, use_cache=False).logits
+        else:
+            embeds = input_embeddings(model)(ids)
+            embeds = torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)
+            logits = model(inputs_embeds=embeds, use_cache=False).logits
+        parts.append(logits[0, -len(row["completion_ids"]) - 1 : -1, :vocab_size].float())
+    return torch.cat(parts)
+
+
+def _distances(
+    model: Any,
+    rows: Sequence[Mapping[str, list[int]]],
+    pad_token_id: int,
+    own: Tensor,
+    soft_prompt: Tensor | None,
+    vocab_size: int | None,
+) -> dict[str, Distance]:
+    alone = []
+    for row in rows:
+        single = {name: value.to(model.device) for name, value in _batch([row], pad_token_id).items()}
         inputs = (single["input_ids"], single["attention_mask"], single["labels"])
         alone.append(completion_states(model, *inputs, soft_prompt, vocab_size).logits())
-    expected = torch.cat(own)
-    return {
-        ALONE: distance(torch.cat(alone), expected),
-        PADDED: distance(completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits(), expected),
-        WHOLE: distance(
-            forward_logits(model, ids, mask, soft_prompt)[:, :-1][trained][:, :vocab_size].float(), expected
-        ),
-    }
+    batch = _padded(rows, pad_token_id, model.device)
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    padded = completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits()
+    whole = forward_logits(model, ids, mask, soft_prompt)[:, :-1][labels[:, 1:] != -100][:, :vocab_size]
+    return {ALONE: distance(torch.cat(alone), own), PADDED: distance(padded, own), WHOLE: distance(whole, own)}
 
 
 def _batch(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
@@ -107,17 +128,7 @@ def _padded(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, device: 
     return {name: nn.functional.pad(batch[name], (7, 3), value=value).to(device) for name, value in fill.items()}
 
 
-def _own_logits(model: Any, ids: Tensor, num_completion: int, soft_prompt: Tensor | None) -> Tensor:
-    """The model's own logits at the last tokens of one row, from nothing but its ids (after the soft prompt's embeddings)."""
-    if soft_prompt is None:
-        logits = model(input_ids=ids, use_cache=False).logits
-    else:
-        embeds = input_embeddings(model)(ids)
-        embeds = torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)
-        logits = model(inputs_embeds=embeds, use_cache=False).logits
-    return logits[0, -num_completion - 1 : -1].float()
-
-
+@torch.no_grad()
 def check_forward(
     role: str,
     model: Any,
@@ -142,24 +153,24 @@ def check_forward(
     if is_sharded(model) or devices != {accelerator.device.type}:
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    name = f"The {role} ({type(base).__name__})"
+    name = f"{role} ({type(base).__name__})"
     rows = _probe_rows(processing_class, vocab_size)
-    pad_token_id = processing_class.pad_token_id or 0
-    with _evaluation_mode(model), accelerator.autocast():
+    own = None
+    with flags_restored(model), accelerator.autocast():
+        model.eval()
         try:
-            own = _own_logits(model, torch.tensor([rows[0]["prompt_ids"]], device=model.device), 1, None)
-        except Exception:
-            return  # the model cannot be run at all, and says so itself at the first step
-        try:
-            found = distances_from_own_forward(model, rows, pad_token_id, soft_prompt, vocab_size)
+            own = _own_logits(model, rows, soft_prompt, vocab_size)
+            found = _distances(model, rows, processing_class.pad_token_id or 0, own, soft_prompt, vocab_size)
         except Exception as error:  # a model's code may raise anything
+            if own is None and soft_prompt is None:
+                return  # it cannot be run at all, and says so itself at the first step
             needs = (
-                ""
-                if soft_prompt is None
-                else " A soft prompt needs a model that computes everything from `inputs_embeds`."
+                " A soft prompt needs a model that computes everything from `inputs_embeds`."
+                if soft_prompt is not None
+                else ""
             )
             raise ValueError(
-                f"{name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}.{needs} Choose another model."
+                f"The {name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}.{needs} Choose another model."
             ) from error
     if not torch.isfinite(own).all():
         return  # the loss of the first step says what is not finite
@@ -171,24 +182,14 @@ def check_forward(
     about = f"{off.log_probs:.2g} in log-probabilities, {off.kl:.2g} nats per token"
     if wrong[0] == ALONE:
         raise ValueError(
-            f"The logits of the {role} ({type(base).__name__}) are not its output head applied to its last hidden state: they are off by "
+            f"The logits of the {name} are not its output head applied to its last hidden state: they are off by "
             f"{about}. Losses would be wrong. Choose another model, or use transformers' own class for this one."
         )
     raise ValueError(
-        f"{name} gives a padded row other logits than the row alone: they are off by {about}. Its forward pass ignores the attention "
+        f"The {name} gives a padded row other logits than the row alone: they are off by {about}. Its forward pass ignores the attention "
         "mask or the positions, so losses and samples would depend on the padding. Choose a model whose forward pass uses both, or use "
         "transformers' own class for this one."
     )
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _probe_rows(processing_class: PreTrainedTokenizerBase, vocab_size: int | None) -> list[dict[str, list[int]]]:

@@ -256,11 +256,8 @@ def without_router_logits(model: nn.Module) -> dict[str, bool]:
 
     Some checkpoints ask for router logits in their configuration. The loss made of them fails in a padded batch that is generated.
     """
-    return {"output_router_logits": False} if _takes_router_logits(_base(model)) else {}
-
-
-def _takes_router_logits(model: nn.Module) -> bool:
-    return "output_router_logits" in inspect.signature(type(model).forward).parameters
+    known = inspect.signature(type(_base(model)).forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in known else {}
 
 
 def _decoder(base: Any) -> Any:

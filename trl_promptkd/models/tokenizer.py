@@ -10,22 +10,48 @@ from ..files import read_text
 from .student import adapter_config
 
 
-__all__ = ["check_same_tokenizer", "load_teacher_tokenizer", "prepare_tokenizer", "shared_vocab_size"]
+__all__ = [
+    "check_same_tokenizer",
+    "load_teacher_tokenizer",
+    "load_tokenizer",
+    "prepare_tokenizer",
+    "shared_vocab_size",
+]
 
 logger = logging.get_logger(__name__)
+
+_FILES = ("revision", "subfolder")
+
+
+def load_tokenizer(
+    name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. If an adapter has none, that of the model below it.
+
+    Raises:
+        OSError, ValueError: as transformers, if there is none.
+    """
+    known = (*_FILES, "gguf_file", "trust_remote_code")
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known and value is not None}
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError):
+        adapter = adapter_config(name_or_path, init_kwargs)
+        if adapter is None or not adapter.base_model_name_or_path:
+            raise
+    kwargs = {key: value for key, value in kwargs.items() if key not in _FILES}  # are the adapter's
+    return AutoTokenizer.from_pretrained(
+        adapter.base_model_name_or_path, revision=adapter.revision or "main", **kwargs
+    )
 
 
 def load_teacher_tokenizer(
     name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
-) -> Any | None:
-    """The tokenizer that stands beside the teacher, or `None` where there is none to compare with."""
-    if not name_or_path:
-        return None
-    known = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known}
+) -> PreTrainedTokenizerBase | None:
+    """[`load_tokenizer`], or `None` if there is none to compare with."""
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        return load_tokenizer(name_or_path, init_kwargs, trust_remote_code) if name_or_path else None
     except (OSError, ValueError):
         return None
 
@@ -101,7 +127,7 @@ def prepare_tokenizer(
         if not name:
             raise ValueError("`processing_class` is missing, and `model` has no name to load a tokenizer by. Pass it.")
         try:
-            processing_class = _load_tokenizer(name, args)
+            processing_class = load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
         except (OSError, ValueError) as error:
             raise OSError(
                 f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
@@ -140,19 +166,3 @@ def prepare_tokenizer(
                 "share one. If they do not, training compares unrelated tokens."
             )
     return processing_class
-
-
-def _load_tokenizer(name: str, args: Any) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; that of the model below an adapter if there is none beside the adapter."""
-    revision = (args.model_init_kwargs or {}).get("revision") or "main"
-    adapter = adapter_config(name, args.model_init_kwargs)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
-        if adapter is None:
-            raise
-    return AutoTokenizer.from_pretrained(
-        adapter.base_model_name_or_path,
-        revision=adapter.revision or "main",
-        trust_remote_code=args.trust_remote_code,
-    )

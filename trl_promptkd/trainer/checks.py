@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
 from ..models.forward import TokenStates
 from ..models.init_kwargs import check_init_kwargs, hub_kwargs
@@ -223,7 +223,7 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
     try:
         AutoConfig.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
-        if find_adapter_config_file(name, **hub_kwargs(init_kwargs)) is not None:
+        if adapter_config(name, init_kwargs) is not None:
             return  # an adapter, which is loaded with the model below it
         if isinstance(error, ValueError):
             raise

@@ -53,14 +53,14 @@ def test_samples_are_those_of_the_weights_as_they_are(folder, make_args, lora):
     args = make_args(use_vllm=True, max_new_tokens=12, generation_kwargs=GREEDY, vllm_max_model_length=64)
     greedy = rollout_config(student, student, tiny_tokenizer(), args)
     ours = VLLMRollouts(student, Accelerator(cpu=True), tiny_tokenizer(), greedy, args, vocab_size=30)
-    before = ours.sample(PROMPTS, step=0)
+    before = ours.sample(None, PROMPTS, step=0)
     assert before == generate_completions(student, PROMPTS, greedy, vocab_size=30)
     for seed in (1, 2):
         disturb(student, seed)
         expected = generate_completions(student, PROMPTS, greedy, vocab_size=30)
         assert expected != before
         ours.sync()
-        assert ours.sample(PROMPTS, step=0) == expected
+        assert ours.sample(None, PROMPTS, step=0) == expected
         before = expected
     assert not any(getattr(module, "merged", False) for module in student.modules())
     assert all(torch.equal(student.get_parameter(name), value) for name, value in base.items())

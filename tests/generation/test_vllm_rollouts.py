@@ -49,7 +49,7 @@ def settings(**kwargs):
     )
 
 
-def rollouts(make_args, generation_config=None, vocab_size=None, **kwargs):
+def rollouts(make_args, generation_config=None, vocab_size=40, **kwargs):
     args = make_args(use_vllm=True, **kwargs)
     return VLLMRollouts(
         tiny_model(), Accelerator(cpu=True), tiny_tokenizer(), generation_config or settings(), args, vocab_size
@@ -98,18 +98,18 @@ class TestSettings:
 
 class TestSamples:
     def test_end_with_the_first_stop_token_and_keep_their_order(self, stand_in, make_args):
-        assert rollouts(make_args).sample([[7, 8], [9], [2]], step=1) == [[8, 0], [9, 0], [2]]
+        assert rollouts(make_args).sample(None, [[7, 8], [9], [2]], step=1) == [[8, 0], [9, 0], [2]]
 
     def test_no_prompts_no_call(self, stand_in, make_args):
         ours = rollouts(make_args)
-        assert ours.sample([], step=1) == []
+        assert ours.sample(None, [], step=1) == []
         assert ours.generation.asked == []
 
     def test_the_random_state_is_the_seeds(self, stand_in, make_args):
         ours = rollouts(make_args)
         state = np.random.get_state()[1].copy(), torch.get_rng_state(), random.getstate()
         for step in (1, 1, 2):
-            ours.sample([[7]], step)
+            ours.sample(None, [[7]], step)
         assert (np.random.get_state()[1] == state[0]).all()
         assert torch.equal(torch.get_rng_state(), state[1])
         assert random.getstate() == state[2]
@@ -126,17 +126,17 @@ class TestSamples:
         ours.accelerator = SimpleNamespace(
             gather=lambda count: torch.tensor([3, int(count)]), device=torch.device("cpu")
         )
-        assert ours.sample(prompts, step=1) == [[8, 0]] * len(prompts)
+        assert ours.sample(None, prompts, step=1) == [[8, 0]] * len(prompts)
         assert [len(asked) for asked, _ in ours.generation.asked] == [3]
         ours.accelerator.gather = lambda count: torch.tensor([0, 0])
-        assert ours.sample([], step=1) == []
+        assert ours.sample(None, [], step=1) == []
 
     def test_a_quantized_students_adapter_is_refused(self, stand_in, make_args):
         student = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
         student.get_base_model().quantization_method = "bitsandbytes"
         args = make_args(use_vllm=True)
         with pytest.raises(ValueError, match="the student is quantized: its adapter cannot be merged"):
-            VLLMRollouts(student, Accelerator(cpu=True), tiny_tokenizer(), settings(), args)
+            VLLMRollouts(student, Accelerator(cpu=True), tiny_tokenizer(), settings(), args, 40)
 
 
 class TestBaseWeights:
@@ -174,12 +174,12 @@ class TestTrainers:
             prompt_encoder_config=PromptEncoderConfig(prompt_init_text="you are a student ."),
         )
         trainer.train()
-        assert trainer.vllm.generation.synced == 3
-        assert [len(prompts) for prompts, _ in trainer.vllm.generation.asked] == [4, 4, 4]
+        assert trainer.rollouts.generation.synced == 3
+        assert [len(prompts) for prompts, _ in trainer.rollouts.generation.asked] == [4, 4, 4]
         assert trainer.state.log_history[0]["rollout/mean_length"] == 2
         trainer.evaluate()
-        assert trainer.vllm.generation.synced == 4
-        assert len(trainer.vllm.generation.asked) == 4
+        assert trainer.rollouts.generation.synced == 4
+        assert len(trainer.rollouts.generation.asked) == 4
 
     def test_primed_distillation_too(self, stand_in, make_primed_args):
         trainer = PrimedDistillTrainer(
@@ -190,8 +190,8 @@ class TestTrainers:
             teacher_model=tiny_model(seed=1),
         )
         trainer.train()
-        assert trainer.vllm.generation.synced == 2
-        assert len(trainer.vllm.generation.asked) == 2
+        assert trainer.rollouts.generation.synced == 2
+        assert len(trainer.rollouts.generation.asked) == 2
 
     def test_refused_before_weights_are_loaded(self, make_args, make_primed_args, monkeypatch):
         def build(model="no/such/model", **kwargs):

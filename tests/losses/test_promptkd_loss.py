@@ -1,5 +1,4 @@
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ class TestPromptLoss:
         assert tensors[2].grad is None
 
     def test_nothing_to_hold_on_to_where_the_weight_is_zero(self):
-        loss, prompted_student = prompt_loss_sums(PP, Q, None, "reverse", 0.0)
+        loss, prompted_student, *_ = prompt_loss_sums(PP, Q, None, "reverse", 0.0)
         assert loss.item() == prompted_student.item() == pytest.approx(KL_PP_Q, abs=1e-6)
 
 
@@ -75,26 +74,24 @@ class TestBothLosses:
     @pytest.mark.parametrize("plain", [P, None])
     def test_together_they_are_what_they_are_alone(self, plain):
         weight = 0.0 if plain is None else 0.5
-        of_prompt, of_student = partial(prompt_loss_sums, weight=weight), partial(student_loss_sums, beta=0.0)
-        total, *values = promptkd_loss_sums(Q, PP, plain, of_prompt, of_student)
-        alone = [*of_prompt(PP, Q, plain), *of_student(Q, PP)]
-        torch.testing.assert_close(values, alone)
-        assert total.item() == pytest.approx(of_prompt(PP, Q, plain)[0].item() + of_student(Q, PP)[0].item())
-        for one in ((of_prompt, None), (None, of_student)):
-            loss, *values = promptkd_loss_sums(Q, PP, plain, *one)
-            torch.testing.assert_close(loss, values[0])
+        both = promptkd_loss_sums(Q, PP, plain, weight=weight, beta=0.0)
+        of_prompt, of_student = prompt_loss_sums(PP, Q, plain, weight=weight), student_loss_sums(Q, PP, beta=0.0)
+        torch.testing.assert_close(both[1:], (*of_prompt, *of_student))
+        assert both.loss.item() == pytest.approx(of_prompt.prompt_loss.item() + of_student.student_loss.item())
+        for losses, alone in (("prompt", of_prompt.prompt_loss), ("student", of_student.student_loss)):
+            one = promptkd_loss_sums(Q, PP, plain, losses=losses, weight=weight, beta=0.0)
+            torch.testing.assert_close(one.loss, alone)
 
     def test_their_gradients_do_not_mix(self):
         q, pp = (t.clone().requires_grad_(True) for t in (Q, PP))
-        total, *_ = promptkd_loss_sums(q, pp, P, prompt_loss_sums, student_loss_sums)
-        got = torch.autograd.grad(total, (q, pp))
-        (of_student,) = torch.autograd.grad(promptkd_loss_sums(q, pp, P, None, student_loss_sums)[0], q)
-        (of_prompt,) = torch.autograd.grad(promptkd_loss_sums(q, pp, P, prompt_loss_sums, None)[0], pp)
+        got = torch.autograd.grad(promptkd_loss_sums(q, pp, P).loss, (q, pp))
+        (of_student,) = torch.autograd.grad(promptkd_loss_sums(q, pp, P, losses="student").loss, q)
+        (of_prompt,) = torch.autograd.grad(promptkd_loss_sums(q, pp, P, losses="prompt").loss, pp)
         torch.testing.assert_close(got, (of_student, of_prompt))
 
     def test_temperature_divides_the_logits(self):
-        at_two = promptkd_loss_sums(2 * Q, 2 * PP, 2 * P, prompt_loss_sums, student_loss_sums, temperature=2.0)
-        torch.testing.assert_close(at_two, promptkd_loss_sums(Q, PP, P, prompt_loss_sums, student_loss_sums))
+        at_two = promptkd_loss_sums(2 * Q, 2 * PP, 2 * P, temperature=2.0)
+        torch.testing.assert_close(at_two, promptkd_loss_sums(Q, PP, P))
 
 
 class TestRegularizationWeight:

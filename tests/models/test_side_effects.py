@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.models.side_effects import flags_restored, random_state_restored
-from trl_promptkd.models.teacher import asked_teacher
+from trl_promptkd.models.teacher import run_teacher
 
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4}
@@ -146,7 +146,7 @@ class TestFrozenAdapterWeights:
         student.base_model.model.model.layers[1].eval()
         flags = {name: p.requires_grad for name, p in student.named_parameters()}
         modes = [module.training for module in student.modules()]
-        with asked_teacher(None, student) as teacher:
+        with run_teacher(None, student) as teacher:
             assert not any(module.training for module in teacher.modules())
         assert {name: p.requires_grad for name, p in student.named_parameters()} == flags
         assert [module.training for module in student.modules()] == modes

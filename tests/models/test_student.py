@@ -125,7 +125,7 @@ class TestSomethingTrains:
             model = PeftModel.from_pretrained(model, folders / "lora")
         if student == "merged":
             model = adapted().merge_and_unload()
-        monkeypatch.setattr("trl_promptkd.trainer.promptkd_trainer.tokenize_dataset", pytest.fail)
+        monkeypatch.setattr("trl_promptkd.trainer.datasets.tokenize_dataset", pytest.fail)
         monkeypatch.setattr("trl_promptkd.trainer.primed_distill_trainer.tokenize_primed_dataset", pytest.fail)
         with pytest.raises(ValueError, match=r"without trainable weights|has no trainable weights.*is_trainable=True"):
             make_trainer(model)

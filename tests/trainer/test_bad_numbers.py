@@ -10,7 +10,7 @@ from tiny import answered_dataset, difference, prompt_dataset, tiny_model, tiny_
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.losses.primed_distill import primed_loss_sums
-from trl_promptkd.losses.promptkd import prompt_loss_sums, promptkd_loss_sums, student_loss_sums
+from trl_promptkd.losses.promptkd import promptkd_loss_sums
 
 
 class Masking(torch.nn.Linear):
@@ -73,9 +73,7 @@ class TestLossOnWhatIsLeft:
         student, prompted, plain = torch.randn(3, 5, 6)
         left = [0, 1, 3, 5]
         masked = [part.index_fill(-1, torch.tensor([2, 4]), -math.inf) for part in (prompted, plain)]
-        sums = partial(
-            promptkd_loss_sums, prompt_loss=prompt_loss_sums, student_loss=student_loss_sums, temperature=1.7
-        )
+        sums = partial(promptkd_loss_sums, temperature=1.7)
         expected = sums(*(part[:, left] for part in (student, prompted, plain)))
         for found, value in zip(sums(student, *masked), expected, strict=True):
             torch.testing.assert_close(found, value)
@@ -104,7 +102,7 @@ class TestNamedErrors:
         models = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2)}
         trainer = make_trainer(method, make_args, make_primed_args, **models)
         models[role].model.norm.weight.data[3] = value
-        trainer._sample = lambda prompts, *args: [[10, 0] for _ in prompts]
+        trainer.rollouts.sample = lambda model, prompts, *args: [[10, 0] for _ in prompts]
         with pytest.raises(
             FloatingPointError, match=r"The loss is nan at step 1\. Not finite already: the hidden"
         ) as error:
@@ -125,7 +123,7 @@ class TestEmptyCompletions:
     def test_a_student_that_ends_at_once_is_trained_on_its_end(self, make_args):
         student = tiny_model(seed=1)
         trainer = make_trainer("promptkd", make_args, None, student=student, max_steps=2)
-        trainer._sample = lambda prompts, *args: [[0] for _ in prompts]
+        trainer.rollouts.sample = lambda model, prompts, *args: [[0] for _ in prompts]
         trainer.train()
         first = trainer.state.log_history[0]
         assert first["rollout/mean_length"] == 1
@@ -140,7 +138,7 @@ class TestEmptyCompletions:
         source = {} if method == "promptkd" else {"response_source": "student"}
         settings = {"optim": "sgd", "weight_decay": 0.0, **source}
         trainer = make_trainer(method, make_args, make_primed_args, **settings)
-        trainer._sample = lambda prompts, *args: [[] for _ in prompts]
+        trainer.rollouts.sample = lambda model, prompts, *args: [[] for _ in prompts]
         before = weights(trainer.model)
         with caplog.at_level(logging.WARNING):
             trainer.train()
@@ -153,7 +151,7 @@ class TestEmptyCompletions:
         for answers in ([[10, 11, 0], []], [[10, 11, 0]]):
             trainer = make_trainer("promptkd", make_args, None, per_device_train_batch_size=len(answers), seed=1)
             trainer.train_dataset = trainer.train_dataset.select([0] * len(answers))
-            trainer._sample = lambda prompts, *args, answers=answers: answers[: len(prompts)]
+            trainer.rollouts.sample = lambda model, prompts, *args, answers=answers: answers[: len(prompts)]
             trainer.train()
             losses.append(trainer.state.log_history[0]["loss"])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)

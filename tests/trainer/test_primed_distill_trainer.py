@@ -125,7 +125,7 @@ class TestOneStep:
         asked, original = [], primed_distill_trainer.primed_loss_sums
 
         def spy(*args, **kwargs):
-            asked.append(kwargs["telemetry"])
+            asked.append(kwargs["with_metrics"])
             return original(*args, **kwargs)
 
         monkeypatch.setattr(primed_distill_trainer, "primed_loss_sums", spy)

@@ -384,18 +384,22 @@ class TestWindows:
     @pytest.mark.parametrize("update", ["sequential", "simultaneous"])
     def test_rows_are_shared_out_by_length_but_those_of_the_last_micro_batch_stay(self, make_args, update):
         """`sequential`: the last micro-batch learns from another prompt, so that who is in it matters."""
+
+        def consecutive(lengths, sizes):
+            return [list(range(sum(sizes[:i]), sum(sizes[: i + 1]))) for i in range(len(sizes))]
+
         windows = []
         for regroup in (False, True):
             args = make_args(gradient_accumulation_steps=4, prompt_update=update, generation_kwargs=GREEDY)
             trainer = make_trainer(args, dataset=prompt_dataset(8))
             if not regroup:
-                trainer._sample = lambda prompts, *_: [[7]] * len(prompts)
+                trainer.rollouts.sample = lambda model, prompts, *_: [[7]] * len(prompts)
                 seen = keep_windows(trainer)
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr("trl_promptkd.trainer.promptkd_trainer._regrouped", lambda p, a, n: (p, a))
+                    patch.setattr("trl_promptkd.trainer.window.grouped_by_length", consecutive)
                     trainer.train()
             else:
-                trainer._sample = lambda prompts, *_: [[7]] * len(prompts)
+                trainer.rollouts.sample = lambda model, prompts, *_: [[7]] * len(prompts)
                 seen = keep_windows(trainer)
                 trainer.train()
             windows.append(seen[0])

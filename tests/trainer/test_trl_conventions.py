@@ -285,15 +285,15 @@ class TestOptimization:
                 # Its teacher is then asked with the prompt as it starts
                 **({"prompt_update": "simultaneous"} if make.method == "promptkd" else {"response_source": "student"}),
             )
-            sampled, original = [], trainer._sample
+            sampled, original = [], trainer.rollouts.sample
 
             def record(*args, **kwargs):
-                step = args[1 if make.method == "primed" else 2]  # below 0 in evaluation
+                step = args[2]  # below 0 in evaluation
                 samples = original(*args, **kwargs)
                 sampled.extend([samples] if step >= 0 else [])
                 return samples
 
-            trainer._sample = record
+            trainer.rollouts.sample = record
             trainer.train()
             times = ("runtime", "per_second")
             return (

@@ -42,7 +42,7 @@ def log_probs_together(
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         known.append(completion_states(model, ids, mask, labels, soft_prompt, vocab_size))
     for start in range(0, len(known[0]), _TOKENS):
-        logits = [part.logits(part.states[start : start + _TOKENS]) for part in known]
+        logits = [part.logits(start, start + _TOKENS) for part in known]
         logits = [part.to(logits[0].device) for part in logits]
         log_probs = tuple(part.log_softmax(dim=-1) for part in on_shared_support(*logits))
         for (model, _), part in zip(asked, log_probs, strict=True):

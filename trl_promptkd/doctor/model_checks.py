@@ -3,15 +3,13 @@
 Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from ..divergences import kl_divergence, on_shared_support
 from ..generation.rollouts import stop_ids
 from ..losses.chunked import chunked_sums
-from ..losses.promptkd import prompt_loss_sums, promptkd_loss_sums, student_loss_sums
+from ..losses.promptkd import promptkd_loss_sums
 from ..models.compare import distance, distances_from_own_forward, is_exact, is_same
 from .case import Case, Finding, failing, passing, warning
 
@@ -106,10 +104,11 @@ def soft_prompt_gradient(case: Case) -> Finding | None:
     batch, teacher = case.batch("teacher"), case.teacher
     with torch.no_grad():
         student, plain = (case.states(model, batch).detach() for model in (case.student, teacher))
-    sums = partial(promptkd_loss_sums, prompt_loss=prompt_loss_sums, student_loss=None)
+    size = case.args.loss_chunk_size
 
     def loss(soft_prompt: Tensor):
-        return chunked_sums(sums, case.args.loss_chunk_size, student, case.states(teacher, batch, soft_prompt), plain)
+        prompted = case.states(teacher, batch, soft_prompt)
+        return chunked_sums(promptkd_loss_sums, size, student, prompted, plain, losses="prompt")
 
     start = case.soft_prompt.clone().requires_grad_(True)
     _, found = loss(start)
@@ -164,7 +163,6 @@ def window_split(case: Case) -> Finding:
 
 def _window(case: Case, batches: list[list[int]], watched: list[Tensor]) -> tuple[float, Tensor]:
     """The student's loss over all probes, in nats per token, and its gradient with respect to `watched`, in one vector."""
-    sums = partial(promptkd_loss_sums, prompt_loss=None, student_loss=partial(student_loss_sums, beta=1.0))
     num_tokens = sum(len(row["completion_ids"]) for row in case.probes)
     total, gradient = 0.0, torch.zeros(sum(parameter.numel() for parameter in watched), device=case.student.device)
     for indices in batches:
@@ -172,7 +170,8 @@ def _window(case: Case, batches: list[list[int]], watched: list[Tensor]) -> tupl
         with torch.no_grad():
             teacher = case.states(case.teacher, case.batch("teacher", rows), case.soft_prompt).detach()
         student = case.states(case.student, case.batch("student", rows))
-        (loss, *_), found = chunked_sums(sums, case.args.loss_chunk_size, student, teacher, None)
+        size = case.args.loss_chunk_size
+        (loss, *_), found = chunked_sums(promptkd_loss_sums, size, student, teacher, losses="student")
         total += float(loss) / num_tokens
         if watched:
             states, outer = found[0].tensors[0], found[0].gradients[0] / num_tokens

@@ -1,7 +1,7 @@
-"""Completions sampled for a whole accumulation window at once, each from a random state of its own.
+"""Completions sampled for a whole accumulation window at once, from a random state of their own.
 
-The random state of a rollout depends on the seed, the step and the rank, and on nothing else (but that of a vLLM server): a resumed run samples what
-the uninterrupted one would have, and sampling leaves the global state as it was.
+That state depends on the seed, the step and the rank, and on nothing else (a vLLM server has its own). A resumed run
+samples what the uninterrupted one would have, and sampling leaves the global state as it was.
 """
 
 import copy
@@ -33,6 +33,7 @@ from ..models.side_effects import flags_restored, random_state_restored
 
 
 __all__ = [
+    "Rollouts",
     "count_ended",
     "generate_completions",
     "own_random_state",
@@ -310,3 +311,54 @@ def sample_completions(
             tokenizer=tokenizer,
         )
     return completions[:num_rows]
+
+
+class Rollouts:
+    """
+    Samples completions with transformers. [`~trl_promptkd.generation.vllm.VLLMRollouts`] does so with vLLM.
+
+    Args:
+        model: The bare student. Not used here: vLLM loads the model that it names.
+        accelerator ([`~accelerate.Accelerator`]): The trainer's.
+        processing_class: The tokenizer.
+        generation_config ([`~transformers.GenerationConfig`]): How completions are sampled.
+        args: A configuration with the fields of [`~trl_promptkd.trainer.sampling_config.SamplingConfig`].
+        vocab_size (`int`): Number of ids that stand for tokens. The model may have more.
+        writer (`str`): Who writes. Two writers have different random states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig,
+        args: Any,
+        vocab_size: int,
+        writer: str = "student",
+    ):
+        self.accelerator, self.processing_class, self.writer = accelerator, processing_class, writer
+        self.generation_config, self.args, self.vocab_size = generation_config, args, vocab_size
+
+    def sync(self) -> None:
+        """Nothing to do: the model that is trained samples itself."""
+
+    def sample(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], step: int) -> list[list[int]]:
+        """One completion per prompt, in their order, each up to and including its first end-of-text token.
+
+        Args:
+            model: As a trainer holds it: wrapped, under checkpointing, in mixed precision.
+            prompt_ids: One list of token ids per prompt.
+            step: Of the run. The random state belongs to it.
+        """
+        seed = rollout_seed(self.args.seed, self.writer, step, self.accelerator.process_index)
+        return sample_completions(
+            model,
+            self.accelerator,
+            prompt_ids,
+            self.generation_config,
+            seed,
+            self.args,
+            vocab_size=self.vocab_size,
+            tokenizer=self.processing_class,
+        )

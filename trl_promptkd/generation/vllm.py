@@ -55,10 +55,11 @@ def check_vllm(args: Any, model: Any, samples: bool) -> None:
 
 class VLLMRollouts:
     """
-    Samples completions with vLLM as [`~trl_promptkd.generation.rollouts.sample_completions`] does with transformers.
+    Samples completions with vLLM as [`~trl_promptkd.generation.rollouts.Rollouts`] does with transformers.
 
-    The engine computes in the dtype of the checkpoint that it loads. On a CPU, it is made to compute in float32 (by itself it takes bfloat16, another distribution than the one that is
-    trained), and weights are pushed by vLLM's own reloading, as TRL's push fails on the layout that the CPU build gives them.
+    The engine computes in the dtype of the checkpoint that it loads. On a CPU, it is made to compute in float32: by
+    itself it takes bfloat16, which is another distribution than the one that is trained. Weights are pushed by vLLM's
+    own reloading there, as TRL's push fails on the layout that the CPU build gives them.
 
     Args:
         student: The bare student, whose `name_or_path` vLLM loads.
@@ -66,7 +67,7 @@ class VLLMRollouts:
         processing_class: The tokenizer.
         generation_config ([`~transformers.GenerationConfig`]): What completions are sampled with.
         args: A configuration with the fields of [`~trl_promptkd.trainer.sampling_config.SamplingConfig`].
-        vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
+        vocab_size (`int`): Number of ids that stand for tokens. The model may have more.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class VLLMRollouts:
         processing_class: PreTrainedTokenizerBase,
         generation_config: GenerationConfig,
         args: Any,
-        vocab_size: int | None = None,
+        vocab_size: int,
     ):
         self.accelerator, self.mode = accelerator, args.vllm_mode
         self.on_cpu = accelerator.device.type == "cpu"
@@ -95,7 +96,7 @@ class VLLMRollouts:
         self.ends = stop_ids(generation_config)
         sampling = _sampling_params(args.generation_kwargs or {})
         size = base.config.get_text_config().vocab_size
-        if vocab_size is not None and vocab_size < size:  # ids that stand for no token
+        if vocab_size < size:  # ids that stand for no token
             sampling["logit_bias"] = dict.fromkeys(range(vocab_size, size), -100.0)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.vllm_tensor_parallel_size
         module = vllm_generation_module()
@@ -141,12 +142,13 @@ class VLLMRollouts:
         llm.apply_model(_pack_embeddings)
         llm.reset_prefix_cache()
 
-    def sample(self, prompt_ids: Sequence[Sequence[int]], step: int) -> list[list[int]]:
-        """One completion for each prompt, in their order, each up to and including its first end-of-text token.
+    def sample(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], step: int) -> list[list[int]]:
+        """One completion per prompt, in their order, each up to and including its first end-of-text token.
 
         Args:
-            prompt_ids: One list of token ids a prompt.
-            step: Of the run, which the completions' random state belongs to. A server has one of its own.
+            model: Not used: vLLM has its weights since the last [`~VLLMRollouts.sync`].
+            prompt_ids: One list of token ids per prompt.
+            step: Of the run. The random state belongs to it. A server has one of its own.
         """
         together = self.mode == "server" or self.generation.tensor_parallel_size > 1
         if not prompt_ids and not together:

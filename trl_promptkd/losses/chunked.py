@@ -1,13 +1,13 @@
 """Losses over tokens without the tokens' logits: a few tokens at a time go through the output heads and the loss.
 
-A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass and more in its backward pass: with
-4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss is worked out, and
-its gradient with it, down to the hidden states and the head's weights; the chunk's tensors are gone before the next one's
-are made. Nothing is computed again in the backward pass.
+A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass and more in its backward pass:
+with 4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss and of the
+gradient is computed, down to the hidden states and the head's weights. They are gone before the next chunk's are made.
+Nothing is computed again in the backward pass.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from ..models.forward import TokenStates
 
 __all__ = ["StateGradient", "chunked_sums"]
 
+
+Sums = TypeVar("Sums", bound=tuple)
 
 _BLOCK = 1_500_000  # entries of one tensor of log-probabilities that the loss works on at once on a CPU
 
@@ -55,81 +57,85 @@ class _Attached(torch.autograd.Function):
 
 
 def chunked_sums(
-    sums: Callable[..., Sequence[Tensor]], chunk_size: int | None, *parts: Any
-) -> tuple[tuple[Tensor, ...], list[StateGradient]]:
-    """Add up `sums(*chunks)` over chunks of tokens, and the gradient of its first value.
+    sums: Callable[..., Sums], chunk_size: int | None, *parts: Any, **settings: Any
+) -> tuple[Sums, list[StateGradient]]:
+    """Add up `sums(*chunks, **settings)` over chunks of tokens, and the gradient of its first value.
 
     Args:
-        sums: Gets a chunk of every part and returns scalars, each a sum over the chunk's tokens; the first is the loss.
-        chunk_size (`int`, *optional*): Tokens a chunk; `None` for all at once.
-        parts: All with one entry a token: [`TokenStates`], of which `sums` gets logits `(tokens, vocab)`; tensors, which are
-            sliced; objects with `logits_of(start, end)`; or `None`, which is passed on.
+        sums: Gets a chunk of every part and returns a tuple of scalars, each a sum over the chunk's tokens. The first
+            one is the loss.
+        chunk_size (`int`, *optional*): Tokens per chunk. `None` for all at once.
+        parts: All with one entry per token. What a model says (anything with `logits(start, end)`) gives `sums` logits
+            `(tokens, vocab)`. Tensors are sliced. `None` is passed on.
+        settings: Passed on.
 
     Returns:
-        The scalars, detached, and for each [`TokenStates`] whose states have a gradient path, in their order, the gradient of the first
-        scalar. Without gradients enabled there are none.
+        The tuple, detached; and for each [`TokenStates`] with a gradient path, in their order, the gradient of the
+        loss. Without gradients enabled there are none.
     """
     num_tokens = next(len(part) for part in parts if part is not None)
     step = chunk_size or max(num_tokens, 1)
-    collected = []
-    for part in filter(_is_trained, parts):
-        tensors = [part.states, *part.head_parameters()]
-        zeros = torch.zeros_like(part.states, dtype=torch.float32)
-        collected.append(StateGradient(tensors, [zeros, *[None] * (len(tensors) - 1)]))
-    totals: tuple[Tensor, ...] = ()
+    trained = [_is_trained(part) for part in parts]
+    gradients = [_no_gradient_yet(part) for part in parts if _is_trained(part)]
+    totals = None
     for start in range(0, max(num_tokens, 1), step):
         end = min(start + step, num_tokens)
         chunk: list[Any] = []
         leaves: list[Tensor] = []
-        for part in parts:
-            if isinstance(part, TokenStates):
-                states = part.states[start:end].detach()
-                with torch.set_grad_enabled(_is_trained(part)):
-                    chunk.append(part.logits(states.requires_grad_(_is_trained(part))))
-                if _is_trained(part):
-                    leaves.append(states)
-            elif hasattr(part, "logits_of"):
-                chunk.append(part.logits_of(start, end))
-            else:
+        for part, wanted in zip(parts, trained, strict=True):
+            if wanted:
+                leaves.append(part.states[start:end].detach().requires_grad_())
+                chunk.append(part.head(leaves[-1]))
+            elif part is None or isinstance(part, Tensor):
                 chunk.append(None if part is None else part[start:end])
-        trained = [_is_trained(part) for part in parts]
-        values = _block_by_block(sums, chunk, trained)
-        inner = [logits for logits, wanted in zip(chunk, trained, strict=True) if wanted]
-        for known, leaf, logits in zip(collected, leaves, inner, strict=True):
-            wanted = [leaf, *known.tensors[1:]]
-            _add(known, start, torch.autograd.grad(logits, wanted, logits.detach(), allow_unused=True))
-        totals = tuple(map(torch.add, totals, values)) if totals else values
-    return totals, collected
+            else:
+                with torch.no_grad():
+                    chunk.append(part.logits(start, end))
+        values = _block_by_block(sums, chunk, trained, settings)
+        outputs = [logits for logits, wanted in zip(chunk, trained, strict=True) if wanted]
+        for known, leaf, logits in zip(gradients, leaves, outputs, strict=True):
+            wanted_of = [leaf, *known.tensors[1:]]
+            _add(known, start, torch.autograd.grad(logits, wanted_of, logits.detach(), allow_unused=True))
+        totals = values if totals is None else _each(torch.add, totals, values)
+    return totals, gradients  # type: ignore[return-value]  # there is at least one chunk
+
+
+def _each(function: Callable[..., Tensor], *tuples: Any) -> Any:
+    """`function` of the entries at each place, as a tuple of the first one's type."""
+    return tuple.__new__(type(tuples[0]), map(function, *tuples))
+
+
+def _no_gradient_yet(part: TokenStates) -> StateGradient:
+    tensors = [part.states, *part.head_parameters()]
+    return StateGradient(tensors, [torch.zeros_like(part.states, dtype=torch.float32), *[None] * (len(tensors) - 1)])
 
 
 def _is_trained(part: Any) -> bool:
     return torch.is_grad_enabled() and isinstance(part, TokenStates) and part.is_trained
 
 
-def _block_by_block(
-    sums: Callable[..., Sequence[Tensor]], chunk: list[Any], trained: list[bool]
-) -> tuple[Tensor, ...]:
-    """The values of a chunk; the gradient of the first with respect to the trained logits takes their place in memory.
+def _block_by_block(sums: Callable[..., Sums], chunk: list[Any], trained: list[bool], settings: dict) -> Sums:
+    """The values of a chunk. The gradient of the first with respect to the trained logits takes their place in memory.
 
-    On a CPU, the loss of a few rows at a time stays in its caches, and its temporaries in memory that need not be asked for
-    anew: five times as fast as all rows at once.
+    On a CPU, the loss of a few rows at a time stays in its caches, and its temporaries in memory that it has already:
+    five times as fast as all rows at once.
     """
     logits = next(part for part, wanted in zip(chunk, trained, strict=True) if wanted) if any(trained) else chunk[0]
     rows = max(_BLOCK // logits.size(-1), 1) if logits.device.type == "cpu" else max(len(logits), 1)
-    totals: tuple[Tensor, ...] = ()
+    totals = None
     for start in range(0, max(len(logits), 1), rows):
         block: list[Any] = [
             None if part is None else part.detach()[start : start + rows].requires_grad_(wanted)
             for part, wanted in zip(chunk, trained, strict=True)
         ]
-        values = sums(*block)
+        values = sums(*block, **settings)
         leaves = [part for part, wanted in zip(block, trained, strict=True) if wanted]
         if leaves:
             for leaf, gradient in zip(leaves, torch.autograd.grad(values[0], leaves), strict=True):
                 leaf.detach().copy_(gradient)
-        values = tuple(value.detach() for value in values)
-        totals = tuple(map(torch.add, totals, values)) if totals else values
-    return totals
+        values = _each(Tensor.detach, values)
+        totals = values if totals is None else _each(torch.add, totals, values)
+    return totals  # type: ignore[return-value]  # there is at least one block
 
 
 def _add(known: StateGradient, start: int, found: Sequence[Tensor | None]) -> None:

@@ -1,7 +1,7 @@
 """The loss of response priming, as sums over tokens.
 
-`q` is the student behind the plain prompt, `p` the teacher behind the primed one, both at the same completion tokens. Logits
-have shape `(num_tokens, vocab)`; all sums are in nats.
+`q` is the student after the plain prompt, `p` the teacher after the primed one, both at the same completion tokens. All
+sums are in nats.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ __all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
 
 
 class PrimedLossSums(NamedTuple):
-    """Sums over tokens: scalars. Only `loss` has a gradient, to the student. What was not asked for is 0."""
+    """Sums over tokens: scalars. Only `loss` has a gradient, to the student. What was not computed is 0."""
 
     loss: Tensor
     """alpha CE + (1 - alpha) tau^2 D."""
@@ -46,30 +46,30 @@ def primed_loss_sums(
     temperature: float,
     beta: float = 1.0,
     skew: float = 0.0,
-    telemetry: bool = True,
+    with_metrics: bool = True,
 ) -> PrimedLossSums:
     """The loss, and what is logged about it, summed over tokens.
 
-    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence of both
-    distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton et al., arXiv
-    1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
+    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence of
+    both distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton et
+    al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
 
     Args:
         student_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the student, with gradient.
         teacher_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the teacher at the same tokens.
         tokens (`Tensor` of shape `(num_tokens,)`): Ids of the completion's tokens.
-        drawn_from (`Tensor` of shape `(num_tokens,)`, *optional*): Where `teacher_logits` are those of tokens drawn from the teacher: the
-            entropies of what they were drawn from. That of the draws is less, and makes the forward KL too large by the difference.
-        beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon divergence.
+        drawn_from (`Tensor` of shape `(num_tokens,)`, *optional*): If `teacher_logits` are those of tokens drawn from
+            the teacher: the entropies of what they were drawn from. The entropy of the draws is lower, which makes the
+            forward KL too large by the difference.
+        beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon
+            divergence.
         skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
-        telemetry (`bool`): Whether to work out what only stands in logs, which is about a third of the work.
+        with_metrics (`bool`): Whether to compute what is only logged, which is about a third of the work.
     """
     log_q = student_logits.log_softmax(dim=-1)
     cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
     shared, teacher_logits = on_shared_support(student_logits, teacher_logits)
-    if (
-        shared is not student_logits
-    ):  # the student's own distribution stays that of all its tokens in the cross-entropy alone
+    if shared is not student_logits:  # only the cross-entropy keeps the student's distribution over all its tokens
         student_logits, log_q = shared, shared.log_softmax(dim=-1)
     with torch.no_grad():
         log_p = teacher_logits.log_softmax(dim=-1)
@@ -90,7 +90,7 @@ def primed_loss_sums(
             gap = (drawn_from - entropy(log_p)).sum()
         divergence = divergence - gap
     loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
-    if not telemetry:
+    if not with_metrics:
         zero = cross_entropy.new_zeros(())
         return PrimedLossSums(loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6)
     with torch.no_grad():
@@ -110,9 +110,8 @@ def primed_loss_sums(
 
 
 def log_prob_sums(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
-    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one scalar.
-
-    That of a token which is ruled out is low and finite, as in [`primed_loss_sums`].
+    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one
+    scalar. That of a token which is ruled out is low and finite, as in [`primed_loss_sums`].
     """
     (logits,) = on_shared_support(logits)
     return (logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).sum(),)

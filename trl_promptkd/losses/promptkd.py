@@ -1,10 +1,10 @@
 """The two losses of PromptKD, as sums over tokens.
 
-Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the teacher behind the soft
-prompt. All take log-probabilities of shape `(num_tokens, vocab)`, at the loss temperature, and sum over tokens, in nats.
+Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the prompted teacher. All sums
+are over tokens, in nats.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,53 @@ from torch import Tensor
 from ..divergences import entropy, generalized_jsd, kl_divergence, on_shared_support
 
 
-__all__ = ["prompt_loss_sums", "promptkd_loss_sums", "regularization_weight", "student_loss_sums"]
+__all__ = [
+    "PromptKDLossSums",
+    "PromptLossSums",
+    "StudentLossSums",
+    "prompt_loss_sums",
+    "promptkd_loss_sums",
+    "regularization_weight",
+    "student_loss_sums",
+]
+
+
+class PromptLossSums(NamedTuple):
+    """Sums over tokens: scalars. Only `loss` has a gradient, to the prompted teacher."""
+
+    prompt_loss: Tensor
+    prompted_student: Tensor
+    """KL(pP || q)."""
+    prompted_plain: Tensor
+    """KL(pP || p); 0 without the plain teacher."""
+    student_plain: Tensor
+    """KL(q || p); 0 without the plain teacher."""
+
+
+class StudentLossSums(NamedTuple):
+    """Sums over tokens: scalars. Only `loss` has a gradient, to the student."""
+
+    student_loss: Tensor
+    student_prompted: Tensor
+    """KL(q || pP)."""
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    """Of `pP`."""
+
+
+class PromptKDLossSums(NamedTuple):
+    """Both of them. What was not computed is 0."""
+
+    loss: Tensor
+    """The sum of the losses that were computed. Their gradients do not mix."""
+    prompt_loss: Tensor
+    prompted_student: Tensor
+    prompted_plain: Tensor
+    student_plain: Tensor
+    student_loss: Tensor
+    student_prompted: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
 
 
 def regularization_weight(coef: float, schedule: str, step: int, total_steps: int) -> float:
@@ -22,17 +68,15 @@ def regularization_weight(coef: float, schedule: str, step: int, total_steps: in
 
 def prompt_loss_sums(
     prompted: Tensor, student: Tensor, plain: Tensor | None, direction: str = "reverse", weight: float = 1.0
-) -> tuple[Tensor, ...]:
+) -> PromptLossSums:
     """Loss of the soft prompt, summed over tokens.
 
     `direction="reverse"`: KL(pP || q) + w KL(pP || p); `"forward"`: KL(q || pP) + w KL(p || pP). Source: PromptKD, the
     adaptive teaching step, with the released code's weight. No gradient goes to `q` or `p`.
 
     Args:
-        plain: May be `None` where `weight` is 0.
-
-    Returns:
-        `(loss, KL(pP || q))` and, where `plain` is given, KL(pP || p) and KL(q || p): scalars.
+        prompted, student, plain (`Tensor` of shape `(num_tokens, vocab)`): Log-probabilities. `plain` may be `None` if
+            `weight` is 0.
     """
     student = student.detach()
     reverse = direction == "reverse"
@@ -40,53 +84,62 @@ def prompt_loss_sums(
         prompted_student = kl_divergence(prompted, student).sum()
     loss = prompted_student if reverse else kl_divergence(student, prompted).sum()
     if plain is None:
-        return loss, prompted_student
+        zero = loss.new_zeros(())
+        return PromptLossSums(loss, prompted_student, zero, zero)
     plain = plain.detach()
     with torch.set_grad_enabled(reverse and weight > 0 and torch.is_grad_enabled()):
         prompted_plain = kl_divergence(prompted, plain).sum()
     if weight:
         loss = loss + weight * (prompted_plain if reverse else kl_divergence(plain, prompted).sum())
     with torch.no_grad():
-        return loss, prompted_student, prompted_plain, kl_divergence(student, plain).sum()
+        return PromptLossSums(loss, prompted_student, prompted_plain, kl_divergence(student, plain).sum())
 
 
-def student_loss_sums(student: Tensor, prompted: Tensor, beta: float = 1.0) -> tuple[Tensor, ...]:
+def student_loss_sums(student: Tensor, prompted: Tensor, beta: float = 1.0) -> StudentLossSums:
     """Loss of the student, and what is logged about it, summed over tokens.
 
     The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP`.
 
-    Returns:
-        `(loss, KL(q || pP), entropy of q, entropy of pP)`: scalars.
+    Args:
+        student, prompted (`Tensor` of shape `(num_tokens, vocab)`): Log-probabilities.
     """
     prompted = prompted.detach()
     loss = generalized_jsd(student, prompted, beta).sum()
     with torch.no_grad():
         reverse = loss if beta == 1.0 else kl_divergence(student, prompted).sum()
-        return loss, reverse, entropy(student).sum(), entropy(prompted).sum()
+        return StudentLossSums(loss, reverse, entropy(student).sum(), entropy(prompted).sum())
 
 
 def promptkd_loss_sums(
     student_logits: Tensor,
     prompted_logits: Tensor,
-    plain_logits: Tensor | None,
-    prompt_loss: Callable[..., tuple[Tensor, ...]] | None,
-    student_loss: Callable[..., tuple[Tensor, ...]] | None,
+    plain_logits: Tensor | None = None,
+    *,
+    losses: str = "both",
+    prompt_divergence: str = "reverse",
+    weight: float = 1.0,
+    beta: float = 1.0,
     temperature: float = 1.0,
-) -> tuple[Tensor, ...]:
+) -> PromptKDLossSums:
     """One or both losses of the same tokens, from logits.
 
     Args:
-        prompt_loss: [`prompt_loss_sums`] with its settings, or `None` to leave it out.
-        student_loss: [`student_loss_sums`] with its settings, or `None` to leave it out.
+        student_logits, prompted_logits, plain_logits (`Tensor` of shape `(num_tokens, vocab)`): `plain_logits` may be
+            `None` if `weight` is 0.
+        losses (`str`): `"prompt"`, `"student"` or `"both"`.
+        prompt_divergence (`str`): Direction of the prompt's loss, see [`prompt_loss_sums`].
+        weight (`float`): Weight of the prompt's second term, see [`regularization_weight`].
+        beta (`float`): Divergence of the student's loss, see [`student_loss_sums`].
         temperature (`float`): Divides all logits. Tokens that a model rules out are left out ([`on_shared_support`]).
-
-    Returns:
-        The sum of the losses asked for, whose gradients do not mix, then what `prompt_loss` and `student_loss` return.
     """
     known = [logits for logits in (student_logits, prompted_logits, plain_logits) if logits is not None]
     log_probs = [(logits / temperature).log_softmax(dim=-1) for logits in on_shared_support(*known)]
-    student, prompted, plain = log_probs if len(log_probs) == 3 else (*log_probs, None)
-    of_prompt = () if prompt_loss is None else prompt_loss(prompted, student, plain)
-    of_student = () if student_loss is None else student_loss(student, prompted)
-    total = torch.stack([sums[0] for sums in (of_prompt, of_student) if sums]).sum()
-    return (total, *of_prompt, *of_student)
+    student, prompted = log_probs[:2]
+    plain = None if plain_logits is None else log_probs[2]
+    zero = prompted.new_zeros(())
+    of_prompt, of_student = PromptLossSums(*[zero] * 4), StudentLossSums(*[zero] * 4)
+    if losses != "student":
+        of_prompt = prompt_loss_sums(prompted, student, plain, prompt_divergence, weight)
+    if losses != "prompt":
+        of_student = student_loss_sums(student, prompted, beta)
+    return PromptKDLossSums(of_prompt.prompt_loss + of_student.student_loss, *of_prompt, *of_student)

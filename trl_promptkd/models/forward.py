@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 __all__ = [
+    "TokenLogits",
     "TokenStates",
     "completion_states",
     "forward_logits",
@@ -72,15 +73,15 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> Any:
-    """`function(bare model)`, called inside the forward pass of `model` as it is wrapped.
+def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(bare model, *args, **kwargs)`, called inside the forward pass of `model` as it is wrapped.
 
-    DDP then prepares gradients for whatever `function` asks of the bare model, although it is not the model's own forward; FSDP
-    and DeepSpeed have the weights ready.
+    DDP then prepares gradients for whatever `function` computes with the bare model, although that is not the model's
+    own forward. FSDP and DeepSpeed have the weights ready.
 
     Returns:
-        What `function` returns, a tensor or a tuple of them as exact as it was: in mixed precision, FSDP2 casts what comes out of a
-        forward pass.
+        What `function` returns. Tensors, or a tuple of them, are as exact as they were: in mixed precision, FSDP2 casts
+        what comes out of a forward pass.
     """
     bare = extract_model_from_parallel(model)
     own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
@@ -95,7 +96,7 @@ def inside_forward(model: nn.Module, function: Callable[[nn.Module], Any]) -> An
 
     def redirected() -> Any:
         restore()  # `function` may want the real one
-        exact.append(function(bare))
+        exact.append(function(bare, *args, **kwargs))
         return exact[0]
 
     bare.forward = redirected
@@ -136,6 +137,18 @@ def forward_logits(
     return model(**inputs).logits[:, -input_ids.size(1) :]
 
 
+class TokenLogits(Protocol):
+    """What a teacher says at some tokens. It may run ([`TokenStates`]) or be read from a cache."""
+
+    def __len__(self) -> int: ...
+
+    def logits(self, start: int, end: int) -> Tensor:
+        """Logits or log-probabilities `(end - start, vocab)` in float32."""
+
+    def entropies(self) -> Tensor | None:
+        """If the logits are those of draws from a distribution: its entropies `(num_tokens,)` in nats."""
+
+
 @dataclass
 class TokenStates:
     """
@@ -157,16 +170,19 @@ class TokenStates:
     def __len__(self) -> int:
         return len(self.states)
 
-    def logits(self, states: Tensor | None = None) -> Tensor:
-        """Logits `(num_tokens, vocab)` in float32, of all tokens or of some `states` of them.
+    def logits(self, start: int = 0, end: int | None = None) -> Tensor:
+        """Logits `(end - start, vocab)` of some tokens in float32, by default of all of them."""
+        return self.head(self.states[start:end])
 
-        They are what the model's own forward makes of the states, so that its bias, scaling, soft-capping, quantized weights
-        and adapters are all in them.
+    def head(self, states: Tensor) -> Tensor:
+        """Logits `(num_tokens, vocab)` in float32 of some hidden states.
+
+        They are what the model's own forward makes of them: its bias, scaling, soft-capping, quantized weights and
+        adapters are all in them.
         """
-        states = self.states if states is None else states
         if self.are_logits:
             return states[:, : self.vocab_size].to(torch.float32, copy=True)
-        return self._asked(states)[:, : self.vocab_size].float().to(self.states.device)
+        return self._run_head(states)[:, : self.vocab_size].float().to(self.states.device)
 
     def with_logits(self) -> "TokenStates":
         """The same with the logits of all tokens in place of the states.
@@ -174,14 +190,17 @@ class TokenStates:
         For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at a time, or to
         take its gradient before the backward pass, would get the wrapper out of step.
         """
-        return replace(self, states=self._asked(self.states), are_logits=True)
+        return replace(self, states=self._run_head(self.states), are_logits=True)
 
-    def _asked(self, states: Tensor) -> Tensor:
+    def _run_head(self, states: Tensor) -> Tensor:
         base = _base(self.model)
         with _decoder_replaced(base, states):
             ids = torch.zeros(1, 1, dtype=torch.long, device=states.device)
             router = without_router_logits(base)
             return type(base).forward(base, input_ids=ids, use_cache=False, **router).logits[0]
+
+    def entropies(self) -> None:
+        """None: the logits are the model's own."""
 
     def detach(self) -> "TokenStates":
         """The same, through which no gradient flows: neither to the states nor to the head."""

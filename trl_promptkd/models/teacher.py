@@ -27,13 +27,13 @@ from .side_effects import flags_restored
 
 
 __all__ = [
-    "asked_teacher",
     "build_teacher",
     "disable_dropout",
     "freeze",
     "load_teacher",
     "place_teacher",
     "recomputed_activations",
+    "run_teacher",
 ]
 
 logger = logging.get_logger(__name__)
@@ -92,7 +92,7 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
         args: Has `teacher_model_init_kwargs` and `trust_remote_code`.
 
     Returns:
-        The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`asked_teacher`], and no
+        The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`run_teacher`], and no
         second copy is held), else a frozen copy of the student.
 
     Raises:
@@ -165,7 +165,7 @@ def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerat
 
 
 @contextmanager
-def asked_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
+def run_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
     """The teacher in evaluation mode: `teacher`, or `student` with its adapter switched off where that is `None`."""
     if teacher is not None:
         yield teacher

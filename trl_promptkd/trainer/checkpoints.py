@@ -11,21 +11,24 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
+from trl import SFTTrainer
 
-from ..files import whole_file
+from ..files import write_text
 from .hub import push_checkpoint, wait_for_push
 
 
-__all__ = ["checkpoint_folders", "checkpoint_to_resume", "save_whole_checkpoint", "saved_on_interrupt"]
+__all__ = ["checkpoint_folders", "checkpoint_to_resume", "push_later", "save_checkpoint", "saved_on_interrupt"]
 
 logger = logging.get_logger(__name__)
 
@@ -35,54 +38,52 @@ _UNFINISHED = "it was being written when its run ended"
 _NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 
 
-def save_whole_checkpoint(
-    trainer: Trainer, save: Callable[[], None], push: Callable[[str], None], run_dir: str
-) -> None:
-    """Write the checkpoint of this step, list its files, remove what is too old, and push it.
+def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    """As in the base class. Then the checkpoint's files are listed, what is too old is removed, and it is pushed.
 
-    Args:
-        trainer: Whose checkpoint.
-        save: Writes it to `run_dir`.
-        push: Is called with its folder when it is whole; what is pushed earlier could not be resumed from.
-        run_dir: Where checkpoints are.
+    A method of both trainers.
     """
-    args = trainer.args
-    folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+    args, run_dir = self.args, self._get_output_dir(trial=trial)
+    folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
     path, begun = os.path.join(folder, _LIST_FILE), os.path.join(folder, _BEGUN_FILE)
     if args.should_save:
         os.makedirs(folder, exist_ok=True)
-        with open(begun, "w"):
-            pass
-        if os.path.exists(path):
-            os.remove(path)  # an earlier run's, of files that are about to be written anew
-    trainer.accelerator.wait_for_everyone()
+        Path(begun).touch()
+        Path(path).unlink(missing_ok=True)  # an earlier run's, of files that are about to be written anew
+    self.accelerator.wait_for_everyone()
     limit, args.save_total_limit = args.save_total_limit, None  # the old ones stay until this one is whole
     try:
-        save()
+        SFTTrainer._save_checkpoint(self, model, trial)
     finally:
         args.save_total_limit = limit
-    trainer.accelerator.wait_for_everyone()  # every rank writes its random state
+    self.accelerator.wait_for_everyone()  # every rank writes its random state
     if args.should_save:
         card = os.path.join(args.output_dir, "README.md")
         if os.path.isfile(card):
             shutil.copy(card, folder)  # instead of PEFT's, which names the folder that the base model was in
         sizes = {name: size for name, size in _sizes(folder).items() if name != _BEGUN_FILE}
-        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"files": sizes}, file, indent=1)
+        write_text(path, json.dumps({"files": sizes}, indent=1))
         os.remove(begun)
     if args.should_save and limit:
-        wait_for_push(trainer)
+        wait_for_push(self)
         for old in checkpoint_folders(run_dir):
             if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # what a killed run left must not outlive a whole one
                 shutil.rmtree(old, ignore_errors=True)
         rotate_checkpoints(
             output_dir=run_dir,
             save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
-    # Last: an upload of `output_dir` fails where a folder goes while its files are listed
-    push_checkpoint(trainer, folder, push)
+    # Last: an upload of `output_dir` fails if a folder goes while its files are listed
+    push_checkpoint(self, folder)
+
+
+def push_later(self, checkpoint_folder: str) -> None:
+    """Nothing yet. The base class would push a checkpoint before it is whole; [`save_checkpoint`] pushes it then.
+
+    A method of both trainers.
+    """
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
@@ -152,9 +153,7 @@ def _check_resumable(folder: str) -> None:
 
 def checkpoint_folders(run_dir: str) -> list[str]:
     """The checkpoints in a folder, whole or not, the newest first."""
-    there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    found = [name for name in there if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
-    return [os.path.join(run_dir, name) for name in sorted(found, key=_step, reverse=True)]
+    return [path for path in reversed(sort_checkpoints(run_dir)) if re.search(r"-\d+$", path)]
 
 
 def _step(folder: str) -> int:

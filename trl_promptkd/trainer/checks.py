@@ -7,14 +7,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    BitsAndBytesConfig,
     PreTrainedTokenizerBase,
-    TrainerCallback,
 )
 from transformers.utils import logging
 
@@ -25,23 +22,17 @@ from ..models.student import adapter_config, check_trains
 
 
 __all__ = [
-    "SEARCH",
     "check_arguments",
     "check_finite",
     "check_found",
+    "check_own_teacher",
     "check_sharding",
     "check_soft_prompt",
-    "check_streamed_evaluation",
     "loaded_settings",
     "restore_settings",
 ]
 
 logger = logging.get_logger(__name__)
-
-SEARCH = (
-    "`hyperparameter_search` is not supported: most settings are used when a trainer is made, so a trial needs a trainer of its own. "
-    "`examples/search.py` makes one for each trial, with Optuna, and resumes a search that was stopped."
-)
 
 _CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
@@ -49,16 +40,7 @@ _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswer
 
 
 def check_arguments(
-    trainer: str,
-    args_class: Any,
-    model,
-    teacher_model,
-    args: Any,
-    train_dataset,
-    peft_config,
-    formatting_func,
-    data_collator=None,
-    callbacks=None,
+    args_class: Any, args: Any, model: Any, teacher_model: Any, peft_config: Any, formatting_func: Any
 ) -> None:
     """Refuse arguments of a trainer that do not go together.
 
@@ -66,96 +48,69 @@ def check_arguments(
         TypeError or ValueError: naming the argument, what it is, and what to pass instead.
     """
     if not isinstance(args, args_class):
-        raise TypeError(f"`args` is a {type(args).__name__}; {trainer} needs a `trl_promptkd.{args_class.__name__}`.")
+        raise TypeError(f"`args` is a {type(args).__name__}; it must be a `trl_promptkd.{args_class.__name__}`.")
     if model is None:
         raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
-    if train_dataset is None:
-        raise ValueError("`train_dataset` is required.")
-    if isinstance(train_dataset, dict):
-        raise TypeError(
-            f"`train_dataset` is a {type(train_dataset).__name__} with the keys {sorted(train_dataset)}; training takes one data set. Pass "
-            "one of them, such as `dataset['train']`, or join them with `datasets.concatenate_datasets`."
-        )
-    if data_collator is not None and not callable(data_collator):
-        raise TypeError(
-            f"`data_collator` is a {type(data_collator).__name__}; it must be callable with a list of rows and return a batch. Leave it away "
-            "for the trainer's own."
-        )
-    for callback in callbacks or []:
-        given = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(given, TrainerCallback):
-            raise TypeError(
-                f"`callbacks` holds a {given.__name__}; it must hold `transformers.TrainerCallback`s only."
-            )
-    if peft_config is not None and not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"`peft_config` is a {type(peft_config).__name__}; it must be a configuration of PEFT's, such as `peft.LoraConfig()`."
-        )
     if formatting_func is not None:
         raise ValueError(
-            "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt ends. "
-            "Build `prompt` and `completion` columns with `dataset.map` instead."
+            "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt "
+            "ends. Build `prompt` and `completion` columns with `dataset.map` instead."
         )
     if peft_config is not None and peft_config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
-            f"`peft_config` has `task_type={str(peft_config.task_type)!r}`; the student is a language model. Set `task_type='CAUSAL_LM'`."
+            f"`peft_config` has `task_type={str(peft_config.task_type)!r}`; the student is a language model. Set "
+            "`task_type='CAUSAL_LM'`."
         )
     check_init_kwargs("model_init_kwargs", args.model_init_kwargs)
     check_init_kwargs("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
     adapter = _student_adapter(model, args.model_init_kwargs, peft_config)
     _check_model("model", model, args.model_init_kwargs, args.trust_remote_code)
     _check_model("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+    _check_adapters(model, teacher_model, adapter or peft_config)
+    if not isinstance(model, str) and peft_config is None:
+        check_trains(model)
+    if args.torch_compile:
+        raise ValueError(
+            "`torch_compile` is True, but this trainer runs a model's decoder and its output head apart, which a "
+            "compiled model cannot do. Set it to False."
+        )
+    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+        raise ValueError(
+            "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
+            "name, or omit `teacher_model_init_kwargs`."
+        )
+    if args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2")):
+        raise ValueError(
+            f"`chat_template_path` is {args.chat_template_path!r}; only a .jinja or .j2 file is supported. A template "
+            "taken from another model may add tokens that the teacher does not know."
+        )
+
+
+def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) -> None:
+    """Refuse a teacher that is trained with its student, and adapters that do not act in the passes made here."""
     base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
     if not isinstance(model, str) and teacher_base is base:
         raise ValueError(
-            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher would change with its student. "
-            "For self-distillation leave `teacher_model=None`; the student's starting weights are then kept as the teacher."
+            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher "
+            "would change with its student. For self-distillation set `teacher_model=None`; the student's starting "
+            "weights are then kept as the teacher."
         )
     if isinstance(teacher_model, PeftModel) and teacher_model.active_peft_config.is_prompt_learning:
         raise ValueError(
             "`teacher_model` already carries a soft prompt (PEFT prompt learning). Pass the model below it: "
             "`teacher_model.get_base_model()`."
         )
-    student_peft_config = model.active_peft_config if isinstance(model, PeftModel) else adapter or peft_config
-    if student_peft_config is not None and student_peft_config.is_prompt_learning:
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else adapter
+    if adapter is not None and adapter.is_prompt_learning:
         raise ValueError(
-            f"The student is to be trained with a {type(student_peft_config).__name__}, prompt learning for the *student*, "
-            "whose forward pass is not exact under padding. Use LoRA or another weight adapter. (A soft prompt for the teacher "
-            "is `prompt_encoder_config` of PromptKDTrainer.)"
+            f"The student is to be trained with a {type(adapter).__name__}, prompt learning for the *student*, whose "
+            "forward pass is not exact under padding. Use LoRA or another weight adapter. (A soft prompt for the "
+            "teacher is `prompt_encoder_config` of PromptKDTrainer.)"
         )
-    if getattr(student_peft_config, "alora_invocation_tokens", None):
+    if getattr(adapter, "alora_invocation_tokens", None):
         raise ValueError(
-            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own forward pass and would "
-            "learn nothing here. Use a plain LoraConfig."
-        )
-    if not isinstance(model, str) and peft_config is None:
-        check_trains(model)
-    if args.torch_compile:
-        raise ValueError(
-            "`torch_compile` is True, but this trainer asks a model's decoder and its output head apart, which a compiled model cannot "
-            "be. Set it to False."
-        )
-    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
-        raise ValueError(
-            "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
-            "name, or leave `teacher_model_init_kwargs` away."
-        )
-    quantization = (args.model_init_kwargs or {}).get("quantization_config", {})
-    quantization = quantization.to_dict() if isinstance(quantization, BitsAndBytesConfig) else quantization
-    in_few_bits = isinstance(quantization, dict) and (
-        quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
-    )
-    if (
-        in_few_bits and student_peft_config is None and isinstance(model, str)
-    ):  # of a loaded student, the Trainer says so
-        raise ValueError(
-            "The student is quantized, and quantized weights cannot be trained. Pass a `peft_config`, such as "
-            "`LoraConfig(task_type='CAUSAL_LM')`, to train an adapter, or load the student without quantization."
-        )
-    if args.chat_template_path is not None and not args.chat_template_path.endswith((".jinja", ".j2")):
-        raise ValueError(
-            f"`chat_template_path` is {args.chat_template_path!r}; only a .jinja or .j2 file is supported, as a template "
-            "taken from another model may add tokens that the teacher does not know."
+            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own "
+            "forward pass and would learn nothing here. Use a plain LoraConfig."
         )
 
 
@@ -282,28 +237,27 @@ def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTo
         text_token_ids(prompt_encoder_config.prompt_init_text, processing_class)
 
 
-def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
-    """Refuse streamed evaluation data on several ranks, whose last rows would be counted twice, or would not fit together.
-
-    Raises:
-        ValueError: saying what to do.
-    """
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_streamed_evaluation(part, f"{name}[{key!r}]", args)
-    if isinstance(dataset, IterableDataset) and args.world_size > 1:
-        raise ValueError(
-            f"`{name}` is streamed, but it is shared out to {args.world_size} processes, which need to know how many rows there are. Load it "
-            "without streaming. For the first rows of a stream: `Dataset.from_list(list(stream.take(1000)))`. (Training data may be streamed.)"
-        )
-
-
 def check_sharding(accelerator: Accelerator) -> None:
     """Refuse FSDP's first version, whose weights cannot be asked for outside its wrapper."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's configuration (see "
             "examples/accelerate_configs/fsdp2.yaml), or `FSDP_VERSION=2`."
+        )
+
+
+def check_own_teacher(args: Any, accelerator: Accelerator) -> None:
+    """Refuse settings of PromptKD that a student cannot have if it is its own teacher below its adapter."""
+    if accelerator.is_fsdp2 and args.prompt_update == "sequential":
+        raise ValueError(
+            "`prompt_update` is 'sequential' and the student is its own teacher below its adapter. Under FSDP2, its "
+            "weights cannot be run again between a backward pass and another within one step. Set "
+            "`prompt_update='simultaneous'`, or pass `teacher_model`."
+        )
+    if args.teacher_gradient_checkpointing and not args.disable_dropout:
+        raise ValueError(
+            "`teacher_gradient_checkpointing` is True and `disable_dropout` False, but the teacher is the student below "
+            "its adapter, and would have its dropout. Change one of them, or pass `teacher_model`."
         )
 
 

@@ -2,28 +2,31 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future
 
 from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+from trl import SFTTrainer
 
 from ..models.soft_prompt import ADAPTER_FOLDER
 
 
-__all__ = ["make_branch", "push_checkpoint", "wait_for_push"]
+__all__ = ["init_hf_repo", "push_checkpoint", "wait_for_push"]
 
 logger = logging.get_logger(__name__)
 
 
-def make_branch(trainer: Trainer, token: str | None) -> None:
-    """Make the branch `hub_revision` of the run's repository where there is none: pushing to it would fail."""
-    args = trainer.args
-    if args.hub_revision is not None and trainer.is_world_process_zero():
-        api = HfApi(token=token or args.hub_token)
-        api.create_branch(trainer.hub_model_id, branch=args.hub_revision, exist_ok=True)
+def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    """As in the base class. Then makes the branch `hub_revision` if it is not there: pushing to it would fail.
+
+    A method of both trainers.
+    """
+    SFTTrainer.init_hf_repo(self, token, private)
+    if self.args.hub_revision is not None and self.is_world_process_zero():
+        api = HfApi(token=token or self.args.hub_token)
+        api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)
 
 
 def wait_for_push(trainer: Trainer) -> None:
@@ -37,17 +40,12 @@ def _is_pushing(trainer: Trainer) -> bool:
     return running is not None and not running.is_done()
 
 
-def push_checkpoint(trainer: Trainer, folder: str, push: Callable[[str], None]) -> None:
+def push_checkpoint(trainer: Trainer, folder: str) -> None:
     """Push what `hub_strategy` says, in the background, while training goes on.
 
-    `push` is the base class's: it copies the student's files by their names from the checkpoint to `output_dir`, which it uploads, and the
-    checkpoint as it is. What else belongs to the student is copied here, and an upload that failed, of which the base class says nothing,
-    is told of.
-
-    Args:
-        trainer: Whose checkpoint.
-        folder: The checkpoint.
-        push: Starts the uploads.
+    The base class copies the student's files by their names from the checkpoint to `output_dir`, which it uploads, and
+    the checkpoint as it is. The soft prompt is copied here. The base class says nothing of an upload that failed; here
+    it is a warning.
     """
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -58,7 +56,7 @@ def push_checkpoint(trainer: Trainer, folder: str, push: Callable[[str], None]) 
     prompt = os.path.join(folder, ADAPTER_FOLDER)
     if os.path.isdir(prompt):
         shutil.copytree(prompt, os.path.join(args.output_dir, ADAPTER_FOLDER), dirs_exist_ok=True)
-    push(folder)
+    SFTTrainer._push_from_checkpoint(trainer, folder)
     step = trainer.state.global_step
 
     def tell(job: Future) -> None:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .._trl import print_prompt_completions_sample
@@ -15,7 +15,7 @@ from ..files import whole_file
 from ..generation.rollouts import count_ended
 
 
-__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "keep_completions", "with_means"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "log_completions"]
 
 logger = logging.get_logger(__name__)
 
@@ -69,14 +69,10 @@ def add_rollouts(
     means.add("rollout/tokens_per_second", num_tokens, seconds)
 
 
-def keep_completions(trainer: Trainer, rollouts: tuple[list[list[int]], ...]) -> None:
-    """Where `log_completions` is set, print sampled completions, and write all of them to `output_dir/completions/completions_<step>.parquet`.
-
-    Args:
-        trainer: Whose samples.
-        rollouts: Token ids of the last window's prompts and of their completions.
-    """
-    args, step = trainer.args, trainer.state.global_step
+def log_completions(trainer: Trainer) -> None:
+    """If `log_completions` is set, print the last window's samples, and write them to
+    `output_dir/completions/completions_<step>.parquet`."""
+    args, step, rollouts = trainer.args, trainer.state.global_step, trainer._last_rollouts
     if not args.log_completions or not trainer.accelerator.is_main_process or not rollouts:
         return
     prompts, completions = (trainer.processing_class.batch_decode(ids) for ids in rollouts)
@@ -86,15 +82,6 @@ def keep_completions(trainer: Trainer, rollouts: tuple[list[list[int]], ...]) ->
     table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
     with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
         table.to_parquet(path)
-
-
-def with_means(trainer: Trainer, output: EvalLoopOutput, means: Means, prefix: str) -> EvalLoopOutput:
-    """`output` with means over the tokens of the whole evaluation set, where the base class has means of batch means."""
-    if not trainer.is_in_train and trainer.model_wrapped is trainer.model:
-        # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
-        trainer.model.__dict__.pop("_is_accelerate_prepared", None)
-    output.metrics.update({f"{prefix}_{name}": value for name, value in means.report(trainer.accelerator).items()})
-    return output
 
 
 class CollusionCallback(TrainerCallback):

@@ -1,6 +1,7 @@
 """The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw, data, metrics, loading."""
 
 import os
+import textwrap
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,38 @@ from ..teacher_cache.card import PLACES, fenced, hub_id, name_in_cache, quoted, 
 
 
 __all__ = [
+    "PROMPTKD_PAPER",
+    "RESPONSE_PRIMING_PAPER",
     "complete_card",
     "hub_dataset",
     "priming_section",
     "prompt_section",
 ]
 
+
+# What TRL's card says of a trainer's paper
+PROMPTKD_PAPER = {
+    "title": "PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning",
+    "id": "2402.12842",
+    "citation": textwrap.dedent("""\
+        @inproceedings{kim2024promptkd,
+            title     = {{PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning}},
+            author    = {Gyeongman Kim and Doohyuk Jang and Eunho Yang},
+            year      = 2024,
+            booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2024},
+        }"""),
+}
+RESPONSE_PRIMING_PAPER = {
+    "title": "Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting",
+    "id": "2412.17846",
+    "citation": textwrap.dedent("""\
+        @article{goyal2024enhancing,
+            title   = {{Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting}},
+            author  = {Vijay Goyal and Mustafa Khan and Aprameya Tirupati and Harveer Saini and Michael Lam and Kevin Zhu},
+            year    = 2024,
+            journal = {arXiv preprint arXiv:2412.17846},
+        }"""),
+}
 
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
@@ -182,12 +209,12 @@ def _loading_section(trainer, repo: str) -> str:
         lines.append(f'student = AutoModelForCausalLM.from_pretrained("{repo}"{revision})')
     exact = ""
     if has_prompt:
-        name = _start_of(trainer) if trainer.distils_itself else _teachers_start(trainer)
+        name = _start_of(trainer) if trainer.is_self_distillation else _teachers_start(trainer)
         pinned = (trainer.args.teacher_model_init_kwargs or {}).get("revision")
         lines += [
             "",
             f'teacher = AutoModelForCausalLM.from_pretrained("{hub_id(name) or f"<the teacher, {shown_name(name)}>"}"'
-            + (f', revision="{pinned}")' if pinned and not trainer.distils_itself else ")"),
+            + (f', revision="{pinned}")' if pinned and not trainer.is_self_distillation else ")"),
             f'prompted_teacher = PeftModel.from_pretrained(teacher, "{repo}", subfolder="{ADAPTER_FOLDER}"{revision})',
         ]
         exact = "\n(PEFT's own forward pass of a soft prompt is exact for rows without padding or with padding on the right.)\n"
@@ -205,7 +232,7 @@ def _teachers_start(trainer) -> str:
 
 
 def _teacher_name(trainer) -> str:
-    if trainer.distils_itself:
+    if trainer.is_self_distillation:
         return "the student's own starting weights (self-distillation)"
     cache = getattr(trainer, "teacher_cache", None)
     if cache is not None:

@@ -36,6 +36,7 @@ class PromptOptimizer:
     Args:
         soft_prompt ([`SoftPrompt`]): What is trained.
         config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping; `None` there means `args`.
+            One of PEFT's has none of them, and the defaults are taken.
         args ([`PromptKDConfig`]): The student's settings, whose Adam coefficients are the prompt's too.
         num_training_steps (`int`): Length of the schedule.
         accelerator ([`~accelerate.Accelerator`]): Sums gradients over ranks.
@@ -44,11 +45,12 @@ class PromptOptimizer:
     def __init__(
         self,
         soft_prompt: SoftPrompt,
-        config: PromptEncoderConfig,
+        config: Any,
         args,
         num_training_steps: int,
         accelerator: Accelerator,
     ):
+        config = config if isinstance(config, PromptEncoderConfig) else PromptEncoderConfig()
         self.soft_prompt = soft_prompt
         self.accelerator = accelerator
         self.max_grad_norm = config.prompt_max_grad_norm
@@ -139,87 +141,47 @@ class PromptOptimizer:
         write_safetensors(tensors, os.path.join(checkpoint, _STATE_FILE), metadata)
 
     def load(self, checkpoint: str) -> None:
-        """Go on from what [`~PromptOptimizer.save`] wrote.
+        """Resume from what [`~PromptOptimizer.save`] wrote.
 
         Raises:
-            FileNotFoundError: where the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
-            ValueError: where it holds anything but what `save` writes for this prompt and this schedule.
+            FileNotFoundError: if the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
+            ValueError: if it is another prompt's, or another schedule's.
         """
-        path = _state_path(checkpoint)
+        path = os.path.join(checkpoint, _STATE_FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"{checkpoint} has no {_STATE_FILE}: it was not written by PromptKDTrainer, or not completely. Resume "
+                "from another checkpoint, or start anew without `resume_from_checkpoint`."
+            )
         tensors, metadata = read_safetensors(path, "Resume from another checkpoint.")
+        parameters = list(self.soft_prompt.parameters())
+        shapes = {
+            f"{index}.{name}": tuple(parameter.shape) if name != "step" else ()
+            for index, parameter in enumerate(parameters)
+            for name in ("step", "exp_avg", "exp_avg_sq")
+        }
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found not in ({}, shapes):  # there are none before the first step
+            raise ValueError(
+                f"{path} holds another soft prompt than this run's: found {found}, expected {shapes}. Resume with the "
+                "`PromptEncoderConfig` the run was started with."
+            )
+        schedule, here = json.loads(metadata["scheduler"]), self._schedule()
+        if schedule.keys() != here.keys():
+            raise ValueError(
+                f"`scheduler` in {path} has {sorted(schedule)}, and this run's has {sorted(here)}. Resume with the "
+                "schedule the run was started with, or from another checkpoint."
+            )
         state = self.optimizer.state_dict()
-        state["state"] = self._moments(path, tensors)
-        try:
-            loss_scale, schedule = json.loads(metadata["loss_scale"]), json.loads(metadata["scheduler"])
-        except (KeyError, ValueError, RecursionError) as error:
-            raise ValueError(
-                f"The metadata of {path} do not hold `loss_scale` and `scheduler` as JSON: {error}. Resume from another checkpoint."
-            ) from error
-        if not _alike(loss_scale, 1.0) or loss_scale < 1:
-            raise ValueError(
-                f"`loss_scale` in {path} is {loss_scale!r}; it must be a number from 1. Resume from another checkpoint."
-            )
-        here = self._schedule()
-        if not _alike(schedule, here):
-            raise ValueError(
-                f"`scheduler` in {path} is {schedule!r}, which is not of the form of this run's, {here!r}. Resume with the schedule the run was "
-                "started with, or from another checkpoint."
-            )
+        for name, tensor in tensors.items():
+            index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
-        self.loss_scale = loss_scale
+        self.loss_scale = json.loads(metadata["loss_scale"])
         # The lambdas are functions of this run's settings and stay
         self.scheduler.load_state_dict(schedule | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
-    def _moments(self, path: str, tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """AdamW's state of every parameter, or of none before the first step."""
-        parameters = list(self.soft_prompt.parameters())
-        shapes: dict[str, tuple[int, ...]] = {}
-        for index, parameter in enumerate(parameters):
-            shapes |= {f"{index}.step": (), f"{index}.exp_avg": tuple(parameter.shape)}
-            shapes[f"{index}.exp_avg_sq"] = tuple(parameter.shape)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found not in ({}, shapes):
-            raise ValueError(
-                f"{path} holds another soft prompt than this run's: found {found}, expected {shapes}. Resume with the "
-                "`PromptEncoderConfig` the run was started with."
-            )
-        for name, tensor in tensors.items():
-            least = -math.inf if name.endswith(".exp_avg") else 0
-            if tensor.dtype != torch.float32 or not (tensor.isfinite() & (tensor >= least)).all():
-                raise ValueError(
-                    f"{name!r} in {path} is {tensor.dtype}, negative or not finite; it must be what AdamW keeps in torch.float32. Resume from "
-                    "another checkpoint."
-                )
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            number, key = name.split(".")
-            state.setdefault(int(number), {})[key] = tensor
-        return state
-
     def _schedule(self) -> dict[str, Any]:
         return {key: value for key, value in self.scheduler.state_dict().items() if key != "lr_lambdas"}
-
-
-def _alike(found: Any, expected: Any) -> bool:
-    """Whether two JSON values have one form: the same keys, lengths and kinds; numbers are finite and not negative."""
-    if isinstance(expected, dict):
-        same_keys = isinstance(found, dict) and found.keys() == expected.keys()
-        return same_keys and all(_alike(found[key], value) for key, value in expected.items())
-    if isinstance(expected, list):
-        same_length = isinstance(found, list) and len(found) == len(expected)
-        return same_length and all(map(_alike, found, expected))
-    if type(expected) in (int, float):
-        return type(found) in (int, float) and 0 <= found < 1e300
-    return type(found) is type(expected)
-
-
-def _state_path(checkpoint: str) -> str:
-    path = os.path.join(checkpoint, _STATE_FILE)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{checkpoint} has no {_STATE_FILE}: it was not written by PromptKDTrainer, or not completely. Resume from "
-            "another checkpoint, or start afresh without `resume_from_checkpoint`."
-        )
-    return path

@@ -1,0 +1,107 @@
+"""What both trainers do in the same way. Functions whose first argument is `self` are methods of both."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from .._trl import keep_four_bit_weights_differentiable
+from ..generation.rollouts import Rollouts, rollout_config
+from ..generation.vllm import VLLMRollouts
+from ..models.side_effects import flags_restored
+from ..models.student import check_trains, student_by_name
+from ..models.teacher import disable_dropout
+from .checks import check_sharding, loaded_settings, restore_settings
+from .logged_metrics import Means
+
+
+__all__ = [
+    "evaluation_loop",
+    "hyperparameter_search",
+    "load_best_model",
+    "load_from_checkpoint",
+    "prepared_student",
+    "set_up_sampling",
+]
+
+
+@contextmanager
+def prepared_student(
+    trainer: Any, model: Any, args: Any, quantization_config: Any = None, adapter_dropout: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """Around the base class's `__init__`: what that gets as `model` and `quantization_config`. Afterwards the student is
+    checked, has the settings it was loaded with again, and has no dropout if `args` say so.
+
+    Args:
+        adapter_dropout (`bool`): Whether an adapter's own dropout stays.
+    """
+    with student_by_name(model, args, quantization_config) as (loaded, quantization_config):
+        settings = loaded_settings(loaded, args)
+        yield loaded, quantization_config
+    restore_settings(trainer.model, settings)
+    trainer.aux_loss_enabled = False
+    check_trains(trainer.model)
+    check_sharding(trainer.accelerator)
+    if args.disable_dropout:
+        disable_dropout(trainer.model, adapters=not adapter_dropout)
+    keep_four_bit_weights_differentiable(trainer.model)
+
+
+def set_up_sampling(trainer: Any, teacher: PreTrainedModel) -> None:
+    """Gives a trainer its `generation_config` and its student's `rollouts`."""
+    args = trainer.args
+    trainer.generation_config = rollout_config(trainer.model, teacher, trainer.processing_class, args)
+    trainer.rollouts = (VLLMRollouts if args.use_vllm else Rollouts)(
+        trainer.model,
+        trainer.accelerator,
+        trainer.processing_class,
+        trainer.generation_config,
+        args,
+        trainer.shared_vocab_size,
+    )
+
+
+def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+    """As in the base class, with means over the tokens of the whole set. The base class has means of batch means."""
+    self._eval_means, self._eval_batches = Means(), 0
+    self.rollouts.sync()
+    output = SFTTrainer.evaluation_loop(
+        self, dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+    )
+    if not self.is_in_train and self.model_wrapped is self.model:
+        # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+    means = self._eval_means.report(self.accelerator)
+    output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+    return output
+
+
+def hyperparameter_search(self, *args: Any, **kwargs: Any):
+    """Not supported: a trainer's settings are used up when it is made, so each trial needs a trainer of its own."""
+    raise NotImplementedError(
+        "`hyperparameter_search` is not supported: most settings are used when a trainer is made, so a trial needs a "
+        "trainer of its own. `examples/search.py` makes one for each trial, with Optuna, and resumes a search that was "
+        "stopped."
+    )
+
+
+def load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    """As in the base class, which would take `teacher_prompt/` for a second adapter of the student."""
+    with flags_restored(self.model):  # PEFT makes all weights of an adapter trainable
+        if is_peft_model(self.model) and not self.is_fsdp_enabled:
+            name = self.model.active_adapters[0]
+            folder = resume_from_checkpoint if name == "default" else os.path.join(resume_from_checkpoint, name)
+            self.model.load_adapter(folder, name, is_trainable=True)
+        else:
+            SFTTrainer._load_from_checkpoint(self, resume_from_checkpoint, model)
+
+
+def load_best_model(self) -> None:
+    """As in the base class; PEFT would make all weights of an adapter trainable."""
+    with flags_restored(self.model):
+        SFTTrainer._load_best_model(self)

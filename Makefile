@@ -53,7 +53,7 @@ $(OLDEST_VENV)/.installed: pyproject.toml
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt
 	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
 	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off --constraint $(OLDEST_VENV)/constraints.txt \
-		--editable ".[evaluate,quantization]" hypothesis matplotlib optuna pytest pytest-xdist tensorboard
+		--editable ".[evaluate,quantization]" beartype hypothesis matplotlib optuna pytest pytest-xdist tensorboard
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed ## Fast tests with the oldest versions that pyproject.toml allows

@@ -8,6 +8,7 @@ of the inputs, which the trainers make float32.
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -21,10 +22,13 @@ __all__ = [
     "skewed_kl",
 ]
 
+PerToken = Float[Tensor, "*tokens"]
+OverVocab = Float[Tensor, "*tokens vocab"]
+
 _RULED_OUT = -6e4  # logits as low as this rule a token out; float16's lowest number is -65504
 
 
-def on_shared_support(*logits: Tensor) -> tuple[Tensor, ...]:
+def on_shared_support(*logits: OverVocab) -> tuple[OverVocab, ...]:
     """Logits of several models, in which a token that one of them rules out is ruled out for all.
 
     Some models give entries of their vocabulary, such as those of images, a logit of minus infinity or the lowest number of a dtype.
@@ -44,7 +48,7 @@ def on_shared_support(*logits: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.masked_fill(ruled_out, _RULED_OUT) for part in logits)
 
 
-def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+def kl_divergence(log_a: OverVocab, log_b: OverVocab) -> PerToken:
     """KL(a || b) = sum_v a_v (log a_v - log b_v), in nats.
 
     Args:
@@ -60,17 +64,17 @@ def kl_divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
 
 
-def forward_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+def forward_kl(student_log_probs: OverVocab, teacher_log_probs: OverVocab) -> PerToken:
     """KL(teacher || student) of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats per token."""
     return kl_divergence(teacher_log_probs, student_log_probs)
 
 
-def reverse_kl(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+def reverse_kl(student_log_probs: OverVocab, teacher_log_probs: OverVocab) -> PerToken:
     """KL(student || teacher) of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats per token."""
     return kl_divergence(student_log_probs, teacher_log_probs)
 
 
-def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: float) -> Tensor:
+def generalized_jsd(student_log_probs: OverVocab, teacher_log_probs: OverVocab, beta: float) -> PerToken:
     """Generalized Jensen-Shannon divergence, with the two Kullback-Leibler divergences at its ends.
 
     For 0 < beta < 1: `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`.
@@ -96,7 +100,7 @@ def generalized_jsd(student_log_probs: Tensor, teacher_log_probs: Tensor, beta: 
     return beta * kl_divergence(teacher_log_probs, mixture) + (1 - beta) * kl_divergence(student_log_probs, mixture)
 
 
-def skewed_kl(log_a: Tensor, log_b: Tensor, skew: float) -> Tensor:
+def skewed_kl(log_a: OverVocab, log_b: OverVocab, skew: float) -> PerToken:
     """KL(a || skew a + (1 - skew) b): bounded by -log(skew), and KL(a || b) for `skew = 0`.
 
     With `a` the teacher and `b` the student it is the skewed forward KL, the other way round the skewed reverse KL.
@@ -116,6 +120,6 @@ def skewed_kl(log_a: Tensor, log_b: Tensor, skew: float) -> Tensor:
     return kl_divergence(log_a, torch.logaddexp(log_a + math.log(skew), log_b + math.log1p(-skew)))
 
 
-def entropy(log_probs: Tensor) -> Tensor:
+def entropy(log_probs: OverVocab) -> PerToken:
     """Entropy -sum_v p_v log p_v of shape `(...)` from log-probabilities of shape `(..., vocab)`, in nats."""
     return -(log_probs.exp() * log_probs).sum(dim=-1)

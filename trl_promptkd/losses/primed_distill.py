@@ -7,6 +7,7 @@ sums are in nats.
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..divergences import entropy, generalized_jsd, kl_divergence, on_shared_support, skewed_kl
@@ -37,10 +38,10 @@ class PrimedLossSums(NamedTuple):
 
 
 def primed_loss_sums(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    tokens: Tensor,
-    drawn_from: Tensor | None = None,
+    student_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"],
+    tokens: Int[Tensor, "tokens"],
+    drawn_from: Float[Tensor, "tokens"] | None = None,
     *,
     alpha: float,
     temperature: float,
@@ -55,10 +56,10 @@ def primed_loss_sums(
     al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
 
     Args:
-        student_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the student, with gradient.
-        teacher_logits (`Tensor` of shape `(num_tokens, vocab)`): Of the teacher at the same tokens.
-        tokens (`Tensor` of shape `(num_tokens,)`): Ids of the completion's tokens.
-        drawn_from (`Tensor` of shape `(num_tokens,)`, *optional*): If `teacher_logits` are those of tokens drawn from
+        student_logits: Of the student, with gradient.
+        teacher_logits: Of the teacher at the same tokens.
+        tokens: Ids of the completion's tokens.
+        drawn_from: If `teacher_logits` are those of tokens drawn from
             the teacher: the entropies of what they were drawn from. The entropy of the draws is lower, which makes the
             forward KL too large by the difference.
         beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon
@@ -109,7 +110,7 @@ def primed_loss_sums(
         )
 
 
-def log_prob_sums(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
+def log_prob_sums(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> tuple[Float[Tensor, ""]]:
     """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one
     scalar. That of a token which is ruled out is low and finite, as in [`primed_loss_sums`].
     """

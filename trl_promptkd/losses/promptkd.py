@@ -7,6 +7,7 @@ are over tokens, in nats.
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..divergences import entropy, generalized_jsd, kl_divergence, on_shared_support
@@ -21,6 +22,9 @@ __all__ = [
     "regularization_weight",
     "student_loss_sums",
 ]
+
+
+OverVocab = Float[Tensor, "tokens vocab"]
 
 
 class PromptLossSums(NamedTuple):
@@ -67,7 +71,7 @@ def regularization_weight(coef: float, schedule: str, step: int, total_steps: in
 
 
 def prompt_loss_sums(
-    prompted: Tensor, student: Tensor, plain: Tensor | None, direction: str = "reverse", weight: float = 1.0
+    prompted: OverVocab, student: OverVocab, plain: OverVocab | None, direction: str = "reverse", weight: float = 1.0
 ) -> PromptLossSums:
     """Loss of the soft prompt, summed over tokens.
 
@@ -75,7 +79,7 @@ def prompt_loss_sums(
     adaptive teaching step, with the released code's weight. No gradient goes to `q` or `p`.
 
     Args:
-        prompted, student, plain (`Tensor` of shape `(num_tokens, vocab)`): Log-probabilities. `plain` may be `None` if
+        prompted, student, plain: Log-probabilities. `plain` may be `None` if
             `weight` is 0.
     """
     student = student.detach()
@@ -95,13 +99,13 @@ def prompt_loss_sums(
         return PromptLossSums(loss, prompted_student, prompted_plain, kl_divergence(student, plain).sum())
 
 
-def student_loss_sums(student: Tensor, prompted: Tensor, beta: float = 1.0) -> StudentLossSums:
+def student_loss_sums(student: OverVocab, prompted: OverVocab, beta: float = 1.0) -> StudentLossSums:
     """Loss of the student, and what is logged about it, summed over tokens.
 
     The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP`.
 
     Args:
-        student, prompted (`Tensor` of shape `(num_tokens, vocab)`): Log-probabilities.
+        student, prompted: Log-probabilities.
     """
     prompted = prompted.detach()
     loss = generalized_jsd(student, prompted, beta).sum()
@@ -111,9 +115,9 @@ def student_loss_sums(student: Tensor, prompted: Tensor, beta: float = 1.0) -> S
 
 
 def promptkd_loss_sums(
-    student_logits: Tensor,
-    prompted_logits: Tensor,
-    plain_logits: Tensor | None = None,
+    student_logits: OverVocab,
+    prompted_logits: OverVocab,
+    plain_logits: OverVocab | None = None,
     *,
     losses: str = "both",
     prompt_divergence: str = "reverse",
@@ -124,7 +128,7 @@ def promptkd_loss_sums(
     """One or both losses of the same tokens, from logits.
 
     Args:
-        student_logits, prompted_logits, plain_logits (`Tensor` of shape `(num_tokens, vocab)`): `plain_logits` may be
+        student_logits, prompted_logits, plain_logits: `plain_logits` may be
             `None` if `weight` is 0.
         losses (`str`): `"prompt"`, `"student"` or `"both"`.
         prompt_divergence (`str`): Direction of the prompt's loss, see [`prompt_loss_sums`].

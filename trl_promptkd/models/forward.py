@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def input_embeddings(model: PreTrainedModel) -> nn.Module:
+def input_embeddings(model: Any) -> nn.Module:
     """The module that turns token ids into the model's input embeddings.
 
     Raises:
@@ -117,8 +117,11 @@ def _as_exact(wrapped: Any, exact: Any) -> Any:
 
 
 def forward_logits(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None = None
-) -> Tensor:
+    model: nn.Module,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Shaped[Tensor, "batch seq"],
+    soft_prompt: Float[Tensor, "virtual hidden"] | None = None,
+) -> Float[Tensor, "batch seq vocab"]:
     """Next-token logits at all positions, equal to those of every row alone, without padding.
 
     Args:
@@ -142,10 +145,10 @@ class TokenLogits(Protocol):
 
     def __len__(self) -> int: ...
 
-    def logits(self, start: int, end: int) -> Tensor:
+    def logits(self, start: int, end: int) -> Float[Tensor, "tokens vocab"]:
         """Logits or log-probabilities `(end - start, vocab)` in float32."""
 
-    def entropies(self) -> Tensor | None:
+    def entropies(self) -> Float[Tensor, "tokens"] | None:
         """If the logits are those of draws from a distribution: its entropies `(num_tokens,)` in nats."""
 
 
@@ -170,11 +173,11 @@ class TokenStates:
     def __len__(self) -> int:
         return len(self.states)
 
-    def logits(self, start: int = 0, end: int | None = None) -> Tensor:
+    def logits(self, start: int = 0, end: int | None = None) -> Float[Tensor, "tokens vocab"]:
         """Logits `(end - start, vocab)` of some tokens in float32, by default of all of them."""
         return self.head(self.states[start:end])
 
-    def head(self, states: Tensor) -> Tensor:
+    def head(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits `(num_tokens, vocab)` in float32 of some hidden states.
 
         They are what the model's own forward makes of them: its bias, scaling, soft-capping, quantized weights and
@@ -222,10 +225,10 @@ class TokenStates:
 
 def completion_states(
     model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    labels: Tensor,
-    soft_prompt: Tensor | None = None,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Shaped[Tensor, "batch seq"],
+    labels: Int[Tensor, "batch seq"],
+    soft_prompt: Float[Tensor, "virtual hidden"] | None = None,
     vocab_size: int | None = None,
 ) -> TokenStates:
     """The states that predict the trained tokens, and no others.
@@ -346,8 +349,11 @@ def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
 
 
 def prompted_embeddings(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor
-) -> tuple[Tensor, Tensor]:
+    model: Any,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Shaped[Tensor, "batch seq"],
+    soft_prompt: Float[Tensor, "virtual hidden"],
+) -> tuple[Float[Tensor, "batch virtual+seq hidden"], Shaped[Tensor, "batch virtual+seq"]]:
     """The embeddings of rows with the soft prompt between a row's left padding and its first token.
 
     PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:

@@ -74,7 +74,8 @@ if "gradient_checkpointing_kwargs" not in inspect.signature(unwrap_model_for_gen
 
 
 def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-    """The loop behind `model.generate` for greedy decoding and sampling, for a `custom_generate` that only adds a processor."""
+    """The loop behind `model.generate` for greedy decoding and sampling, for a `custom_generate` that only adds a
+    processor."""
     return model._sample(
         input_ids,
         logits_processor=logits_processor,
@@ -87,7 +88,8 @@ def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generat
 def vllm_generation_module():
     """TRL's module around vLLM, imported when it is asked for: importing vLLM takes seconds.
 
-    The engine is to be in this process, where its random state and its weights can be reached, unless the user says otherwise.
+    The engine is to be in this process, where its random state and its weights can be reached, unless the user says
+    otherwise.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from trl.generation import vllm_generation
@@ -98,8 +100,8 @@ def vllm_generation_module():
 def keep_four_bit_weights_differentiable(model) -> int:
     """Stop bitsandbytes from repacking 4-bit weights for its inference-only CPU kernel; undo it where it has happened.
 
-    On a CPU with AVX512-BF16, the first forward pass without gradients rewrites the weights of every `Linear4bit` into a
-    layout whose kernel has no backward: from then on gradients through the layer are silently wrong, by a factor of
+    On a CPU with AVX512-BF16, the first forward pass without gradients rewrites the weights of every `Linear4bit` into
+    a layout whose kernel has no backward: from then on gradients through the layer are silently wrong, by a factor of
     thousands. Nothing happens on a GPU, on other CPUs or to other layers.
 
     Returns:

@@ -1,8 +1,8 @@
 """Divergences between next-token distributions, on log-probabilities.
 
-Everything here is a pure function of tensors. The direction stands in the name: `forward_kl` is KL(teacher || student),
-`reverse_kl` is KL(student || teacher). All values are in nats per token; sums over the vocabulary are taken in the dtype
-of the inputs, which the trainers make float32.
+Everything here is a pure function of tensors. The direction stands in the name: `forward_kl` is KL(teacher ||
+student), `reverse_kl` is KL(student || teacher). All values are in nats per token; sums over the vocabulary are taken
+in the dtype of the inputs, which the trainers make float32.
 """
 
 import math
@@ -31,16 +31,17 @@ _RULED_OUT = -6e4  # logits as low as this rule a token out; float16's lowest nu
 def on_shared_support(*logits: OverVocab) -> tuple[OverVocab, ...]:
     """Logits of several models, in which a token that one of them rules out is ruled out for all.
 
-    Some models give entries of their vocabulary, such as those of images, a logit of minus infinity or the lowest number of a dtype.
-    The KL divergence to such a distribution from one that does not is infinite, or 0 times infinity. Distributions are compared on the
-    tokens that all models allow, as padded vocabularies are on their real ids.
+    Some models give entries of their vocabulary, such as those of images, a logit of minus infinity or the lowest
+    number of a dtype. The KL divergence to such a distribution from one that does not is infinite, or 0 times
+    infinity. Distributions are compared on the tokens that all models allow, as padded vocabularies are on their real
+    ids.
 
     Args:
         logits (`Tensor`s of shape `(..., vocab)`): Of each model.
 
     Returns:
-        `Tensor`s of the same shapes: the same ones where no token is ruled out, otherwise copies in which such tokens have a low, finite
-        logit and no gradient.
+        `Tensor`s of the same shapes: the same ones where no token is ruled out, otherwise copies in which such tokens
+        have a low, finite logit and no gradient.
     """
     if not logits[0].numel() or torch.stack([part.detach().amin() for part in logits]).amin() > _RULED_OUT:
         return logits
@@ -77,9 +78,9 @@ def reverse_kl(student_log_probs: OverVocab, teacher_log_probs: OverVocab) -> Pe
 def generalized_jsd(student_log_probs: OverVocab, teacher_log_probs: OverVocab, beta: float) -> PerToken:
     """Generalized Jensen-Shannon divergence, with the two Kullback-Leibler divergences at its ends.
 
-    For 0 < beta < 1: `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`.
-    `beta = 0` is the forward KL and `beta = 1` the reverse KL. The ends are *not* the limits: the divergence itself goes
-    to 0 there, so `beta = 0.99` is not nearly the reverse KL.
+    For 0 < beta < 1: `beta KL(teacher || m) + (1 - beta) KL(student || m)` with
+    `m = beta teacher + (1 - beta) student`. `beta = 0` is the forward KL and `beta = 1` the reverse KL. The ends are
+    *not* the limits: the divergence itself goes to 0 there, so `beta = 0.99` is not nearly the reverse KL.
 
     Args:
         student_log_probs (`Tensor` of shape `(..., vocab)`): Log-probabilities of the student.

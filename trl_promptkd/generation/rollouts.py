@@ -48,9 +48,11 @@ __all__ = [
 def rollout_config(
     student: PreTrainedModel, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any
 ) -> GenerationConfig:
-    """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the tokenizer.
+    """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the
+    tokenizer.
 
-    The teacher's belong to them: an instruction-tuned teacher ends a turn with a token that a base student does not stop at.
+    The teacher's belong to them: an instruction-tuned teacher ends a turn with a token that a base student does not
+    stop at.
     """
     stop_ids = {processing_class.eos_token_id}
     for model in (student, teacher):
@@ -110,11 +112,12 @@ class _RealIdsOnly(LogitsProcessor):
 class _Draw(LogitsProcessor):
     """Draws a token by the inverse of the distribution function, and leaves the others no probability.
 
-    On a CPU, `torch.multinomial` takes an exponential random number for every entry of the vocabulary, one after the other: a
-    fifth of the time of a small model's rollouts. Here it is one uniform number a row.
+    On a CPU, `torch.multinomial` takes an exponential random number for every entry of the vocabulary, one after the
+    other: a fifth of the time of a small model's rollouts. Here it is one uniform number a row.
 
     Args:
-        row_seeds: Of the rows of a batch; each then draws from a state of its own, whatever rows it is among. `None`: from torch's.
+        row_seeds: Of the rows of a batch; each then draws from a state of its own, whatever rows it is among. `None`:
+            from torch's.
         num_tokens: The longest completion.
     """
 
@@ -141,7 +144,8 @@ class _Draw(LogitsProcessor):
 
 class _StopStrings(StoppingCriteria):
     """
-    Ends a row at a stop string, and keeps where that was: `generate` fills what follows with padding, which may look like tokens.
+    Ends a row at a stop string, and keeps where that was: `generate` fills what follows with padding, which may look
+    like tokens.
 
     transformers' own criterion fails on tokenizers that do not know each letter, and looks into the prompt too.
 
@@ -204,20 +208,23 @@ def generate_completions(
 
     Args:
         model: A model with `generate`, not wrapped for data parallelism. Its own `generation_config` plays no part: a
-            repetition penalty or a top-k that it was published with would sample from another distribution than the one
-            that is trained.
+            repetition penalty or a top-k that it was published with would sample from another distribution than the
+            one that is trained.
         prompt_ids: One list of token ids a prompt.
         generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
         batch_size: Prompts generated at once; `None` for all.
         vocab_size: Number of ids that stand for tokens, where the model has more.
-        in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the others need.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each prompt's first token.
-        row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size` nor on the other
-            prompts. `None`: all from torch's random state.
+        in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the
+            others need.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each
+            prompt's first token.
+        row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size`
+            nor on the other prompts. `None`: all from torch's random state.
         tokenizer: Needed if `generation_config` has `stop_strings`.
 
     Returns:
-        One list of token ids a prompt, in their order, each up to and including its first end-of-text token or stop string.
+        One list of token ids a prompt, in their order, each up to and including its first end-of-text token or stop
+        string.
     """
     ends = stop_ids(generation_config)
     processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])

@@ -37,8 +37,8 @@ def check_vllm(args: Any, model: Any, samples: bool) -> None:
         return
     if not samples:
         raise ValueError(
-            "`use_vllm` is True, but the student samples nothing in this run. Set `use_vllm=False`, or let it sample (`lmbda` above "
-            "0 in PromptKDConfig, `response_source='student'` in PrimedDistillConfig)."
+            "`use_vllm` is True, but the student samples nothing in this run. Set `use_vllm=False`, or let it sample "
+            "(`lmbda` above 0 in PromptKDConfig, `response_source='student'` in PrimedDistillConfig)."
         )
     if not is_vllm_available():
         raise ImportError(
@@ -48,8 +48,8 @@ def check_vllm(args: Any, model: Any, samples: bool) -> None:
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:
         raise ValueError(
-            "`use_vllm` is True, but `model` has no name that vLLM could load it by. Load the student with `from_pretrained`, or save it "
-            "to a folder first and pass that folder."
+            "`use_vllm` is True, but `model` has no name that vLLM could load it by. Load the student with "
+            "`from_pretrained`, or save it to a folder first and pass that folder."
         )
 
 
@@ -89,8 +89,8 @@ class VLLMRollouts:
         base: Any = student.get_base_model() if isinstance(student, PeftModel) else student
         if isinstance(student, PeftModel) and getattr(base, "quantization_method", None) is not None:
             raise ValueError(
-                "`use_vllm` is True, but the student is quantized: its adapter cannot be merged for vLLM without rounding its weights. Set "
-                "`use_vllm=False`, or load the student without quantization."
+                "`use_vllm` is True, but the student is quantized: its adapter cannot be merged for vLLM without "
+                "rounding its weights. Set `use_vllm=False`, or load the student without quantization."
             )
         self.seed, self.group = args.seed, accelerator.process_index // args.vllm_tensor_parallel_size
         self.ends = stop_ids(generation_config)
@@ -186,15 +186,16 @@ def _sampling_params(given: dict[str, Any]) -> dict[str, Any]:
     unknown = sorted(given.keys() - known - _NAMES.keys())
     if unknown:
         raise ValueError(
-            f"`generation_kwargs` has {unknown[0]!r}, which is not known to be the same in vLLM. With `use_vllm` these are allowed: "
-            f"{sorted(known | _NAMES.keys())}."
+            f"`generation_kwargs` has {unknown[0]!r}, which is not known to be the same in vLLM. With `use_vllm` "
+            f"these are allowed: {sorted(known | _NAMES.keys())}."
         )
     return {name: given[key] for key, name in _NAMES.items() if key in given}
 
 
 @contextmanager
 def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
-    """Inside: on a CPU, arguments for the engine that TRL's class does not pass on. Afterwards: what the build changes is put back."""
+    """Inside: on a CPU, arguments for the engine that TRL's class does not pass on. Afterwards: what the build changes
+    is put back."""
     llm, set_num_threads = module.LLM, torch.set_num_threads
     if on_cpu:
         module.LLM = lambda *args, **kwargs: llm(*args, **{**kwargs, "dtype": "float32", "enforce_eager": True})
@@ -206,7 +207,8 @@ def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
 
 @contextmanager
 def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """As [`~trl_promptkd.generation.rollouts.own_random_state`], with a seed for numpy too: on a GPU, vLLM draws its requests' seeds from it."""
+    """As [`~trl_promptkd.generation.rollouts.own_random_state`], with a seed for numpy too: on a GPU, vLLM draws its
+    requests' seeds from it."""
     with own_random_state(seed, device):
         np.random.seed(seed % 2**32)
         yield
@@ -214,7 +216,8 @@ def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _base_weights_stay(student: nn.Module) -> Iterator[None]:
-    """Below an adapter, merging and unmerging would leave weights that differ by rounding, a little more at every push."""
+    """Below an adapter, merging and unmerging would leave weights that differ by rounding, a little more at every
+    push."""
     if not isinstance(student, PeftModel):
         yield
         return

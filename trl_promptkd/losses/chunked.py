@@ -1,9 +1,9 @@
 """Losses over tokens without the tokens' logits: a few tokens at a time go through the output heads and the loss.
 
 A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass and more in its backward pass:
-with 4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss and of the
-gradient is computed, down to the hidden states and the head's weights. They are gone before the next chunk's are made.
-Nothing is computed again in the backward pass.
+with 4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss and of
+the gradient is computed, down to the hidden states and the head's weights. They are gone before the next chunk's are
+made. Nothing is computed again in the backward pass.
 """
 
 from collections.abc import Callable, Sequence

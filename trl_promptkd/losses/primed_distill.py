@@ -1,7 +1,7 @@
 """The loss of response priming, as sums over tokens.
 
-`q` is the student after the plain prompt, `p` the teacher after the primed one, both at the same completion tokens. All
-sums are in nats.
+`q` is the student after the plain prompt, `p` the teacher after the primed one, both at the same completion tokens.
+All sums are in nats.
 """
 
 from typing import NamedTuple
@@ -51,9 +51,10 @@ def primed_loss_sums(
 ) -> PrimedLossSums:
     """The loss, and what is logged about it, summed over tokens.
 
-    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence of
-    both distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton et
-    al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
+    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence
+    of both distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton
+    et al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for
+    D.
 
     Args:
         student_logits: Of the student, with gradient.

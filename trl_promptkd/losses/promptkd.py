@@ -1,7 +1,7 @@
 """The two losses of PromptKD, as sums over tokens.
 
-Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the prompted teacher. All sums
-are over tokens, in nats.
+Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the prompted teacher. All
+sums are over tokens, in nats.
 """
 
 from typing import NamedTuple
@@ -66,7 +66,8 @@ class PromptKDLossSums(NamedTuple):
 
 
 def regularization_weight(coef: float, schedule: str, step: int, total_steps: int) -> float:
-    """`w(t)`: `coef (1 - t / T)` for the schedule `"linear"`, `coef` for `"constant"`; `t` counts the steps done, from 0."""
+    """`w(t)`: `coef (1 - t / T)` for the schedule `"linear"`, `coef` for `"constant"`; `t` counts the steps done, from
+    0."""
     return coef * (1 - step / total_steps) if schedule == "linear" and total_steps > 0 else coef
 
 

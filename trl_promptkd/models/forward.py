@@ -1,9 +1,9 @@
 """Asking a model, teacher or student, with or without a soft prompt.
 
-`forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens, and
-makes logits of them a few at a time, so that no tensor of (tokens x vocabulary) need exist. Positions are counted from the
-attention mask, and a soft prompt stands directly before a row's first token, so padding on either side changes nothing: for
-rotary, learned and sliding-window positions alike.
+`forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens,
+and makes logits of them a few at a time, so that no tensor of (tokens x vocabulary) need exist. Positions are counted
+from the attention mask, and a soft prompt stands directly before a row's first token, so padding on either side
+changes nothing: for rotary, learned and sliding-window positions alike.
 """
 
 import inspect
@@ -47,14 +47,15 @@ def input_embeddings(model: Any) -> nn.Module:
         embeddings = None
     if embeddings is None:
         raise ValueError(
-            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put before its "
-            "input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
+            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put "
+            "before its input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
         )
     return embeddings
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must ask the model together."""
+    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must ask the model
+    together."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
     )
@@ -80,8 +81,8 @@ def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, *
     own forward. FSDP and DeepSpeed have the weights ready.
 
     Returns:
-        What `function` returns. Tensors, or a tuple of them, are as exact as they were: in mixed precision, FSDP2 casts
-        what comes out of a forward pass.
+        What `function` returns. Tensors, or a tuple of them, are as exact as they were: in mixed precision, FSDP2
+        casts what comes out of a forward pass.
     """
     bare = extract_model_from_parallel(model)
     own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
@@ -127,13 +128,15 @@ def forward_logits(
     Args:
         model: A causal language model, plain, PEFT or wrapped for data parallelism.
         input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on the left, on the right or on both sides.
-        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are contiguous.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first token
-            of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own dtype.
+        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are
+            contiguous.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first
+            token of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own
+            dtype.
 
     Returns:
-        `Tensor` of shape `(batch, seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`, with or without a
-        soft prompt. Entries at padding mean nothing.
+        `Tensor` of shape `(batch, seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`, with or
+        without a soft prompt. Entries at padding mean nothing.
     """
     bare = extract_model_from_parallel(model)
     inputs = _inputs(bare, _base(bare), input_ids, attention_mask, soft_prompt)
@@ -160,7 +163,8 @@ class TokenStates:
     Args:
         states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
         model: The bare model that they come from.
-        vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, where vocabularies are padded differently.
+        vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, where vocabularies are padded
+            differently.
         are_logits (`bool`): `states` are logits `(num_tokens, vocab)` already; see [`~TokenStates.with_logits`].
     """
 
@@ -190,8 +194,8 @@ class TokenStates:
     def with_logits(self) -> "TokenStates":
         """The same with the logits of all tokens in place of the states.
 
-        For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at a time, or to
-        take its gradient before the backward pass, would get the wrapper out of step.
+        For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at
+        a time, or to take its gradient before the backward pass, would get the wrapper out of step.
         """
         return replace(self, states=self._run_head(self.states), are_logits=True)
 
@@ -214,7 +218,8 @@ class TokenStates:
         return not self.detached and (self.states.requires_grad or bool(self.head_parameters()))
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its inside."""
+        """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its
+        inside."""
         if self.are_logits:
             return []
         base = _base(self.model)
@@ -236,8 +241,8 @@ def completion_states(
     Args:
         model: A causal language model, plain or PEFT; of one that is trained, the bare model [`inside_forward`].
         input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
-        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has nothing
-            before it and is left out.
+        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has
+            nothing before it and is left out.
         vocab_size (`int`, *optional*): See [`TokenStates`].
 
     Returns:
@@ -276,7 +281,8 @@ def _inputs(
 def without_router_logits(model: nn.Module) -> dict[str, bool]:
     """The argument that keeps a mixture of experts from its load-balancing loss; none for other models.
 
-    Some checkpoints ask for router logits in their configuration. The loss made of them fails in a padded batch that is generated.
+    Some checkpoints ask for router logits in their configuration. The loss made of them fails in a padded batch that
+    is generated.
     """
     known = inspect.signature(type(_base(model)).forward).parameters
     return {"output_router_logits": False} if "output_router_logits" in known else {}
@@ -295,13 +301,15 @@ def _decoder(base: Any) -> Any:
         if isinstance(module, nn.Module) and module is not base and module is not head:
             return module
     raise ValueError(
-        f"{type(base).__name__} has no decoder apart from its output head, so its logits cannot be computed a few tokens at a time. "
-        "`get_decoder()` must return the module whose hidden states `forward` turns into logits. Choose another model."
+        f"{type(base).__name__} has no decoder apart from its output head, so its logits cannot be computed a few "
+        "tokens at a time. `get_decoder()` must return the module whose hidden states `forward` turns into logits. "
+        "Choose another model."
     )
 
 
 def _below_the_head(base: Any) -> list[nn.Module]:
-    """The decoder, and the model around it where that is not `base` itself: in a multimodal model, what embeds text and images."""
+    """The decoder, and the model around it where that is not `base` itself: in a multimodal model, what embeds text
+    and images."""
     decoder, around = _decoder(base), base.base_model
     is_around = around is not base and around is not decoder and any(module is decoder for module in around.modules())
     return [decoder, around] if is_around else [decoder]
@@ -309,7 +317,8 @@ def _below_the_head(base: Any) -> list[nn.Module]:
 
 @dataclass
 class _StatesAlone(BaseModelOutputWithPast):
-    """Stands in for a decoder's output: the states, and `None` for whatever else a model may return (router logits, image states)."""
+    """Stands in for a decoder's output: the states, and `None` for whatever else a model may return (router logits,
+    image states)."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -343,8 +352,9 @@ def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
                 module.forward = forward  # type: ignore[method-assign]
     if not called:
         raise ValueError(
-            f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so that its output head cannot be asked by "
-            "itself. Implement `get_decoder` in the model's class, such that `forward` makes its logits of what that module returns."
+            f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so that its output head "
+            "cannot be asked by itself. Implement `get_decoder` in the model's class, such that `forward` makes its "
+            "logits of what that module returns."
         )
 
 
@@ -356,8 +366,8 @@ def prompted_embeddings(
 ) -> tuple[Float[Tensor, "batch virtual+seq hidden"], Shaped[Tensor, "batch virtual+seq"]]:
     """The embeddings of rows with the soft prompt between a row's left padding and its first token.
 
-    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes `[pad pad P a b]`:
-    the token at column `i` is found at column `i + num_virtual_tokens` in every row.
+    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes
+    `[pad pad P a b]`: the token at column `i` is found at column `i + num_virtual_tokens` in every row.
 
     Returns:
         Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.

@@ -13,9 +13,11 @@ _BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def choose_best_metric(config: Any, default: str) -> bool:
-    """Set `metric_for_best_model` to `default` if something needs it and the user named none, and say that its like fall.
+    """Set `metric_for_best_model` to `default` if something needs it and the user named none, and say that its like
+    fall.
 
-    Must come before `TrainingArguments.__post_init__`, which takes `loss`, and takes for granted that whatever is not called so rises.
+    Must come before `TrainingArguments.__post_init__`, which takes `loss`, and takes for granted that whatever is not
+    called so rises.
 
     Returns:
         `bool`: Whether something needs it.
@@ -40,12 +42,12 @@ def check_best_metric(args: Any, eval_dataset: Any, callbacks: Sequence[Any] | N
     kinds = [callback if isinstance(callback, type) else type(callback) for callback in callbacks or []]
     if metric is None and any(issubclass(kind, EarlyStoppingCallback) for kind in kinds):
         raise ValueError(
-            "`callbacks` holds an EarlyStoppingCallback, but `metric_for_best_model` is None. Set it to the metric to stop by, such as "
-            f"'eval_{falling[0]}'."
+            "`callbacks` holds an EarlyStoppingCallback, but `metric_for_best_model` is None. Set it to the metric "
+            f"to stop by, such as 'eval_{falling[0]}'."
         )
     if isinstance(eval_dataset, dict) and metric in {*falling, *(f"eval_{name}" for name in falling)}:
         there = [f"eval_{part}_{name}" for part in eval_dataset for name in falling]
         raise ValueError(
-            f"`metric_for_best_model` is {metric!r}, but `eval_dataset` is a dict, whose metrics have its keys in their names. Set it to one of "
-            f"{', '.join(map(repr, there))}."
+            f"`metric_for_best_model` is {metric!r}, but `eval_dataset` is a dict, whose metrics have its keys in "
+            f"their names. Set it to one of {', '.join(map(repr, there))}."
         )

@@ -36,11 +36,12 @@ class GenerationMetricsCallback(TrainerCallback):
     """
     Lets the model answer at each evaluation, and adds the scores of the answers to the evaluation's metrics, in
     percent: `eval_rougeL` and `eval_exact_match`, or for GSM8K `eval_gsm8k_strict`, `eval_gsm8k_flexible` and
-    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one. Thoughts
-    (`<think>...</think>`) do not count.
+    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one.
+    Thoughts (`<think>...</think>`) do not count.
 
-    `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper does. They are logged where the
-    trainer logs. The answers come from a random state of their own, so that training goes on as it would without them.
+    `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper
+    does. They are logged where the trainer logs. The answers come from a random state of their own, so that training
+    goes on as it would without them.
 
     ```python
     trainer = PromptKDTrainer(..., args=PromptKDConfig(..., eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="rougeL",
@@ -49,14 +50,16 @@ class GenerationMetricsCallback(TrainerCallback):
     trainer.train()
     ```
 
-    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too. `EarlyStoppingCallback` may look at these
-    metrics, whichever of the two comes first; other callbacks that do must be added after this one.
+    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too.
+    `EarlyStoppingCallback` may look at these metrics, whichever of the two comes first; other callbacks that do must
+    be added after this one.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             Whose model answers; the callback must be added to it.
         eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as they are, with `instruction`, `input` and `output`; `question` and `answer`; `prompt` and `completion`; or `messages`.
+            Rows as they are, with `instruction`, `input` and `output`; `question` and `answer`; `prompt` and
+            `completion`; or `messages`.
         task (`str`, *optional*, defaults to `"instruct"`):
             Or `"gsm8k"`.
         seed (`int`, *optional*):
@@ -74,8 +77,8 @@ class GenerationMetricsCallback(TrainerCallback):
         num_completions_to_print (`int`, *optional*, defaults to `3`):
             How many answers to print at each evaluation; `None` for all.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Keep all answers as parquet files in `output_dir/eval_completions`, and log them as a table to wandb or trackio where the trainer
-            reports there.
+            Keep all answers as parquet files in `output_dir/eval_completions`, and log them as a table to wandb or
+            trackio where the trainer reports there.
 
     Raises:
         ValueError: for rows and settings that nothing can be scored with, before training.
@@ -97,8 +100,8 @@ class GenerationMetricsCallback(TrainerCallback):
     ):
         if not isinstance(trainer, Trainer):
             raise TypeError(
-                f"`trainer` is a {type(trainer).__name__}; it must be a Trainer. Make it first, then `trainer.add_callback(GenerationMetricsCallback("
-                "trainer, ...))`."
+                f"`trainer` is a {type(trainer).__name__}; it must be a Trainer. Make it first, then "
+                "`trainer.add_callback(GenerationMetricsCallback(trainer, ...))`."
             )
         batch_size = trainer.args.per_device_eval_batch_size if batch_size is None else batch_size
         seeds = None if seed is None else [seed]
@@ -152,7 +155,8 @@ class GenerationMetricsCallback(TrainerCallback):
             self._show(answers, scores)
 
     def _is_first_of_an_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Whether these are the metrics of the trainer's evaluation; of the first data set where it has a `dict` of them."""
+        """Whether these are the metrics of the trainer's evaluation; of the first data set where it has a `dict` of
+        them."""
         names = self.trainer.eval_dataset
         first = f"_{next(iter(names))}" if isinstance(names, dict) and names else ""
         return "eval_runtime" in metrics or f"eval{first}_runtime" in metrics
@@ -209,7 +213,7 @@ def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         found = "none" if given is None else f"a {type(given).__name__}"
         raise ValueError(
-            f"The trainer's `processing_class` is {found}; it must be a tokenizer, which reads and writes the answers. Make the trainer with "
-            "`processing_class=tokenizer`."
+            f"The trainer's `processing_class` is {found}; it must be a tokenizer, which reads and writes the "
+            "answers. Make the trainer with `processing_class=tokenizer`."
         )
     return tokenizer

@@ -1,8 +1,9 @@
 """Checkpoints after a crash: which of them are whole, and one more when the run is told to stop.
 
-A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a checkpoint:
-transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its files, which is written
-last, and every file of that list in its length; while it is written, it holds a file that says so.
+A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a
+checkpoint: transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its
+files, which is written last, and every file of that list in its length; while it is written, it holds a file that says
+so.
 """
 
 import json
@@ -90,14 +91,16 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     """The checkpoint that a run goes on from; `None` for a fresh start.
 
     Args:
-        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in `output_dir`. Those that
-            are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that was being written when its run ended, for
-            an older one. Where nothing but such folders is left, the run starts afresh. A folder without a list of its files (another
-            trainer's, or one that was copied in part) is taken on the user's word, with a warning.
+        resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in
+            `output_dir`. Those that are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that
+            was being written when its run ended, for an older one. Where nothing but such folders is left, the run
+            starts afresh. A folder without a list of its files (another trainer's, or one that was copied in part) is
+            taken on the user's word, with a warning.
 
     Raises:
         FileNotFoundError: for a folder that is not there.
-        ValueError: for a folder that is no whole checkpoint, or one of the weights alone, and if there is none in `output_dir`.
+        ValueError: for a folder that is no whole checkpoint, or one of the weights alone, and if there is none in
+            `output_dir`.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -105,8 +108,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         folder = os.fspath(resume_from_checkpoint)
         if not os.path.isdir(folder):
             raise FileNotFoundError(
-                f"`resume_from_checkpoint` is {folder!r}, which is not a folder. Check the path, or set it to True for the newest whole "
-                "checkpoint in `output_dir`."
+                f"`resume_from_checkpoint` is {folder!r}, which is not a folder. Check the path, or set it to True "
+                "for the newest whole checkpoint in `output_dir`."
             )
         problem = _problem(folder)
         if problem == _NO_LIST:
@@ -117,8 +120,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         of_this_run = os.path.realpath(folder) in map(os.path.realpath, checkpoint_folders(output_dir))
         if problem != _UNFINISHED or not of_this_run:
             raise ValueError(
-                f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an older one, or set "
-                "`resume_from_checkpoint=True` for the newest whole one."
+                f"`resume_from_checkpoint` is {folder!r}, which is not a whole checkpoint: {problem}. Resume from an "
+                "older one, or set `resume_from_checkpoint=True` for the newest whole one."
             )
     there, problems = checkpoint_folders(output_dir), []
     if resume_from_checkpoint is not True:
@@ -141,13 +144,14 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
 
 def _check_resumable(folder: str) -> None:
-    """Refuse a checkpoint that was saved without what a run goes on with: transformers would start a new optimizer without a word."""
+    """Refuse a checkpoint that was saved without what a run goes on with: transformers would start a new optimizer
+    without a word."""
     names = os.listdir(folder)
     if "trainer_state.json" in names and not any(name.startswith("rng_state") for name in names):
         raise ValueError(
-            f"{folder} was saved with `save_only_model=True`, which leaves out the optimizer, the schedule and the random states: a run cannot "
-            "go on from it. Set `save_only_model=False` in runs that are to be resumed. Or start a new run from these weights: pass the "
-            "folder as `model`."
+            f"{folder} was saved with `save_only_model=True`, which leaves out the optimizer, the schedule and the "
+            "random states: a run cannot go on from it. Set `save_only_model=False` in runs that are to be resumed. "
+            "Or start a new run from these weights: pass the folder as `model`."
         )
 
 
@@ -187,12 +191,12 @@ def _problem(folder: str) -> str | None:
 
 @contextmanager
 def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """Around a training: on SIGTERM, as clusters send it before they take a machine away, the step is finished, a checkpoint saved, and
-    the training ended. Does nothing unless `save_on_interrupt` is set.
+    """Around a training: on SIGTERM, as clusters send it before they take a machine away, the step is finished, a
+    checkpoint saved, and the training ended. Does nothing unless `save_on_interrupt` is set.
 
-    transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been stepped and the student
-    not, and on each rank when its own signal comes; here all ranks stop at the end of the same step. A signal that comes too late for that
-    ends the process when the training is over.
+    transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been
+    stepped and the student not, and on each rank when its own signal comes; here all ranks stop at the end of the same
+    step. A signal that comes too late for that ends the process when the training is over.
 
     Raises:
         ValueError: outside the main thread, which alone gets signals.
@@ -202,7 +206,8 @@ def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
         return
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(
-            "`save_on_interrupt` is True, but `train()` was not called in the main thread, which alone gets signals. Set it to False."
+            "`save_on_interrupt` is True, but `train()` was not called in the main thread, which alone gets signals. "
+            "Set it to False."
         )
     callback = _SaveOnInterrupt(trainer.accelerator)
     before = signal.signal(signal.SIGTERM, callback.on_signal)

@@ -91,9 +91,9 @@ def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) 
     base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
     if not isinstance(model, str) and teacher_base is base:
         raise ValueError(
-            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the teacher "
-            "would change with its student. For self-distillation set `teacher_model=None`; the student's starting "
-            "weights are then kept as the teacher."
+            "`teacher_model` is the very object that is trained as `model` (or the one below its adapter): the "
+            "teacher would change with its student. For self-distillation set `teacher_model=None`; the student's "
+            "starting weights are then kept as the teacher."
         )
     if isinstance(teacher_model, PeftModel) and teacher_model.active_peft_config.is_prompt_learning:
         raise ValueError(
@@ -109,8 +109,8 @@ def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) 
         )
     if getattr(adapter, "alora_invocation_tokens", None):
         raise ValueError(
-            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's own "
-            "forward pass and would learn nothing here. Use a plain LoraConfig."
+            "The student's adapter is an activated LoRA (`alora_invocation_tokens`), which only acts inside PEFT's "
+            "own forward pass and would learn nothing here. Use a plain LoraConfig."
         )
 
 
@@ -124,7 +124,8 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
             raise ValueError(f"`{argument}` is an empty text; it must be {wanted}.")
         if model.startswith(("/", "./", "../", "~")) and not os.path.isdir(model):
             raise FileNotFoundError(
-                f"`{argument}` is {model!r}, and there is no such folder. Check the path (relative ones start at {os.getcwd()}, and `~` is not replaced)."
+                f"`{argument}` is {model!r}, and there is no such folder. Check the path (relative ones start at "
+                f"{os.getcwd()}, and `~` is not replaced)."
             )
         name, kwargs, adapter = model, dict(init_kwargs or {}), adapter_config(model, init_kwargs)
         if adapter is not None:  # what the adapter's folder says of files is not true of the model below it
@@ -138,14 +139,14 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
             raise TypeError(f"`{argument}` is a {type(model).__name__}; it must be {wanted}.")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"`{argument}` is an encoder-decoder model ({type(config).__name__}); only decoder-only language models are supported: a "
-            "prompt and its completion must be one sequence. Choose another model."
+            f"`{argument}` is an encoder-decoder model ({type(config).__name__}); only decoder-only language models "
+            "are supported: a prompt and its completion must be one sequence. Choose another model."
         )
     other_head = any(head in name for name in names for head in _OTHER_HEADS)
     if other_head or (not isinstance(model, str) and base.get_output_embeddings() is None):
         raise ValueError(
-            f"`{argument}` is a {names[0]}, which does not predict next tokens. Choose a model with a language model's head "
-            "(`AutoModelForCausalLM`)."
+            f"`{argument}` is a {names[0]}, which does not predict next tokens. Choose a model with a language "
+            "model's head (`AutoModelForCausalLM`)."
         )
 
 
@@ -159,9 +160,9 @@ def _student_adapter(model: Any, init_kwargs: Any, peft_config: Any) -> PeftConf
         )
     if peft_config is not None and (adapter is not None or isinstance(model, PeftModel)):
         raise ValueError(
-            f"`model` is {'an adapter' if adapter is None else repr(model) + ', an adapter'}, and `peft_config` is set too, which would put "
-            "another adapter above it. Leave `peft_config` out to train the adapter further. Or merge it first "
-            "(`model.merge_and_unload()`) and pass what comes out."
+            f"`model` is {'an adapter' if adapter is None else repr(model) + ', an adapter'}, and `peft_config` is "
+            "set too, which would put another adapter above it. Leave `peft_config` out to train the adapter "
+            "further. Or merge it first (`model.merge_and_unload()`) and pass what comes out."
         )
     return adapter
 
@@ -183,7 +184,8 @@ def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: b
         if isinstance(error, ValueError):
             raise
         raise OSError(
-            f"`{argument}` is {name!r}, which cannot be loaded. Check the name, and that the Hub can be reached. ({str(error).splitlines()[0]})"
+            f"`{argument}` is {name!r}, which cannot be loaded. Check the name, and that the Hub can be reached. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -205,8 +207,9 @@ def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> A
 def loaded_settings(model: Any, args: Any) -> dict[str, Any]:
     """What the base classes change in the student's configuration, as it was loaded.
 
-    TRL switches the load-balancing loss of a mixture of experts on there. Nothing here computes it, and a student that is saved with it
-    fails in padded generation. transformers switches the KV cache off, which would make a saved student slow.
+    TRL switches the load-balancing loss of a mixture of experts on there. Nothing here computes it, and a student that
+    is saved with it fails in padded generation. transformers switches the KV cache off, which would make a saved
+    student slow.
 
     Args:
         model: The student, or its name.
@@ -241,8 +244,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     """Refuse FSDP's first version, whose weights cannot be asked for outside its wrapper."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's configuration (see "
-            "examples/accelerate_configs/fsdp2.yaml), or `FSDP_VERSION=2`."
+            "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's "
+            "configuration (see examples/accelerate_configs/fsdp2.yaml), or `FSDP_VERSION=2`."
         )
 
 
@@ -256,8 +259,8 @@ def check_own_teacher(args: Any, accelerator: Accelerator) -> None:
         )
     if args.teacher_gradient_checkpointing and not args.disable_dropout:
         raise ValueError(
-            "`teacher_gradient_checkpointing` is True and `disable_dropout` False, but the teacher is the student below "
-            "its adapter, and would have its dropout. Change one of them, or pass `teacher_model`."
+            "`teacher_gradient_checkpointing` is True and `disable_dropout` False, but the teacher is the student "
+            "below its adapter, and would have its dropout. Change one of them, or pass `teacher_model`."
         )
 
 
@@ -281,7 +284,8 @@ def check_finite(loss: Tensor, when: str, **models: Any) -> None:
     ]
     where = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
     raise FloatingPointError(
-        f"The loss is {loss.item()} {when}. {where or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
-        "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; lower the learning rate if "
-        "it was finite before."
+        f"The loss is {loss.item()} {when}. "
+        f"{where or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
+        "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; "
+        "lower the learning rate if it was finite before."
     )

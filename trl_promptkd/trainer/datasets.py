@@ -21,7 +21,8 @@ def map_parts(function: Callable[..., Any], dataset: Any, name: str, *args: Any)
 
 
 def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
-    """Refuse streamed evaluation data on several ranks: its last rows would be counted twice, or would not fit together.
+    """Refuse streamed evaluation data on several ranks: its last rows would be counted twice, or would not fit
+    together.
 
     Raises:
         ValueError: saying what to do.

@@ -62,8 +62,8 @@ def push_checkpoint(trainer: Trainer, folder: str) -> None:
     def tell(job: Future) -> None:
         if not job.cancelled() and job.exception() is not None:
             logger.warning(
-                f"The push of step {step} to {trainer.hub_model_id} failed ({job.exception()}). Nothing of it is there. The next save "
-                "pushes again; after training, so does `trainer.push_to_hub()`."
+                f"The push of step {step} to {trainer.hub_model_id} failed ({job.exception()}). Nothing of it is "
+                "there. The next save pushes again; after training, so does `trainer.push_to_hub()`."
             )
 
     for job in trainer.push_in_progress.jobs:

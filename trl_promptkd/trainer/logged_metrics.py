@@ -88,12 +88,13 @@ class CollusionCallback(TrainerCallback):
     """
     Warns once when the soft prompt seems to follow the student instead of leading it.
 
-    A prompt that learns too fast, or starts too far from any text, takes the teacher to wherever the student is: the loss
-    KL(student || prompted teacher) looks wonderful while the student gets no closer to the plain teacher, or worse. The sign is that two
-    quantities are a large share of KL(student || plain) at once: the prompt gain (that KL minus KL(student || prompted)), so that much
-    of what looks like progress is the prompt's, and KL(prompted || plain), so that the teacher is no longer itself. Either alone is harmless,
-    and the entropies are no sign: they may fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral
-    answers, that has not risen since the run's first evaluation clears the prompt.
+    A prompt that learns too fast, or starts too far from any text, takes the teacher to wherever the student is: the
+    loss KL(student || prompted teacher) looks wonderful while the student gets no closer to the plain teacher, or
+    worse. The sign is that two quantities are a large share of KL(student || plain) at once: the prompt gain (that KL
+    minus KL(student || prompted)), so that much of what looks like progress is the prompt's, and KL(prompted ||
+    plain), so that the teacher is no longer itself. Either alone is harmless, and the entropies are no sign: they may
+    fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral answers, that has not risen
+    since the run's first evaluation clears the prompt.
 
     Source of the threshold: docs/study.md, where it parts all runs that went wrong behind a good loss from all others.
 

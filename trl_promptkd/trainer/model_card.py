@@ -1,4 +1,5 @@
-"""The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw, data, metrics, loading."""
+"""The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw,
+data, metrics, loading."""
 
 import os
 import textwrap
@@ -55,7 +56,8 @@ _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 def hub_dataset(dataset: Any) -> str | None:
-    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` where that says nothing."""
+    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` where that
+    says nothing."""
     for file in getattr(dataset, "cache_files", None) or []:
         parts = Path(file["filename"]).parts
         kept = Path(datasets.config.HF_DATASETS_CACHE).parts

@@ -39,41 +39,41 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     """
     Configuration class for [`PrimedDistillTrainer`].
 
-    This class includes only what is specific to response priming. For the rest, see [`~transformers.TrainingArguments`] and
-    `trl.SFTConfig`, whose fields keep their meaning; how answers are sampled is in
-    [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included.
+    This class includes only what is specific to response priming. For the rest, see
+    [`~transformers.TrainingArguments`] and `trl.SFTConfig`, whose fields keep their meaning; how answers are sampled
+    is in [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included.
 
     Args:
         alpha (`float`, *optional*):
-            Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the paper's
-            0.6093; with `response_source="student"`, where there are no hard labels, 0.
+            Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the
+            paper's 0.6093; with `response_source="student"`, where there are no hard labels, 0.
         kd_temperature (`float`, *optional*, defaults to `5.942267335064758`):
-            Both models' logits are divided by it in the divergence, which is multiplied by its square. The cross-entropy
-            stays at temperature 1.
+            Both models' logits are divided by it in the divergence, which is multiplied by its square. The
+            cross-entropy stays at temperature 1.
         kd_beta (`float`, *optional*, defaults to `1.0`):
-            The divergence: `1.0` the reverse KL(student || teacher), as in the released code, `0.0` the forward KL, between
-            them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends.
+            The divergence: `1.0` the reverse KL(student || teacher), as in the released code, `0.0` the forward KL,
+            between them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends.
         skew (`float`, *optional*, defaults to `0.0`):
             Share of the first distribution of either KL that is mixed into its second one (DistiLLM), which bounds the
             divergence; 0.1 is a common choice.
         response_source (`str`, *optional*, defaults to `"dataset"`):
-            Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the primed teacher
-            writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own samples, drawn anew
-            at every step.
+            Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the
+            primed teacher writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own
+            samples, drawn anew at every step.
         teacher_model_name_or_path (`str`, *optional*):
             The teacher, where none is passed to the trainer.
         teacher_model_init_kwargs (`dict`, *optional*):
             For `AutoModelForCausalLM.from_pretrained`, where the teacher is given by name; for example
             `{"quantization_config": {"load_in_4bit": True}}`.
         teacher_max_length (`int`, *optional*):
-            Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit. `max_length` bounds
-            it as the student sees it.
+            Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
+            `max_length` bounds it as the student sees it.
         overlong (`str`, *optional*, defaults to `"drop"`):
-            What to do with rows that exceed either: `"drop"` leaves them out and reports how many, `"error"` refuses them.
-            Nothing is ever cut.
+            What to do with rows that exceed either: `"drop"` leaves them out and reports how many, `"error"` refuses
+            them. Nothing is ever cut.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer that the teacher or the student writes. It comes on top of the prompt; `max_length` then bounds the
-            prompt alone.
+            Longest answer that the teacher or the student writes. It comes on top of the prompt; `max_length` then
+            bounds the prompt alone.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
         teacher_answers_dir (`str`, *optional*):
@@ -82,9 +82,11 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` is left as it is.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
+            Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at
+            once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
-            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
+            goes on from it.
     """
 
     _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
@@ -173,12 +175,13 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         check_share(self, "alpha", "kd_beta")
         if samples and self.alpha:
             raise ValueError(
-                f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard labels. Set "
-                "`alpha=0` (or leave it away), or train on `response_source='dataset'` or `'teacher'`."
+                f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard "
+                "labels. Set `alpha=0` (or leave it away), or train on `response_source='dataset'` or `'teacher'`."
             )
         check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.skew and 0 < self.kd_beta < 1:
             raise ValueError(
-                f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL (`kd_beta` 0 or 1) are "
-                "skewed; the Jensen-Shannon divergence mixes both distributions already. Set `skew=0`."
+                f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL "
+                "(`kd_beta` 0 or 1) are skewed; the Jensen-Shannon divergence mixes both distributions already. Set "
+                "`skew=0`."
             )

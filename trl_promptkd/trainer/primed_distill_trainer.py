@@ -50,13 +50,13 @@ _GAIN_EVERY = 16  # `priming/gain_nats` costs one more teacher pass, for one mic
 
 class PrimedDistillTrainer(SFTTrainer):
     """
-    Trainer for response priming: the teacher sees a priming text beside the question, the student sees the bare question,
-    and both are compared on the same completion tokens.
+    Trainer for response priming: the teacher sees a priming text beside the question, the student sees the bare
+    question, and both are compared on the same completion tokens.
 
-    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`, with CE the cross-entropy of the completion and D the divergence of
-    both distributions at temperature tau: sums over completion tokens, end of text included, divided by the number of those
-    tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846, whose released code compares the tokens of
-    different texts; here they are the same ones.
+    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`, with CE the cross-entropy of the completion and D the
+    divergence of both distributions at temperature tau: sums over completion tokens, end of text included, divided by
+    the number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846, whose released
+    code compares the tokens of different texts; here they are the same ones.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -64,11 +64,11 @@ class PrimedDistillTrainer(SFTTrainer):
         args ([`PrimedDistillConfig`], *optional*):
             Training arguments.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            A collator of your own gets the rows as they are and must return what [`DataCollatorForPrimedDistillation`] returns;
-            `priming` is then only recorded.
+            A collator of your own gets the rows as they are and must return what [`DataCollatorForPrimedDistillation`]
+            returns; `priming` is then only recorded.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `messages`, with `prompt` and `completion`, or (where the teacher or the student writes the answers) with
-            `prompt` alone; texts or conversations. Other columns are variables of the priming template.
+            Rows with `messages`, with `prompt` and `completion`, or (where the teacher or the student writes the
+            answers) with `prompt` alone; texts or conversations. Other columns are variables of the priming template.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             The same formats.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -92,19 +92,21 @@ class PrimedDistillTrainer(SFTTrainer):
         formatting_func (`Callable`, *optional*):
             Not supported; kept for the base class's signature.
         priming (`str` or [`PrimingTemplate`], *optional*):
-            What the teacher sees: one of the paper's texts by its name, `"teacher"`, `"ground_truth"` or `"confidence"`;
-            `"reference_answer"`, which shows it the row's answer; a template of your own; or `None`, plain distillation.
+            What the teacher sees: one of the paper's texts by its name, `"teacher"`, `"ground_truth"` or
+            `"confidence"`; `"reference_answer"`, which shows it the row's answer; a template of your own; or `None`,
+            plain distillation.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
-            `args.teacher_model_name_or_path`; where that is `None` too, the student's own starting weights: what the priming
-            text does is then trained into the student. A PEFT student is its own teacher with the adapter switched off (no
-            second copy is held), otherwise a frozen copy is kept.
+            `args.teacher_model_name_or_path`; where that is `None` too, the student's own starting weights: what the
+            priming text does is then trained into the student. A PEFT student is its own teacher with the adapter
+            switched off (no second copy is held), otherwise a frozen copy is kept.
         teacher_cache (`str` or [`TeacherCache`], *optional*):
-            What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made, or its id on the
-            Hub. All rows must be in it, under the same priming text, template and tokenizer.
+            What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
+            or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer.
 
     Raises:
-        ValueError: for settings, data or models that cannot be trained together, before weights are loaded if possible.
+        ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
+            possible.
     """
 
     _tag_names = ["trl", "primed-distillation", "knowledge-distillation"]
@@ -150,15 +152,16 @@ class PrimedDistillTrainer(SFTTrainer):
         check_arguments(PrimedDistillConfig, args, model, teacher_model, peft_config, formatting_func)
         if compute_loss_func is not None:
             raise ValueError(
-                "`compute_loss_func` is not supported: the loss needs both models' views. Subclass PrimedDistillTrainer "
-                "and override `compute_loss` instead."
+                "`compute_loss_func` is not supported: the loss needs both models' views. Subclass "
+                "PrimedDistillTrainer and override `compute_loss` instead."
             )
         self.priming = resolve_priming(priming)
         self.is_self_distillation = teacher_model is None and teacher_cache is None
         if self.priming is None and self.is_self_distillation:
             logger.warning(
-                "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what the "
-                "student sees, so the divergence only holds the student at its start. Pass a teacher or a priming text."
+                "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what "
+                "the student sees, so the divergence only holds the student at its start. Pass a teacher or a "
+                "priming text."
             )
         check_best_metric(args, eval_dataset, callbacks)
         check_streamed_evaluation(eval_dataset, "eval_dataset", args)
@@ -311,7 +314,8 @@ class PrimedDistillTrainer(SFTTrainer):
         """One micro-batch.
 
         Returns:
-            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those of
+            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those
+                of
             the whole window on all ranks), times the number of ranks, over which data parallelism averages gradients.
         """
         with_gain = self._train_batches % _GAIN_EVERY == 0

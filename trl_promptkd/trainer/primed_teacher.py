@@ -61,8 +61,9 @@ def primed_teacher(
     deepspeed = args.deepspeed_plugin
     if args.response_source == "teacher" and deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
-            "`response_source='teacher'` does not work with weights that are sharded by ZeRO-3. Let the teacher write "
-            "its answers in a run on one process, and train on its `teacher_answers_dir` as a data set (`load_dataset`)."
+            "`response_source='teacher'` does not work with weights that are sharded by ZeRO-3. Let the teacher "
+            "write its answers in a run on one process, and train on its `teacher_answers_dir` as a data set "
+            "(`load_dataset`)."
         )
     return LiveTeacher(teacher_model, args, has_priming=priming is not None)
 
@@ -110,9 +111,9 @@ class LiveTeacher:
         on_meta = any(parameter.device.type == "meta" for parameter in self.bare.parameters())
         if self.writes and self.bare is trainer.model and on_meta:
             raise ValueError(
-                "`response_source` is 'teacher' and the student its own teacher, but FSDP2 has loaded its weights on one "
-                "rank only, and shards them when training starts. Set `fsdp_cpu_ram_efficient_loading: false`, or pass "
-                "`teacher_model`."
+                "`response_source` is 'teacher' and the student its own teacher, but FSDP2 has loaded its weights on "
+                "one rank only, and shards them when training starts. Set `fsdp_cpu_ram_efficient_loading: false`, "
+                "or pass `teacher_model`."
             )
         return self.bare
 
@@ -203,21 +204,21 @@ class CachedTeacher:
     ):
         if args.response_source == "student":
             raise ValueError(
-                "`response_source` is 'student', but a teacher cache knows nothing of the student's samples. Pass a live "
-                "`teacher_model`, or set `response_source` to 'dataset' or 'teacher'."
+                "`response_source` is 'student', but a teacher cache knows nothing of the student's samples. Pass a "
+                "live `teacher_model`, or set `response_source` to 'dataset' or 'teacher'."
             )
         cache = TeacherCache(os.fspath(cache)) if isinstance(cache, str | os.PathLike) else cache
         if not isinstance(cache, TeacherCache):
             raise TypeError(
-                f"`teacher_cache` is a {type(cache).__name__}; it must be a folder, the id of a data set on the Hub, or "
-                "a `TeacherCache`."
+                f"`teacher_cache` is a {type(cache).__name__}; it must be a folder, the id of a data set on the Hub, "
+                "or a `TeacherCache`."
             )
         cache.manifest.check_fits(processing_class, priming)
         cache.check_serves(args.kd_temperature, args.kd_beta, args.skew)
         if args.response_source == "teacher" and cache.manifest.response_source != "teacher":
             raise ValueError(
-                f"`response_source` is 'teacher', but the answers in the teacher cache at {cache.path} are the data's. "
-                "Set `response_source='dataset'`, or build the cache with `response_source='teacher'`."
+                f"`response_source` is 'teacher', but the answers in the teacher cache at {cache.path} are the "
+                "data's. Set `response_source='dataset'`, or build the cache with `response_source='teacher'`."
             )
         self.cache, self.args, self.processing_class = cache, args, processing_class
 
@@ -225,8 +226,8 @@ class CachedTeacher:
         """Tokenized rows with their places in the cache, and with its answers if the teacher writes them."""
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"`{name}` is streamed, but the rows of a teacher cache are looked up before training. Load it without "
-                "streaming."
+                f"`{name}` is streamed, but the rows of a teacher cache are looked up before training. Load it "
+                "without streaming."
             )
         limits = f"max_length={self.args.max_length}, teacher_max_length={self.args.teacher_max_length}"
         takes_answers = self.args.response_source == "teacher"

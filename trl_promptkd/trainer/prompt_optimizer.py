@@ -30,13 +30,13 @@ class PromptOptimizer:
     """
     AdamW for the soft prompt, with its own schedule and clipping.
 
-    The prompt is replicated: gradients are summed over ranks, and the loss they come from is divided by the token count of
-    all ranks, so every rank takes the same step.
+    The prompt is replicated: gradients are summed over ranks, and the loss they come from is divided by the token
+    count of all ranks, so every rank takes the same step.
 
     Args:
         soft_prompt ([`SoftPrompt`]): What is trained.
-        config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping; `None` there means `args`.
-            One of PEFT's has none of them, and the defaults are taken.
+        config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping; `None` there means
+            `args`. One of PEFT's has none of them, and the defaults are taken.
         args ([`PromptKDConfig`]): The student's settings, whose Adam coefficients are the prompt's too.
         num_training_steps (`int`): Length of the schedule.
         accelerator ([`~accelerate.Accelerator`]): Sums gradients over ranks.
@@ -126,8 +126,8 @@ class PromptOptimizer:
             logger.warning(f"The soft prompt's gradient is {norm}; this step of the prompt is skipped.")
             if self.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
                 raise FloatingPointError(
-                    f"The soft prompt's gradient was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row. Check the teacher's "
-                    "logits for NaN or infinities; load it in bfloat16 or float32 if it is in float16."
+                    f"The soft prompt's gradient was not finite in {_MAX_SKIPPED_IN_A_ROW} steps in a row. Check the "
+                    "teacher's logits for NaN or infinities; load it in bfloat16 or float32 if it is in float16."
                 )
         self.optimizer.zero_grad()
         return norm

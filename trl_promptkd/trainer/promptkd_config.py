@@ -42,8 +42,8 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     Configuration class for [`PromptKDTrainer`].
 
     This class includes only what is specific to PromptKD. For the rest, see [`~transformers.TrainingArguments`],
-    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; how completions are sampled is in
-    [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included; the soft prompt's own settings are
+    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; how completions are sampled
+    is in [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included; the soft prompt's own settings are
     in [`PromptEncoderConfig`]. The defaults are the paper's.
 
     Args:
@@ -51,37 +51,40 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             Share of rows whose completion the student samples; the others are trained on the data's answers, or on the
             teacher's with `seq_kd`. Drawn row by row.
         beta (`float`, *optional*, defaults to `1.0`):
-            Divergence of the student's loss: `1.0` the reverse KL(student || teacher), `0.0` the forward KL, between them the
-            generalized Jensen-Shannon divergence, which goes to 0 towards both ends and does not turn into either KL there.
+            Divergence of the student's loss: `1.0` the reverse KL(student || teacher), `0.0` the forward KL, between
+            them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends and does not turn into
+            either KL there.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
         loss_temperature (`float`, *optional*, defaults to `1.0`):
             Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
             temperature, without a factor of its square.
         prompt_divergence (`str`, *optional*, defaults to `"reverse"`):
-            Loss of the soft prompt: `"reverse"`, KL(prompted || student) + w KL(prompted || plain); `"forward"`, both the
-            other way round.
+            Loss of the soft prompt: `"reverse"`, KL(prompted || student) + w KL(prompted || plain); `"forward"`, both
+            the other way round.
         regularization_coef (`float`, *optional*, defaults to `1.0`):
-            `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain teacher
-            is only asked on steps that are logged.
+            `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain
+            teacher is only asked on steps that are logged.
         regularization_schedule (`str`, *optional*, defaults to `"linear"`):
             `"linear"` lets `w` fall to 0 at the end of training, `"constant"` keeps it.
         prompt_update (`str`, *optional*, defaults to `"sequential"`):
-            `"sequential"`, the paper's: at the end of an accumulation window the prompt is stepped first and the student
-            learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns from the prompt
-            as it was before the step in all micro-batches; one teacher pass less, and how a window is split into
-            micro-batches makes no difference at all.
+            `"sequential"`, the paper's: at the end of an accumulation window the prompt is stepped first and the
+            student learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns
+            from the prompt as it was before the step in all micro-batches; one teacher pass less, and how a window is
+            split into micro-batches makes no difference at all.
         teacher_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest anew: less
-            memory, one more forward pass. `gradient_checkpointing` is the student's.
+            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest
+            anew: less memory, one more forward pass. `gradient_checkpointing` is the student's.
         overlong (`str`, *optional*, defaults to `"error"`):
-            What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the data; a
-            sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them with their number,
-            `"drop"` leaves them out and reports how many.
+            What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the
+            data; a sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them
+            with their number, `"drop"` leaves them out and reports how many.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once, in every pass. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at once.
+            Tokens whose logits exist at once, in every pass. `None` for all. Under FSDP2 and ZeRO-3, those of a
+            micro-batch exist at once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
-            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)` goes on from it.
+            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
+            goes on from it.
     """
 
     _FALLING_METRICS = (
@@ -147,14 +150,16 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         by_loss = self.metric_for_best_model in ("loss", "eval_loss")
         if choose_best_metric(self, "eval_forward_kl") and by_loss:
             logger.warning(
-                f"`metric_for_best_model` is {self.metric_for_best_model!r}: the distance to the prompted teacher, which also falls when the "
-                "prompt follows its student. Set it to 'eval_forward_kl' (the default), or to a task metric."
+                f"`metric_for_best_model` is {self.metric_for_best_model!r}: the distance to the prompted teacher, "
+                "which also falls when the prompt follows its student. Set it to 'eval_forward_kl' (the default), "
+                "or to a task metric."
             )
         super().__post_init__()
         self.check_values()
         if self.seq_kd and self.lmbda == 1:
             logger.warning(
-                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower `lmbda`."
+                "`seq_kd` is True and `lmbda` 1.0: all rows are sampled by the student, none by the teacher. Lower "
+                "`lmbda`."
             )
         # Rows are tokenized by this package, for conversations and plain texts alike
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}

@@ -59,8 +59,8 @@ _ANSWERS_NEEDED = (
 
 class PromptKDTrainer(GKDTrainer):
     """
-    Trainer for PromptKD: a few embeddings before a frozen teacher's input are tuned with the student's guidance, so that
-    the teacher becomes student-friendly; the student learns from that teacher on its own samples.
+    Trainer for PromptKD: a few embeddings before a frozen teacher's input are tuned with the student's guidance, so
+    that the teacher becomes student-friendly; the student learns from that teacher on its own samples.
 
     One optimizer step, with `q` the student, `p` the plain teacher and `pP` the teacher with the soft prompt `P`:
 
@@ -68,24 +68,24 @@ class PromptKDTrainer(GKDTrainer):
     2. `P` is stepped on KL(pP || q) + w KL(pP || p);
     3. the student is stepped on KL(q || pP).
 
-    Losses are sums over completion tokens, end of text included, divided by the number of those tokens in the whole window
-    on all ranks: nats per token. Source: Kim et al., PromptKD (arXiv 2402.12842).
+    Losses are sums over completion tokens, end of text included, divided by the number of those tokens in the whole
+    window on all ranks: nats per token. Source: Kim et al., PromptKD (arXiv 2402.12842).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
-            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own start: the student
-            with its adapter switched off if it is a PEFT model (no second copy is held), else a frozen copy.
+            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own start: the
+            student with its adapter switched off if it is a PEFT model (no second copy is held), else a frozen copy.
         args ([`PromptKDConfig`], *optional*):
             Training arguments.
         data_collator ([`~transformers.DataCollator`], *optional*):
             A collator of your own gets the rows as they are and must return `input_ids`, `attention_mask`, `labels`,
             `prompts` and `prompt_attention_mask`, as `GKDTrainer`'s does.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `messages`, with `prompt` and `completion`, or (fully on-policy only) with `prompt` alone; texts or
-            conversations.
+            Rows with `messages`, with `prompt` and `completion`, or (fully on-policy only) with `prompt` alone; texts
+            or conversations.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             The same formats. If a row has no answer, the plain teacher writes one.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
@@ -102,11 +102,13 @@ class PromptKDTrainer(GKDTrainer):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
             Not supported; kept for the base class's signature.
-        prompt_encoder_config ([`PromptEncoderConfig`], `peft.PromptTuningConfig` or `peft.PromptEncoderConfig`, *optional*):
+        prompt_encoder_config ([`PromptEncoderConfig`], `peft.PromptTuningConfig` or `peft.PromptEncoderConfig`,
+        *optional*):
             The teacher's soft prompt; by default the paper's.
 
     Raises:
-        ValueError: for settings, data or models that cannot be trained together, before weights are loaded if possible.
+        ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
+            possible.
     """
 
     _tag_names = ["trl", "promptkd", "knowledge-distillation"]

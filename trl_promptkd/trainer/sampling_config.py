@@ -31,8 +31,8 @@ class SamplingConfig:
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample among the likeliest tokens that hold this probability together.
         generation_kwargs (`dict`, *optional*):
-            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}` or `{"stop_strings": ["Question:"]}`. With
-            `use_vllm`, those of them that vLLM has too.
+            More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}` or
+            `{"stop_strings": ["Question:"]}`. With `use_vllm`, those of them that vLLM has too.
         rollout_batch_size (`int`, *optional*):
             Rows sampled at once on one device. `None` samples a whole accumulation window at once.
         log_completions (`bool`, *optional*, defaults to `False`):
@@ -41,11 +41,11 @@ class SamplingConfig:
         num_completions_to_print (`int`, *optional*):
             How many of them to print; `None` for all.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or from a
-            folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
+            Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or
+            from a folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `vllm serve` runs elsewhere, with
-            `--weight-transfer-config` as TRL's documentation says.
+            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `vllm serve` runs
+            elsewhere, with `--weight-transfer-config` as TRL's documentation says.
         vllm_server_base_url (`str`, *optional*):
             Of the server; overrides host and port.
         vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
@@ -135,6 +135,7 @@ class SamplingConfig:
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, 1)
                 raise ValueError(
-                    f"`generation_kwargs` holds {name!r}, which transformers' GenerationConfig does not know and would ignore."
+                    f"`generation_kwargs` holds {name!r}, which transformers' GenerationConfig does not know and "
+                    "would ignore."
                     + (f" Did you mean {close[0]!r}?" if close else " See its documentation for the names.")
                 )

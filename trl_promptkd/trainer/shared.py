@@ -34,8 +34,8 @@ __all__ = [
 def prepared_student(
     trainer: Any, model: Any, args: Any, quantization_config: Any = None, adapter_dropout: bool = False
 ) -> Iterator[tuple[Any, Any]]:
-    """Around the base class's `__init__`: what that gets as `model` and `quantization_config`. Afterwards the student is
-    checked, has the settings it was loaded with again, and has no dropout if `args` say so.
+    """Around the base class's `__init__`: what that gets as `model` and `quantization_config`. Afterwards the student
+    is checked, has the settings it was loaded with again, and has no dropout if `args` say so.
 
     Args:
         adapter_dropout (`bool`): Whether an adapter's own dropout stays.
@@ -85,8 +85,8 @@ def hyperparameter_search(self, *args: Any, **kwargs: Any):
     """Not supported: a trainer's settings are used up when it is made, so each trial needs a trainer of its own."""
     raise NotImplementedError(
         "`hyperparameter_search` is not supported: most settings are used when a trainer is made, so a trial needs a "
-        "trainer of its own. `examples/search.py` makes one for each trial, with Optuna, and resumes a search that was "
-        "stopped."
+        "trainer of its own. `examples/search.py` makes one for each trial, with Optuna, and resumes a search that "
+        "was stopped."
     )
 
 

@@ -37,8 +37,8 @@ def collected_window(
 
 
 def sample_mixture(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """PromptKD's window: rows drawn one by one get a completion of the student (`lmbda`), others one of the plain teacher
-    (`seq_kd`) or keep the data's."""
+    """PromptKD's window: rows drawn one by one get a completion of the student (`lmbda`), others one of the plain
+    teacher (`seq_kd`) or keep the data's."""
     args, step = trainer.args, trainer.state.global_step
     rows = [row for batch in batches for row in zip(*prompts_and_completions(batch), strict=True)]
     prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 
 with warnings.catch_warnings():
-    # TRL warns on import that experimental classes may change; the tested range in pyproject.toml is the answer to that.
+    # TRL warns on import that experimental classes may change. The range in pyproject.toml is what is tested.
     warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
     from trl.experimental.gkd import GKDConfig, GKDTrainer  # the trainer that PromptKDTrainer extends
 

@@ -272,7 +272,7 @@ def _inputs(
     else:
         inputs["inputs_embeds"], attention_mask = prompted_embeddings(bare, input_ids, attention_mask, soft_prompt)
     inputs["attention_mask"] = attention_mask
-    # The class's signature: wrappers may hide it. Models without positions (BLOOM, MPT) count them from the mask themselves
+    # The class's signature: wrappers may hide it. BLOOM and MPT have no positions and count from the mask themselves.
     if "position_ids" in inspect.signature(type(asked).forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     return inputs | without_router_logits(asked)

@@ -44,9 +44,10 @@ class GenerationMetricsCallback(TrainerCallback):
     goes on as it would without them.
 
     ```python
-    trainer = PromptKDTrainer(..., args=PromptKDConfig(..., eval_strategy="epoch", save_strategy="epoch", metric_for_best_model="rougeL",
-                              load_best_model_at_end=True))
-    trainer.add_callback(GenerationMetricsCallback(trainer, load_dataset("json", data_files="dev.jsonl", split="train")))
+    saves_best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = PromptKDTrainer(..., args=PromptKDConfig(..., metric_for_best_model="rougeL", **saves_best))
+    rows = load_dataset("json", data_files="dev.jsonl", split="train")
+    trainer.add_callback(GenerationMetricsCallback(trainer, rows))
     trainer.train()
     ```
 
@@ -63,9 +64,9 @@ class GenerationMetricsCallback(TrainerCallback):
         task (`str`, *optional*, defaults to `"instruct"`):
             Or `"gsm8k"`.
         seed (`int`, *optional*):
-            Of sampled answers, the same at each evaluation. `None`: greedy ones.
+            Seed of sampled answers, which are the same at each evaluation. `None`: greedy ones.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Of sampled answers.
+            Temperature of sampled answers.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest answer.
         batch_size (`int`, *optional*):
@@ -78,7 +79,7 @@ class GenerationMetricsCallback(TrainerCallback):
             How many answers to print at each evaluation; `None` for all.
         log_completions (`bool`, *optional*, defaults to `False`):
             Keep all answers as parquet files in `output_dir/eval_completions`, and log them as a table to wandb or
-            trackio where the trainer reports there.
+            trackio if the trainer reports there.
 
     Raises:
         ValueError: for rows and settings that nothing can be scored with, before training.

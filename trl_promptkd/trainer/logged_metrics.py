@@ -107,7 +107,7 @@ class CollusionCallback(TrainerCallback):
         self.warned = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.warned = False  # in an earlier trial of a search, perhaps
+        self.warned = False
 
     def on_log(self, args, state, control, **kwargs):
         training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
@@ -123,12 +123,14 @@ class CollusionCallback(TrainerCallback):
         self.warned = True
         said = f"the student's entropy went from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
         if len(forward) > 1:
-            said += f", and KL(plain teacher || student) on neutral answers rose from {forward[0]:.2f} to {forward[-1]:.2f}"
+            said += f", KL(plain teacher || student) on neutral answers from {forward[0]:.2f} to {forward[-1]:.2f}"
         else:
             said += "; evaluate during training (`eval_strategy`) to see `eval_forward_kl`"
         logger.warning(
-            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. Of KL(student || plain teacher), {plain:.2f} nats a "
-            f"token, the prompt gain makes up {gain:.2f}, and the prompted teacher is {moved:.2f} away from the plain one; {said}. A falling loss does "
-            "not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), start the prompt from a text "
-            '(`prompt_init="text"`), raise `regularization_coef`, or warm the student up with supervised fine-tuning first.'
+            f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. "
+            f"KL(student || plain teacher) is {plain:.2f} nats per token; the prompt gain makes up {gain:.2f} of it, and "
+            f"the prompted teacher is {moved:.2f} away from the plain one. Since the start, {said}. A falling loss does "
+            "not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), start the prompt "
+            "from a text (`prompt_init='text'`), raise `regularization_coef`, or warm the student up with supervised "
+            "fine-tuning first."
         )

@@ -69,6 +69,7 @@ def hub_dataset(dataset: Any) -> str | None:
 def prompt_section(trainer) -> str:
     """The soft prompt and the settings of PromptKD."""
     config, args = trainer.prompt_encoder_config, trainer.args
+    num_virtual_tokens = trainer.soft_prompt.peft_config.num_virtual_tokens
     settings = asdict(config) if isinstance(config, PromptEncoderConfig) else config.to_dict()
     settings = {name: value for name, value in settings.items() if not name.endswith("name_or_path")}
     settings |= _values(
@@ -79,9 +80,9 @@ def prompt_section(trainer) -> str:
     return f"""
 ## The teacher's soft prompt
 
-This model was distilled from {_teacher_name(trainer)} behind a soft prompt of {trainer.soft_prompt.peft_config.num_virtual_tokens} virtual
-tokens, which was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is
-used without it.
+This model was distilled from {_teacher_name(trainer)} with a soft prompt of {num_virtual_tokens} virtual tokens, which
+was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is used
+without it.
 
 {settings_table(settings)}
 """
@@ -185,7 +186,8 @@ def _metrics_section(trainer) -> str:
     if not shown:
         return ""
     when = "after training" if step is None else f"after step {step}"
-    return f"\n## Evaluation\n\nOn the evaluation data, {when}; divergences in nats a token.\n\n{settings_table(shown, 'metric')}\n"
+    table = settings_table(shown, "metric")
+    return f"\n## Evaluation\n\nOn the evaluation data, {when}; divergences in nats per token.\n\n{table}\n"
 
 
 def _loading_section(trainer, repo: str) -> str:
@@ -219,7 +221,7 @@ def _loading_section(trainer, repo: str) -> str:
             + (f', revision="{pinned}")' if pinned and not trainer.is_self_distillation else ")"),
             f'prompted_teacher = PeftModel.from_pretrained(teacher, "{repo}", subfolder="{ADAPTER_FOLDER}"{revision})',
         ]
-        exact = "\n(PEFT's own forward pass of a soft prompt is exact for rows without padding or with padding on the right.)\n"
+        exact = "\n(PEFT's own forward pass of a soft prompt is exact for rows without padding on the left.)\n"
     code = "\n".join(lines)
     return f"\n## How to load {'both' if has_prompt else 'it'}\n\n```python\n{code}\n```\n{exact}"
 
@@ -241,7 +243,7 @@ def _teacher_name(trainer) -> str:
         teacher, receipt = cache.manifest.teacher, cache.manifest.receipt
         kept = f"preset `{cache.manifest.preset}`"
         if "kl_mean" in receipt:  # draws have none
-            kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats a token"
+            kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats per token"
         return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
     return quoted(_teachers_start(trainer))
 

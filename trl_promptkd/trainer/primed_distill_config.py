@@ -153,7 +153,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
-        # On the student's own samples, the cross-entropy falls when the student collapses; the loss is the divergence alone there
+        # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
+        # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
         super().__post_init__()
         if self.alpha is None:
@@ -164,7 +165,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
 
     def check_values(self) -> None:
-        """Refuse values out of range or that do not go together, and fields of the base classes that would be ignored."""
+        """Refuse values out of range or that do not go together, and fields of the base classes that would have no
+        effect."""
         check_training(self)
         check_choice(self, "response_source", ("dataset", "teacher", "student"))
         check_choice(self, "overlong", ("drop", "error"))

@@ -293,7 +293,7 @@ class PrimedDistillTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------ training
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """Collect a window's micro-batches, sample their completions if the student writes them, and count the tokens."""
+        """Collect a window's micro-batches, sample completions if the student writes them, and count the tokens."""
         batches = collected_window(self, epoch_iterator, num_batches, device)
         if not batches:
             return batches, None

@@ -57,8 +57,8 @@ class PromptOptimizer:
         self.skipped = self.skipped_in_a_row = 0
         for parameter in soft_prompt.parameters():
             parameter.grad = None  # of a window that failed (`auto_find_batch_size`) or was broken off
-        # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too large for
-        # the prompt's gradient, and only falls when the student's overflow.
+        # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too
+        # large for the prompt's gradient, and only falls when the student's overflow.
         self.loss_scale = 1.0 if accelerator.scaler is None else 1024.0
         learning_rate = args.learning_rate if config.prompt_learning_rate is None else config.prompt_learning_rate
         self.optimizer = torch.optim.AdamW(

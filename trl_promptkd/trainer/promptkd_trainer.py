@@ -166,7 +166,7 @@ class PromptKDTrainer(GKDTrainer):
         check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
-        # `teacher_model_init_kwargs`, changes the caller's `args`, and generates without a KV cache under checkpointing.
+        # `teacher_model_init_kwargs`, changes the caller's `args`, and samples without a KV cache under checkpointing.
         with shared.prepared_student(self, model, args) as (loaded, _):
             super(GKDTrainer, self).__init__(
                 model=loaded,

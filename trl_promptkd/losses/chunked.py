@@ -76,7 +76,7 @@ def chunked_sums(
     num_tokens = next(len(part) for part in parts if part is not None)
     step = chunk_size or max(num_tokens, 1)
     trained = [_is_trained(part) for part in parts]
-    gradients = [_no_gradient_yet(part) for part in parts if _is_trained(part)]
+    gradients = [_no_gradient_yet(part) for part, wanted in zip(parts, trained, strict=True) if wanted]
     totals = None
     for start in range(0, max(num_tokens, 1), step):
         end = min(start + step, num_tokens)

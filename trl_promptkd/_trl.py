@@ -86,7 +86,7 @@ def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generat
 
 
 def vllm_generation_module():
-    """TRL's module around vLLM, imported when it is asked for: importing vLLM takes seconds.
+    """TRL's module around vLLM, imported when it is used: importing vLLM takes seconds.
 
     The engine is to be in this process, where its random state and its weights can be reached, unless the user says
     otherwise.

@@ -40,7 +40,7 @@ def on_shared_support(*logits: OverVocab) -> tuple[OverVocab, ...]:
         logits (`Tensor`s of shape `(..., vocab)`): Of each model.
 
     Returns:
-        `Tensor`s of the same shapes: the same ones where no token is ruled out, otherwise copies in which such tokens
+        `Tensor`s of the same shapes: the same ones if no token is ruled out, otherwise copies in which such tokens
         have a low, finite logit and no gradient.
     """
     if not logits[0].numel() or torch.stack([part.detach().amin() for part in logits]).amin() > _RULED_OUT:
@@ -57,7 +57,7 @@ def kl_divergence(log_a: OverVocab, log_b: OverVocab) -> PerToken:
         log_b (`Tensor` of shape `(..., vocab)`): Log-probabilities of the second distribution.
 
     Returns:
-        `Tensor` of shape `(...)`. Not negative up to rounding, and 0 where both are equal.
+        `Tensor` of shape `(...)`. Not negative up to rounding, and 0 if both are equal.
 
     Source: Kullback and Leibler (1951). The arguments stand in the order of the formula, which is not that of
     `torch.nn.functional.kl_div`.

@@ -201,7 +201,7 @@ def generate_completions(
         prompt_ids: One list of token ids a prompt.
         generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
         batch_size: Prompts generated at once; `None` for all.
-        vocab_size: Number of ids that stand for tokens, where the model has more.
+        vocab_size: Number of ids that stand for tokens, if the model has more.
         in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the
             others need.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each
@@ -283,7 +283,7 @@ def sample_completions(
     in_step = accelerator.num_processes > 1 and is_sharded(model)
     num_rows = len(prompt_ids)
     if in_step:
-        # All ranks ask for equally many tokens of equally many batches; what fills a rank up is thrown away
+        # All ranks generate equally many tokens of equally many batches; what fills a rank up is dropped
         most = max(gather_object([num_rows]))
         prompt_ids = [*prompt_ids, *[[generation_config.pad_token_id]] * (most - num_rows)]
         row_seeds = None if row_seeds is None else [*row_seeds, *[0] * (most - num_rows)]

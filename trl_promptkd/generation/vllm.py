@@ -27,11 +27,11 @@ _NAMES = {
 
 
 def check_vllm(args: Any, model: Any, samples: bool) -> None:
-    """Refuse `use_vllm` where it cannot work, before any weights are loaded.
+    """Refuse `use_vllm` if it cannot work, before any weights are loaded.
 
     Raises:
-        ImportError: where vLLM is not installed.
-        ValueError: where the student never samples, or vLLM could not load it.
+        ImportError: if vLLM is not installed.
+        ValueError: if the student never samples, or vLLM could not load it.
     """
     if not args.use_vllm:
         return
@@ -233,7 +233,7 @@ def _base_weights_stay(student: nn.Module) -> Iterator[None]:
 
 
 def _pack_embeddings(model: nn.Module) -> None:
-    """A head that is tied to the embeddings goes on with its old weights otherwise."""
+    """A head that is tied to the embeddings keeps its old weights otherwise."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():

@@ -1,7 +1,7 @@
-"""Asking a model, teacher or student, with or without a soft prompt.
+"""Running a model, teacher or student, with or without a soft prompt.
 
 `forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens,
-and makes logits of them a few at a time, so that no tensor of (tokens x vocabulary) need exist. Positions are counted
+and makes logits of them a few at a time: no tensor of (tokens x vocabulary) need exist. Positions are counted
 from the attention mask, and a soft prompt stands directly before a row's first token, so padding on either side
 changes nothing: for rotary, learned and sliding-window positions alike.
 """
@@ -39,7 +39,7 @@ def input_embeddings(model: Any) -> nn.Module:
     """The module that turns token ids into the model's input embeddings.
 
     Raises:
-        ValueError: where the model has none: a soft prompt has nothing to stand beside.
+        ValueError: if the model has none: a soft prompt has nothing to stand beside.
     """
     try:
         embeddings = model.get_input_embeddings()
@@ -47,14 +47,14 @@ def input_embeddings(model: Any) -> nn.Module:
         embeddings = None
     if embeddings is None:
         raise ValueError(
-            f"The teacher ({type(model).__name__}) has no input embeddings, so that a soft prompt cannot be put "
+            f"The teacher ({type(model).__name__}) has no input embeddings, so a soft prompt cannot be put "
             "before its input. `teacher_model.get_input_embeddings()` must return a module that embeds token ids."
         )
     return embeddings
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must ask the model
+    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must run the model
     together."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
@@ -63,7 +63,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's weights are whole on every rank, also where ZeRO-3 has loaded them in parts."""
+    """Inside, the module's weights are whole on every rank, even if ZeRO-3 has loaded them in parts."""
     parts = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not parts:
         yield
@@ -85,7 +85,7 @@ def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, *
         casts what comes out of a forward pass.
     """
     bare = extract_model_from_parallel(model)
-    own = bare.__dict__.get("forward")  # of the instance, where accelerate or TRL has replaced the class's
+    own = bare.__dict__.get("forward")  # the instance's, if accelerate or TRL has replaced the class's
 
     def restore() -> None:
         if own is None:
@@ -163,7 +163,7 @@ class TokenStates:
     Args:
         states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
         model: The bare model that they come from.
-        vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, where vocabularies are padded
+        vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, if vocabularies are padded
             differently.
         are_logits (`bool`): `states` are logits `(num_tokens, vocab)` already; see [`~TokenStates.with_logits`].
     """
@@ -246,11 +246,11 @@ def completion_states(
         vocab_size (`int`, *optional*): See [`TokenStates`].
 
     Returns:
-        [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already where the model is sharded.
+        [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already if the model is sharded.
     """
     decoder = _decoder(_base(model))
     trained = labels[:, 1:] != -100  # (batch, seq - 1)
-    width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not asked for
+    width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not needed
     inputs = _inputs(model, decoder, input_ids[:, :width], attention_mask[:, :width], soft_prompt)
     output = decoder(**inputs)
     states = output.last_hidden_state[:, -width:].to(input_ids.device)
@@ -263,9 +263,9 @@ def _base(model: nn.Module) -> Any:
 
 
 def _inputs(
-    bare: nn.Module, asked: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None
+    bare: nn.Module, module: nn.Module, input_ids: Tensor, attention_mask: Tensor, soft_prompt: Tensor | None
 ) -> dict[str, Any]:
-    """Arguments for the forward of `asked`, which is the whole model or its decoder."""
+    """Arguments for the forward of `module`, which is the whole model or its decoder."""
     inputs: dict[str, Any] = {"use_cache": False}
     if soft_prompt is None:
         inputs["input_ids"] = input_ids
@@ -273,9 +273,9 @@ def _inputs(
         inputs["inputs_embeds"], attention_mask = prompted_embeddings(bare, input_ids, attention_mask, soft_prompt)
     inputs["attention_mask"] = attention_mask
     # The class's signature: wrappers may hide it. BLOOM and MPT have no positions and count from the mask themselves.
-    if "position_ids" in inspect.signature(type(asked).forward).parameters:
+    if "position_ids" in inspect.signature(type(module).forward).parameters:
         inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-    return inputs | without_router_logits(asked)
+    return inputs | without_router_logits(module)
 
 
 def without_router_logits(model: nn.Module) -> dict[str, bool]:
@@ -352,8 +352,8 @@ def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
                 module.forward = forward  # type: ignore[method-assign]
     if not called:
         raise ValueError(
-            f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so that its output head "
-            "cannot be asked by itself. Implement `get_decoder` in the model's class, such that `forward` makes its "
+            f"The forward pass of {type(base).__name__} does not go through `get_decoder()`, so its output head "
+            "cannot be run by itself. Implement `get_decoder` in the model's class, such that `forward` makes its "
             "logits of what that module returns."
         )
 

@@ -40,8 +40,8 @@ class GenerationMetricsCallback(TrainerCallback):
     Thoughts (`<think>...</think>`) do not count.
 
     `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper
-    does. They are logged where the trainer logs. The answers come from a random state of their own, so that training
-    goes on as it would without them.
+    does. They are logged where the trainer logs. The answers come from a random state of their own: training
+    is the same as without them.
 
     ```python
     saves_best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
@@ -156,7 +156,7 @@ class GenerationMetricsCallback(TrainerCallback):
             self._show(answers, scores)
 
     def _is_first_of_an_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Whether these are the metrics of the trainer's evaluation; of the first data set where it has a `dict` of
+        """Whether these are the metrics of the trainer's evaluation; of the first data set if it has a `dict` of
         them."""
         names = self.trainer.eval_dataset
         first = f"_{next(iter(names))}" if isinstance(names, dict) and names else ""
@@ -182,7 +182,7 @@ class GenerationMetricsCallback(TrainerCallback):
         return [text for _, text in sorted(written)]
 
     def _show(self, answers: list[str], scores: dict[str, list[float]]) -> None:
-        """Print the first answers with their scores, and keep all of them where that is asked for."""
+        """Print the first answers with their scores, and keep all of them if `log_completions` is set."""
         step = self.trainer.state.global_step
         num_printed = len(answers) if self.num_completions_to_print is None else self.num_completions_to_print
         shown = len(answers) if self.log_completions else num_printed

@@ -88,12 +88,12 @@ def push_later(self, checkpoint_folder: str) -> None:
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that a run goes on from; `None` for a fresh start.
+    """The checkpoint that a run resumes from; `None` for a fresh start.
 
     Args:
         resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in
             `output_dir`. Those that are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that
-            was being written when its run ended, for an older one. Where nothing but such folders is left, the run
+            was being written when its run ended, for an older one. If only such folders are left, the run
             starts afresh. A folder without a list of its files (another trainer's, or one that was copied in part) is
             taken on the user's word, with a warning.
 
@@ -144,7 +144,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
 
 def _check_resumable(folder: str) -> None:
-    """Refuse a checkpoint that was saved without what a run goes on with: transformers would start a new optimizer
+    """Refuse a checkpoint that was saved without what a run resumes from: transformers would start a new optimizer
     without a word."""
     names = os.listdir(folder)
     if "trainer_state.json" in names and not any(name.startswith("rng_state") for name in names):
@@ -171,7 +171,7 @@ def _sizes(folder: str) -> dict[str, int]:
 
 
 def _problem(folder: str) -> str | None:
-    """Why a checkpoint is not whole; `None` where it is."""
+    """Why a checkpoint is not whole; `None` if it is."""
     if os.path.exists(os.path.join(folder, _BEGUN_FILE)) or not os.listdir(folder):
         return _UNFINISHED
     try:
@@ -217,20 +217,20 @@ def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
     finally:
         trainer.remove_callback(callback)
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-    if callback.asked and not callback.saved:
+    if callback.signalled and not callback.saved:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _SaveOnInterrupt(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.asked = self.saved = False
+        self.signalled = self.saved = False
 
     def on_signal(self, signum: int, frame: Any) -> None:
-        self.asked = True
+        self.signalled = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
-        if self.accelerator.reduce(asked, reduction="sum") > 0:
+        signals = torch.tensor(float(self.signalled), device=self.accelerator.device)
+        if self.accelerator.reduce(signals, reduction="sum") > 0:
             logger.warning(f"SIGTERM: a checkpoint is saved after step {state.global_step}, and training ends.")
             self.saved = control.should_save = control.should_training_stop = True

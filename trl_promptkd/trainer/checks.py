@@ -115,7 +115,7 @@ def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) 
 
 
 def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
-    """Refuse what is no decoder-only language model; of a name, its configuration is asked, where there is one."""
+    """Refuse anything but a decoder-only language model. Of a name, the configuration is read if there is one."""
     if model is None:
         return
     wanted = "a name, a folder (as a `str`), a causal language model or a PEFT model of one"
@@ -195,7 +195,7 @@ def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
-    """A model's configuration, or `None` where it cannot be had: whoever loads the model says why."""
+    """A model's configuration, or `None` if it cannot be read: whoever loads the model says why."""
     if "gguf_file" in init_kwargs:
         return None
     try:
@@ -241,7 +241,7 @@ def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTo
 
 
 def check_sharding(accelerator: Accelerator) -> None:
-    """Refuse FSDP's first version, whose weights cannot be asked for outside its wrapper."""
+    """Refuse FSDP's first version, whose weights cannot be used outside its wrapper."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's "
@@ -282,10 +282,10 @@ def check_finite(loss: Tensor, when: str, **models: Any) -> None:
         for name, states in models.items()
         if isinstance(states, TokenStates) and not torch.isfinite(states.states).all()
     ]
-    where = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
+    found = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
     raise FloatingPointError(
         f"The loss is {loss.item()} {when}. "
-        f"{where or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
+        f"{found or 'The hidden states of both models are finite; their logits, or how far apart they are, are not.'} "
         "Check the weights for NaN or infinities; load the teacher in bfloat16 or float32 if it is in float16; "
         "lower the learning rate if it was finite before."
     )

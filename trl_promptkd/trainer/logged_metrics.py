@@ -128,9 +128,9 @@ class CollusionCallback(TrainerCallback):
             said += "; evaluate during training (`eval_strategy`) to see `eval_forward_kl`"
         logger.warning(
             f"Step {state.global_step}: the soft prompt may be following the student instead of leading it. "
-            f"KL(student || plain teacher) is {plain:.2f} nats per token; the prompt gain makes up {gain:.2f} of it, and "
-            f"the prompted teacher is {moved:.2f} away from the plain one. Since the start, {said}. A falling loss does "
-            "not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), start the prompt "
-            "from a text (`prompt_init='text'`), raise `regularization_coef`, or warm the student up with supervised "
-            "fine-tuning first."
+            f"KL(student || plain teacher) is {plain:.2f} nats per token; the prompt gain makes up {gain:.2f} of it, "
+            f"and the prompted teacher is {moved:.2f} away from the plain one. Since the start, {said}. A falling "
+            "loss does not mean success here. Lower `prompt_learning_rate` (the paper uses the student's own), "
+            "start the prompt from a text (`prompt_init='text'`), raise `regularization_coef`, or warm the student "
+            "up with supervised fine-tuning first."
         )

@@ -56,7 +56,7 @@ _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparatio
 
 
 def hub_dataset(dataset: Any) -> str | None:
-    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` where that
+    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` if that
     says nothing."""
     for file in getattr(dataset, "cache_files", None) or []:
         parts = Path(file["filename"]).parts
@@ -116,7 +116,7 @@ This model was distilled from {_teacher_name(trainer)}, {seen}
 
 
 def complete_card(trainer, section: str) -> None:
-    """Mend TRL's card in `output_dir`, and put `section` and what both trainers have to say behind it."""
+    """Mend TRL's card in `output_dir`, and put `section` and what both trainers have to say after it."""
     path = os.path.join(trainer.args.output_dir, "README.md")
     card, repo = ModelCard.load(path), trainer.hub_model_id or "<this repository>"
     # TRL takes any path that is no folder now for a name

@@ -24,7 +24,7 @@ _PAPER_ALPHA = 0.6093348343631224
 
 # Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
 _IGNORED = {
-    "packing": (False, "rows are compared one by one, behind prompts of different lengths"),
+    "packing": (False, "rows are compared one by one, after prompts of different lengths"),
     "padding_free": (False, "batches are padded"),
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation; make a row of each answer"),
     "loss_type": ("nll", "the loss is made of cross-entropy and the divergence that `kd_beta` selects"),
@@ -46,7 +46,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     Args:
         alpha (`float`, *optional*):
             Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the
-            paper's 0.6093; with `response_source="student"`, where there are no hard labels, 0.
+            paper's 0.6093; with `response_source="student"`, which has no hard labels, 0.
         kd_temperature (`float`, *optional*, defaults to `5.942267335064758`):
             Both models' logits are divided by it in the divergence, which is multiplied by its square. The
             cross-entropy stays at temperature 1.
@@ -61,9 +61,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             primed teacher writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own
             samples, drawn anew at every step.
         teacher_model_name_or_path (`str`, *optional*):
-            The teacher, where none is passed to the trainer.
+            The teacher, if none is passed to the trainer.
         teacher_model_init_kwargs (`dict`, *optional*):
-            For `AutoModelForCausalLM.from_pretrained`, where the teacher is given by name; for example
+            For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
             `{"quantization_config": {"load_in_4bit": True}}`.
         teacher_max_length (`int`, *optional*):
             Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
@@ -80,13 +80,13 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Where the teacher's answers are kept, and looked for; `output_dir/_teacher_answers` by default.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
-            `lora_dropout` is left as it is.
+            `lora_dropout` stays.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
             Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at
             once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
-            goes on from it.
+            resumes from it.
     """
 
     _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
@@ -123,7 +123,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained, where the teacher is given by name."}
+        default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
     )
     teacher_max_length: int | None = field(
         default=None,
@@ -141,7 +141,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         default=None, metadata={"help": "Where the teacher's answers are kept; None: output_dir/_teacher_answers."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays as it is."}
+        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays."}
     )
     loss_chunk_size: int | None = field(
         default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
@@ -178,7 +178,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         if samples and self.alpha:
             raise ValueError(
                 f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard "
-                "labels. Set `alpha=0` (or leave it away), or train on `response_source='dataset'` or `'teacher'`."
+                "labels. Set `alpha=0` (or omit it), or train on `response_source='dataset'` or `'teacher'`."
             )
         check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.skew and 0 < self.kd_beta < 1:

@@ -67,7 +67,7 @@ class PrimedDistillTrainer(SFTTrainer):
             A collator of your own gets the rows as they are and must return what [`DataCollatorForPrimedDistillation`]
             returns; `priming` is then only recorded.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `messages`, with `prompt` and `completion`, or (where the teacher or the student writes the
+            Rows with `messages`, with `prompt` and `completion`, or (if the teacher or the student writes the
             answers) with `prompt` alone; texts or conversations. Other columns are variables of the priming template.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             The same formats.
@@ -86,7 +86,7 @@ class PrimedDistillTrainer(SFTTrainer):
         preprocess_logits_for_metrics (`Callable`, *optional*):
             As in the base class.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            Of the student, where it is given by name.
+            How to quantize a student that is given by name.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
@@ -97,9 +97,9 @@ class PrimedDistillTrainer(SFTTrainer):
             plain distillation.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
-            `args.teacher_model_name_or_path`; where that is `None` too, the student's own starting weights: what the
-            priming text does is then trained into the student. A PEFT student is its own teacher with the adapter
-            switched off (no second copy is held), otherwise a frozen copy is kept.
+            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own starting
+            weights: what the priming text does is then trained into the student. A PEFT student is its own teacher
+            with the adapter switched off (no second copy is held), otherwise a frozen copy is kept.
         teacher_cache (`str` or [`TeacherCache`], *optional*):
             What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
             or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer.

@@ -64,7 +64,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             the other way round.
         regularization_coef (`float`, *optional*, defaults to `1.0`):
             `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain
-            teacher is only asked on steps that are logged.
+            teacher only runs on steps that are logged.
         regularization_schedule (`str`, *optional*, defaults to `"linear"`):
             `"linear"` lets `w` fall to 0 at the end of training, `"constant"` keeps it.
         prompt_update (`str`, *optional*, defaults to `"sequential"`):
@@ -84,7 +84,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             micro-batch exist at once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
             On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
-            goes on from it.
+            resumes from it.
     """
 
     _FALLING_METRICS = (

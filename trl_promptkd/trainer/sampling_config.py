@@ -15,8 +15,8 @@ __all__ = ["SamplingConfig"]
 _NOT_IN_GENERATION_KWARGS = {
     "max_new_tokens": "rows are measured with the field `max_new_tokens`. Set that",
     "max_length": "a completion's length does not depend on its prompt's. Set the field `max_new_tokens`",
-    "num_return_sequences": "every prompt gets one completion. Leave it away",
-    "return_dict_in_generate": "only token ids are read. Leave it away",
+    "num_return_sequences": "every prompt gets one completion. Omit it",
+    "return_dict_in_generate": "only token ids are read. Omit it",
 }
 
 
@@ -47,15 +47,15 @@ class SamplingConfig:
             `"colocate"`: an engine in the training process, on its device. `"server"`: one that `vllm serve` runs
             elsewhere, with `--weight-transfer-config` as TRL's documentation says.
         vllm_server_base_url (`str`, *optional*):
-            Of the server; overrides host and port.
+            URL of the server. Overrides host and port.
         vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
-            Of the server.
+            Host of the server.
         vllm_server_port (`int`, *optional*, defaults to `8000`):
-            Of the server.
+            Port of the server.
         vllm_server_timeout (`float`, *optional*, defaults to `240.0`):
             Seconds to wait for the server to be up.
         vllm_group_port (`int`, *optional*, defaults to `51216`):
-            Of the group that the weights are sent through to the server.
+            Port through which the weights are sent to the server.
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Share of the GPU's memory for a colocated engine.
         vllm_max_model_length (`int`, *optional*):
@@ -89,9 +89,11 @@ class SamplingConfig:
         default="colocate",
         metadata={"help": "An engine in the training process, or a server's.", "choices": ["colocate", "server"]},
     )
-    vllm_server_base_url: str | None = field(default=None, metadata={"help": "Overrides host and port."})
-    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Of the vLLM server."})
-    vllm_server_port: int = field(default=8000, metadata={"help": "Of the vLLM server."})
+    vllm_server_base_url: str | None = field(
+        default=None, metadata={"help": "URL of the vLLM server; overrides host and port."}
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the vLLM server."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
     vllm_server_timeout: float = field(default=240.0, metadata={"help": "Seconds to wait for the server to be up."})
     vllm_group_port: int = field(default=51216, metadata={"help": "Port that the weights are sent through."})
     vllm_gpu_memory_utilization: float = field(

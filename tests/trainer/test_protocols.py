@@ -1,0 +1,41 @@
+"""Teachers that run and cached ones, transformers' rollouts and vLLM's: the trainers use them in the same way."""
+
+import inspect
+
+import pytest
+
+from trl_promptkd.generation.rollouts import Rollouts
+from trl_promptkd.generation.vllm import VLLMRollouts
+from trl_promptkd.models.forward import TokenLogits, TokenStates
+from trl_promptkd.teacher_cache.reader import CachedAnswers
+from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
+from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
+
+
+def methods(cls: type) -> dict[str, list[str]]:
+    """The public methods of a class and `__len__`, with the names of their parameters."""
+    found = inspect.getmembers(cls, inspect.isfunction)
+    return {name: list(inspect.signature(f).parameters) for name, f in found if name == "__len__" or name[0] != "_"}
+
+
+def test_both_rollouts_have_the_same_two_methods():
+    assert methods(Rollouts) == methods(VLLMRollouts)
+    assert sorted(methods(Rollouts)) == ["sample", "sync"]
+
+
+@pytest.mark.parametrize("cls", [TokenStates, CachedAnswers])
+def test_what_a_teacher_says_follows_the_protocol(cls):
+    assert methods(TokenLogits).items() <= methods(cls).items()
+
+
+def test_a_cached_teacher_has_the_methods_of_a_live_one():
+    theirs = methods(CachedTeacher)
+    assert theirs.items() <= methods(LiveTeacher).items()
+    assert {"find", "load", "views", "place", "answered", "at_completions", "plain_log_prob"} == theirs.keys()
+
+
+@pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
+def test_the_trainers_never_look_at_which_it_is(module):
+    source = inspect.getsource(module)
+    for name in ("LiveTeacher", "CachedTeacher", "VLLMRollouts", "use_vllm", "isinstance(self", "partial("):
+        assert name not in source, name

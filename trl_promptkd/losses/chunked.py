@@ -63,7 +63,7 @@ def chunked_sums(
         sums: Gets a chunk of every part and returns scalars, each a sum over the chunk's tokens; the first is the loss.
         chunk_size (`int`, *optional*): Tokens a chunk; `None` for all at once.
         parts: All with one entry a token: [`TokenStates`], of which `sums` gets logits `(tokens, vocab)`; tensors, which are
-            sliced; objects with `logits_of(start, end)`; or `None`, which is passed on.
+            sliced; objects with `logits(start, end)`; or `None`, which is passed on.
 
     Returns:
         The scalars, detached, and for each [`TokenStates`] whose states have a gradient path, in their order, the gradient of the first
@@ -88,8 +88,8 @@ def chunked_sums(
                     chunk.append(part.logits(states.requires_grad_(_is_trained(part))))
                 if _is_trained(part):
                     leaves.append(states)
-            elif hasattr(part, "logits_of"):
-                chunk.append(part.logits_of(start, end))
+            elif hasattr(part, "logits"):
+                chunk.append(part.logits(start, end))
             else:
                 chunk.append(None if part is None else part[start:end])
         trained = [_is_trained(part) for part in parts]

@@ -253,7 +253,7 @@ class TeacherCache:
     def log_probs(self, indices: Sequence[int]) -> Tensor:
         """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
         answers = self.answers(indices)
-        return answers.logits_of(0, len(answers))
+        return answers.logits(0, len(answers))
 
     def answers(self, indices: Sequence[int], vocab_size: int | None = None) -> "CachedAnswers":
         """What the teacher said about some rows, to be decoded row by row."""
@@ -288,7 +288,7 @@ class CachedAnswers:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def logits_of(self, start: int, end: int) -> Tensor:
+    def logits(self, start: int, end: int) -> Tensor:
         """Log-probabilities `(end - start, vocab)` of some tokens, in float32."""
         parts = [
             self._row(row)[max(start - first, 0) : end - first]

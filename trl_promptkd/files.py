@@ -2,16 +2,19 @@
 
 import glob
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
 __all__ = [
+    "content_hash",
     "read_safetensors",
     "read_text",
     "remove_incomplete",
@@ -27,6 +30,12 @@ _INCOMPLETE = ".incomplete"
 def text_hash(text: str) -> str:
     """32 hexadecimal digits by which a content is found again."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def content_hash(value: Any) -> str:
+    """The hash of anything that JSON can write; of other things their texts count."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return text_hash(text)
 
 
 def sha256_of(path: str) -> str:

@@ -14,6 +14,7 @@ from trl_promptkd.cli import main, make_parser
 from trl_promptkd.cli.eval import _load_set
 from trl_promptkd.data import tokenize_row
 from trl_promptkd.evaluation import evaluate_model, evaluation_rows, instruction_text
+from trl_promptkd.generation import store
 from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.metrics import instruction_scores
 
@@ -271,7 +272,7 @@ class TestEvaluateModel:
 
     def test_a_killed_run_goes_on_where_it_was(self, tmp_path, monkeypatch):
         """Killed after its second batch, with everything before it kept: only the rest is written, and all is as it would have been."""
-        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
         model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
         settings = {"seeds": [10, 20], "max_new_tokens": 6, "batch_size": 2}
         whole = evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "whole"), **settings)
@@ -325,7 +326,7 @@ class TestEvaluateModel:
 
     def test_two_runs_of_one_evaluation_leave_each_other_their_answers(self, tmp_path, monkeypatch):
         """A second run begins, and ends, while the first one is in its second batch."""
-        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
         model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
         settings = {"max_new_tokens": 6, "batch_size": 2, "output_dir": str(tmp_path)}
         original, calls = evaluation.answers.generate_completions, []

@@ -22,7 +22,7 @@ from tiny import answered_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimingTemplate, PromptEncoderConfig, SoftPrompt, TeacherCache, build_teacher_cache
 from trl_promptkd.files import sha256_of
-from trl_promptkd.generation.teacher_answers import _read_parts
+from trl_promptkd.generation.teacher_answers import _read_answers
 from trl_promptkd.teacher_cache.manifest import Manifest, row_key
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
 
@@ -700,18 +700,23 @@ PARTS = {
 }
 
 
+def with_texts(part):
+    texts = [""] * len(part["key"])
+    return pyarrow.table({**part, "prompt": texts, "completion": texts})
+
+
 class TestTeacherAnswers:
     @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
     def test_what_is_no_answer_is_refused_and_named(self, tmp_path, part):
         path = tmp_path / "answers-x.parquet"
         path.write_bytes(b"PAR1")
         if part is not None:
-            pyarrow.parquet.write_table(pyarrow.table(part), path)
-        with pytest.raises(ValueError, match=r"answers-x\.parquet cannot be read as teacher answers (?s:.*)Delete it"):
-            _read_parts(str(tmp_path), {"a": 1}, 40)
+            pyarrow.parquet.write_table(with_texts(part), path)
+        with pytest.raises(ValueError, match=r"answers-x\.parquet is damaged(?s:.*)Delete it"):
+            _read_answers(str(tmp_path), {"a": 1}, 40)
 
     def test_answers_are_read(self, tmp_path):
         pyarrow.parquet.write_table(
-            pyarrow.table({"key": ["a", "b"], "completion_ids": [[1, 39], []]}), tmp_path / "answers-x.parquet"
+            with_texts({"key": ["a", "b"], "completion_ids": [[1, 39], []]}), tmp_path / "answers-x.parquet"
         )
-        assert _read_parts(str(tmp_path), {"a": 1, "b": 1}, 40) == {"a": [1, 39], "b": []}
+        assert _read_answers(str(tmp_path), {"a": 1, "b": 1}, 40) == {"a": [1, 39], "b": []}

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation.teacher_answers import sampling_source
 from ..metrics import rouge_scorer
 from ..models.limits import check_positions
 from .answers import (
@@ -125,17 +126,16 @@ def evaluate_model(
     source = {}
     if output_dir is not None:
         os.makedirs(output_dir, exist_ok=True)
-        said = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
-        source = {**model_source(model, tokenizer), "sampling": said}
+        source = {**model_source(model, tokenizer), "sampling": sampling_source(config)}
     results = {}
     for name, rows in sets.items():
         runs = []
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
             answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, _title(name, seed))
-            texts = judged_texts(tokenizer, rows.prompt_ids, [answer.text for answer in answers])
+            texts = judged_texts(tokenizer, rows.prompt_ids, [answer["completion"] for answer in answers])
             scores = score_answers(task, texts, rows.references)
-            terminated = sum(answer.ended for answer in answers) / len(answers)
+            terminated = sum(answer["ended"] for answer in answers) / len(answers)
             runs.append({"seed": seed, **scores, "terminated_share": terminated})
         results[name] = {
             "rows": len(rows.prompt_ids),

@@ -9,6 +9,7 @@ from reference import kl, log_probs
 from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
+from trl_promptkd.generation import store
 from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode, entropies
 from trl_promptkd.teacher_cache.manifest import row_key
@@ -254,18 +255,18 @@ class TestInterruption:
 
     def test_killed_after_every_shard_in_turn(self, build, passes, monkeypatch):
         whole = build(folder="whole")
-        monkeypatch.setattr(writer, "_SECONDS_A_SHARD", 0.0)
-        original = writer.CacheWriter._write_shard
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
+        original = writer.write_part
 
-        def die(self, rows, samples):
-            original(self, rows, samples)
+        def die(*args):
+            original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(writer.CacheWriter, "_write_shard", die)
+        monkeypatch.setattr(writer, "write_part", die)
         for _ in range(6):
             with pytest.raises(KeyboardInterrupt):
                 build()
-        monkeypatch.setattr(writer.CacheWriter, "_write_shard", original)
+        monkeypatch.setattr(writer, "write_part", original)
         passes.clear()
         cache = build()
         assert sum(passes) == 0
@@ -295,17 +296,15 @@ class TestInterruption:
 
     def test_a_full_disk_loses_nothing(self, build, monkeypatch, passes):
         build(answered_dataset(6))
-        write = writer.pyarrow.parquet.write_table
+        write = store.pyarrow.parquet.write_table
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(writer.pyarrow.parquet, "write_table", full)
-        with pytest.raises(
-            OSError, match=r"could not be written .*No space left.*make room and start the build again"
-        ):
+        monkeypatch.setattr(store.pyarrow.parquet, "write_table", full)
+        with pytest.raises(OSError, match=r"could not be written to .*No space left.*make room and start again"):
             build()
-        monkeypatch.setattr(writer.pyarrow.parquet, "write_table", write)
+        monkeypatch.setattr(store.pyarrow.parquet, "write_table", write)
         passes.clear()
         assert len(build()) == 12
         assert sum(passes) == 6

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
-from ..files import text_hash, whole_file
+from ..files import content_hash, whole_file
 
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Manifest",
     "describe_priming",
     "describe_tokenizer",
-    "digest",
     "row_key",
 ]
 
@@ -30,30 +29,24 @@ _MAX_BYTES = 2**28
 _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
-def digest(value: Any) -> str:
-    """A hash of whatever JSON can write."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text_hash(text)
-
-
 def row_key(teacher_prompt_ids: list[int], completion_ids: list[int]) -> str:
     """The hash by which a row is found: of what the teacher saw, and of what it judged."""
-    return digest([list(teacher_prompt_ids), list(completion_ids)])
+    return content_hash([list(teacher_prompt_ids), list(completion_ids)])
 
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What must be the same when a cache is made and when it is used."""
     vocab = processing_class.get_vocab()
     return {
-        "tokenizer": digest(vocab),
+        "tokenizer": content_hash(vocab),
         "real_vocab_size": max(vocab.values()) + 1,
-        "chat_template": digest(processing_class.chat_template),
+        "chat_template": content_hash(processing_class.chat_template),
     }
 
 
 def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     """What the teacher saw besides the prompt: text, placement, and the text's hash."""
-    return None if priming is None else {**asdict(priming), "hash": digest(priming.text)}
+    return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
 
 
 def _is_text(value: Any) -> bool:

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from itertools import accumulate, pairwise
 
 import pyarrow
-import pyarrow.compute
-import pyarrow.parquet
 import torch
 from datasets import Dataset
 from datasets.table import InMemoryTable
@@ -16,70 +14,29 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..files import sha256_of
-from .codec import PRESETS, Basis, decode, entropies, num_tokens, payload_columns
+from ..files import content_hash, sha256_of
+from ..generation.store import read_part
+from .codec import PRESETS, Basis, Preset, decode, entropies, num_tokens, payload_columns
 from .hub import push_cache
-from .manifest import MANIFEST_FILE, Manifest, digest, row_key
+from .manifest import MANIFEST_FILE, Manifest, row_key
 
 
-__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache", "read_shard"]
+__all__ = ["BASIS_FILE", "ID_COLUMNS", "CachedAnswers", "TeacherCache", "read_shard", "shard_schema"]
 
 BASIS_FILE = "basis.safetensors"
-_IDS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
-_MAX_BYTES = 2**33  # of one shard in memory; the builder's have 2**26 and a batch
-_LEAST_BYTES = 16  # a row's key alone: random digits, which nothing compresses
+ID_COLUMNS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
 
 
-def read_shard(path: str, manifest: Manifest) -> pyarrow.Table:
-    """A shard's rows, of which everything is checked that costs little; what they hold is checked when they are decoded.
-
-    Raises:
-        ValueError: for what [`build_teacher_cache`] does not write, naming the file and the column.
-    """
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        size = sum(
-            group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns)
-        )
-        if size > _MAX_BYTES or metadata.num_rows * _LEAST_BYTES > os.path.getsize(path):
-            raise ValueError(f"it claims {metadata.num_rows} rows and {size} bytes, more than fit into a shard")
-        schema = _schema(manifest, pyarrow.parquet.read_schema(path))
-        table = pyarrow.parquet.read_table(path, page_checksum_verification=True).select(schema.names).cast(schema)
-        table.validate(full=True)
-        _check_ids(table, manifest)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"The cache's file {path} is damaged, or no shard of this cache: {error}. Delete it and build the cache again: only its rows are made "
-            "anew."
-        ) from error
-    return table
+def shard_schema(preset: Preset) -> pyarrow.Schema:
+    """A shard's columns."""
+    types = {"key": pyarrow.string(), **dict.fromkeys(ID_COLUMNS, pyarrow.list_(pyarrow.int32()))}
+    return pyarrow.schema(types | dict.fromkeys(sorted(payload_columns(preset)), pyarrow.binary()))
 
 
-def _schema(manifest: Manifest, found: pyarrow.Schema) -> pyarrow.Schema:
-    """What a shard's columns must be, if they are."""
-    types = {"key": pyarrow.string(), **dict.fromkeys(_IDS, pyarrow.list_(pyarrow.int32()))}
-    types |= dict.fromkeys(sorted(payload_columns(PRESETS[manifest.preset])), pyarrow.binary())
-    if sorted(found.names) != sorted(types):
-        raise ValueError(f"its columns are {sorted(found.names)}, not {sorted(types)}")
-    for name, kind in types.items():
-        if found.field(name).type != kind:
-            raise ValueError(f"`{name}` is a column of {found.field(name).type}, not {kind}")
-    return pyarrow.schema(types)
-
-
-def _check_ids(table: pyarrow.Table, manifest: Manifest) -> None:
-    for name in table.column_names:
-        if name != "prompt_ids" and table[name].null_count:
-            raise ValueError(f"`{name}` is missing in some rows")
-    limit = max(manifest.vocab_size, manifest.real_vocab_size)
-    for name in _IDS:
-        ids = pyarrow.compute.list_flatten(table[name])
-        ends = pyarrow.compute.min_max(ids).as_py()
-        if ids.null_count or (len(ids) and not 0 <= ends["min"] <= ends["max"] < limit):
-            raise ValueError(
-                f"`{name}` has ids from {ends['min']} to {ends['max']}; they must be from 0 to {limit - 1}"
-            )
+def read_shard(path: str, manifest: Manifest, remedy: str = "build the cache again") -> pyarrow.Table:
+    """A shard's rows, of which everything is checked that costs little; the rest is checked when they are decoded."""
+    num_ids = max(manifest.vocab_size, manifest.real_vocab_size)
+    return read_part(path, shard_schema(PRESETS[manifest.preset]), num_ids, remedy, optional="prompt_ids")
 
 
 class TeacherCache:
@@ -143,7 +100,8 @@ class TeacherCache:
             )
         self.device: torch.device | str = "cpu"
         # In memory: a copy on the disk could be an older one's
-        tables = [read_shard(os.path.join(path, shard["file"]), self.manifest) for shard in self.manifest.shards]
+        files = [os.path.join(path, shard["file"]) for shard in self.manifest.shards]
+        tables = [read_shard(file, self.manifest, remedy) for file in files]
         self.rows = Dataset(InMemoryTable(pyarrow.concat_tables(tables)))
         self._index = {key: index for index, key in enumerate(self.rows["key"])}
         self._payload = sorted(payload_columns(self.preset))
@@ -157,7 +115,7 @@ class TeacherCache:
 
     def dataset(self) -> Dataset:
         """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
-        rows = self.rows.select_columns(["prompt_ids", "teacher_prompt_ids", "completion_ids"])
+        rows = self.rows.select_columns(list(ID_COLUMNS))
         return rows.map(_with_prompt)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
@@ -189,12 +147,12 @@ class TeacherCache:
         """
         answers: dict[str, list[list[int]]] = {}
         for prompt, completion in zip(self.rows["teacher_prompt_ids"], self.rows["completion_ids"], strict=True):
-            answers.setdefault(digest(prompt), []).append(completion)
+            answers.setdefault(content_hash(prompt), []).append(completion)
         completions = dataset["completion_ids"][:]
         prompts = dataset["teacher_prompt_ids"]
         if takes_answers:
             completions = [
-                answers.get(digest(prompt), [completion])[0]
+                answers.get(content_hash(prompt), [completion])[0]
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
             lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -204,7 +162,7 @@ class TeacherCache:
         missing = [index for index, row in enumerate(found) if row is None]
         if missing:
             first = missing[0]
-            there = answers.get(digest(prompts[first]))
+            there = answers.get(content_hash(prompts[first]))
             if there is None:
                 side = f"the teacher's prompt {processing_class.decode(prompts[first])[-200:]!r} is not in the cache"
             else:

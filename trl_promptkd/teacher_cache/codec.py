@@ -166,29 +166,29 @@ class Basis:
             save_file({**tensors, "softcap": torch.tensor(self.softcap)}, temporary)
 
     @classmethod
-    def load(cls, path: str) -> "Basis":
+    def load(cls, path: str, vocab_size: int | None = None) -> "Basis":
         """Read what [`save`] wrote.
 
         Raises:
             FileNotFoundError: where there is nothing.
-            ValueError: for tensors with other names or types, that do not fit together, or from which logits would not be finite.
+            ValueError: for other tensors, another vocabulary than `vocab_size`, and tensors whose logits would not be finite.
         """
         tensors, _ = read_safetensors(path, "Build the cache again.")
-        dtypes = {name: torch.float16 if name == "head" else torch.float32 for name in (*cls._tensors(), "softcap")}
-        found = {name: tensor.dtype for name, tensor in tensors.items()}
-        if found != dtypes:
-            raise ValueError(f"{path} is not the basis of a teacher cache: it holds {found}, not {dtypes}.")
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        hidden, rank, vocab = (math.prod(shapes[name]) for name in ("mean", "scale", "offset"))
-        if min(hidden, rank, vocab) < 1 or shapes != {
-            "mean": (hidden,),
-            "analysis": (hidden, rank),
-            "head": (rank, vocab),
-            "scale": (rank,),
-            "offset": (vocab,),
-            "softcap": (),
-        }:
-            raise ValueError(f"The tensors in {path} do not fit together: {shapes}.")
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        hidden, rank, vocab = (math.prod(found.get(name, (0, (0,)))[1]) for name in ("mean", "scale", "offset"))
+        wanted = {
+            "mean": (torch.float32, (hidden,)),
+            "analysis": (torch.float32, (hidden, rank)),
+            "head": (torch.float16, (rank, vocab)),
+            "scale": (torch.float32, (rank,)),
+            "offset": (torch.float32, (vocab,)),
+            "softcap": (torch.float32, ()),
+        }
+        if found != wanted or min(hidden, rank, vocab) < 1 or vocab_size not in (None, vocab):
+            raise ValueError(
+                f"{path} is not the basis of a teacher cache with {vocab_size or 'some'} ids: its tensors do not fit together "
+                f"({found}). Build the cache again."
+            )
         basis = cls(**{name: tensors[name] for name in cls._tensors()}, softcap=float(tensors["softcap"]))
         largest = basis.scale.double().abs().sum() * 2 * _MAX_COEFFICIENT + basis.offset.double().abs().max()
         others = (basis.mean, basis.analysis, basis.head)

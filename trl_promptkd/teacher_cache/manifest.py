@@ -1,21 +1,20 @@
 """What a cache says about itself, and whether it fits a run."""
 
 import json
-import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
-from ..files import content_hash, whole_file
+from ..files import content_hash, write_text
+from .codec import PRESETS
 
 
 __all__ = [
     "MANIFEST_FILE",
-    "MAX_VOCAB_SIZE",
     "Manifest",
     "describe_priming",
     "describe_tokenizer",
@@ -25,11 +24,10 @@ __all__ = [
 MANIFEST_FILE = "manifest.json"
 CODEC_VERSION = 1
 MAX_VOCAB_SIZE = 2**22  # 16 times the largest one there is
-_MAX_BYTES = 2**28
 _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
-def row_key(teacher_prompt_ids: list[int], completion_ids: list[int]) -> str:
+def row_key(teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """The hash by which a row is found: of what the teacher saw, and of what it judged."""
     return content_hash([list(teacher_prompt_ids), list(completion_ids)])
 
@@ -49,70 +47,62 @@ def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _is_int(value: Any, least: int = 0, most: float = 2**63) -> bool:
     return type(value) is int and least <= value <= most
 
 
-def _is_hash(value: Any, digits: int = 32) -> bool:
-    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def _is_dict(value: Any, **kinds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](value[key]) for key in kinds)
+def _object(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def fits(value: Any) -> bool:
+        if not isinstance(value, dict) or value.keys() != kinds.keys():
+            return False
+        return all(fits(value[name]) for name, fits in kinds.items())
+
+    return fits
 
 
-def _is_shard(value: Any) -> bool:
-    return _is_dict(
-        value, file=_is_text, rows=_is_int, tokens=_is_int, bytes=_is_int, sha256=lambda x: _is_hash(x, 64)
-    )
+def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
 
 
+_text, _hash, _sha256 = _matches("(?s).*"), _matches("[0-9a-f]{32}"), _matches("[0-9a-f]{64}")
+_shard = _object(file=_text, rows=_is_int, tokens=_is_int, bytes=_is_int, sha256=_sha256)
+_about = _object(name=_text, revision=_or_null(_text), dtype=_text, quantization=_text, weights=_hash)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_HASH = (_is_hash, "a hash of 32 hexadecimal digits")
+_HASH = (_hash, "a hash of 32 hexadecimal digits")
 _VOCAB_SIZE = (lambda x: _is_int(x, 1, MAX_VOCAB_SIZE), f"an integer from 1 to {MAX_VOCAB_SIZE}")
-_LIMIT = (lambda x: x is None or _is_int(x, 1), "null or a positive integer")
+_LIMIT = (_or_null(lambda x: _is_int(x, 1)), "null or a positive integer")
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "teacher": (
-        lambda x: _is_dict(
-            x,
-            name=_is_text,
-            revision=lambda y: y is None or _is_text(y),
-            dtype=_is_text,
-            quantization=_is_text,
-            weights=_is_hash,
-        ),
-        "an object of the texts `name`, `revision` (or null), `dtype`, `quantization` and `weights` (a hash)",
-    ),
+    "teacher": (_about, "an object of the texts `name`, `revision` (or null), `dtype`, `quantization` and `weights`"),
     "tokenizer": _HASH,
     "real_vocab_size": _VOCAB_SIZE,
     "vocab_size": _VOCAB_SIZE,
     "chat_template": _HASH,
     "priming": (
-        lambda x: x is None or _is_dict(x, text=_is_text, placement=_is_text, hash=_is_hash),
+        _or_null(_object(text=_text, placement=_text, hash=_hash)),
         "null, or an object of the texts `text`, `placement` and `hash`",
     ),
     "response_source": (lambda x: x in ("dataset", "teacher"), "'dataset' or 'teacher'"),
-    "preset": (_is_text, "a text"),
+    "preset": (lambda x: x in list(PRESETS), f"one of {', '.join(map(repr, PRESETS))}"),
     "temperature": (lambda x: _is_number(x) and x > 0, "a positive number"),
-    "codec_version": (_is_int, "an integer"),
-    "sampling": (lambda x: x is None or isinstance(x, dict), "null or an object"),
+    "codec_version": (lambda x: _is_int(x, 1, 1), f"{CODEC_VERSION}, the version of this format"),
+    "sampling": (_or_null(lambda x: isinstance(x, dict)), "null or an object"),
     "max_length": _LIMIT,
     "teacher_max_length": _LIMIT,
-    "data": (lambda x: x == "" or _is_hash(x), "empty or a hash of 32 hexadecimal digits"),
+    "data": (_matches("([0-9a-f]{32})?"), "empty or a hash of 32 hexadecimal digits"),
     "shards": (
-        lambda x: isinstance(x, list) and all(map(_is_shard, x)),
+        lambda x: isinstance(x, list) and all(map(_shard, x)),
         "a list of objects of `file`, `rows`, `tokens`, `bytes` and `sha256`",
     ),
     "files": (
-        lambda x: isinstance(x, dict) and all(_is_hash(y, 64) for y in x.values()),
+        lambda x: isinstance(x, dict) and all(map(_sha256, x.values())),
         "an object of SHA-256 sums by file name",
     ),
     "receipt": (lambda x: isinstance(x, dict) and all(map(_is_number, x.values())), "an object of numbers"),
@@ -167,8 +157,7 @@ class Manifest:
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_ROWS}
 
     def save(self, path: str) -> None:
-        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -177,38 +166,30 @@ class Manifest:
             FileNotFoundError: where there is none.
             ValueError: where it is not a manifest, or of another version.
         """
-        if os.path.getsize(path) > _MAX_BYTES:
-            raise ValueError(f"{path} has {os.path.getsize(path)} bytes; a manifest has {_MAX_BYTES} at the most.")
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
             json.dumps(values, ensure_ascii=False).encode()  # lone surrogates cannot be written again
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}. The cache is damaged; build it again.") from error
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or values.keys() != _FIELDS.keys():
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(names)}.")
-        for name, (is_right, allowed) in _FIELDS.items():
-            if not is_right(values[name]):
-                raise ValueError(
-                    f"{path} holds `{name}` {str(values[name])[:200]!r}; it must be {allowed}. The manifest is damaged, or from elsewhere: build "
-                    "the cache again."
-                )
-        names_of_files = [*(shard["file"] for shard in values["shards"]), *values["files"]]
-        for name in names_of_files:
-            if not _PLAIN_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{path} names a file outside its folder, or none at all: {name!r}. It must be a plain file name."
-                )
-        if len(set(names_of_files)) < len(names_of_files):
-            raise ValueError(f"{path} names a file twice: {sorted(names_of_files)}. Build the cache again.")
-        manifest = cls(**values)
-        if manifest.codec_version != CODEC_VERSION:
             raise ValueError(
-                f"The cache at {path} has codec version {manifest.codec_version}; this version of trl_promptkd reads {CODEC_VERSION}."
+                f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(_FIELDS)}."
             )
-        return manifest
+        for name, (fits, allowed) in _FIELDS.items():
+            if not fits(values[name]):
+                raise ValueError(
+                    f"{path} holds `{name}` {str(values[name])[:200]!r}; it must be {allowed}. The manifest is damaged, or "
+                    "from another version: build the cache again."
+                )
+        files = [*(shard["file"] for shard in values["shards"]), *values["files"]]
+        if not all(map(_PLAIN_NAME.fullmatch, files)) or len(set(files)) < len(files):
+            raise ValueError(
+                f"{path} names a file outside its folder, or one twice: {sorted(files)}. The manifest is from elsewhere: build "
+                "the cache again."
+            )
+        return cls(**values)
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
         """Refuse a run whose tokenizer, chat template or priming text is another one.
@@ -216,20 +197,17 @@ class Manifest:
         Raises:
             ValueError: naming both values.
         """
-        here = describe_tokenizer(processing_class)
-        for name, what in (
-            ("real_vocab_size", "number of tokens"),
-            ("tokenizer", "vocabulary (its hash)"),
-            ("chat_template", "chat template (its hash)"),
-        ):
-            if getattr(self, name) != here[name]:
+        here = {**describe_tokenizer(processing_class), "priming": describe_priming(priming)}
+        named = {
+            "real_vocab_size": "number of tokens",
+            "tokenizer": "vocabulary (its hash)",
+            "chat_template": "chat template (its hash)",
+            "priming": "priming",
+        }
+        for name, what in named.items():
+            there = getattr(self, name)
+            if there != here[name]:
                 raise ValueError(
-                    f"The teacher cache was made with another {what}: {getattr(self, name)!r} there, {here[name]!r} here. Use the "
-                    "tokenizer it was made with, or build the cache again."
+                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Use the one it was "
+                    "made with, or build the cache again."
                 )
-        mine = describe_priming(priming)
-        if self.priming != mine:
-            raise ValueError(
-                f"The teacher cache was made with another priming: {self.priming!r} there, {mine!r} here. Pass the same `priming`, or "
-                "build the cache again."
-            )

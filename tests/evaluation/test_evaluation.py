@@ -13,7 +13,9 @@ from trl_promptkd import evaluation
 from trl_promptkd.cli import main, make_parser
 from trl_promptkd.cli.eval import _load_set
 from trl_promptkd.data import tokenize_row
-from trl_promptkd.evaluation import evaluate_model, evaluation_rows, instruction_text
+from trl_promptkd.evaluation import evaluate_model, evaluation_rows
+from trl_promptkd.evaluation.answers import model_source
+from trl_promptkd.evaluation.rows import instruction_text
 from trl_promptkd.generation import store
 from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.metrics import instruction_scores
@@ -403,9 +405,9 @@ class TestEvaluateModel:
 
     def test_a_tokenizer_that_has_padded_is_the_same_one(self):
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        before = evaluation.model_source(model, tokenizer)
+        before = model_source(model, tokenizer)
         tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=3)
-        assert evaluation.model_source(model, tokenizer) == before
+        assert model_source(model, tokenizer) == before
 
     def test_other_weights_prompts_and_settings_have_other_answers(self, tmp_path):
         common = {"seeds": None, "output_dir": str(tmp_path), **SMALL}
@@ -494,7 +496,6 @@ class TestEvaluateModel:
 
     def test_gsm8k_any_of_the_right_answers_is_right(self):
         answers, references = ["It is 7.", "#### 8", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
-        assert evaluation.score_answers("gsm8k", answers, references) == {"strict": 25, "flexible": 50, "paper": 50}
         assert evaluation.row_scores("gsm8k", answers, references) == {
             "strict": [0, 100, 0, 0],
             "flexible": [100, 100, 0, 0],

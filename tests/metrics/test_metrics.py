@@ -366,10 +366,10 @@ class TestInstructionScores:
         ("predictions", "references", "error", "message"),
         [
             (["a"], [["a"], ["b"]], ValueError, "There are 1 `predictions` and 2 `references`"),
-            ([], [], ValueError, "are empty"),
+            ([], [], ValueError, "There are 0 `predictions` and 0 `references`"),
             (["a"], ["a"], TypeError, r"`references\[0\]` is 'a', a str; it must be a list of texts. Write \[text\]"),
-            (["a", "b"], [["a"], []], ValueError, r"`references\[1\]` is an empty list"),
-            (["a"], [[1]], TypeError, r"`references\[0\]` holds 1"),
+            (["a", "b"], [["a"], []], ValueError, r"`references\[1\]` is empty"),
+            (["a"], [[1]], TypeError, r"`references\[0\]` is \[1\], a list; it must be a list of texts"),
             ([[1, 2]], [["a"]], TypeError, r"`predictions\[0\]` is \[1, 2\], a list; it must be a text. Decode"),
             ("a", [["a"]], TypeError, "`predictions` is 'a', a str; it must be a list"),
         ],

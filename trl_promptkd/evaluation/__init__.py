@@ -31,8 +31,8 @@ from .answers import (
     real_vocab_size,
     write_answers,
 )
-from .rows import TEMPLATES, EvaluationRows, evaluation_rows, instruction_text
-from .scores import TASKS, row_scores, score_answers
+from .rows import TEMPLATES, EvaluationRows, evaluation_rows
+from .scores import TASKS, row_scores
 
 
 __all__ = [
@@ -45,12 +45,9 @@ __all__ = [
     "evaluation_config",
     "evaluation_rows",
     "evaluation_seeds",
-    "instruction_text",
     "judged_texts",
-    "model_source",
     "real_vocab_size",
     "row_scores",
-    "score_answers",
 ]
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
@@ -135,7 +132,8 @@ def evaluate_model(
             title = f"{name}, {'greedy' if seed is None else f'seed {seed}'}"
             answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, title)
             texts = judged_texts(tokenizer, rows.prompt_ids, [answer["completion"] for answer in answers])
-            scores = score_answers(task, texts, rows.references)
+            found = row_scores(task, texts, rows.references)
+            scores = {metric: statistics.fmean(numbers) for metric, numbers in found.items()}
             terminated = statistics.fmean(answer["ended"] for answer in answers)
             runs.append({"seed": seed, **scores, "terminated_share": terminated})
         values = {metric: [run[metric] for run in runs] for metric in scores}

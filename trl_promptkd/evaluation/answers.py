@@ -167,19 +167,15 @@ def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
 
 
 def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides on a model's answers besides the prompts and how they are sampled: weights, configuration, which adapters are on and how
-    strong, and the tokenizer that reads the answers."""
+    """What decides on a model's answers besides the prompts and the sampling: its weights, configuration, adapters and tokenizer."""
     adapters = {
         name: [module.active_adapters, module.disable_adapters, getattr(module, "scaling", None)]
         for name, module in model.named_modules()
-        if isinstance(
-            getattr(module, "disable_adapters", None), bool
-        )  # PEFT's layers; models have a method of that name
+        if isinstance(getattr(module, "disable_adapters", None), bool)  # a layer of PEFT's; models have such a method
     }
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     return {
         "model": weights_fingerprint(model, everything=True),
-        "config": config,
+        "config": {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL},
         # PEFT switches a soft prompt off by taking another `forward`
         "adapters": {"layers": adapters, "forward": getattr(model.forward, "__qualname__", None)},
         "tokenizer": hash_of(_tokenizer_source(tokenizer)),
@@ -187,7 +183,7 @@ def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     }
 
 
-def _tokenizer_source(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _tokenizer_source(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     about = [type(tokenizer).__name__, sorted(tokenizer.all_special_ids), tokenizer.clean_up_tokenization_spaces]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

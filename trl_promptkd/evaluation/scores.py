@@ -6,26 +6,21 @@ from typing import Any
 from ..metrics import RULES, gsm8k_row_scores, instruction_row_scores
 
 
-__all__ = ["TASKS", "row_scores", "score_answers"]
+__all__ = ["TASKS", "row_scores"]
 
 TASKS = ("instruct", "gsm8k")
 
 
-def score_answers(task: str, answers: Sequence[str], references: Sequence[Sequence[Any]]) -> dict[str, float]:
-    """The task's metrics in percent: `rougeL` and `exact_match`, or `strict`, `flexible` and `paper`."""
-    return {name: sum(values) / len(values) for name, values in row_scores(task, answers, references).items()}
-
-
 def row_scores(task: str, answers: Sequence[str], references: Sequence[Sequence[Any]]) -> dict[str, list[float]]:
-    """The task's metrics of each row in percent, whose means are those of [`score_answers`]."""
+    """The task's metrics of each row in percent: `rougeL` and `exact_match`, or `strict`, `flexible` and `paper`."""
     if task == "instruct":
         found = instruction_row_scores(answers, references)
         return {name: [row[name] for row in found] for name in ("rougeL", "exact_match")}
     # An answer is right if any of its row's right answers is
-    pairs = [(row, answer, right) for row, answer in enumerate(answers) for right in references[row]]
+    owners = [row for row in range(len(answers)) for _ in references[row]]
     correct = {rule: [0.0] * len(answers) for rule in RULES}
-    scores = gsm8k_row_scores([answer for _, answer, _ in pairs], [right for _, _, right in pairs])
-    for (row, _, _), score in zip(pairs, scores, strict=True):
+    scores = gsm8k_row_scores([answers[row] for row in owners], [right for row in references for right in row])
+    for row, score in zip(owners, scores, strict=True):
         for rule in RULES:
             correct[rule][row] = max(correct[rule][row], 100.0 * score[rule])
     return correct

@@ -33,10 +33,7 @@ _MODULES = ("gsm8k", "instruction_scores")
 
 
 def module_path(name: str) -> str:
-    """The file of a local `evaluate` module, for `evaluate.load`.
-
-    Args:
-        name: `"instruction_scores"` or `"gsm8k"`.
+    """The file of the local `evaluate` module `"instruction_scores"` or `"gsm8k"`, for `evaluate.load`.
 
     Raises:
         ValueError: for another name.
@@ -47,10 +44,7 @@ def module_path(name: str) -> str:
 
 
 def load(name: str) -> Any:
-    """One of the metrics as an `evaluate.EvaluationModule`; nothing is fetched.
-
-    Args:
-        name: `"instruction_scores"` or `"gsm8k"`.
+    """The metric `"instruction_scores"` or `"gsm8k"` as an `evaluate.EvaluationModule`; nothing is fetched.
 
     Raises:
         ImportError: if `evaluate` is not installed.

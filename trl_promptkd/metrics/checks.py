@@ -16,13 +16,11 @@ def check_rows(predictions: Any, references: Any) -> None:
             raise TypeError(
                 f"`{name}` is {shortened(rows)}, a {type(rows).__name__}; it must be a list with one entry per row."
             )
-    if len(predictions) != len(references):
+    if len(predictions) != len(references) or not predictions:
         raise ValueError(
-            f"There are {len(predictions)} `predictions` and {len(references)} `references`. Give one of each a "
-            "row, in one order."
+            f"There are {len(predictions)} `predictions` and {len(references)} `references`. Give one of each per row, in one "
+            "order, for at least one row."
         )
-    if not predictions:
-        raise ValueError("`predictions` and `references` are empty. Give at least one row.")
     for row, text in enumerate(predictions):
         if not isinstance(text, str):
             raise TypeError(

@@ -1,16 +1,14 @@
-"""How a teacher's distribution is kept in a few bytes a token.
+"""How a teacher's distribution is kept in a few bytes per token.
 
-A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform
-coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the same
-KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0 and cost
-nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was rounded then only
-shapes that tail.
-
-Much less is kept by drawing a few tokens from each distribution, which is enough for the gradient of the forward KL.
+A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform coding of sounds
+and pictures: the state is rotated into coordinates in which an error of a given size costs about the same KL in every direction, and
+rounded there with one step for all of them. Directions that hardly matter round to 0 and cost nothing. Beside it the likeliest tokens
+may be kept one by one, with the mass of all the others; what was rounded then only shapes that tail. Much less is kept by drawing a few
+tokens from each distribution, which is enough for the gradient of the forward KL.
 
 The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the logits,
-F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the
-hidden state h.
+F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the hidden
+state h.
 """
 
 import math
@@ -40,6 +38,7 @@ _GROUPS = 8  # columns of coefficients that are compressed apart: their sizes di
 _VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
 _TAIL_RANGE = 16.0  # log-odds of the tail, from minus to plus this
 _MAX_COEFFICIENT = 32767
+_TENSORS = ("mean", "analysis", "head", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class Preset:
     Args:
         step (`float`): Rounding step of the coefficients; the KL grows with its square.
         rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
-        top_k (`int`): How many of the likeliest tokens are kept one by one, at most.
-        nucleus (`float`): Fewer, where these hold this probability.
-        draws (`int`): Keep nothing but so many tokens drawn from the distribution: an unbiased gradient of the forward KL, and
-            no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
+        top_k (`int`): How many of the likeliest tokens are kept one by one, at most; up to 255.
+        nucleus (`float`): Fewer, if these hold this probability.
+        draws (`int`): Keep only so many tokens drawn from the distribution, up to 255: an unbiased gradient of the forward KL, and no other
+            divergence (Sparse Logit Sampling, arXiv 2503.16870).
     """
 
     step: float = 1.0
@@ -61,11 +60,6 @@ class Preset:
     top_k: int = 0
     nucleus: float = 0.99
     draws: int = 0
-
-    def __post_init__(self):
-        for name in ("top_k", "draws"):
-            if not 0 <= getattr(self, name) <= 255:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 0 to 255.")
 
 
 PRESETS = {
@@ -153,15 +147,10 @@ class Basis:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def to(self, device: torch.device | str) -> "Basis":
-        moved = {name: getattr(self, name).to(device) for name in self._tensors()}
-        return Basis(**moved, softcap=self.softcap)
-
-    @staticmethod
-    def _tensors() -> tuple[str, ...]:
-        return ("mean", "analysis", "head", "scale", "offset")
+        return Basis(**{name: getattr(self, name).to(device) for name in _TENSORS}, softcap=self.softcap)
 
     def save(self, path: str) -> None:
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in self._tensors()}
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         with whole_file(path) as temporary:
             save_file({**tensors, "softcap": torch.tensor(self.softcap)}, temporary)
 
@@ -189,11 +178,10 @@ class Basis:
                 f"{path} is not the basis of a teacher cache with {vocab_size or 'some'} ids: its tensors do not fit together "
                 f"({found}). Build the cache again."
             )
-        basis = cls(**{name: tensors[name] for name in cls._tensors()}, softcap=float(tensors["softcap"]))
+        basis = cls(**{name: tensors[name] for name in _TENSORS}, softcap=float(tensors["softcap"]))
         largest = basis.scale.double().abs().sum() * 2 * _MAX_COEFFICIENT + basis.offset.double().abs().max()
-        others = (basis.mean, basis.analysis, basis.head)
-        finite = float(largest) < 1e37 and all(bool(tensor.isfinite().all()) for tensor in others)
-        if not finite or basis.head.abs().max() > 1 or not 0 <= basis.softcap < 1e37:
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values()) and float(largest) < 1e37
+        if not is_finite or basis.head.abs().max() > 1 or not 0 <= basis.softcap < 1e37:
             raise ValueError(
                 f"The tensors in {path} are not finite, or too large for finite logits. Build the cache again."
             )

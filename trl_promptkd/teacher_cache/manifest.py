@@ -116,21 +116,16 @@ class Manifest:
 
     Args:
         teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint.
-        tokenizer (`str`): Hash of the vocabulary.
+        tokenizer (`str`), chat_template (`str`): Hashes of the vocabulary and of the template.
         real_vocab_size (`int`): Number of ids that stand for tokens.
         vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
-        chat_template (`str`): Its hash.
-        priming (`dict`, *optional*): `text`, `placement` and the text's `hash`; `None` without priming.
-        response_source (`str`): `"dataset"` or `"teacher"`: who wrote the answers.
-        preset (`str`): What is kept of a distribution, see [`PRESETS`].
-        temperature (`float`): Of the kept distributions.
-        codec_version (`int`): Of the format.
-        sampling (`dict`, *optional*): How the teacher wrote its answers.
-        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build; longer rows were left out, none
-            was cut.
+        priming (`dict`, *optional*): `text`, `placement` and the text's `hash`.
+        response_source (`str`): Who wrote the answers, `"dataset"` or `"teacher"`, and how the teacher did (`sampling`).
+        preset (`str`), temperature (`float`), codec_version (`int`): What is kept of a distribution, and the version of the format.
+        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted longer rows.
         data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
-        files (`dict`): `sha256` of the other files.
+        files (`dict`): SHA-256 sums of the other files.
         receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
     """
 

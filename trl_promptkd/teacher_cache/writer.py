@@ -212,48 +212,41 @@ class CacheWriter:
 
     def _finish(self) -> None:
         """Checksums and the receipt, into the manifest."""
-        summaries: dict[str, list[dict]] = {"kl": [], "tail": []}
-        keys: list[str] = []
-        shards = []
-        for path in part_paths(self.folder, "shard"):
-            table = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
-            keys += table["key"].to_pylist()
-            for name, values in summaries.items():
-                values.append(_label_of(path)[name])
-            shards.append(
-                {
-                    "file": os.path.basename(path),
-                    "rows": len(table),
-                    "tokens": sum(map(len, table["completion_ids"].to_pylist())),
-                    "bytes": os.path.getsize(path),
-                    "sha256": sha256_of(path),
-                }
-            )
-        receipt: dict[str, Any] = {}
-        samples = {name: [x for part in parts for x in part["sample"]] for name, parts in summaries.items()}
+        paths = part_paths(self.folder, "shard")
+        tables = [pyarrow.parquet.read_table(path, columns=["key", "completion_ids"]) for path in paths]
+        manifest = self.manifest
+        manifest.shards = [
+            {
+                "file": os.path.basename(path),
+                "rows": len(table),
+                "tokens": sum(map(len, table["completion_ids"].to_pylist())),
+                "bytes": os.path.getsize(path),
+                "sha256": sha256_of(path),
+            }
+            for path, table in zip(paths, tables, strict=True)
+        ]
+        manifest.data = content_hash(sorted(key for table in tables for key in table["key"].to_pylist()))
+        manifest.files = {} if self.basis is None else {BASIS_FILE: self.label["basis"]}
+        manifest.receipt = receipt = {}
+        labels = [_label_of(path) for path in paths]
+        samples = {name: [x for label in labels for x in label[name]["sample"]] for name in ("kl", "tail")}
         if samples["kl"]:
-            count = sum(part["count"] for part in summaries["kl"])
-            receipt["kl_mean"] = sum(part["sum"] for part in summaries["kl"]) / count
+            receipt["kl_tokens"] = sum(label["kl"]["count"] for label in labels)
+            receipt["kl_mean"] = sum(label["kl"]["sum"] for label in labels) / receipt["kl_tokens"]
             receipt["kl_p95"] = float(np.quantile(samples["kl"], 0.95))
-            receipt["kl_tokens"] = count
         if samples["tail"]:
             for percent in (50, 95):
                 receipt[f"tail_mass_p{percent}"] = float(np.quantile(samples["tail"], percent / 100))
-        tokens = sum(shard["tokens"] for shard in shards)
-        receipt |= {
-            "rows": sum(shard["rows"] for shard in shards),
-            "tokens": tokens,
-            "bytes_per_token": sum(shard["bytes"] for shard in shards) / max(tokens, 1),
-            "basis_bytes": 0 if self.basis is None else os.path.getsize(self._path(BASIS_FILE)),
-        }
-        self.manifest.shards, self.manifest.data, self.manifest.receipt = shards, content_hash(sorted(keys)), receipt
-        self.manifest.files = {} if self.basis is None else {BASIS_FILE: self.label["basis"]}
-        self.manifest.save(self._path(MANIFEST_FILE))
+        for name in ("rows", "tokens"):
+            receipt[name] = sum(shard[name] for shard in manifest.shards)
+        receipt["bytes_per_token"] = sum(shard["bytes"] for shard in manifest.shards) / max(receipt["tokens"], 1)
+        receipt["basis_bytes"] = 0 if self.basis is None else os.path.getsize(self._path(BASIS_FILE))
+        manifest.save(self._path(MANIFEST_FILE))
         cache = TeacherCache(self.folder, verify_checksums=False).to(self.accelerator.device)
         start = time.perf_counter()
         decoded = len(cache.log_probs(range(min(16, len(cache)))))
         receipt["decode_microseconds_per_token"] = 1e6 * (time.perf_counter() - start) / max(decoded, 1)
-        self.manifest.save(self._path(MANIFEST_FILE))
+        manifest.save(self._path(MANIFEST_FILE))
 
 
 def _summary(values: list[Tensor]) -> dict[str, Any]:

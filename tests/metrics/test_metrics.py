@@ -61,8 +61,6 @@ class TestWithoutThoughts:
     )
     def test_what_remains(self, text, answer):
         assert without_thoughts(text).split() == answer.split()
-
-    def test_texts_without_thoughts_stay_to_the_letter(self):
         assert without_thoughts(" a\n\n b ") == " a\n\n b "
 
 
@@ -72,14 +70,12 @@ PAPER = [
     # 1. The first box with a number
     (r"So she makes $\boxed{18}$. That is for 3 days.", 18),
     (r"\boxed{18\text{ dollars}}", 18),
-    (r"\boxed{18 \text{ eggs in } 2 \text{ days}}", 18),
     (r"\boxed{\text{18 eggs}}", 18),
     (r"\boxed{\$1,234.50}", 1234.5),
     (r"\boxed{x = -7}", -7),
     (r"\boxed{\frac{1}{2}}", 0.5),
     (r"\boxed{-\dfrac{3}{4}}", -0.75),
     (r"\boxed{3/4}", 0.75),
-    (r"\boxed{\mathbf{18}}", 18),
     (r"\boxed {18}", 18),
     (r"\boxed{18", 18),
     (r"\boxed{} and \boxed{\frac{1}{0}} and \boxed{18} and \boxed{3}", 18),
@@ -88,15 +84,13 @@ PAPER = [
     # 2. The first line, if its numbers are all equal
     ("18", 18),
     ("#### 18", 18),
-    ("18.", 18),
     ("  \n18\n3", 18),
     ("$22.00. \n## Step 1: There are 16 eggs.", 22),
     ("18 18.0 $18\n3", 18),
     ("She has 16 eggs.\nShe eats 3.", 16),
     ("no number here\n3, 4", 4),
     # 3. The number after the first statement
-    ("3 and 4.\nThe final answer is 7. Not 8.", 7),
-    ("3 and 4.\nTHE ANSWER IS 7. Not 8.", 7),
+    ("3 and 4.\nTHE FINAL ANSWER IS 7. Not 8.", 7),
     ("3 and 4.\nSo the correct answer is: **$7**, not 8", 7),
     ("3 and 4.\nThe final answer is\n\n7\n\nof 8", 7),
     ("3 and 4. The answer is 7. Question: 5 or 6? The answer is 8.", 7),
@@ -105,12 +99,10 @@ PAPER = [
     ("16 - 3 - 4 = 9\n9 * 2 = 18", 18),
     ("16 and 7\n#### 18", 18),
     ("3, 4 and 1,234.50 dollars", 1234.5),
-    ("3 or $5", 5),
     ("3 or \u20ac 5,000", 5000),
     ("3 or -3", -3),
     ("3 or \u22123", -3),
     ("3 or -$3.50", -3.5),
-    ("3 or $-3.50", -3.5),
     ("3 or .5", 0.5),
     ("3 or $.5", 0.5),
     ("16-7", 7),
@@ -123,9 +115,7 @@ PAPER = [
     ("5 of 25%", 25),
     # None of them
     ("", None),
-    (" \n ", None),
     ("eighteen", None),
-    ("\\boxed{}", None),
     ("The answer is", None),
     ("inf, NaN, \u0661\u0668", None),
     ("9" * 400, None),
@@ -152,6 +142,27 @@ HARNESS = [  # text, strict, flexible
 ]
 
 
+PIECES = [
+    *(
+        "1",
+        "1,",
+        ",111",
+        "1.",
+        "-",
+        "$",
+        "1/",
+        "#### ",
+        "####\n",
+        " ",
+        "the ",
+        "the answer is ",
+        "<think>",
+        "</think>",
+    ),
+    *("{", "}", "boxed{", "boxed{}", "boxed{1/0}", "boxed", "\\frac{", "\\frac{1}{", "\\frac{1}{2}", "a."),
+]
+
+
 class TestExtractFinalNumber:
     @pytest.mark.parametrize(("text", "value"), PAPER)
     def test_the_papers_rules(self, text, value):
@@ -171,50 +182,14 @@ class TestExtractFinalNumber:
 
     @fuzz(400)
     @given(
-        st.lists(
-            st.sampled_from(
-                [
-                    *"1 2,.-$%\n{}/=",
-                    "boxed{",
-                    "\\frac{1}{2}",
-                    "#### ",
-                    "the answer is",
-                    "<think>",
-                    "</think>",
-                    "9" * 400,
-                ]
-            ),
-            max_size=40,
-        ).map("".join)
-        | st.text(max_size=200),
+        st.lists(st.sampled_from([*PIECES, *"2.%\n=", "9" * 400]), max_size=40).map("".join) | st.text(max_size=200),
         st.sampled_from(RULES),
     )
     def test_any_text_gives_a_finite_number_or_none(self, text, rule):
         value = extract_final_number(text, rule)
         assert value is None or (type(value) is float and math.isfinite(value))
 
-    @pytest.mark.parametrize(
-        "piece",
-        [
-            *(
-                "1",
-                "1,",
-                ",111",
-                "1.",
-                "-",
-                "$",
-                "1/",
-                "#### ",
-                "####\n",
-                " ",
-                "the ",
-                "the answer is ",
-                "<think>",
-                "</think>",
-            ),
-            *("{", "}", "boxed{", "boxed{}", "boxed{1/0}", "boxed", "\\frac{", "\\frac{1}{", "a."),
-        ],
-    )
+    @pytest.mark.parametrize("piece", PIECES)
     def test_long_texts_end_soon(self, piece):
         """Of 100,000 characters: anything that is not linear takes minutes."""
         text = piece * (100_000 // len(piece))
@@ -317,16 +292,11 @@ class TestInstructionScores:
             ["The cat sat", "  A, dog!", "", "red"], [["the cat", "x"], ["a dog"], ["blue"], ["green", "blue"]]
         )
         assert scores == pytest.approx({"rougeL": (80 + 100) / 4, "exact_match": 25.0})
-
-    def test_the_stemmer_is_on(self):
-        assert instruction_scores(["running dogs"], [["run dog"]])["rougeL"] == 100
+        assert instruction_scores(["running dogs"], [["run dog"]])["rougeL"] == 100  # the stemmer is on
 
     def test_each_metric_takes_its_own_best_reference(self):
         rows = instruction_row_scores(["a b c d"], [["a b c d e", "A B, C D."]])
         assert rows == [{"rougeL": pytest.approx(100), "exact_match": 100.0}]
-
-    def test_empty_predictions_score_nothing(self):
-        assert instruction_scores(["", " \n"], [["a"], ["b"]]) == {"rougeL": 0.0, "exact_match": 0.0}
 
     def test_thoughts_do_not_count(self):
         """They are not compared with the reference, whichever side of the answer they would help or harm."""
@@ -420,11 +390,6 @@ class TestScripts:
         (row,) = instruction_row_scores([part], [[text]])
         assert row["rougeL"] == pytest.approx(200 * of_part / (of_part + of_whole))
         assert row["exact_match"] == 0
-
-    def test_the_scorer_itself_takes_any_script(self):
-        scorer = metrics.rouge_scorer()
-        assert scorer.score("Привет, мир", "привет")["rougeL"].fmeasure == pytest.approx(2 / 3)
-        assert scorer.score_multi(["a dog", "你好"], "你好")["rougeL"].fmeasure == 1
 
     @pytest.mark.parametrize(
         ("one", "other"),
@@ -580,9 +545,6 @@ class TestGSM8KAccuracy:
     def test_all_kinds_of_references_compare_as_the_harness_writes_numbers(self, reference):
         assert gsm8k_accuracy(["#### 1,234."], [reference]) == dict.fromkeys(RULES, 100)
 
-    def test_large_numbers_must_be_equal(self):
-        assert gsm8k_accuracy(["1,000,001", "1,000,000.00"], [1_000_000, "1,000,000"])["paper"] == 50
-
     @pytest.mark.parametrize(
         ("reference", "value"),
         [
@@ -632,16 +594,6 @@ class TestModules:
         assert metrics.load("gsm8k").compute(predictions=predictions, references=references) == gsm8k_accuracy(
             predictions, references
         )
-
-    def test_evaluate_loads_them_by_their_path(self):
-        import evaluate
-
-        module = evaluate.load(metrics.module_path("instruction_scores"))
-        assert module.compute(predictions=["a"], references=[["a"]])["exact_match"] == 100
-
-    def test_an_unknown_name_is_refused(self):
-        with pytest.raises(ValueError, match="The metric is 'rouge'; it must be 'gsm8k' or 'instruction_scores'"):
-            metrics.load("rouge")
 
     @pytest.mark.parametrize(
         ("call", "package"), [("load('gsm8k')", "evaluate"), ("instruction_scores(['a'], [['a']])", "rouge_score")]

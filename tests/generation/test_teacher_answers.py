@@ -1,4 +1,3 @@
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -113,11 +112,11 @@ class TestResuming:
             original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(teacher_answers, "write_part", die)
-        for _ in range(4):
-            with pytest.raises(KeyboardInterrupt):
-                write(rows(), do_sample=True)
-        monkeypatch.setattr(teacher_answers, "write_part", original)
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher_answers, "write_part", die)
+            for _ in range(4):
+                with pytest.raises(KeyboardInterrupt):
+                    write(rows(), do_sample=True)
         assert write(rows(), do_sample=True)["completion_ids"] == whole
         assert sum(counted) == 7
 
@@ -132,27 +131,14 @@ class TestResuming:
         )
         assert sum(counted) == 6
 
-    def test_a_damaged_file_is_named(self, write, tmp_path):
-        write(rows(3))
-        path = sorted((tmp_path / "answers").iterdir())[0]
-        path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(ValueError, match=r"answers-\w+\.parquet is damaged.*Delete it"):
-            write(rows(3))
-
-    def test_half_written_files_are_not_looked_at_and_removed(self, write, tmp_path):
-        os.makedirs(tmp_path / "answers")
-        (tmp_path / "answers" / "answers-abc.parquet.123.incomplete").write_bytes(b"PAR1")
-        assert all(write(rows(3))["completion_ids"])
-        assert not list((tmp_path / "answers").glob("*.incomplete"))
-
 
 class TestFingerprint:
-    def test_tells_models_apart_and_copies_not(self):
-        teacher = tiny_model(seed=2).requires_grad_(False)
-        assert weights_fingerprint(teacher) == weights_fingerprint(tiny_model(seed=2).requires_grad_(False))
-        assert weights_fingerprint(teacher) != weights_fingerprint(tiny_model(seed=3).requires_grad_(False))
-        assert weights_fingerprint(tiny_model(seed=2)) != weights_fingerprint(tiny_model(seed=3))
-        assert weights_fingerprint(teacher) != weights_fingerprint(teacher.to(torch.bfloat16))
+    def test_weights_shapes_and_types_tell_models_apart_and_copies_not(self):
+        kinds = [{"seed": 2}, {"seed": 3}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}]
+        for trained in (False, True):
+            prints = [weights_fingerprint(tiny_model(**kind).requires_grad_(trained)) for kind in [*kinds, kinds[0]]]
+            assert len(set(prints)) == 4
+            assert prints[-1] == prints[0]
 
     @pytest.mark.parametrize("place", [0, 1, 777, -1])
     def test_any_entry_counts(self, place):
@@ -167,13 +153,6 @@ class TestFingerprint:
                 assert weights_fingerprint(model) != before, name
                 flat[place_here] = value
                 assert weights_fingerprint(model) == before, name
-
-    def test_some_rows_of_the_embeddings_count(self):
-        """Not what stands at regular distances in memory only."""
-        model = tiny_model(vocab_size=512, dtype=torch.bfloat16).requires_grad_(False)
-        before = weights_fingerprint(model)
-        model.get_input_embeddings().weight[::2][:200] += 1.0
-        assert weights_fingerprint(model) != before
 
     def test_buffers_count(self):
         model = tiny_model().requires_grad_(False)
@@ -193,13 +172,6 @@ class TestFingerprint:
             weight = model.model.layers[0].mlp.up_proj.weight
             (weight.quant_state.absmax if bits == "load_in_4bit" else weight.SCB)[:1] *= 2
             assert weights_fingerprint(model) != before, bits
-
-    def test_shapes_and_types_count(self):
-        model = tiny_model().requires_grad_(False)
-        seen = {weights_fingerprint(model)}
-        for other in (tiny_model(tie_word_embeddings=True), tiny_model(dtype=torch.bfloat16)):
-            seen.add(weights_fingerprint(other.requires_grad_(False)))
-        assert len(seen) == 3
 
     def test_an_adapter_above_the_teacher_does_not_count(self):
         models = []

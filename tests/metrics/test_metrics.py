@@ -298,39 +298,10 @@ class TestInstructionScores:
         rows = instruction_row_scores(["a b c d"], [["a b c d e", "A B, C D."]])
         assert rows == [{"rougeL": pytest.approx(100), "exact_match": 100.0}]
 
-    def test_thoughts_do_not_count(self):
-        """They are not compared with the reference, whichever side of the answer they would help or harm."""
-        predictions = [
-            "<think>Is it a dog?</think>\n\nthe cat",
-            "Is it a dog?</think>the cat",
-            "<think>a</think>the <think>b</think>cat",
-            "<think>the cat",
-            "<think>the cat</think>a dog",
-        ]
-        rows = instruction_row_scores(predictions, [["The cat."]] * 5)
-        assert [(row["rougeL"], row["exact_match"]) for row in rows] == [(100, 100)] * 3 + [(0, 0)] * 2
-
-    def test_references_stay_as_they_are(self):
-        (row,) = instruction_row_scores(["the cat"], [["<think>a</think> the cat"]])
+    def test_thoughts_do_not_count_in_predictions_and_references_stay_as_they_are(self):
+        (row,) = instruction_row_scores(["<think>a dog</think>the cat"], [["<think>a</think> the cat"]])
         # the cat / think a think the cat: 2 of 2 and 2 of 5 words, F = 4 / 7
         assert row == {"rougeL": pytest.approx(400 / 7), "exact_match": 0}
-
-    def test_equals_rouge_score_on_real_rows(self):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        rows = real_rows("dolly/minillm_valid.jsonl")[:200]
-        references = [[row["output"], row["instruction"]] for row in rows]
-        predictions = [" ".join(row["output"].split()[i % 4 :: 1 + i % 2]) for i, row in enumerate(rows)]
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        expected = [
-            100 * scorer.score_multi(texts, text)["rougeL"].fmeasure
-            for texts, text in zip(references, predictions, strict=True)
-        ]
-        found = instruction_row_scores(predictions, references)
-        assert [row["rougeL"] for row in found] == pytest.approx(expected, abs=1e-2)
-        mean = instruction_scores(predictions, references)["rougeL"]
-        assert mean == pytest.approx(sum(expected) / 200, abs=1e-2)
-        assert 20 < mean < 95
 
     @pytest.mark.parametrize(
         ("predictions", "references", "error", "message"),
@@ -519,19 +490,10 @@ class TestGSM8KAccuracy:
         references = ["9 * 2 = 18\n#### 18", 18, "#### 18", "#### 1,000", 18.0, "18"]
         assert gsm8k_accuracy(predictions, references) == {"strict": 200 / 6, "flexible": 200 / 6, "paper": 400 / 6}
         rows = gsm8k_row_scores(predictions, references)
+        assert rows[1]["values"] == {"strict": None, "flexible": 18.0, "paper": 18.0}
         assert [row["strict"] for row in rows] == [True, False, True, False, False, False]
         assert [row["flexible"] for row in rows] == [True, True, False, False, False, False]
         assert [row["paper"] for row in rows] == [True, True, True, False, False, True]
-
-    def test_rows_hold_what_was_found(self):
-        assert gsm8k_row_scores(["The answer is 17.9 of 3"], [18]) == [
-            {
-                "strict": False,
-                "flexible": False,
-                "paper": False,
-                "values": {"strict": None, "flexible": 3.0, "paper": 17.9},
-            }
-        ]
 
     @pytest.mark.parametrize(("prediction", "right"), [("#### 2.50", (True, True)), ("#### 2.5", (False, False))])
     def test_the_harness_compares_texts_and_the_paper_numbers(self, prediction, right):
@@ -610,13 +572,3 @@ class TestModules:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert f"the package {package}, which is not installed" in run.stdout
         assert 'pip install "trl_promptkd[evaluate]"' in run.stdout
-
-    def test_the_scripts_are_in_a_wheel(self):
-        setuptools = pytest.importorskip("setuptools")
-        tomllib = pytest.importorskip("tomllib")  # Python 3.11
-        root = ROOT
-        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-        packages = setuptools.find_packages(str(root), include=settings["packages"]["find"]["include"])
-        for name in ("instruction_scores", "gsm8k"):
-            folder = Path(metrics.module_path(name)).parent.relative_to(root)
-            assert ".".join(folder.parts) in packages

@@ -1,11 +1,8 @@
 """How good a model's answers are.
 
-Instruction following with several seeds, as the PromptKD paper does it, and GSM8K by lm-evaluation-harness's rules and the
-response priming paper's.
-
-Answers are written in batches of like lengths, each row from a random state of its own, so that they depend neither on the batch
-size, nor on the other rows, nor on where a run was interrupted. With an `output_dir` they stay on the disk, one file a data set and seed,
-under a hash of what made them: a run that starts again writes only what is missing.
+Instruction following with several seeds, as in the PromptKD paper, and GSM8K by lm-evaluation-harness's rules and the response priming
+paper's. Each answer has a random state of its own: it depends neither on the batch size, nor on the other rows, nor on where a run was
+interrupted. With an `output_dir`, answers stay on the disk under a hash of what made them.
 """
 
 import os
@@ -31,8 +28,7 @@ from .answers import (
     real_vocab_size,
     write_answers,
 )
-from .rows import TEMPLATES, EvaluationRows, evaluation_rows
-from .scores import TASKS, row_scores
+from .rows import TASKS, TEMPLATES, EvaluationRows, evaluation_rows, row_scores
 
 
 __all__ = [
@@ -164,10 +160,7 @@ def check_evaluation_settings(
     top_k: int = 0,
     **numbers: int | None,
 ) -> str:
-    """Refuse settings that nothing can be evaluated with, before anything is.
-
-    Args:
-        numbers: By name; each must be above 0, or `None`.
+    """Refuse settings that nothing can be evaluated with. `numbers` must be above 0 or `None`.
 
     Returns:
         The template; for `None` the one that is chosen.

@@ -1,4 +1,4 @@
-"""A model's answers to prompts, each from a random state of its own, in files that a run that starts again goes on with."""
+"""A model's answers to prompts, each from a random state of its own, in files from which a run resumes."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def evaluation_config(
 
 
 def evaluation_seeds(seed: int, prompt_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The seeds of the answers to some prompts, of each prompt and nothing else; equal prompts are told apart by how many came before."""
+    """A seed for the answer to each prompt, of nothing but the prompt and how many equal ones came before it."""
     asked: Counter[str] = Counter()
     seeds = []
     for ids in prompt_ids:
@@ -167,7 +167,7 @@ def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
 
 
 def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides on a model's answers besides the prompts and the sampling: its weights, configuration, adapters and tokenizer."""
+    """What decides on a model's answers besides prompts and sampling: its weights, configuration, adapters, tokenizer."""
     adapters = {
         name: [module.active_adapters, module.disable_adapters, getattr(module, "scaling", None)]
         for name, module in model.named_modules()

@@ -1,6 +1,6 @@
-"""Data sets to evaluate on: prompts and right answers of rows in many formats."""
+"""Data sets to evaluate on: prompts and right answers of rows in many formats, and the scores of answers to them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,12 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import check_text_only, plain_rows, tokenize_row
-from ..metrics import reference_number
+from ..metrics import RULES, gsm8k_row_scores, instruction_row_scores, reference_number
 
 
-__all__ = ["TEMPLATES", "EvaluationRows", "evaluation_rows", "instruction_text"]
+__all__ = ["TASKS", "TEMPLATES", "EvaluationRows", "evaluation_rows", "instruction_text", "row_scores"]
 
+TASKS = ("instruct", "gsm8k")
 TEMPLATES = ("chat", "paper", "plain")
 
 
@@ -150,3 +151,18 @@ def _answers(row: Mapping[str, Any], *columns: str) -> list[str]:
             "in `output`, `answer`, `completion`, `references` or the last message. Filter such rows out."
         )
     return list(map(str, answers))
+
+
+def row_scores(task: str, answers: Sequence[str], references: Sequence[Sequence[Any]]) -> dict[str, list[float]]:
+    """The task's metrics of each row in percent: `rougeL` and `exact_match`, or `strict`, `flexible` and `paper`."""
+    if task == "instruct":
+        found = instruction_row_scores(answers, references)
+        return {name: [row[name] for row in found] for name in ("rougeL", "exact_match")}
+    # An answer is right if any of its row's right answers is
+    owners = [row for row in range(len(answers)) for _ in references[row]]
+    correct = {rule: [0.0] * len(answers) for rule in RULES}
+    scores = gsm8k_row_scores([answers[row] for row in owners], [right for row in references for right in row])
+    for row, score in zip(owners, scores, strict=True):
+        for rule in RULES:
+            correct[rule][row] = max(correct[rule][row], 100.0 * score[rule])
+    return correct

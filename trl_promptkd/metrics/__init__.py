@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from .final_numbers import RULES, extract_final_number, gsm8k_accuracy, gsm8k_row_scores, reference_number
+from .predictions import without_thoughts
 from .scores import instruction_row_scores, instruction_scores, rouge_scorer
-from .thoughts import without_thoughts
 from .tokens import ScriptTokenizer, is_foreign, normalized
 
 

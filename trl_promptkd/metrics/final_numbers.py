@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.rows import shortened
-from .checks import check_rows
-from .thoughts import without_thoughts
+from .predictions import check_rows, without_thoughts
 
 
 __all__ = ["RULES", "extract_final_number", "gsm8k_accuracy", "gsm8k_row_scores", "reference_number"]

@@ -5,8 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..data.rows import shortened
-from .checks import check_rows
-from .thoughts import without_thoughts
+from .predictions import check_rows, without_thoughts
 from .tokens import ScriptTokenizer, is_foreign, normalized
 
 

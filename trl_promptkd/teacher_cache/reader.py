@@ -41,7 +41,7 @@ def read_shard(path: str, manifest: Manifest, remedy: str = "build the cache aga
 
 class TeacherCache:
     """
-    An offline teacher: distributions that a teacher was asked for once.
+    An offline teacher: what a teacher said once at the tokens of a data set.
 
     Args:
         path (`str`): A folder that [`build_teacher_cache`] wrote, or the id of a data set on the Hub that holds one.
@@ -60,8 +60,8 @@ class TeacherCache:
                 path = snapshot_download(path, repo_type="dataset")
             except (OSError, HFValidationError) as error:
                 raise FileNotFoundError(
-                    f"{path!r} is neither a folder nor a data set on the Hub that can be reached. Check it, or build a cache with "
-                    f"`build_teacher_cache`. ({str(error).splitlines()[0]})"
+                    f"{path!r} is neither a folder nor a data set on the Hub that can be reached. Check it, or build a cache "
+                    f"with `build_teacher_cache`. ({str(error).splitlines()[0]})"
                 ) from error
         if not os.path.isfile(os.path.join(path, MANIFEST_FILE)):
             raise FileNotFoundError(
@@ -70,17 +70,14 @@ class TeacherCache:
         self.path = path
         self.manifest = Manifest.load(os.path.join(path, MANIFEST_FILE))
         if not self.manifest.shards:
-            raise ValueError(
-                f"The teacher cache at {path} is not finished. Build it again with the same arguments: what is there is "
-                "kept."
-            )
+            remedy = "Build it again with the same arguments: what is there is kept."
+            raise ValueError(f"The teacher cache at {path} is not finished. {remedy}")
         self.preset = PRESETS[self.manifest.preset]
         shards = [shard["file"] for shard in self.manifest.shards]
         if list(self.manifest.files) != ([] if self.preset.draws else [BASIS_FILE]):
             raise ValueError(
-                f"The manifest of the teacher cache at {path} has checksums of {sorted(self.manifest.files)}, but the "
-                f"preset {self.manifest.preset!r} needs {'none' if self.preset.draws else BASIS_FILE}. Build the cache "
-                "again."
+                f"{path} has checksums of {sorted(self.manifest.files)} in its manifest, but the preset "
+                f"{self.manifest.preset!r} needs {'none' if self.preset.draws else BASIS_FILE}. Build the cache again."
             )
         expected = {shard["file"]: shard["sha256"] for shard in self.manifest.shards} | self.manifest.files
         for name, checksum in expected.items():
@@ -114,10 +111,9 @@ class TeacherCache:
         return rows.map(_with_prompt)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-        """Upload the cache as a data set with a card, from which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read it again.
+        """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read again.
 
-        Everything appears at once, in one commit: an upload that was killed has changed nothing, and can be repeated. Shards of an earlier
-        state of the cache are removed.
+        Everything appears in one commit: an upload that was killed has changed nothing and can be repeated. Older shards are removed.
         """
         push_cache(self.path, self.manifest, repo_id, private, token)
 
@@ -133,12 +129,11 @@ class TeacherCache:
 
         Args:
             dataset: With `teacher_prompt_ids` and `completion_ids`.
-            name: Its name, for messages.
+            name, limits: Its name and the run's length limits, for messages.
             takes_answers: Take the cache's answer to each prompt instead of the data's.
-            limits: The run's length limits, for the message.
 
         Raises:
-            ValueError: where rows are not in the cache, with their number and the first one's two sides.
+            ValueError: for rows that are not in the cache, with their number and the first one's two sides.
         """
         answers: dict[str, list[int]] = {}  # the first one to each prompt
         for prompt, completion in zip(self.rows["teacher_prompt_ids"], self.rows["completion_ids"], strict=True):
@@ -206,19 +201,12 @@ class TeacherCache:
         return answers.logits(0, len(answers))
 
     def answers(self, indices: Sequence[int], vocab_size: int | None = None) -> "CachedAnswers":
-        """What the teacher said about some rows, to be decoded row by row."""
+        """What the teacher said about some rows, cut to `vocab_size` entries, to be decoded row by row."""
         return CachedAnswers(self, list(indices), vocab_size)
 
 
 class CachedAnswers:
-    """
-    Log-probabilities at the completion tokens of some rows, one after the other, of which a few exist at a time.
-
-    Args:
-        cache ([`TeacherCache`]): Whose rows.
-        indices (`Sequence[int]`): Which rows.
-        vocab_size (`int`, *optional*): Only the first entries count.
-    """
+    """What the cache says at the completion tokens of some rows, one after the other, decoded row by row."""
 
     def __init__(self, cache: TeacherCache, indices: Sequence[int], vocab_size: int | None = None):
         self.cache, self.vocab_size, self._indices = cache, vocab_size, list(indices)
@@ -274,8 +262,8 @@ class CachedAnswers:
             yield
         except ValueError as error:
             raise ValueError(
-                f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its shard and build the cache "
-                "again."
+                f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its shard "
+                "and build the cache again."
             ) from error
 
 

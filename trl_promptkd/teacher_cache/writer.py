@@ -112,9 +112,8 @@ class CacheWriter:
                 tokens += len(self.rows[key]["completion_ids"])
         keys.sort(key=lambda key: self.rows[key]["length"])
         states: list[Tensor] = []
-        for start in tqdm(
-            range(0, len(keys), self.batch_size), desc="Teacher cache: fitting coordinates", unit="batch"
-        ):
+        starts = range(0, len(keys), self.batch_size)
+        for start in tqdm(starts, desc="Teacher cache: fitting coordinates", unit="batch"):
             part = self._states(keys[start : start + self.batch_size])
             states += [hidden for hidden, _ in part]
         rank = self.preset.rank
@@ -181,10 +180,10 @@ class CacheWriter:
                 f"{path} belongs to a cache that was made differently (another teacher, priming, preset, ...). Choose "
                 "another `output_dir`, or delete the file."
             )
+        if label["basis"] != self.label["basis"]:
+            return None
         try:
-            return (
-                read_shard(path, self.manifest)["key"].to_pylist() if label["basis"] == self.label["basis"] else None
-            )
+            return read_shard(path, self.manifest)["key"].to_pylist()
         except ValueError:
             return None
 

@@ -1,4 +1,4 @@
-"""What predictions and references must be, whatever scores them."""
+"""What predictions must be, and what of them counts, whatever scores them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from ..data.rows import shortened
 
 
-__all__ = ["check_rows"]
+__all__ = ["check_rows", "without_thoughts"]
 
 
 def check_rows(predictions: Any, references: Any) -> None:
@@ -27,3 +27,17 @@ def check_rows(predictions: Any, references: Any) -> None:
                 f"`predictions[{row}]` is {shortened(text)}, a {type(text).__name__}; it must be a text. Decode token ids "
                 "first."
             )
+
+
+def without_thoughts(text: str) -> str:
+    """A prediction without its `<think>...</think>` blocks.
+
+    Text before a `</think>` that no `<think>` opens is a thought too: the chat template opened it in the prompt. So is
+    the rest of a text whose `<think>` is never closed, as it was cut at `max_new_tokens`.
+    """
+    *closed, last = text.split("</think>")
+    answer: list[str] = []
+    for part in closed:
+        before, opened, _ = part.partition("<think>")
+        answer = [*answer, before] if opened else []
+    return " ".join([*answer, last.partition("<think>")[0]])

@@ -122,7 +122,7 @@ def evaluate_model(
         source = {**model_source(model, tokenizer), "sampling": sampling_source(config)}
     results = {}
     for name, rows in sets.items():
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
             title = f"{name}, {'greedy' if seed is None else f'seed {seed}'}"
@@ -172,7 +172,8 @@ def check_evaluation_settings(
     sampling = {"temperature": (temperature, 1.0), "top_p": (top_p, 1.0), "top_k": (top_k, 0)}
     args = SimpleNamespace(task=task, template=template, temperature=temperature, top_p=top_p, top_k=top_k, **numbers)
     check_choice(args, "task", TASKS)
-    check_choice(args, "template", (None, *TEMPLATES))
+    if template is not None:
+        check_choice(args, "template", TEMPLATES)
     check_positive(args, *numbers)
     check_number(args, "temperature", lambda value: value > 0, "above 0", " Omit the seeds for greedy answers.")
     check_number(args, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")

@@ -121,7 +121,7 @@ def _gold(reference: Any, name: str) -> tuple[float, str]:
     if isinstance(reference, str):
         value, written = _gold_in_text(reference, name)
     elif isinstance(reference, numbers.Real) and not isinstance(reference, bool):
-        value = float(reference) if abs(reference) < 1e308 else math.inf
+        value = math.inf if isinstance(reference, int) and abs(reference) > 1e308 else float(reference)
         written = str(int(value)) if value.is_integer() else repr(value)
     else:
         raise TypeError(

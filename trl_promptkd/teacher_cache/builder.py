@@ -131,14 +131,14 @@ def build_teacher_cache(
     freeze(teacher)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "generation_kwargs", "seed")
     sampling = {name: getattr(args, name) for name in names}
-    config = teacher.config
+    config, fingerprint = teacher.config, weights_fingerprint(teacher)
     manifest = Manifest(
         teacher={
             "name": config._name_or_path,
             "revision": getattr(config, "_commit_hash", None),
             "dtype": str(teacher.dtype).removeprefix("torch."),
             "quantization": str(getattr(teacher, "quantization_method", None) or "none"),
-            "weights": weights_fingerprint(teacher),
+            "weights": fingerprint,
         },
         **describe_tokenizer(processing_class),
         vocab_size=vocab_size,
@@ -162,7 +162,7 @@ def build_teacher_cache(
             dataset,
             os.path.join(output_dir, "_teacher_answers"),
             model,
-            manifest.teacher["weights"],
+            fingerprint,
             accelerator,
             processing_class,
             generation_config,

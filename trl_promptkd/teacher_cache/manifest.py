@@ -2,10 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
@@ -22,8 +24,11 @@ __all__ = [
 ]
 
 MANIFEST_FILE = "manifest.json"
-CODEC_VERSION = 1
 MAX_VOCAB_SIZE = 2**22  # 16 times the largest one there is
+_TEACHER = {"name", "revision", "dtype", "quantization", "weights"}
+_PRIMING = {"text", "placement", "hash"}
+_SHARD = {"file": str, "rows": int, "tokens": int, "bytes": int, "sha256": str}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
@@ -47,68 +52,7 @@ def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
 
 
-def _matches(pattern: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def _is_int(value: Any, least: int = 0, most: float = 2**63) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _object(**kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def fits(value: Any) -> bool:
-        if not isinstance(value, dict) or value.keys() != kinds.keys():
-            return False
-        return all(fits(value[name]) for name, fits in kinds.items())
-
-    return fits
-
-
-def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-_text, _hash, _sha256 = _matches("(?s).*"), _matches("[0-9a-f]{32}"), _matches("[0-9a-f]{64}")
-_shard = _object(file=_text, rows=_is_int, tokens=_is_int, bytes=_is_int, sha256=_sha256)
-_about = _object(name=_text, revision=_or_null(_text), dtype=_text, quantization=_text, weights=_hash)
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_HASH = (_hash, "a hash of 32 hexadecimal digits")
-_VOCAB_SIZE = (lambda x: _is_int(x, 1, MAX_VOCAB_SIZE), f"an integer from 1 to {MAX_VOCAB_SIZE}")
-_LIMIT = (_or_null(lambda x: _is_int(x, 1)), "null or a positive integer")
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "teacher": (_about, "an object of the texts `name`, `revision` (or null), `dtype`, `quantization` and `weights`"),
-    "tokenizer": _HASH,
-    "real_vocab_size": _VOCAB_SIZE,
-    "vocab_size": _VOCAB_SIZE,
-    "chat_template": _HASH,
-    "priming": (
-        _or_null(_object(text=_text, placement=_text, hash=_hash)),
-        "null, or an object of the texts `text`, `placement` and `hash`",
-    ),
-    "response_source": (lambda x: x in ("dataset", "teacher"), "'dataset' or 'teacher'"),
-    "preset": (lambda x: x in list(PRESETS), f"one of {', '.join(map(repr, PRESETS))}"),
-    "temperature": (lambda x: _is_number(x) and x > 0, "a positive number"),
-    "codec_version": (lambda x: _is_int(x, 1, 1), f"{CODEC_VERSION}, the version of this format"),
-    "sampling": (_or_null(lambda x: isinstance(x, dict)), "null or an object"),
-    "max_length": _LIMIT,
-    "teacher_max_length": _LIMIT,
-    "data": (_matches("([0-9a-f]{32})?"), "empty or a hash of 32 hexadecimal digits"),
-    "shards": (
-        lambda x: isinstance(x, list) and all(map(_shard, x)),
-        "a list of objects of `file`, `rows`, `tokens`, `bytes` and `sha256`",
-    ),
-    "files": (
-        lambda x: isinstance(x, dict) and all(map(_sha256, x.values())),
-        "an object of SHA-256 sums by file name",
-    ),
-    "receipt": (lambda x: isinstance(x, dict) and all(map(_is_number, x.values())), "an object of numbers"),
-}
-
-
+@strict
 @dataclass
 class Manifest:
     """
@@ -129,7 +73,7 @@ class Manifest:
         receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
     """
 
-    teacher: dict[str, Any]
+    teacher: dict[str, str | None]
     tokenizer: str
     real_vocab_size: int
     vocab_size: int
@@ -138,14 +82,35 @@ class Manifest:
     response_source: str
     preset: str
     temperature: float = 1.0
-    codec_version: int = CODEC_VERSION
+    codec_version: Literal[1] = 1
     sampling: dict[str, Any] | None = None
     max_length: int | None = None
     teacher_max_length: int | None = None
     data: str = ""
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    receipt: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, int | float] = field(default_factory=dict)
+
+    def validate_entries(self) -> None:
+        """What the annotations do not say; both are checked whenever a manifest is made."""
+        if self.preset not in PRESETS or self.response_source not in ("dataset", "teacher"):
+            raise ValueError(
+                f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}: there is no such"
+            )
+        for name in ("vocab_size", "real_vocab_size"):
+            if not 1 <= getattr(self, name) <= MAX_VOCAB_SIZE:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 1 to {MAX_VOCAB_SIZE}")
+        if not all(abs(number) < 1e300 for number in (self.temperature, *self.receipt.values())):
+            raise ValueError(f"`temperature` is {self.temperature} and `receipt` {self.receipt}; they must be finite")
+        for entry, names in ((self.teacher, _TEACHER), (self.priming, _PRIMING)):
+            if entry is not None and set(entry) != names:
+                raise ValueError(f"`teacher` or `priming` has {sorted(entry)}; it must have {sorted(names)}")
+        for shard in self.shards:
+            if {name: type(value) for name, value in shard.items()} != _SHARD:
+                raise ValueError(f"`shards` has the entry {shard}; it must be of {_SHARD}")
+        files = [*(shard["file"] for shard in self.shards), *self.files]
+        if not all(map(_PLAIN_NAME.fullmatch, files)) or len(set(files)) < len(files):
+            raise ValueError(f"it names a file outside its folder, or one twice: {sorted(files)}")
 
     def settings(self) -> dict[str, Any]:
         """What rows of one cache have in common."""
@@ -167,24 +132,13 @@ class Manifest:
             json.dumps(values, ensure_ascii=False).encode()  # lone surrogates cannot be written again
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}. The cache is damaged; build it again.") from error
-        if not isinstance(values, dict) or values.keys() != _FIELDS.keys():
-            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        try:
+            return cls(**values)
+        except (TypeError, StrictDataclassError) as error:
             raise ValueError(
-                f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(_FIELDS)}."
-            )
-        for name, (fits, allowed) in _FIELDS.items():
-            if not fits(values[name]):
-                raise ValueError(
-                    f"{path} holds `{name}` {str(values[name])[:200]!r}; it must be {allowed}. The manifest is damaged, or "
-                    "from another version: build the cache again."
-                )
-        files = [*(shard["file"] for shard in values["shards"]), *values["files"]]
-        if not all(map(_PLAIN_NAME.fullmatch, files)) or len(set(files)) < len(files):
-            raise ValueError(
-                f"{path} names a file outside its folder, or one twice: {sorted(files)}. The manifest is from elsewhere: build "
-                "the cache again."
-            )
-        return cls(**values)
+                f"{path} is not the manifest of a teacher cache, or damaged, or of another version: {error}. Build the cache "
+                "again."
+            ) from error
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
         """Refuse a run whose tokenizer, chat template or priming text is another one.

@@ -52,8 +52,8 @@ class TestEvaluationRows:
     def test_the_papers_template(self):
         """As MiniLLM and PromptKD write it, with and without an input."""
         assert instruction_text("Add.") == (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-            "\n### Instruction:\nAdd.\n\n### Response:\n"
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\nAdd.\n\n### Response:\n"
         )
         assert instruction_text("Add.", "1, 2") == (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -207,7 +207,7 @@ class TestEvaluateModel:
             assert line["completion"] == greedy_alone(model, tokenizer, row["prompt"])
 
     def test_samples_follow_the_models_distribution(self):
-        """First tokens of 3,000 equal prompts against the probabilities; twice the expected total variation is far off."""
+        """First tokens of 3,000 equal prompts against the probabilities."""
         model, tokenizer = tiny_model(), tiny_tokenizer()
         prompt = tokenizer("the cat")["input_ids"]
         config = evaluation.evaluation_config(model, tokenizer, 1, greedy=False)
@@ -240,7 +240,7 @@ class TestEvaluateModel:
         assert result["sets"]["a"]["std"]["rougeL"] == pytest.approx(values.std().item())
 
     def test_a_killed_run_goes_on_where_it_was(self, tmp_path, monkeypatch):
-        """Killed after its second batch, with everything before it kept: only the rest is written, and all is as it would have been."""
+        """Killed after its second batch: only the rest is written, and all is as it would have been."""
         monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
         model, rows = tiny_model(), answered_dataset(6)
         settings = {"seeds": [10, 20], "batch_size": 2}
@@ -326,7 +326,7 @@ class TestEvaluateModel:
         assert (left.exists(), other.exists()) == (False, True)
 
     def test_adapters_configurations_and_tokenizers_have_answers_of_their_own(self, tmp_path):
-        """One model in memory: with its adapter, without, with another, with a stronger one, with other positions; then another tokenizer."""
+        """One model in memory: with and without adapter, another, a stronger one, other positions; another tokenizer."""
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         torch.manual_seed(0)
         model = get_peft_model(tiny_model(), config)

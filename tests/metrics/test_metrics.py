@@ -287,7 +287,7 @@ class TestHarness:
 
 class TestInstructionScores:
     def test_by_hand(self):
-        """the cat sat / the cat: 2 words in common of 3 and 2, F = 2 * (2/3 * 1) / (2/3 + 1) = 0.8; equal: 1; nothing: 0."""
+        """the cat sat / the cat: 2 words of 3 and 2, F = 2 * (2/3 * 1) / (2/3 + 1) = 0.8; equal: 1; nothing: 0."""
         scores = instruction_scores(
             ["The cat sat", "  A, dog!", "", "red"], [["the cat", "x"], ["a dog"], ["blue"], ["green", "blue"]]
         )

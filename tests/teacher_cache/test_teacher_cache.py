@@ -395,7 +395,7 @@ class TestTraining:
 
     @pytest.mark.parametrize(("beta", "temperature"), [(1.0, 5.942), (0.0, 1.0), (0.5, 2.0)])
     def test_exact_gives_the_losses_of_the_live_teacher(self, build, make_primed_args, beta, temperature):
-        """In another order, on a subset, and with another accumulation than it was built with; vocabularies padded to one size."""
+        """In another order, on a subset, and with another accumulation than it was built with."""
         cache = build(teacher=tiny_model(seed=2))
         subset = answered_dataset(12).select([9, 3, 5, 1, 7, 2, 0, 8])
         histories = []

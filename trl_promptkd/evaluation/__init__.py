@@ -1,8 +1,9 @@
 """How good a model's answers are.
 
-Instruction following with several seeds, as in the PromptKD paper, and GSM8K by lm-evaluation-harness's rules and the response priming
-paper's. Each answer has a random state of its own: it depends neither on the batch size, nor on the other rows, nor on where a run was
-interrupted. With an `output_dir`, answers stay on the disk under a hash of what made them.
+Instruction following with several seeds, as in the PromptKD paper, and GSM8K by lm-evaluation-harness's rules and the
+response priming paper's. Each answer has a random state of its own: it depends neither on the batch size, nor on the
+other rows, nor on where a run was interrupted. With an `output_dir`, answers stay on the disk under a hash of what
+made them.
 """
 
 import os
@@ -72,9 +73,11 @@ def evaluate_model(
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         datasets (`dict`): Name -> rows, as they are or as [`evaluation_rows`] has read them.
         task (`str`, *optional*, defaults to `"instruct"`): Or `"gsm8k"`.
-        template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. By default `"chat"` if the tokenizer has a chat template, else
-            `"paper"` for instructions and `"plain"` for GSM8K (the bare question, as response priming's student sees it).
-        seeds (`list` of `int`, *optional*): Sample once for each; the paper's are [`PAPER_SEEDS`]. `None`: greedy answers.
+        template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. By default `"chat"` if the tokenizer has a chat
+            template, else `"paper"` for instructions and `"plain"` for GSM8K (the bare question, as response priming's
+            student sees it).
+        seeds (`list` of `int`, *optional*): Sample once for each; the paper's are [`PAPER_SEEDS`]. `None`: greedy
+            answers.
         temperature, top_p, top_k: Of the samples. The defaults are the paper's: the model's own distribution.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer.
         batch_size (`int`, *optional*, defaults to `8`): Rows at once.
@@ -83,9 +86,10 @@ def evaluate_model(
         output_dir (`str`, *optional*): Keeps the answers; a run that starts again resumes.
 
     Returns:
-        `task`, `template`, `settings`, and `sets[name]` of each data set: `rows`, `left_out`, `data_hash` (of prompts and right answers),
-        `runs` (one per seed: `seed`, the metrics in percent, and `terminated_share`, the share of answers that ended by themselves),
-        `mean` and `std` of the metrics over the seeds (the sample's; `None` for a single run), and the mean `terminated_share`.
+        `task`, `template`, `settings`, and `sets[name]` of each data set: `rows`, `left_out`, `data_hash` (of prompts
+        and right answers), `runs` (one per seed: `seed`, the metrics in percent, and `terminated_share`, the share of
+        answers that ended by themselves), `mean` and `std` of the metrics over the seeds (the sample's; `None` for a
+        single run), and the mean `terminated_share`.
 
     Raises:
         ValueError: for settings or rows that cannot be evaluated, naming them.
@@ -186,14 +190,14 @@ def check_evaluation_settings(
         raise ValueError("`template` is 'chat', but the tokenizer has no chat template. Choose 'paper' or 'plain'.")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
         raise ValueError(
-            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Omit them (None) for "
-            "greedy answers."
+            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Omit them "
+            "(None) for greedy answers."
         )
     for name, (value, default) in sampling.items():
         if seeds is None and value != default:
             raise ValueError(
-                f"`{name}` is {value}, but answers are greedy, which it does not change. Give seeds to sample with it, or "
-                "omit it."
+                f"`{name}` is {value}, but answers are greedy, which it does not change. Give seeds to sample with "
+                "it, or omit it."
             )
     fallback = "paper" if task == "instruct" else "plain"
     return template or (fallback if tokenizer.chat_template is None else "chat")

@@ -167,7 +167,7 @@ def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
 
 
 def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides on a model's answers besides prompts and sampling: its weights, configuration, adapters, tokenizer."""
+    """What decides on a model's answers besides prompts and sampling."""
     adapters = {
         name: [module.active_adapters, module.disable_adapters, getattr(module, "scaling", None)]
         for name, module in model.named_modules()

@@ -32,7 +32,7 @@ def quantization_receipt(
 
     Returns:
         - `num_rows`, `num_tokens`: what was compared;
-        - `kl_full_quantized`: KL(full || quantized), mean over tokens, in nats, and `kl_full_quantized_p95`, its 95th percentile;
+        - `kl_full_quantized`, `kl_full_quantized_p95`: mean over tokens and 95th percentile of KL(full || quantized);
         - `top1_agreement`: share of tokens at which both models' likeliest token is the same;
         - `answer_nll_full`, `answer_nll_quantized`: mean negative log-likelihood of the answers' tokens, in nats.
 

@@ -38,8 +38,8 @@ def instruction_text(instruction: str, input_text: str = "") -> str:
     more = ", paired with an input that provides further context" if input_text else ""
     given = f"### Input:\n{input_text}\n\n" if input_text else ""
     return (
-        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
-        f"\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
+        f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the "
+        f"request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n"
     )
 
 
@@ -55,12 +55,13 @@ def evaluation_rows(
     """Prompts and right answers of a data set.
 
     Args:
-        dataset: With `instruction`, `input` (may be missing) and `output` (a text or a list of them); `question` and `answer`; TRL's
-            `prompt` and `completion`; or `messages`. All right answers may stand in `references`. `tools` and `chat_template_kwargs`
-            reach the chat template, as in training.
+        dataset: With `instruction`, `input` (may be missing) and `output` (a text or a list of them); `question` and
+            `answer`; TRL's `prompt` and `completion`; or `messages`. All right answers may stand in `references`.
+            `tools` and `chat_template_kwargs` reach the chat template, as in training.
         name: What it is called in messages.
         task: `"instruct"` or `"gsm8k"`.
-        template: Of instructions and questions: `"chat"` (the tokenizer's), `"paper"` ([`instruction_text`]) or `"plain"`.
+        template: Of instructions and questions: `"chat"` (the tokenizer's), `"paper"` ([`instruction_text`]) or
+            `"plain"`.
         num_rows: Take the first ones only.
         max_prompt_length: Leave rows out whose prompt has more tokens.
 
@@ -69,8 +70,8 @@ def evaluation_rows(
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
-            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. Use "
-            "`load_dataset(name, split=...)`, or `Dataset.from_list(rows)` for rows in memory."
+            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. "
+            "Use `load_dataset(name, split=...)`, or `Dataset.from_list(rows)` for rows in memory."
         )
     prompts: list[list[int]] = []
     references: list[list[Any]] = []
@@ -123,8 +124,8 @@ def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[
             return {"messages": messages, **of_template}, answers
         if last in ("assistant", None) or not row.get("references"):
             raise ValueError(
-                "its `messages` are not a conversation that ends with an assistant message, the answer. Filter such rows "
-                "out, or give right answers in `references`."
+                "its `messages` are not a conversation that ends with an assistant message, the answer. Filter such "
+                "rows out, or give right answers in `references`."
             )
     prompt = messages or row.get("prompt")
     if prompt is None:
@@ -147,8 +148,8 @@ def _answers(row: Mapping[str, Any], *columns: str) -> list[str]:
     texts = [isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers]
     if not answers or not all(texts):
         raise ValueError(
-            f"its right answer is {answers[0] if len(answers) == 1 else answers!r}; it must be a text or a list of texts, "
-            "in `output`, `answer`, `completion`, `references` or the last message. Filter such rows out."
+            f"its right answer is {answers[0] if len(answers) == 1 else answers!r}; it must be a text or a list of "
+            "texts, in `output`, `answer`, `completion`, `references` or the last message. Filter such rows out."
         )
     return list(map(str, answers))
 

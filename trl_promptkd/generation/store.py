@@ -1,8 +1,8 @@
 """Rows that take long to compute, kept on the disk as they come: a run that is killed loses half a minute of work.
 
-A file appears whole (written, synced, renamed) or not at all. Its name is a hash of its rows' keys, and a key is a hash of what made
-the row, so that finished rows are not computed again and none is lost or doubled. Teacher answers, the shards of a teacher cache and the
-answers of an evaluation are written this way.
+A file appears whole (written, synced, renamed) or not at all. Its name is a hash of its rows' keys, and a key is a
+hash of what made the row, so that finished rows are not computed again and none is lost or doubled. Teacher answers,
+the shards of a teacher cache and the answers of an evaluation are written this way.
 """
 
 import glob
@@ -45,8 +45,8 @@ def compute_missing(
     Args:
         lengths: Of all rows, by their keys.
         finished: Keys of rows that are there already.
-        compute: Rows by key, for the keys of one batch. All ranks call it equally often, as a sharded model needs all of them:
-            a rank that has run out of rows passes an empty list.
+        compute: Rows by key, for the keys of one batch. All ranks call it equally often, as a sharded model needs all
+            of them: a rank that has run out of rows passes an empty list.
         write: Keeps some rows.
         title: What the rows are, for the progress bar.
         accelerator: Shares the batches out among its ranks.
@@ -94,7 +94,8 @@ def write_part(folder: str, kind: str, rows: Mapping[str, dict[str, Any]], schem
             )
     except OSError as error:
         raise OSError(
-            f"{folder} could not be written to ({error}). The files that are there are kept: make room and start again."
+            f"{folder} could not be written to ({error}). The files that are there are kept: make room and start "
+            "again."
         ) from error
 
 

@@ -1,8 +1,7 @@
 """Answers that the primed teacher writes once, before training, and that stay on the disk as a data set.
 
-Every answer is stored under a hash of what made it: the teacher's weights, how it sampled, and the prompt it saw. A run that
-starts again, or another one over the same data, finds what there is and writes only the rest; when the teacher, the priming
-text or the sampling change, so do the hashes, and no old answer is taken for a new one.
+Every answer is stored under a hash of what made it: the teacher's weights, how it sampled, and the prompt it saw. When
+one of them changes, so do the hashes, and no old answer is taken for a new one.
 """
 
 import hashlib
@@ -37,11 +36,11 @@ _ANSWERS = pyarrow.schema(
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module, everything: bool = False) -> str:
-    """A hash of all bytes of the frozen weights, with their names, shapes and types: less than a second per GB on a CPU.
+    """A hash of all bytes of the frozen weights, with their names, shapes and types; under a second per GB on a CPU.
 
-    It covers what a saved model has: buffers and the scales of quantized weights too. What is trained is left out unless `everything` counts: it
-    is the adapter above a teacher that is the student's own start. (Take the fingerprint while that adapter is on: PEFT freezes it when it is
-    switched off.) Of weights that are not in memory, only name and shape count.
+    Buffers and the scales of quantized weights count too. What is trained is left out unless `everything` counts: it
+    is the adapter of a teacher that is the student's own start. (Take the fingerprint while that adapter is on: PEFT
+    freezes it when it is switched off.) Of weights that are not in memory, only name and shape count.
     """
     digest = hashlib.sha256()  # processors have instructions for it: twice as fast as blake2b
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
@@ -81,8 +80,8 @@ def write_teacher_answers(
 ) -> Dataset:
     """`dataset` with `completion_ids` that the teacher writes after `teacher_prompt_ids`.
 
-    Rows are shared out among ranks. Parquet files in `folder` keep what is done: `key`, `prompt` (as the teacher saw it) and `completion` as
-    texts, `completion_ids`. Answers that are there already are taken, not written again.
+    Rows are shared out among ranks. Parquet files in `folder` keep what is done: `key`, `prompt` (as the teacher saw
+    it) and `completion` as texts, `completion_ids`. Answers that are there already are taken, not written again.
 
     Args:
         dataset: With `teacher_prompt_ids`; equal prompts get one answer.

@@ -80,10 +80,12 @@ def gsm8k_accuracy(predictions: Sequence[str], references: Sequence[str | float]
             `#### 18` or `\boxed{18}`.
 
     Returns:
-        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer without a number by a rule is wrong by it.
+        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer without a number by a rule is wrong by
+        it.
 
     Raises:
-        TypeError, ValueError: for other rows, lists of different lengths, or a reference without a number, naming the row.
+        TypeError, ValueError: for other rows, lists of different lengths, or a reference without a number, naming the
+            row.
     """
     rows = gsm8k_row_scores(predictions, references)
     return {rule: 100 * sum(row[rule] for row in rows) / len(rows) for rule in RULES}
@@ -129,8 +131,8 @@ def _gold(reference: Any, name: str) -> tuple[float, str]:
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"{name} is {shortened(reference)}, which holds no finite number to compare with. Give the right answer as a "
-            "number, or as a text that ends with it (#### 18)."
+            f"{name} is {shortened(reference)}, which holds no finite number to compare with. Give the right answer "
+            "as a number, or as a text that ends with it (#### 18)."
         )
     return value, written
 

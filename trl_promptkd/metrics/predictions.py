@@ -18,14 +18,14 @@ def check_rows(predictions: Any, references: Any) -> None:
             )
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
-            f"There are {len(predictions)} `predictions` and {len(references)} `references`. Give one of each per row, in one "
-            "order, for at least one row."
+            f"There are {len(predictions)} `predictions` and {len(references)} `references`. Give one of each per "
+            "row, in one order, for at least one row."
         )
     for row, text in enumerate(predictions):
         if not isinstance(text, str):
             raise TypeError(
-                f"`predictions[{row}]` is {shortened(text)}, a {type(text).__name__}; it must be a text. Decode token ids "
-                "first."
+                f"`predictions[{row}]` is {shortened(text)}, a {type(text).__name__}; it must be a text. Decode token "
+                "ids first."
             )
 
 

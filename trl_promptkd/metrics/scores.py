@@ -15,12 +15,13 @@ __all__ = ["instruction_row_scores", "instruction_scores", "rouge_scorer"]
 def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """ROUGE-L and exact match, as the PromptKD paper (and MiniLLM, and Natural Instructions before them) takes them.
 
-    `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once they are
-    [`normalized`]. Each is the maximum over a row's references, then the mean over rows. Thoughts in predictions do not count
-    ([`without_thoughts`]).
+    `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once
+    they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows. Thoughts in
+    predictions do not count ([`without_thoughts`]).
 
     `rouge_score` finds nothing in other scripts than Latin. If the prediction or the reference is of another one
-    ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the scores of `rouge_score` and of MiniLLM's code.
+    ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the scores of `rouge_score` and of
+    MiniLLM's code.
 
     Args:
         predictions: One answer per row. An empty one scores 0, but matches a reference that is empty once normalized.
@@ -44,8 +45,8 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
         is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
         if not is_list or not all(isinstance(text, str) for text in texts):
             raise TypeError(
-                f"`references[{row}]` is {shortened(texts)}, a {type(texts).__name__}; it must be a list of texts. Write "
-                "[text] for a single one."
+                f"`references[{row}]` is {shortened(texts)}, a {type(texts).__name__}; it must be a list of texts. "
+                "Write [text] for a single one."
             )
         if not texts:
             raise ValueError(f"`references[{row}]` is empty. Give at least one right answer, or omit the row.")

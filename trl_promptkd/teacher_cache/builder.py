@@ -53,33 +53,36 @@ def build_teacher_cache(
 ) -> TeacherCache:
     """Run a teacher once and keep its distributions at every completion token of a data set.
 
-    A build that was killed resumes when it is started again with the same arguments. Rows that are there are not computed again, and new
-    rows of a longer data set are added. Under `accelerate launch` the rows are shared out among the ranks, which must see one file
-    system.
+    A build that was killed resumes when it is started again with the same arguments. Rows that are there are not
+    computed again, and new rows of a longer data set are added. Under `accelerate launch` the rows are shared out
+    among the ranks, which must see one file system.
 
     Args:
-        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with `teacher_model_init_kwargs`.
+        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with
+            `teacher_model_init_kwargs`.
         dataset ([`~datasets.Dataset`]): Rows as for [`PrimedDistillTrainer`].
         output_dir (`str`): The cache's folder; made if it is not there.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
         priming (`str` or [`PrimingTemplate`], *optional*): What the teacher sees, as for [`PrimedDistillTrainer`].
-        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL only),
-            `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
-        response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or `"teacher"`, which writes
-            them first. `cache.dataset()` is then a training set with them.
-        max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in [`PrimedDistillConfig`].
+        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL
+            only), `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
+        response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or
+            `"teacher"`, which writes them first. `cache.dataset()` is then a training set with them.
+        max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in
+            [`PrimedDistillConfig`].
         batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device.
         seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
         num_proc (`int`, *optional*): Processes that tokenize.
 
     Returns:
-        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on `kl_tokens` tokens: an
-        eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and `tail_mass_p95` (of what is not kept token by token),
-        `bytes_per_token` on disk without the basis, `basis_bytes` and `decode_microseconds_per_token`.
+        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on
+        `kl_tokens` tokens: an eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and
+        `tail_mass_p95` (of what is not kept token by token), `bytes_per_token` on disk without the basis,
+        `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
-        ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a teacher whose logits are
-            not its output head applied to its last hidden state.
+        ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a
+            teacher whose logits are not its output head applied to its last hidden state.
     """
     args = SimpleNamespace(
         preset=preset,
@@ -107,11 +110,14 @@ def build_teacher_cache(
             "`AutoTokenizer.from_pretrained(name)`."
         )
     template = resolve_priming(priming)
-    # Before tokenizing: `PartialState()`, which that asks, does not find the ranks of `accelerate launch --cpu` by itself
+    # Before tokenizing, which asks `PartialState()`: that alone does not find the ranks of `accelerate launch --cpu`
     accelerator = Accelerator()
     needed = None
     if response_source == "dataset":
-        needed = "`response_source` is 'dataset', so that the data's own answers are judged. Set `response_source='teacher'`."
+        needed = (
+            "`response_source` is 'dataset', so that the data's own answers are judged. Set "
+            "`response_source='teacher'`."
+        )
     dataset = tokenize_primed_dataset(
         dataset, "dataset", processing_class, template, max_length, teacher_max_length, needed, overlong, num_proc
     )
@@ -187,6 +193,6 @@ def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> 
     for name in here:
         if there[name] != here[name]:
             raise ValueError(
-                f"{folder} holds a cache that was made differently: `{name}` is {there[name]!r} there and {here[name]!r} "
-                "here. Choose another `output_dir`, or the same settings to resume it."
+                f"{folder} holds a cache that was made differently: `{name}` is {there[name]!r} there and "
+                f"{here[name]!r} here. Choose another `output_dir`, or the same settings to resume it."
             )

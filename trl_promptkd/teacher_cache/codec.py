@@ -1,14 +1,15 @@
 """How a teacher's distribution is kept in a few bytes per token.
 
-A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform coding of sounds
-and pictures: the state is rotated into coordinates in which an error of a given size costs about the same KL in every direction, and
-rounded there with one step for all of them. Directions that hardly matter round to 0 and cost nothing. Beside it the likeliest tokens
-may be kept one by one, with the mass of all the others; what was rounded then only shapes that tail. Much less is kept by drawing a few
-tokens from each distribution, which is enough for the gradient of the forward KL.
+A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform
+coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the
+same KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0
+and cost nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was
+rounded then only shapes that tail. Much less is kept by drawing a few tokens from each distribution, which is enough
+for the gradient of the forward KL.
 
-The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the logits,
-F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the hidden
-state h.
+The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the
+logits, F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small
+change dh of the hidden state h.
 """
 
 import math
@@ -51,8 +52,8 @@ class Preset:
         rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
         top_k (`int`): How many of the likeliest tokens are kept one by one, at most; up to 255.
         nucleus (`float`): Fewer, if these hold this probability.
-        draws (`int`): Keep only so many tokens drawn from the distribution, up to 255: an unbiased gradient of the forward KL, and no other
-            divergence (Sparse Logit Sampling, arXiv 2503.16870).
+        draws (`int`): Keep only so many tokens drawn from the distribution, up to 255: an unbiased gradient of the
+            forward KL, and no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
     """
 
     step: float = 1.0
@@ -78,7 +79,8 @@ class Basis:
     Args:
         mean (`Tensor` of shape `(hidden,)`): Mean hidden state.
         analysis (`Tensor` of shape `(hidden, rank)`): `(h - mean) @ analysis` are the coefficients.
-        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at most 1.
+        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at
+            most 1.
         scale (`Tensor` of shape `(rank,)`): What the rows of `head` were divided by.
         offset (`Tensor` of shape `(vocab,)`): The logits of the mean state.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)` at last (Gemma 2).
@@ -160,7 +162,8 @@ class Basis:
 
         Raises:
             FileNotFoundError: where there is nothing.
-            ValueError: for other tensors, another vocabulary than `vocab_size`, and tensors whose logits would not be finite.
+            ValueError: for other tensors, another vocabulary than `vocab_size`, and tensors whose logits would not be
+                finite.
         """
         tensors, _ = read_safetensors(path, "Build the cache again.")
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -175,8 +178,8 @@ class Basis:
         }
         if found != wanted or min(hidden, rank, vocab) < 1 or vocab_size not in (None, vocab):
             raise ValueError(
-                f"{path} is not the basis of a teacher cache with {vocab_size or 'some'} ids: its tensors do not fit together "
-                f"({found}). Build the cache again."
+                f"{path} is not the basis of a teacher cache with {vocab_size or 'some'} ids: its tensors do not fit "
+                f"together ({found}). Build the cache again."
             )
         basis = cls(**{name: tensors[name] for name in _TENSORS}, softcap=float(tensors["softcap"]))
         largest = basis.scale.double().abs().sum() * 2 * _MAX_COEFFICIENT + basis.offset.double().abs().max()

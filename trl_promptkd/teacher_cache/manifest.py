@@ -64,9 +64,12 @@ class Manifest:
         real_vocab_size (`int`): Number of ids that stand for tokens.
         vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
         priming (`dict`, *optional*): `text`, `placement` and the text's `hash`.
-        response_source (`str`): Who wrote the answers, `"dataset"` or `"teacher"`, and how the teacher did (`sampling`).
-        preset (`str`), temperature (`float`), codec_version (`int`): What is kept of a distribution, and the version of the format.
-        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted longer rows.
+        response_source (`str`): Who wrote the answers, `"dataset"` or `"teacher"`, and how the teacher did
+            (`sampling`).
+        preset (`str`), temperature (`float`), codec_version (`int`): What is kept of a distribution, and the version
+            of the format.
+        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted
+            longer rows.
         data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
         files (`dict`): SHA-256 sums of the other files.
@@ -136,8 +139,8 @@ class Manifest:
             return cls(**values)
         except (TypeError, StrictDataclassError) as error:
             raise ValueError(
-                f"{path} is not the manifest of a teacher cache, or damaged, or of another version: {error}. Build the cache "
-                "again."
+                f"{path} is not the manifest of a teacher cache, or damaged, or of another version: {error}. Build "
+                "the cache again."
             ) from error
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
@@ -157,6 +160,6 @@ class Manifest:
             there = getattr(self, name)
             if there != here[name]:
                 raise ValueError(
-                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Use the one it was "
-                    "made with, or build the cache again."
+                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Use the "
+                    "one it was made with, or build the cache again."
                 )

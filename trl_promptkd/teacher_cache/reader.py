@@ -60,8 +60,8 @@ class TeacherCache:
                 path = snapshot_download(path, repo_type="dataset")
             except (OSError, HFValidationError) as error:
                 raise FileNotFoundError(
-                    f"{path!r} is neither a folder nor a data set on the Hub that can be reached. Check it, or build a cache "
-                    f"with `build_teacher_cache`. ({str(error).splitlines()[0]})"
+                    f"{path!r} is neither a folder nor a data set on the Hub that can be reached. Check it, or build "
+                    f"a cache with `build_teacher_cache`. ({str(error).splitlines()[0]})"
                 ) from error
         if not os.path.isfile(os.path.join(path, MANIFEST_FILE)):
             raise FileNotFoundError(
@@ -111,9 +111,11 @@ class TeacherCache:
         return rows.map(_with_prompt)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-        """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read again.
+        """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read
+        again.
 
-        Everything appears in one commit: an upload that was killed has changed nothing and can be repeated. Older shards are removed.
+        Everything appears in one commit: an upload that was killed has changed nothing and can be repeated. Older
+            shards are removed.
         """
         push_cache(self.path, self.manifest, repo_id, private, token)
 
@@ -179,14 +181,14 @@ class TeacherCache:
         made = f"the preset {self.manifest.preset!r} of the teacher cache at {self.path}"
         if self.preset.draws and self.manifest.vocab_size > self.manifest.real_vocab_size:
             raise ValueError(
-                f"The teacher cache at {self.path} holds draws from {self.manifest.vocab_size} entries of the teacher's "
-                f"vocabulary, of which only {self.manifest.real_vocab_size} stand for tokens: an earlier version built it. "
-                "Build the cache again."
+                f"The teacher cache at {self.path} holds draws from {self.manifest.vocab_size} entries of the "
+                f"teacher's vocabulary, of which only {self.manifest.real_vocab_size} stand for tokens: an earlier "
+                "version built it. Build the cache again."
             )
         if self.preset.draws and (kd_beta != 0 or skew):
             raise ValueError(
-                f"`kd_beta` is {kd_beta} and `skew` {skew}, but {made} keeps draws, which only serve the forward KL. Set "
-                "`kd_beta=0` and `skew=0`, or build the cache with `preset='standard'`."
+                f"`kd_beta` is {kd_beta} and `skew` {skew}, but {made} keeps draws, which only serve the forward KL. "
+                "Set `kd_beta=0` and `skew=0`, or build the cache with `preset='standard'`."
             )
         if kd_temperature != self.manifest.temperature and self.manifest.preset != "exact":
             raise ValueError(
@@ -196,7 +198,7 @@ class TeacherCache:
             )
 
     def log_probs(self, indices: Sequence[int]) -> Tensor:
-        """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows, one after the other."""
+        """Log-probabilities `(num_tokens, vocab)` in float32 at the completion tokens of some rows."""
         answers = self.answers(indices)
         return answers.logits(0, len(answers))
 
@@ -262,8 +264,8 @@ class CachedAnswers:
             yield
         except ValueError as error:
             raise ValueError(
-                f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its shard "
-                "and build the cache again."
+                f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its "
+                "shard and build the cache again."
             ) from error
 
 

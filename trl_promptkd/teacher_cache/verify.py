@@ -26,9 +26,9 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
         num_rows (`int`, *optional*, defaults to `16`): How many rows.
 
     Returns:
-        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's), `kl_mean` and `kl_max` of the rows'
-        KL(teacher || kept) in nats per token, and `worst_row` (its number). For the preset `tiny`, `covered_mass` instead of a KL:
-        the teacher's probability of what was drawn (mean over tokens).
+        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's), `kl_mean` and `kl_max`
+        of the rows' KL(teacher || kept) in nats per token, and `worst_row` (its number). For the preset `tiny`,
+        `covered_mass` instead of a KL: the teacher's probability of what was drawn (mean over tokens).
     """
     freeze(teacher)
     device = next(teacher.parameters()).device
@@ -43,8 +43,8 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
         kept = cache.log_probs([index])
         if live.shape != kept.shape:
             raise ValueError(
-                f"The cache's distributions have {kept.size(-1)} entries and the teacher's {live.size(-1)}: it is another "
-                "model. Pass the one that the cache was made with."
+                f"The cache's distributions have {kept.size(-1)} entries and the teacher's {live.size(-1)}: it is "
+                "another model. Pass the one that the cache was made with."
             )
         value = (live.exp() * (kept > -1e3)).sum(dim=-1) if cache.preset.draws else kl_divergence(live, kept)
         values.append(value.mean())

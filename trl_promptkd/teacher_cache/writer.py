@@ -1,4 +1,4 @@
-"""Filling a cache: the teacher's forward passes, written down as they come, so that a build can be killed at any moment."""
+"""Filling a cache: the teacher's forward passes, written as they come. A build can be killed at any moment."""
 
 import json
 import os
@@ -101,8 +101,9 @@ class CacheWriter:
         head, settings = self.teacher.get_output_embeddings(), self.teacher.config.get_text_config()
         if not head.weight.is_floating_point() or head.weight.device.type == "meta":
             raise ValueError(
-                "The teacher's output head is quantized or not in memory, and the coordinates of this preset come from it. "
-                "Leave the head out of the quantization (`llm_int8_skip_modules=['lm_head']`), or use `preset='tiny'`."
+                "The teacher's output head is quantized or not in memory, and the coordinates of this preset come "
+                "from it. Leave the head out of the quantization (`llm_int8_skip_modules=['lm_head']`), or use "
+                "`preset='tiny'`."
             )
         keys: list[str] = []
         tokens = 0
@@ -119,8 +120,8 @@ class CacheWriter:
         rank = self.preset.rank
         if rank is not None and tokens < 4 * head.weight.size(1):
             logger.warning(
-                f"The coordinates are fitted to {tokens} tokens only, too few to leave any of them out: rows take more "
-                "bytes. Build with more rows first."
+                f"The coordinates are fitted to {tokens} tokens only, too few to leave any of them out: rows take "
+                "more bytes. Build with more rows first."
             )
             rank = None
         vocab = self.manifest.vocab_size
@@ -148,9 +149,9 @@ class CacheWriter:
         off = torch.stack([kl_divergence(logits.log_softmax(dim=-1), way).mean() for way in ways]).max()
         if not off <= 1e-3:
             raise ValueError(
-                f"The logits of {type(self.teacher).__name__} are not its output head applied to its last hidden state "
-                f"(they differ by {off:.2e} nats): something comes after it that this version does not know. Distil from "
-                "the live teacher instead."
+                f"The logits of {type(self.teacher).__name__} are not its output head applied to its last hidden "
+                f"state (they differ by {off:.2e} nats): something comes after it that this version does not know. "
+                "Distil from the live teacher instead."
             )
 
     # -------------------------------------------------------------------------------------------- the shards

@@ -24,14 +24,8 @@ from .store import compute_missing, part_paths, read_part, write_part
 __all__ = ["sampling_source", "weights_fingerprint", "write_teacher_answers"]
 
 _FINGERPRINT_PART = 1 << 24  # entries that are brought to the CPU at once
-_ANSWERS = pyarrow.schema(
-    {
-        "key": pyarrow.string(),
-        "prompt": pyarrow.string(),
-        "completion": pyarrow.string(),
-        "completion_ids": pyarrow.list_(pyarrow.int64()),
-    }
-)
+_TEXTS = dict.fromkeys(("key", "prompt", "completion"), pyarrow.string())
+_ANSWERS = pyarrow.schema({**_TEXTS, "completion_ids": pyarrow.list_(pyarrow.int64())})
 
 
 @torch.no_grad()
@@ -84,13 +78,9 @@ def write_teacher_answers(
     it) and `completion` as texts, `completion_ids`. Answers that are there already are taken, not written again.
 
     Args:
-        dataset: With `teacher_prompt_ids`; equal prompts get one answer.
+        dataset: With `teacher_prompt_ids`; equal prompts get one answer. `length` then counts the answers.
         fingerprint: Of the teacher's weights, see [`weights_fingerprint`].
-        generation_config: How the teacher samples.
         args: Has `seed`, `rollout_batch_size` and the batch sizes of training.
-
-    Returns:
-        The data set, with `length` counting the answers.
 
     Raises:
         ValueError: for a file that is damaged, naming it.

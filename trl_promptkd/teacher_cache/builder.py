@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.primed import tokenize_primed_dataset
@@ -104,11 +103,6 @@ def build_teacher_cache(
     check_positive(args, "batch_size", "max_new_tokens", "temperature")
     if isinstance(dataset, IterableDataset):
         raise ValueError("`dataset` is streamed, but rows are found by their content. Load it without streaming.")
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: "
-            "`AutoTokenizer.from_pretrained(name)`."
-        )
     template = resolve_priming(priming)
     # Before tokenizing, which asks `PartialState()`: that alone does not find the ranks of `accelerate launch --cpu`
     accelerator = Accelerator()
@@ -123,10 +117,6 @@ def build_teacher_cache(
     )
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
-    if not isinstance(teacher, PreTrainedModel | PeftModel):
-        raise TypeError(
-            f"`teacher` is a {type(teacher).__name__}; it must be a name, a folder or a causal language model."
-        )
     vocab_size = shared_vocab_size(teacher, teacher, processing_class)
     seen = {"teacher": (teacher, ("teacher_prompt_ids", "completion_ids"))}
     check_rows_embedded(dataset, "dataset", processing_class, embedded_by(seen, processing_class))

@@ -98,7 +98,8 @@ class Manifest:
         """What the annotations do not say; both are checked whenever a manifest is made."""
         if self.preset not in PRESETS or self.response_source not in ("dataset", "teacher"):
             raise ValueError(
-                f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}: there is no such"
+                f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}; they must be among "
+                f"{[*PRESETS]} and ['dataset', 'teacher']"
             )
         for name in ("vocab_size", "real_vocab_size"):
             if not 1 <= getattr(self, name) <= MAX_VOCAB_SIZE:

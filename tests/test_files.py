@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from trl_promptkd.files import read_safetensors, read_text, remove_incomplete, whole_file
+from trl_promptkd.files import content_hash, read_safetensors, read_text, remove_incomplete, whole_file
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -91,3 +91,9 @@ def test_safetensors_are_read_or_named(tmp_path):
         read_safetensors(str(path), "Try again.")
     with pytest.raises(FileNotFoundError):
         read_safetensors(str(tmp_path / "b"), "")
+
+
+def test_hashes_are_of_the_content():
+    key = content_hash([{"teacher": "a", "seed": 1}, [1, 2]])
+    assert key == content_hash(({"seed": 1, "teacher": "a"}, (1, 2)))
+    assert key != content_hash([{"teacher": "a", "seed": 1}, [12]])

@@ -2,16 +2,19 @@
 
 import glob
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
 __all__ = [
+    "content_hash",
     "read_safetensors",
     "read_text",
     "remove_incomplete",
@@ -29,24 +32,28 @@ def text_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def content_hash(value: Any) -> str:
+    """The hash of anything that JSON can write; of other things their texts count."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return text_hash(text)
+
+
 def sha256_of(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str, what: str) -> str:
-    """The text in a UTF-8 file, taken as it is but for a byte order mark.
-
-    Args:
-        what: Is in it, for messages: "the priming text".
+    """The text in a UTF-8 file, without a byte order mark; `what` names it in messages: "the priming text".
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: where it is not UTF-8.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not UTF-8.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"{path}, the file with {what}, does not exist or is a folder. Check the path (relative ones start at {os.getcwd()})."
+            f"{path}, the file with {what}, does not exist or is a folder. Check the path (relative ones start at "
+            f"{os.getcwd()})."
         )
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -57,9 +64,9 @@ def read_text(path: str, what: str) -> str:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
-    """Gives a path to write to; when the block ends, `path` holds all of it, and until then what it held before.
+    """Gives a path to write to. When the block ends, `path` holds all of it, and until then what it held before.
 
-    What was written is on the disk before it gets its name, and so is the name when the block has ended. Where the block fails, nothing is left behind.
+    Content and name are on the disk (synced) when the block has ended. If it fails, nothing is left behind.
     """
     temporary = f"{path}.{os.getpid()}{_INCOMPLETE}"
     try:
@@ -91,8 +98,8 @@ def remove_incomplete(folder: str, name: str = "", older_than: float = 0.0) -> N
     """Remove what killed processes left in `folder` half-written.
 
     Args:
-        name: Of the file whose remains they are; those of all files without it.
-        older_than: Seconds; where others may be writing, so many that what is older is no longer written to.
+        name: Only what was to become this file.
+        older_than: Seconds, if others may be writing there.
     """
     for path in glob.glob(f"{os.path.join(glob.escape(folder), glob.escape(name))}*{_INCOMPLETE}"):
         with suppress(FileNotFoundError):  # a process that is just ending may have been quicker
@@ -104,8 +111,8 @@ def read_safetensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[st
     """The tensors and the metadata of a file.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it cannot be read, naming it, with `advice` on what to do.
+        FileNotFoundError: if there is none.
+        ValueError: if it cannot be read, naming it, with `advice` on what to do.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -114,6 +121,5 @@ def read_safetensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[st
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, AttributeError, RuntimeError, TypeError) as error:  # and types that torch lacks
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({type(error).__name__}: {error}). {advice}"
-        ) from error
+        kind = type(error).__name__
+        raise ValueError(f"{path} cannot be read as safetensors ({kind}: {error}). {advice}") from error

@@ -82,8 +82,9 @@ def test_killed_at_random_moments_and_on_two_ranks(folder):
     """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a while."""
     (folder / "build.py").write_text(
         "import sys, time\n"
+        "from trl_promptkd.generation import store\n"
         "from trl_promptkd.teacher_cache import writer\n"
-        "writer._SECONDS_A_SHARD = 0.0\n"
+        "store.SECONDS_A_PART = 0.0\n"
         "original = writer.completion_states\n"
         "writer.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
         "from trl_promptkd.cli import main\n"

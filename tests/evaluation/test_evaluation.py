@@ -13,7 +13,10 @@ from trl_promptkd import evaluation
 from trl_promptkd.cli import main, make_parser
 from trl_promptkd.cli.eval import _load_set
 from trl_promptkd.data import tokenize_row
-from trl_promptkd.evaluation import evaluate_model, evaluation_rows, instruction_text
+from trl_promptkd.evaluation import evaluate_model, evaluation_rows
+from trl_promptkd.evaluation.answers import model_source
+from trl_promptkd.evaluation.rows import instruction_text
+from trl_promptkd.generation import store
 from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.metrics import instruction_scores
 
@@ -37,19 +40,20 @@ def without_template():
 
 
 SMALL = {"max_new_tokens": 6, "batch_size": 4}
+TURNS = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
 
 
 class TestEvaluationRows:
     def read(self, rows, task="instruct", template="plain", **kwargs):
-        tokenizer = tiny_tokenizer()
-        found = evaluation_rows(Dataset.from_list(rows), "rows", task, tokenizer, template, **kwargs)
+        tokenizer, rows = tiny_tokenizer(), Dataset.from_list(rows) if isinstance(rows, list) else rows
+        found = evaluation_rows(rows, "rows", task, tokenizer, template, **kwargs)
         return [tokenizer.decode(ids) for ids in found.prompt_ids], found.references
 
     def test_the_papers_template(self):
         """As MiniLLM and PromptKD write it, with and without an input."""
         assert instruction_text("Add.") == (
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
-            "\n### Instruction:\nAdd.\n\n### Response:\n"
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            "\n\n### Instruction:\nAdd.\n\n### Response:\n"
         )
         assert instruction_text("Add.", "1, 2") == (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -68,46 +72,37 @@ class TestEvaluationRows:
             ({"question": "the", "answer": "a"}, "chat", "<user> the <assistant>", ["a"]),
             ({"prompt": "the cat", "completion": " sat"}, "chat", "the cat", [" sat"]),
             ({"prompt": "the cat", "references": ["x", "y"]}, "plain", "the cat", ["x", "y"]),
+            ({"messages": TURNS}, "plain", "<user> the cat <assistant>", ["sat"]),
+            ({"messages": TURNS[:1], "references": ["x", "y"]}, "plain", "<user> the cat <assistant>", ["x", "y"]),
+            ({"question": "the", "answer": "3 + 4 = 7\n#### 1,007"}, "gsm8k", "the", [1007.0]),
         ],
     )
     def test_columns(self, row, template, prompt, answers):
-        assert self.read([row], template=template) == ([prompt], [answers])
-
-    def test_conversations(self):
-        tokenizer = tiny_tokenizer()
-        found = evaluation_rows(chat_dataset(2), "rows", "instruct", tokenizer, "plain")
-        assert tokenizer.decode(found.prompt_ids[0]) == "<user> suppose you <assistant>"
-        assert found.references[0] == ["a student"]
-
-    def test_gold_numbers(self):
-        assert self.read([{"question": "the", "answer": "3 + 4 = 7\n#### 1,007"}], "gsm8k")[1] == [[1007.0]]
+        task, template = ("gsm8k", "plain") if template == "gsm8k" else ("instruct", template)
+        assert self.read([row], task, template) == ([prompt], [answers])
 
     @pytest.mark.parametrize("template", ["chat", "plain"])
     def test_tools_and_template_settings_reach_the_chat_template_as_in_training(self, template):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = "{% if tools %}red {% endif %}{{ color }} " + tokenizer.chat_template
         more = {"tools": [{"name": "red"}], "chat_template_kwargs": {"color": "blue"}}
-        messages = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
         rows = [
-            {"messages": messages, **more},
-            {"prompt": messages[:1], "references": ["sat"], **more},
+            {"messages": TURNS, **more},
+            {"prompt": TURNS[:1], "references": ["sat"], **more},
             {"instruction": "the cat", "output": "sat", **more},
         ]
         for row in rows if template == "chat" else rows[:2]:
             dataset = Dataset.from_list([row])
             (ids,) = evaluation_rows(dataset, "rows", "instruct", tokenizer, template).prompt_ids
             assert tokenizer.decode(ids) == "red blue <user> the cat <assistant>"
-            assert ids == tokenize_row({"messages": messages, **more}, tokenizer)["prompt_ids"]
+            assert ids == tokenize_row({"messages": TURNS, **more}, tokenizer)["prompt_ids"]
 
     def test_a_prefill_is_continued_and_whole_turns_stay(self):
-        turns = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
         answer = {"role": "assistant", "content": "on mat"}
-        assert self.read([{"prompt": turns, "completion": [answer]}]) == (
-            ["<user> the cat <assistant> sat"],
-            [["on mat"]],
-        )
+        prefilled = self.read([{"prompt": TURNS, "completion": [answer]}])
+        assert prefilled == (["<user> the cat <assistant> sat"], [["on mat"]])
         whole = "<user> the cat <assistant> sat <eos> <assistant>"
-        assert self.read([{"messages": [*turns, answer]}]) == ([whole], [["on mat"]])
+        assert self.read([{"messages": [*TURNS, answer]}]) == ([whole], [["on mat"]])
 
     def test_parts_of_text_are_joined_and_images_are_refused(self):
         def parts(*texts):
@@ -128,26 +123,17 @@ class TestEvaluationRows:
 
     @pytest.mark.parametrize("form", ["torch", "numpy"])
     def test_formats_and_transforms(self, form):
-        def read(dataset):
-            found = evaluation_rows(dataset, "rows", "instruct", tiny_tokenizer(), "plain")
-            return [tiny_tokenizer().decode(ids) for ids in found.prompt_ids], found.references
-
         dataset = chat_dataset(1)
-        assert (
-            read(dataset.with_format(form)) == read(dataset) == (["<user> suppose you <assistant>"], [["a student"]])
-        )
+        expected = (["<user> suppose you <assistant>"], [["a student"]])
+        assert self.read(dataset.with_format(form)) == self.read(dataset) == expected
         dataset = dataset.with_transform(lambda batch: {"instruction": ["red"], "output": ["blue"]})
-        assert read(dataset) == (["red"], [["blue"]])
+        assert self.read(dataset) == (["red"], [["blue"]])
 
     def test_an_answer_that_the_template_rewrites_the_prompt_for_does_no_harm(self):
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template += "{% if add_generation_prompt %}red{% endif %}"
         found = evaluation_rows(chat_dataset(1), "rows", "instruct", tokenizer, "plain")
         assert tokenizer.decode(found.prompt_ids[0]) == "<user> suppose you <assistant> red"
-
-    def test_conversations_that_end_with_a_question_have_their_answers_beside_them(self):
-        row = {"messages": [{"role": "user", "content": "the cat"}], "references": ["sat", "on"]}
-        assert self.read([row]) == (["<user> the cat <assistant>"], [["sat", "on"]])
 
     def test_first_rows_and_long_prompts(self):
         rows = [{"prompt": "the " * n, "completion": "a"} for n in (1, 5, 2, 9)]
@@ -158,36 +144,22 @@ class TestEvaluationRows:
     @pytest.mark.parametrize(
         ("rows", "task", "kwargs", "message"),
         [
-            ([{"text": "a"}], "instruct", {}, r"Row 0 of `rows`: it has none of .* its columns are \['text'\]"),
-            ([{"instruction": "a", "output": None}], "instruct", {}, "its right answer is None; it must be a text"),
             (
                 [{"question": "a", "answer": "no number"}],
                 "gsm8k",
                 {},
                 "Row 0 of `rows`: the right answer is 'no number'",
             ),
-            ([{"prompt": "", "completion": "a"}], "instruct", {}, "its prompt has no tokens"),
-            *(
-                ([{"instruction": " ", "output": "a"}], "instruct", {"template": template}, "its `instruction` is ' '")
-                for template in ("chat", "paper", "plain")
-            ),
+            ([{"instruction": " ", "output": "a"}], "instruct", {"template": "chat"}, "its `instruction` is ' '"),
             ([{"instruction": "a", "output": True}], "instruct", {}, "its right answer is True; it must be a text"),
-            ([{"messages": [{"role": "user", "content": "a"}]}], "instruct", {}, "ends with an assistant message"),
-            (
-                [{"prompt": "a b", "completion": "a"}],
-                "instruct",
-                {"max_prompt_length": 1},
-                "all 1 prompts are longer than",
-            ),
+            ([{"messages": TURNS[:1]}], "instruct", {}, "ends with an assistant message"),
+            ([{"messages": TURNS[1:]}], "instruct", {}, "ends with an assistant message"),
+            ([{"prompt": "a b", "completion": "a"}], "instruct", {"max_prompt_length": 1}, "all 1 prompts are longer"),
         ],
     )
     def test_bad_rows_are_refused(self, rows, task, kwargs, message):
         with pytest.raises(ValueError, match=message):
             self.read(rows, task, **kwargs)
-
-    def test_what_is_no_data_set_is_refused(self):
-        with pytest.raises(TypeError, match=r"`rows` is a list; it must be a `datasets\.Dataset`"):
-            evaluation_rows([], "rows", "instruct", tiny_tokenizer(), "plain")
 
 
 def completions_of(folder):
@@ -208,6 +180,12 @@ def greedy_alone(model, tokenizer, prompt, steps=6):
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
+def evaluate(rows=None, model=None, tokenizer=None, **settings):
+    """Of one data set, with a tiny model."""
+    rows = answered_dataset(6) if rows is None else rows
+    return evaluate_model(model or tiny_model(), tokenizer or tiny_tokenizer(), {"a": rows}, **{**SMALL, **settings})
+
+
 class TestEvaluateModel:
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_answers_do_not_depend_on_the_batch(self, family, tmp_path):
@@ -217,15 +195,7 @@ class TestEvaluateModel:
         for size in (1, 2, 6):
             for seeds in ([10, 20], None):
                 folder = tmp_path / f"{size}{seeds}"
-                evaluate_model(
-                    model,
-                    tokenizer,
-                    {"rows": answered_dataset(6)},
-                    seeds=seeds,
-                    max_new_tokens=6,
-                    batch_size=size,
-                    output_dir=str(folder),
-                )
+                evaluate(model=model, seeds=seeds, batch_size=size, output_dir=str(folder))
                 found[size, seeds is None] = completions_of(folder)
         assert found[1, False] == found[2, False] == found[6, False]
         assert found[1, True] == found[2, True] == found[6, True]
@@ -237,7 +207,7 @@ class TestEvaluateModel:
             assert line["completion"] == greedy_alone(model, tokenizer, row["prompt"])
 
     def test_samples_follow_the_models_distribution(self):
-        """First tokens of 3,000 equal prompts against the probabilities; twice the expected total variation is far off."""
+        """First tokens of 3,000 equal prompts against the probabilities."""
         model, tokenizer = tiny_model(), tiny_tokenizer()
         prompt = tokenizer("the cat")["input_ids"]
         config = evaluation.evaluation_config(model, tokenizer, 1, greedy=False)
@@ -270,11 +240,11 @@ class TestEvaluateModel:
         assert result["sets"]["a"]["std"]["rougeL"] == pytest.approx(values.std().item())
 
     def test_a_killed_run_goes_on_where_it_was(self, tmp_path, monkeypatch):
-        """Killed after its second batch, with everything before it kept: only the rest is written, and all is as it would have been."""
-        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
-        model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
-        settings = {"seeds": [10, 20], "max_new_tokens": 6, "batch_size": 2}
-        whole = evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "whole"), **settings)
+        """Killed after its second batch: only the rest is written, and all is as it would have been."""
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
+        model, rows = tiny_model(), answered_dataset(6)
+        settings = {"seeds": [10, 20], "batch_size": 2}
+        whole = evaluate(rows, model, output_dir=str(tmp_path / "whole"), **settings)
         asked, original = [], evaluation.answers.generate_completions
 
         def kill(model, prompts, *args, **kwargs):
@@ -285,16 +255,14 @@ class TestEvaluateModel:
 
         monkeypatch.setattr(evaluation.answers, "generate_completions", kill)
         with pytest.raises(KeyboardInterrupt):
-            evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "killed"), **settings)
+            evaluate(rows, model, output_dir=str(tmp_path / "killed"), **settings)
         asked.clear()
-        resumed = evaluate_model(
-            model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "killed"), **{**settings, "batch_size": 1}
-        )
+        resumed = evaluate(rows, model, output_dir=str(tmp_path / "killed"), **{**settings, "batch_size": 1})
         assert resumed == whole
         assert asked == [1] * 4  # of 12 answers, 8 were there
         assert completions_of(tmp_path / "killed") == completions_of(tmp_path / "whole")
         asked.clear()
-        assert evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path / "killed"), **settings) == whole
+        assert evaluate(rows, model, output_dir=str(tmp_path / "killed"), **settings) == whole
         assert asked == []
 
     def test_answers_are_of_the_prompt_whatever_rows_are_before_it(self, tmp_path):
@@ -303,30 +271,30 @@ class TestEvaluateModel:
         )
         for name, part in (("all", rows), ("last", rows.select([3, 2]))):
             common = {"seeds": [3], "output_dir": str(tmp_path / name), "max_new_tokens": 6}
-            evaluate_model(tiny_model(), tiny_tokenizer(), {"a": part}, **common)
+            evaluate(part, **common)
         ((one, _, two, last),) = completions_of(tmp_path / "all").values()
         ((again, first),) = completions_of(tmp_path / "last").values()
         assert again["completion"] == last["completion"]
         assert first["completion"] == one["completion"] != two["completion"]  # equal prompts are told apart
 
     def test_what_was_cut_is_told_from_what_ended(self, tmp_path):
-        model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
+        model, rows = tiny_model(), answered_dataset(6)
         settings = {"seeds": [1, 2], "max_new_tokens": 12, "output_dir": str(tmp_path)}
-        result = evaluate_model(model, tokenizer, {"a": rows}, **settings)
+        result = evaluate(rows, model, **settings)
         shares = [run["terminated_share"] for run in result["sets"]["a"]["runs"]]
         assert 0 < sum(shares) < 2
         lines = sorted(completions_of(tmp_path).items())
         for share, (_, answers) in zip(shares, lines, strict=True):
-            lengths = [len(tokenizer(line["completion"])["input_ids"]) for line in answers]
+            lengths = [len(tiny_tokenizer()(line["completion"])["input_ids"]) for line in answers]
             assert [line["ended"] for line in answers] == [length < 12 for length in lengths]
             assert share == sum(line["ended"] for line in answers) / 6
         assert result["sets"]["a"]["terminated_share"] == pytest.approx(sum(shares) / 2)
-        assert evaluate_model(model, tokenizer, {"a": rows}, **settings) == result  # of the kept answers
+        assert evaluate(rows, model, **settings) == result  # of the kept answers
 
     def test_two_runs_of_one_evaluation_leave_each_other_their_answers(self, tmp_path, monkeypatch):
         """A second run begins, and ends, while the first one is in its second batch."""
-        monkeypatch.setattr(evaluation.answers, "_SECONDS_A_PART", 0.0)
-        model, tokenizer, rows = tiny_model(), tiny_tokenizer(), answered_dataset(6)
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
+        model, rows = tiny_model(), answered_dataset(6)
         settings = {"max_new_tokens": 6, "batch_size": 2, "output_dir": str(tmp_path)}
         original, calls = evaluation.answers.generate_completions, []
 
@@ -336,29 +304,29 @@ class TestEvaluateModel:
                 (path,) = tmp_path.glob("*.jsonl")
                 being_written = tmp_path / f"{path.name}.1.incomplete"
                 being_written.write_text("half")
-                evaluate_model(model, tokenizer, {"a": rows}, **settings)
+                evaluate(rows, model, **settings)
                 assert being_written.exists()
             if len(calls) == 5:  # the first run has written its second batch over what the second one wrote
                 assert len(next(iter(completions_of(tmp_path).values()))) == 6
             return original(*args, **kwargs)
 
         monkeypatch.setattr(evaluation.answers, "generate_completions", generate)
-        evaluate_model(model, tokenizer, {"a": rows}, **settings)
+        evaluate(rows, model, **settings)
         assert len(calls) == 5
 
     def test_what_a_killed_run_left_half_written_goes(self, tmp_path):
         settings = {"max_new_tokens": 6, "output_dir": str(tmp_path)}
-        evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        evaluate(answered_dataset(2), **settings)
         (path,) = tmp_path.iterdir()
         left, other = tmp_path / f"{path.name}.1.incomplete", tmp_path / "b.jsonl.1.incomplete"
         for file in (left, other):
             file.write_text("half")
             os.utime(file, (0, 0))
-        evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        evaluate(answered_dataset(2), **settings)
         assert (left.exists(), other.exists()) == (False, True)
 
     def test_adapters_configurations_and_tokenizers_have_answers_of_their_own(self, tmp_path):
-        """One model in memory: with its adapter, without, with another, with a stronger one, with other positions; then another tokenizer."""
+        """One model in memory: with and without adapter, another, a stronger one, other positions; another tokenizer."""
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         torch.manual_seed(0)
         model = get_peft_model(tiny_model(), config)
@@ -366,27 +334,27 @@ class TestEvaluateModel:
         tokenizer, rows = tiny_tokenizer(), answered_dataset(6)
         found = []
 
-        def evaluate(expected_files, tokenizer=tokenizer):
-            evaluate_model(model, tokenizer, {"a": rows}, output_dir=str(tmp_path), **SMALL)
+        def check(expected_files, tokenizer=tokenizer):
+            evaluate(rows, model, tokenizer, output_dir=str(tmp_path))
             files = completions_of(tmp_path)
             new = [name for name in files if name not in dict(found)]
             found.extend((name, [line["completion"] for line in files[name]]) for name in new)
             assert len(found) == expected_files
 
-        evaluate(1)
+        check(1)
         with model.disable_adapter():
-            evaluate(2)
+            check(2)
         model.set_adapter("other")
-        evaluate(3)
+        check(3)
         model.set_adapter("default")
-        evaluate(3)
+        check(3)
         for layer in model.modules():
             if hasattr(layer, "set_scale"):
                 layer.set_scale("default", 8.0)
-        evaluate(4)
+        check(4)
         model.config.rope_parameters = {**(model.config.rope_parameters or {}), "rope_theta": 20.0}
-        evaluate(5)
-        evaluate(6, tiny_tokenizer([*WORDS[:-2], "five", "six"]))
+        check(5)
+        check(6, tiny_tokenizer([*WORDS[:-2], "five", "six"]))
         answers = [texts for _, texts in found]
         assert answers[1] == [greedy_alone(tiny_model(), tokenizer, row["prompt"]) for row in rows]
         assert all(texts != answers[0] for texts in answers[1:4])
@@ -395,21 +363,21 @@ class TestEvaluateModel:
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         model = get_peft_model(tiny_model(), config)
         settings = {"output_dir": str(tmp_path), **SMALL}
-        evaluate_model(model, tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+        evaluate(answered_dataset(2), model, **settings)
         with model.disable_adapter():
-            evaluate_model(model, tiny_tokenizer(), {"a": answered_dataset(2)}, **settings)
+            evaluate(answered_dataset(2), model, **settings)
         assert len(completions_of(tmp_path)) == 2
 
     def test_a_tokenizer_that_has_padded_is_the_same_one(self):
         model, tokenizer = tiny_model(), tiny_tokenizer()
-        before = evaluation.model_source(model, tokenizer)
+        before = model_source(model, tokenizer)
         tokenizer(["the cat", "the"], padding=True, truncation=True, max_length=3)
-        assert evaluation.model_source(model, tokenizer) == before
+        assert model_source(model, tokenizer) == before
 
     def test_other_weights_prompts_and_settings_have_other_answers(self, tmp_path):
         common = {"seeds": None, "output_dir": str(tmp_path), **SMALL}
-        tokenizer, rows = tiny_tokenizer(), answered_dataset(4)
-        evaluate_model(tiny_model(), tokenizer, {"a": rows}, **common)
+        rows = answered_dataset(4)
+        evaluate(rows, **common)
         for number, (model, data, change) in enumerate(
             [
                 (tiny_model(seed=1), rows, {}),
@@ -420,9 +388,9 @@ class TestEvaluateModel:
             ],
             2,
         ):
-            evaluate_model(model, tokenizer, {"a": data}, **{**common, **change})
+            evaluate(data, model, **{**common, **change})
             assert len(list(tmp_path.iterdir())) == number
-        evaluate_model(tiny_model(), tokenizer, {"a": rows}, **common)
+        evaluate(rows, **common)
         assert len(list(tmp_path.iterdir())) == 6
 
     @pytest.mark.parametrize(
@@ -430,23 +398,23 @@ class TestEvaluateModel:
         [
             "{",
             "[]",
-            '{"row": 9, "completion": "a", "ended": true}',
-            '{"row": 0, "completion": 1, "ended": true}',
-            '{"row": 0, "completion": "a", "ended": 1}',
-            '{"row": 0, "completion": "a"}',
-            '{"row": true, "completion": "a", "ended": true}',
+            '{"row": 9, "prompt": "", "completion": "a", "ended": true}',
+            '{"row": 0, "prompt": "", "completion": 1, "ended": true}',
+            '{"row": 0, "prompt": "", "completion": "a", "ended": 1}',
+            '{"row": 0, "prompt": "", "completion": "a"}',
+            '{"row": true, "prompt": "", "completion": "a", "ended": true}',
             "[" * 100_000,
         ],
     )
     def test_damaged_answers_are_named(self, tmp_path, damage):
         settings = {"seeds": None, "output_dir": str(tmp_path), **SMALL}
-        evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(4)}, **settings)
+        evaluate(answered_dataset(4), **settings)
         (path,) = tmp_path.iterdir()
         path.write_text(path.read_text() + damage + "\n")
         with pytest.raises(
             ValueError, match=r"a-greedy-.*\.jsonl, line 5, is no answer of this evaluation. Delete the file"
         ):
-            evaluate_model(tiny_model(), tiny_tokenizer(), {"a": answered_dataset(4)}, **settings)
+            evaluate(answered_dataset(4), **settings)
 
     def test_gsm8k_has_three_readings(self, monkeypatch):
         rows = Dataset.from_list(
@@ -493,7 +461,6 @@ class TestEvaluateModel:
 
     def test_gsm8k_any_of_the_right_answers_is_right(self):
         answers, references = ["It is 7.", "#### 8", "No.", "It is 9."], [[5.0, 7.0], [8.0, 9.0], [1.0, 2.0], [8.0]]
-        assert evaluation.score_answers("gsm8k", answers, references) == {"strict": 25, "flexible": 50, "paper": 50}
         assert evaluation.row_scores("gsm8k", answers, references) == {
             "strict": [0, 100, 0, 0],
             "flexible": [100, 100, 0, 0],
@@ -516,20 +483,14 @@ class TestEvaluateModel:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"task": "mmlu"}, "`task` is 'mmlu'; it must be 'instruct' or 'gsm8k'"),
             ({"template": "alpaca"}, "`template` is 'alpaca'; it must be"),
-            ({"seeds": []}, r"`seeds` are \[\]"),
             ({"seeds": [1, 1]}, r"`seeds` are \[1, 1\]; they must be different"),
             ({"seeds": [1], "temperature": 0.0}, "`temperature` is 0.0; it must be above 0"),
             ({"seeds": [1], "top_p": float("nan")}, "`top_p` is nan"),
             ({"seeds": [1], "top_k": -1}, "`top_k` is -1"),
-            ({"temperature": 0.7}, "`temperature` is 0.7, but answers are greedy.*Give seeds"),
             ({"top_p": 0.9}, "`top_p` is 0.9, but answers are greedy"),
-            ({"top_k": 5}, "`top_k` is 5, but answers are greedy"),
-            ({"batch_size": 0}, "`batch_size` is 0; it must be above 0"),
             ({"datasets": {}}, "`datasets` is empty"),
             ({"tokenizer": without_template(), "template": "chat"}, "the tokenizer has no chat template"),
-            ({"model": tiny_model("gpt2"), "max_new_tokens": 200}, "The model has 128 positions"),
         ],
     )
     def test_bad_settings_are_refused(self, change, message):
@@ -562,8 +523,7 @@ class TestCommand:
         out, err = capsys.readouterr()
         assert "instruct, template chat, sampled, seeds 1 2" in out
         assert "more/rows" in out
-        assert "mean of sets" in out
-        assert "±" in out
+        assert all(text in out for text in ("mean of sets", "±", "ended, %", "split train, data "))
         assert "Loading" not in out
         assert "Loading" in err
 
@@ -575,10 +535,12 @@ class TestCommand:
         assert result["sets"]["problems"]["rows"] == 3
         assert result["sets"]["problems"]["mean"] == {"strict": 0, "flexible": 0, "paper": 0}
 
-    def test_default_seeds_are_the_papers(self, folder, capsys):
-        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), "--rows", "2", "--json")) == 0
-        result = json.loads(capsys.readouterr().out)
-        assert [run["seed"] for run in result["sets"]["rows"]["runs"]] == [10, 20, 30, 40, 50]
+    def test_what_was_evaluated_is_in_the_result_and_the_default_seeds_are_the_papers(self, folder, capsys):
+        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), "--dataset_split", "train[:2]", "--json")) == 0
+        result = json.loads(capsys.readouterr().out)["sets"]["rows"]
+        assert (result["source"], result["split"], result["rows"]) == (str(folder / "rows.jsonl"), "train[:2]", 2)
+        assert 0 <= result["terminated_share"] <= 1
+        assert [run["seed"] for run in result["runs"]] == [10, 20, 30, 40, 50]
 
     def test_an_adapter_and_its_merged_model_answer_alike(self, folder, capsys):
         torch.manual_seed(0)
@@ -629,34 +591,6 @@ class TestCommand:
         assert seen == [("red", [2.0]), ("the cat", [3.0]), ("the cat", [2.0])]
         assert main(flags(folder, "gsm8k", "model", ("wide.json",), "--prompt_column", "none")) == 2
         assert "`--prompt_column` is 'none'; the columns are" in capsys.readouterr().err
-
-    def test_what_was_evaluated_is_in_the_result(self, folder, capsys):
-        split = ("--dataset_split", "train[:4]", "--greedy")
-        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), *split, "--json")) == 0
-        result = json.loads(capsys.readouterr().out)["sets"]["rows"]
-        assert (result["source"], result["split"], result["rows"]) == (str(folder / "rows.jsonl"), "train[:4]", 4)
-        assert 0 <= result["terminated_share"] <= 1
-        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), *split)) == 0
-        out = capsys.readouterr().out.replace("\n", "")
-        assert f"split train[:4], data {result['data_hash']}" in out
-        assert str(folder / "rows.jsonl") in out
-        assert "ended, %" in out
-
-    def test_flags_that_would_not_be_used_are_refused(self, folder, capsys):
-        assert main(flags(folder, "instruct", "model", ("rows.jsonl",), "--greedy", "--seeds", "1")) == 2
-        assert "`--greedy` and `--seeds` [1] are both given" in capsys.readouterr().err
-        assert main(flags(folder, "gsm8k", "model", ("problems.jsonl",), "--temperature", "0.5")) == 2
-        assert "`temperature` is 0.5, but answers are greedy" in capsys.readouterr().err
-        assert main(["eval", "gsm8k", "--model", str(folder / "model"), "--dataset", "openai/gsm8k"]) == 2
-        assert "whose split is not said. Pass `--dataset_split`" in capsys.readouterr().err
-
-    def test_errors_are_one_line(self, folder, capsys):
-        assert main(flags(folder, "instruct", "model", ("none.jsonl",))) == 2
-        assert "there is no such file" in capsys.readouterr().err
-        assert main(flags(folder, "instruct", "model", ("rows.jsonl", "rows.jsonl"))) == 2
-        assert "is given twice in `--dataset`. Give each once." in capsys.readouterr().err
-        assert main(flags(folder, "instruct", "none")) == 2
-        assert "beside which there is no tokenizer" in capsys.readouterr().err
 
     def test_the_harness_is_named_where_it_is_installed(self, folder, capsys, monkeypatch):
         import importlib.util

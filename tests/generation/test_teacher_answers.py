@@ -1,5 +1,3 @@
-import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.data.primed import tokenize_primed_dataset
-from trl_promptkd.generation import teacher_answers
-from trl_promptkd.generation.teacher_answers import answer_key, weights_fingerprint, write_teacher_answers
+from trl_promptkd.generation import store, teacher_answers
+from trl_promptkd.generation.teacher_answers import weights_fingerprint, write_teacher_answers
 
 
 ARGS = SimpleNamespace(
@@ -99,26 +97,26 @@ class TestResuming:
         more = write(rows(7))
         assert counted == [2, 2, 2, 1]
         assert more["completion_ids"][:4] == first["completion_ids"]
-        assert "4 of 7 teacher answers" in caplog.text
+        assert "Teacher answers for train_dataset: 4 of 7" in caplog.text
         write(rows(7))
         assert sum(counted) == 7
 
     def test_a_killed_run_goes_on_where_it_was(self, write, counted, monkeypatch, tmp_path):
         """Killed after every batch in turn; in the end the answers are those of an undisturbed run."""
-        monkeypatch.setattr(teacher_answers, "_SECONDS_A_PART", 0.0)
+        monkeypatch.setattr(store, "SECONDS_A_PART", 0.0)
         whole = write(rows(), folder="whole", do_sample=True)["completion_ids"]
         counted.clear()
-        original = teacher_answers._write_part
+        original = teacher_answers.write_part
 
         def die(*args):
             original(*args)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(teacher_answers, "_write_part", die)
-        for _ in range(4):
-            with pytest.raises(KeyboardInterrupt):
-                write(rows(), do_sample=True)
-        monkeypatch.setattr(teacher_answers, "_write_part", original)
+        with monkeypatch.context() as patch:
+            patch.setattr(teacher_answers, "write_part", die)
+            for _ in range(4):
+                with pytest.raises(KeyboardInterrupt):
+                    write(rows(), do_sample=True)
         assert write(rows(), do_sample=True)["completion_ids"] == whole
         assert sum(counted) == 7
 
@@ -133,27 +131,14 @@ class TestResuming:
         )
         assert sum(counted) == 6
 
-    def test_a_damaged_file_is_named(self, write, tmp_path):
-        write(rows(3))
-        path = sorted((tmp_path / "answers").iterdir())[0]
-        path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(ValueError, match=r"answers-\w+\.parquet cannot be read.*Delete it"):
-            write(rows(3))
-
-    def test_half_written_files_are_not_looked_at_and_removed(self, write, tmp_path):
-        os.makedirs(tmp_path / "answers")
-        (tmp_path / "answers" / "answers-abc.parquet.123.incomplete").write_bytes(b"PAR1")
-        assert all(write(rows(3))["completion_ids"])
-        assert not list((tmp_path / "answers").glob("*.incomplete"))
-
 
 class TestFingerprint:
-    def test_tells_models_apart_and_copies_not(self):
-        teacher = tiny_model(seed=2).requires_grad_(False)
-        assert weights_fingerprint(teacher) == weights_fingerprint(tiny_model(seed=2).requires_grad_(False))
-        assert weights_fingerprint(teacher) != weights_fingerprint(tiny_model(seed=3).requires_grad_(False))
-        assert weights_fingerprint(tiny_model(seed=2)) != weights_fingerprint(tiny_model(seed=3))
-        assert weights_fingerprint(teacher) != weights_fingerprint(teacher.to(torch.bfloat16))
+    def test_weights_shapes_and_types_tell_models_apart_and_copies_not(self):
+        kinds = [{"seed": 2}, {"seed": 3}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}]
+        for trained in (False, True):
+            prints = [weights_fingerprint(tiny_model(**kind).requires_grad_(trained)) for kind in [*kinds, kinds[0]]]
+            assert len(set(prints)) == 4
+            assert prints[-1] == prints[0]
 
     @pytest.mark.parametrize("place", [0, 1, 777, -1])
     def test_any_entry_counts(self, place):
@@ -168,13 +153,6 @@ class TestFingerprint:
                 assert weights_fingerprint(model) != before, name
                 flat[place_here] = value
                 assert weights_fingerprint(model) == before, name
-
-    def test_some_rows_of_the_embeddings_count(self):
-        """Not what stands at regular distances in memory only."""
-        model = tiny_model(vocab_size=512, dtype=torch.bfloat16).requires_grad_(False)
-        before = weights_fingerprint(model)
-        model.get_input_embeddings().weight[::2][:200] += 1.0
-        assert weights_fingerprint(model) != before
 
     def test_buffers_count(self):
         model = tiny_model().requires_grad_(False)
@@ -195,13 +173,6 @@ class TestFingerprint:
             (weight.quant_state.absmax if bits == "load_in_4bit" else weight.SCB)[:1] *= 2
             assert weights_fingerprint(model) != before, bits
 
-    def test_shapes_and_types_count(self):
-        model = tiny_model().requires_grad_(False)
-        seen = {weights_fingerprint(model)}
-        for other in (tiny_model(tie_word_embeddings=True), tiny_model(dtype=torch.bfloat16)):
-            seen.add(weights_fingerprint(other.requires_grad_(False)))
-        assert len(seen) == 3
-
     def test_an_adapter_above_the_teacher_does_not_count(self):
         models = []
         for seed in (0, 1):
@@ -209,9 +180,3 @@ class TestFingerprint:
             models.append(get_peft_model(tiny_model(seed=2), LoraConfig(task_type="CAUSAL_LM")))
             torch.nn.init.normal_(next(p for p in models[-1].parameters() if p.requires_grad))
         assert weights_fingerprint(models[0]) == weights_fingerprint(models[1])
-
-    def test_keys_are_stable(self):
-        key = answer_key({"teacher": "a", "seed": 1}, [1, 2])
-        assert key == answer_key({"seed": 1, "teacher": "a"}, (1, 2))
-        assert key != answer_key({"teacher": "a", "seed": 1}, [12])
-        assert json.dumps(key)

@@ -61,8 +61,6 @@ class TestWithoutThoughts:
     )
     def test_what_remains(self, text, answer):
         assert without_thoughts(text).split() == answer.split()
-
-    def test_texts_without_thoughts_stay_to_the_letter(self):
         assert without_thoughts(" a\n\n b ") == " a\n\n b "
 
 
@@ -72,14 +70,12 @@ PAPER = [
     # 1. The first box with a number
     (r"So she makes $\boxed{18}$. That is for 3 days.", 18),
     (r"\boxed{18\text{ dollars}}", 18),
-    (r"\boxed{18 \text{ eggs in } 2 \text{ days}}", 18),
     (r"\boxed{\text{18 eggs}}", 18),
     (r"\boxed{\$1,234.50}", 1234.5),
     (r"\boxed{x = -7}", -7),
     (r"\boxed{\frac{1}{2}}", 0.5),
     (r"\boxed{-\dfrac{3}{4}}", -0.75),
     (r"\boxed{3/4}", 0.75),
-    (r"\boxed{\mathbf{18}}", 18),
     (r"\boxed {18}", 18),
     (r"\boxed{18", 18),
     (r"\boxed{} and \boxed{\frac{1}{0}} and \boxed{18} and \boxed{3}", 18),
@@ -88,15 +84,13 @@ PAPER = [
     # 2. The first line, if its numbers are all equal
     ("18", 18),
     ("#### 18", 18),
-    ("18.", 18),
     ("  \n18\n3", 18),
     ("$22.00. \n## Step 1: There are 16 eggs.", 22),
     ("18 18.0 $18\n3", 18),
     ("She has 16 eggs.\nShe eats 3.", 16),
     ("no number here\n3, 4", 4),
     # 3. The number after the first statement
-    ("3 and 4.\nThe final answer is 7. Not 8.", 7),
-    ("3 and 4.\nTHE ANSWER IS 7. Not 8.", 7),
+    ("3 and 4.\nTHE FINAL ANSWER IS 7. Not 8.", 7),
     ("3 and 4.\nSo the correct answer is: **$7**, not 8", 7),
     ("3 and 4.\nThe final answer is\n\n7\n\nof 8", 7),
     ("3 and 4. The answer is 7. Question: 5 or 6? The answer is 8.", 7),
@@ -105,12 +99,10 @@ PAPER = [
     ("16 - 3 - 4 = 9\n9 * 2 = 18", 18),
     ("16 and 7\n#### 18", 18),
     ("3, 4 and 1,234.50 dollars", 1234.5),
-    ("3 or $5", 5),
     ("3 or \u20ac 5,000", 5000),
     ("3 or -3", -3),
     ("3 or \u22123", -3),
     ("3 or -$3.50", -3.5),
-    ("3 or $-3.50", -3.5),
     ("3 or .5", 0.5),
     ("3 or $.5", 0.5),
     ("16-7", 7),
@@ -123,9 +115,7 @@ PAPER = [
     ("5 of 25%", 25),
     # None of them
     ("", None),
-    (" \n ", None),
     ("eighteen", None),
-    ("\\boxed{}", None),
     ("The answer is", None),
     ("inf, NaN, \u0661\u0668", None),
     ("9" * 400, None),
@@ -152,6 +142,27 @@ HARNESS = [  # text, strict, flexible
 ]
 
 
+PIECES = [
+    *(
+        "1",
+        "1,",
+        ",111",
+        "1.",
+        "-",
+        "$",
+        "1/",
+        "#### ",
+        "####\n",
+        " ",
+        "the ",
+        "the answer is ",
+        "<think>",
+        "</think>",
+    ),
+    *("{", "}", "boxed{", "boxed{}", "boxed{1/0}", "boxed", "\\frac{", "\\frac{1}{", "\\frac{1}{2}", "a."),
+]
+
+
 class TestExtractFinalNumber:
     @pytest.mark.parametrize(("text", "value"), PAPER)
     def test_the_papers_rules(self, text, value):
@@ -171,50 +182,14 @@ class TestExtractFinalNumber:
 
     @fuzz(400)
     @given(
-        st.lists(
-            st.sampled_from(
-                [
-                    *"1 2,.-$%\n{}/=",
-                    "boxed{",
-                    "\\frac{1}{2}",
-                    "#### ",
-                    "the answer is",
-                    "<think>",
-                    "</think>",
-                    "9" * 400,
-                ]
-            ),
-            max_size=40,
-        ).map("".join)
-        | st.text(max_size=200),
+        st.lists(st.sampled_from([*PIECES, *"2.%\n=", "9" * 400]), max_size=40).map("".join) | st.text(max_size=200),
         st.sampled_from(RULES),
     )
     def test_any_text_gives_a_finite_number_or_none(self, text, rule):
         value = extract_final_number(text, rule)
         assert value is None or (type(value) is float and math.isfinite(value))
 
-    @pytest.mark.parametrize(
-        "piece",
-        [
-            *(
-                "1",
-                "1,",
-                ",111",
-                "1.",
-                "-",
-                "$",
-                "1/",
-                "#### ",
-                "####\n",
-                " ",
-                "the ",
-                "the answer is ",
-                "<think>",
-                "</think>",
-            ),
-            *("{", "}", "boxed{", "boxed{}", "boxed{1/0}", "boxed", "\\frac{", "\\frac{1}{", "a."),
-        ],
-    )
+    @pytest.mark.parametrize("piece", PIECES)
     def test_long_texts_end_soon(self, piece):
         """Of 100,000 characters: anything that is not linear takes minutes."""
         text = piece * (100_000 // len(piece))
@@ -312,64 +287,30 @@ class TestHarness:
 
 class TestInstructionScores:
     def test_by_hand(self):
-        """the cat sat / the cat: 2 words in common of 3 and 2, F = 2 * (2/3 * 1) / (2/3 + 1) = 0.8; equal: 1; nothing: 0."""
+        """the cat sat / the cat: 2 words of 3 and 2, F = 2 * (2/3 * 1) / (2/3 + 1) = 0.8; equal: 1; nothing: 0."""
         scores = instruction_scores(
             ["The cat sat", "  A, dog!", "", "red"], [["the cat", "x"], ["a dog"], ["blue"], ["green", "blue"]]
         )
         assert scores == pytest.approx({"rougeL": (80 + 100) / 4, "exact_match": 25.0})
-
-    def test_the_stemmer_is_on(self):
-        assert instruction_scores(["running dogs"], [["run dog"]])["rougeL"] == 100
+        assert instruction_scores(["running dogs"], [["run dog"]])["rougeL"] == 100  # the stemmer is on
 
     def test_each_metric_takes_its_own_best_reference(self):
         rows = instruction_row_scores(["a b c d"], [["a b c d e", "A B, C D."]])
         assert rows == [{"rougeL": pytest.approx(100), "exact_match": 100.0}]
 
-    def test_empty_predictions_score_nothing(self):
-        assert instruction_scores(["", " \n"], [["a"], ["b"]]) == {"rougeL": 0.0, "exact_match": 0.0}
-
-    def test_thoughts_do_not_count(self):
-        """They are not compared with the reference, whichever side of the answer they would help or harm."""
-        predictions = [
-            "<think>Is it a dog?</think>\n\nthe cat",
-            "Is it a dog?</think>the cat",
-            "<think>a</think>the <think>b</think>cat",
-            "<think>the cat",
-            "<think>the cat</think>a dog",
-        ]
-        rows = instruction_row_scores(predictions, [["The cat."]] * 5)
-        assert [(row["rougeL"], row["exact_match"]) for row in rows] == [(100, 100)] * 3 + [(0, 0)] * 2
-
-    def test_references_stay_as_they_are(self):
-        (row,) = instruction_row_scores(["the cat"], [["<think>a</think> the cat"]])
+    def test_thoughts_do_not_count_in_predictions_and_references_stay_as_they_are(self):
+        (row,) = instruction_row_scores(["<think>a dog</think>the cat"], [["<think>a</think> the cat"]])
         # the cat / think a think the cat: 2 of 2 and 2 of 5 words, F = 4 / 7
         assert row == {"rougeL": pytest.approx(400 / 7), "exact_match": 0}
-
-    def test_equals_rouge_score_on_real_rows(self):
-        from rouge_score.rouge_scorer import RougeScorer
-
-        rows = real_rows("dolly/minillm_valid.jsonl")[:200]
-        references = [[row["output"], row["instruction"]] for row in rows]
-        predictions = [" ".join(row["output"].split()[i % 4 :: 1 + i % 2]) for i, row in enumerate(rows)]
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        expected = [
-            100 * scorer.score_multi(texts, text)["rougeL"].fmeasure
-            for texts, text in zip(references, predictions, strict=True)
-        ]
-        found = instruction_row_scores(predictions, references)
-        assert [row["rougeL"] for row in found] == pytest.approx(expected, abs=1e-2)
-        mean = instruction_scores(predictions, references)["rougeL"]
-        assert mean == pytest.approx(sum(expected) / 200, abs=1e-2)
-        assert 20 < mean < 95
 
     @pytest.mark.parametrize(
         ("predictions", "references", "error", "message"),
         [
             (["a"], [["a"], ["b"]], ValueError, "There are 1 `predictions` and 2 `references`"),
-            ([], [], ValueError, "are empty"),
+            ([], [], ValueError, "There are 0 `predictions` and 0 `references`"),
             (["a"], ["a"], TypeError, r"`references\[0\]` is 'a', a str; it must be a list of texts. Write \[text\]"),
-            (["a", "b"], [["a"], []], ValueError, r"`references\[1\]` is an empty list"),
-            (["a"], [[1]], TypeError, r"`references\[0\]` holds 1"),
+            (["a", "b"], [["a"], []], ValueError, r"`references\[1\]` is empty"),
+            (["a"], [[1]], TypeError, r"`references\[0\]` is \[1\], a list; it must be a list of texts"),
             ([[1, 2]], [["a"]], TypeError, r"`predictions\[0\]` is \[1, 2\], a list; it must be a text. Decode"),
             ("a", [["a"]], TypeError, "`predictions` is 'a', a str; it must be a list"),
         ],
@@ -420,11 +361,6 @@ class TestScripts:
         (row,) = instruction_row_scores([part], [[text]])
         assert row["rougeL"] == pytest.approx(200 * of_part / (of_part + of_whole))
         assert row["exact_match"] == 0
-
-    def test_the_scorer_itself_takes_any_script(self):
-        scorer = metrics.rouge_scorer()
-        assert scorer.score("Привет, мир", "привет")["rougeL"].fmeasure == pytest.approx(2 / 3)
-        assert scorer.score_multi(["a dog", "你好"], "你好")["rougeL"].fmeasure == 1
 
     @pytest.mark.parametrize(
         ("one", "other"),
@@ -554,19 +490,10 @@ class TestGSM8KAccuracy:
         references = ["9 * 2 = 18\n#### 18", 18, "#### 18", "#### 1,000", 18.0, "18"]
         assert gsm8k_accuracy(predictions, references) == {"strict": 200 / 6, "flexible": 200 / 6, "paper": 400 / 6}
         rows = gsm8k_row_scores(predictions, references)
+        assert rows[1]["values"] == {"strict": None, "flexible": 18.0, "paper": 18.0}
         assert [row["strict"] for row in rows] == [True, False, True, False, False, False]
         assert [row["flexible"] for row in rows] == [True, True, False, False, False, False]
         assert [row["paper"] for row in rows] == [True, True, True, False, False, True]
-
-    def test_rows_hold_what_was_found(self):
-        assert gsm8k_row_scores(["The answer is 17.9 of 3"], [18]) == [
-            {
-                "strict": False,
-                "flexible": False,
-                "paper": False,
-                "values": {"strict": None, "flexible": 3.0, "paper": 17.9},
-            }
-        ]
 
     @pytest.mark.parametrize(("prediction", "right"), [("#### 2.50", (True, True)), ("#### 2.5", (False, False))])
     def test_the_harness_compares_texts_and_the_paper_numbers(self, prediction, right):
@@ -579,9 +506,6 @@ class TestGSM8KAccuracy:
     )
     def test_all_kinds_of_references_compare_as_the_harness_writes_numbers(self, reference):
         assert gsm8k_accuracy(["#### 1,234."], [reference]) == dict.fromkeys(RULES, 100)
-
-    def test_large_numbers_must_be_equal(self):
-        assert gsm8k_accuracy(["1,000,001", "1,000,000.00"], [1_000_000, "1,000,000"])["paper"] == 50
 
     @pytest.mark.parametrize(
         ("reference", "value"),
@@ -633,16 +557,6 @@ class TestModules:
             predictions, references
         )
 
-    def test_evaluate_loads_them_by_their_path(self):
-        import evaluate
-
-        module = evaluate.load(metrics.module_path("instruction_scores"))
-        assert module.compute(predictions=["a"], references=[["a"]])["exact_match"] == 100
-
-    def test_an_unknown_name_is_refused(self):
-        with pytest.raises(ValueError, match="The metric is 'rouge'; it must be 'gsm8k' or 'instruction_scores'"):
-            metrics.load("rouge")
-
     @pytest.mark.parametrize(
         ("call", "package"), [("load('gsm8k')", "evaluate"), ("instruction_scores(['a'], [['a']])", "rouge_score")]
     )
@@ -658,13 +572,3 @@ class TestModules:
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert f"the package {package}, which is not installed" in run.stdout
         assert 'pip install "trl_promptkd[evaluate]"' in run.stdout
-
-    def test_the_scripts_are_in_a_wheel(self):
-        setuptools = pytest.importorskip("setuptools")
-        tomllib = pytest.importorskip("tomllib")  # Python 3.11
-        root = ROOT
-        settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-        packages = setuptools.find_packages(str(root), include=settings["packages"]["find"]["include"])
-        for name in ("instruction_scores", "gsm8k"):
-            folder = Path(metrics.module_path(name)).parent.relative_to(root)
-            assert ".".join(folder.parts) in packages

@@ -1386,7 +1386,7 @@ DATA = [
         "`evaluate_model` with `messages` that end with the user's turn, and no `references`",
         lambda folder: evaluate_rows([{"messages": [USER]}]),
         ValueError,
-        "its `messages` are no conversation that ends with an assistant message",
+        "its `messages` are not a conversation that ends with an assistant message",
         "Filter such rows out",
     ),
     Case(
@@ -1447,7 +1447,7 @@ DATA = [
         lambda folder: gsm8k_accuracy(["18"], [18, 3]),
         ValueError,
         "There are 1 `predictions` and 2 `references`",
-        "Give one of each a row",
+        "Give one of each per row",
     ),
 ]
 FILES = [
@@ -1656,7 +1656,7 @@ FILES = [
         partial(from_cache, processing_class=tiny_tokenizer(["imagine", "a"])),
         ValueError,
         "made with another number of tokens: 40 there, 8 here",
-        "Use the tokenizer it was made with",
+        "Use the one it was made with",
     ),
     Case(
         "cache_priming",
@@ -1664,7 +1664,7 @@ FILES = [
         partial(from_cache, priming=None),
         ValueError,
         "made with another priming",
-        "Pass the same `priming`",
+        "Use the one it was made with",
     ),
     Case(
         "cache_temperature",

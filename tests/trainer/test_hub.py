@@ -37,7 +37,7 @@ from trl_promptkd import (
     TeacherCache,
     build_teacher_cache,
 )
-from trl_promptkd.teacher_cache import writer
+from trl_promptkd.generation import store
 from trl_promptkd.trainer.checkpoints import checkpoint_to_resume
 
 
@@ -471,7 +471,7 @@ class TestCard:
 class TestTeacherCache:
     @pytest.fixture
     def build(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(writer, "_BYTES_A_SHARD", 0)  # a shard for each batch
+        monkeypatch.setattr(store, "BYTES_A_PART", 0)  # a shard for each batch
 
         def build(rows=6, teacher=None, preset="exact"):
             return build_teacher_cache(

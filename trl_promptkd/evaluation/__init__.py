@@ -1,22 +1,22 @@
 """How good a model's answers are.
 
-Instruction following with several seeds, as the PromptKD paper does it, and GSM8K by lm-evaluation-harness's rules and the
-response priming paper's.
-
-Answers are written in batches of like lengths, each row from a random state of its own, so that they depend neither on the batch
-size, nor on the other rows, nor on where a run was interrupted. With an `output_dir` they stay on the disk, one file a data set and seed,
-under a hash of what made them: a run that starts again writes only what is missing.
+Instruction following with several seeds, as in the PromptKD paper, and GSM8K by lm-evaluation-harness's rules and the
+response priming paper's. Each answer has a random state of its own: it depends neither on the batch size, nor on the
+other rows, nor on where a run was interrupted. With an `output_dir`, answers stay on the disk under a hash of what
+made them.
 """
 
-import math
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..field_checks import check_choice, check_number, check_positive
+from ..generation.teacher_answers import sampling_source
 from ..metrics import rouge_scorer
 from ..models.limits import check_positions
 from .answers import (
@@ -29,8 +29,7 @@ from .answers import (
     real_vocab_size,
     write_answers,
 )
-from .rows import TEMPLATES, EvaluationRows, evaluation_rows, instruction_text
-from .scores import TASKS, row_scores, score_answers
+from .rows import TASKS, TEMPLATES, EvaluationRows, evaluation_rows, row_scores
 
 
 __all__ = [
@@ -43,12 +42,9 @@ __all__ = [
     "evaluation_config",
     "evaluation_rows",
     "evaluation_seeds",
-    "instruction_text",
     "judged_texts",
-    "model_source",
     "real_vocab_size",
     "row_scores",
-    "score_answers",
 ]
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
@@ -77,21 +73,23 @@ def evaluate_model(
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         datasets (`dict`): Name -> rows, as they are or as [`evaluation_rows`] has read them.
         task (`str`, *optional*, defaults to `"instruct"`): Or `"gsm8k"`.
-        template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. `None`: `"chat"` where the tokenizer has a chat template; else `"paper"` for
-            instructions and `"plain"` for GSM8K (the bare question, as response priming's student sees it).
-        seeds (`list` of `int`, *optional*): Sample once for each of them; the paper's are [`PAPER_SEEDS`]. `None`: greedy answers.
+        template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. By default `"chat"` if the tokenizer has a chat
+            template, else `"paper"` for instructions and `"plain"` for GSM8K (the bare question, as response priming's
+            student sees it).
+        seeds (`list` of `int`, *optional*): Sample once for each; the paper's are [`PAPER_SEEDS`]. `None`: greedy
+            answers.
         temperature, top_p, top_k: Of the samples. The defaults are the paper's: the model's own distribution.
         max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer.
         batch_size (`int`, *optional*, defaults to `8`): Rows at once.
-        num_rows (`int`, *optional*): Of each data set, the first ones only.
-        max_prompt_length (`int`, *optional*): Leave longer prompts out (they are counted).
-        output_dir (`str`, *optional*): Keeps the answers; a run that starts again goes on where it was.
+        num_rows (`int`, *optional*): The first rows of each data set only.
+        max_prompt_length (`int`, *optional*): Leave out longer prompts (they are counted).
+        output_dir (`str`, *optional*): Keeps the answers; a run that starts again resumes.
 
     Returns:
-        `task`, `template`, `settings`, and for each data set `sets[name]`: `rows`, `left_out`, `data_hash` (of prompts and right answers), `runs`
-        (one a seed: `seed`, the metrics, and `terminated_share`, the share of answers that ended by themselves and were not cut at
-        `max_new_tokens`), `mean` and `std` (the sample's, over seeds; `None` for a single run), of each metric in percent, and the mean
-        `terminated_share`.
+        `task`, `template`, `settings`, and `sets[name]` of each data set: `rows`, `left_out`, `data_hash` (of prompts
+        and right answers), `runs` (one per seed: `seed`, the metrics in percent, and `terminated_share`, the share of
+        answers that ended by themselves), `mean` and `std` of the metrics over the seeds (the sample's; `None` for a
+        single run), and the mean `terminated_share`.
 
     Raises:
         ValueError: for settings or rows that cannot be evaluated, naming them.
@@ -125,24 +123,30 @@ def evaluate_model(
     source = {}
     if output_dir is not None:
         os.makedirs(output_dir, exist_ok=True)
-        said = {key: value for key, value in config.to_diff_dict().items() if key != "transformers_version"}
-        source = {**model_source(model, tokenizer), "sampling": said}
+        source = {**model_source(model, tokenizer), "sampling": sampling_source(config)}
     results = {}
     for name, rows in sets.items():
-        runs = []
+        runs: list[dict[str, Any]] = []
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
-            answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, _title(name, seed))
-            texts = judged_texts(tokenizer, rows.prompt_ids, [answer.text for answer in answers])
-            scores = score_answers(task, texts, rows.references)
-            terminated = sum(answer.ended for answer in answers) / len(answers)
+            title = f"{name}, {'greedy' if seed is None else f'seed {seed}'}"
+            answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, title)
+            texts = judged_texts(tokenizer, rows.prompt_ids, [answer["completion"] for answer in answers])
+            found = row_scores(task, texts, rows.references)
+            scores = {metric: statistics.fmean(numbers) for metric, numbers in found.items()}
+            terminated = statistics.fmean(answer["ended"] for answer in answers)
             runs.append({"seed": seed, **scores, "terminated_share": terminated})
+        values = {metric: [run[metric] for run in runs] for metric in scores}
         results[name] = {
             "rows": len(rows.prompt_ids),
             "left_out": rows.left_out,
             "data_hash": hash_of([rows.prompt_ids, rows.references])[:16],
             "runs": runs,
-            **_summary(runs),
+            "mean": {metric: statistics.fmean(numbers) for metric, numbers in values.items()},
+            "std": {
+                metric: statistics.stdev(numbers) if len(runs) > 1 else None for metric, numbers in values.items()
+            },
+            "terminated_share": statistics.fmean(run["terminated_share"] for run in runs),
         }
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seeds": None if seeds is None else list(seeds)}
     if seeds is not None:
@@ -160,62 +164,40 @@ def check_evaluation_settings(
     top_k: int = 0,
     **numbers: int | None,
 ) -> str:
-    """Refuse settings that nothing can be evaluated with, before anything is.
-
-    Args:
-        numbers: By name; each must be above 0, or `None`.
+    """Refuse settings that nothing can be evaluated with. `numbers` must be above 0 or `None`.
 
     Returns:
         The template; for `None` the one that is chosen.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
-        ImportError: where what scores the answers is not installed.
+        ImportError: if what scores the answers is not installed.
     """
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"`{name}` is {number}; it must be above 0.")
-    for name, choice, allowed in (("task", task, TASKS), ("template", template, (None, *TEMPLATES))):
-        if choice not in allowed:
-            raise ValueError(f"`{name}` is {choice!r}; it must be {' or '.join(map(repr, allowed))}.")
+    sampling = {"temperature": (temperature, 1.0), "top_p": (top_p, 1.0), "top_k": (top_k, 0)}
+    args = SimpleNamespace(task=task, template=template, temperature=temperature, top_p=top_p, top_k=top_k, **numbers)
+    check_choice(args, "task", TASKS)
+    if template is not None:
+        check_choice(args, "template", TEMPLATES)
+    check_positive(args, *numbers)
+    check_number(args, "temperature", lambda value: value > 0, "above 0", " Omit the seeds for greedy answers.")
+    check_number(args, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
+    check_number(args, "top_k", lambda value: value >= 0, "0 (all tokens) or above")
     if task == "instruct":
         rouge_scorer()
     if tokenizer.pad_token_id is None:
         raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`.")
-    if template is None:
-        fallback = "paper" if task == "instruct" else "plain"
-        template = fallback if tokenizer.chat_template is None else "chat"
     if template == "chat" and tokenizer.chat_template is None:
         raise ValueError("`template` is 'chat', but the tokenizer has no chat template. Choose 'paper' or 'plain'.")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
         raise ValueError(
-            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Leave them away (None) for greedy answers."
+            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Omit them "
+            "(None) for greedy answers."
         )
-    checks: list[tuple[str, float, Callable[[float], bool], str]] = [
-        ("temperature", temperature, lambda value: value > 0, "above 0 (leave the seeds away for greedy answers)"),
-        ("top_p", top_p, lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        ("top_k", top_k, lambda value: value >= 0, "0 (all tokens) or above"),
-    ]
-    for name, value, holds, wanted in checks:
-        if not (math.isfinite(value) and holds(value)):
-            raise ValueError(f"`{name}` is {value}; it must be {wanted}.")
-        default = 0 if name == "top_k" else 1.0
+    for name, (value, default) in sampling.items():
         if seeds is None and value != default:
             raise ValueError(
-                f"`{name}` is {value}, but answers are greedy, which it changes nothing of. Give seeds to sample with it, or leave it away."
+                f"`{name}` is {value}, but answers are greedy, which it does not change. Give seeds to sample with "
+                "it, or omit it."
             )
-    return template
-
-
-def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = [name for name in runs[0] if name not in ("seed", "terminated_share")]
-    values = {name: [run[name] for run in runs] for name in names}
-    return {
-        "mean": {name: statistics.fmean(numbers) for name, numbers in values.items()},
-        "std": {name: statistics.stdev(numbers) if len(runs) > 1 else None for name, numbers in values.items()},
-        "terminated_share": statistics.fmean(run["terminated_share"] for run in runs),
-    }
-
-
-def _title(name: str, seed: int | None) -> str:
-    return f"{name}, {'greedy' if seed is None else f'seed {seed}'}"
+    fallback = "paper" if task == "instruct" else "plain"
+    return template or (fallback if tokenizer.chat_template is None else "chat")

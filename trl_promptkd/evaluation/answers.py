@@ -1,24 +1,22 @@
-"""A model's answers to prompts, each from a random state of its own, in files that a run that starts again goes on with."""
+"""A model's answers to prompts, each from a random state of its own, in files from which a run resumes."""
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import read_text, remove_incomplete, text_hash, whole_file
+from ..files import content_hash, read_text, remove_incomplete, text_hash, write_text
 from ..generation.rollouts import generate_completions, rollout_config, rollout_seed, stop_ids
-from ..generation.teacher_answers import answer_key, weights_fingerprint
+from ..generation.store import compute_missing
+from ..generation.teacher_answers import weights_fingerprint
 from .rows import EvaluationRows
 
 
 __all__ = [
-    "Answer",
     "answers_path",
     "evaluation_config",
     "evaluation_seeds",
@@ -29,7 +27,6 @@ __all__ = [
     "write_answers",
 ]
 
-_SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
 _SECONDS_TO_WRITE = 3600.0  # a file that is still half-written then was left by a run that was killed
 _THINK_TOKENS = 16  # `<think>` and the blank lines after it are no more, in any tokenizer
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
@@ -58,7 +55,7 @@ def evaluation_config(
 
 
 def evaluation_seeds(seed: int, prompt_ids: Sequence[Sequence[int]]) -> list[int]:
-    """The seeds of the answers to some prompts, of each prompt and nothing else; equal prompts are told apart by how many came before."""
+    """A seed for the answer to each prompt, of nothing but the prompt and how many equal ones came before it."""
     asked: Counter[str] = Counter()
     seeds = []
     for ids in prompt_ids:
@@ -74,11 +71,6 @@ def real_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return size if size < model.config.get_text_config().vocab_size else None
 
 
-class Answer(NamedTuple):
-    text: str
-    ended: bool  # by itself, before `max_new_tokens`
-
-
 def write_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,36 +80,49 @@ def write_answers(
     batch_size: int,
     path: str | None,
     title: str,
-) -> list[Answer]:
-    """The model's answers; those that `path` holds are taken, not written again."""
+) -> list[dict[str, Any]]:
+    """The model's answers; those that `path` holds are taken, not written again.
+
+    Returns:
+        Of each row `row`, `prompt`, `completion` and `ended` (by itself, before `max_new_tokens`).
+    """
+    known: dict[int, dict[str, Any]] = {}
     if path is not None:
         remove_incomplete(os.path.dirname(path), os.path.basename(path), older_than=_SECONDS_TO_WRITE)
-    known = {} if path is None else _read_answers(path, len(rows.prompt_ids))
-    order = sorted(range(len(rows.prompt_ids)), key=lambda row: -len(rows.prompt_ids[row]))
-    missing = [row for row in order if row not in known]
+        known = _read_answers(path, len(rows.prompt_ids))
     vocab_size = real_vocab_size(model, tokenizer)
     seeds = None if seed is None else evaluation_seeds(seed, rows.prompt_ids)
     ends = stop_ids(config)
-    saved = time.monotonic()
-    with tqdm(total=len(order), initial=len(order) - len(missing), desc=title, unit="answer") as bar:
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            completions = generate_completions(
-                model,
-                [rows.prompt_ids[row] for row in batch],
-                config,
-                vocab_size=vocab_size,
-                row_seeds=None if seeds is None else [seeds[row] for row in batch],
-            )
-            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            ended = [bool(ends.intersection(ids[-1:])) for ids in completions]
-            known.update(zip(batch, map(Answer, texts, ended), strict=True))
-            is_last = start + batch_size >= len(missing)
-            if path is not None and (is_last or time.monotonic() - saved > _SECONDS_A_PART):
-                _save_answers(path, known, tokenizer, rows)
-                saved = time.monotonic()
-            bar.update(len(batch))
-    return [known[row] for row in range(len(order))]
+
+    def answer(batch: list[int]) -> dict[int, dict[str, Any]]:
+        completions = generate_completions(
+            model,
+            [rows.prompt_ids[row] for row in batch],
+            config,
+            vocab_size=vocab_size,
+            row_seeds=None if seeds is None else [seeds[row] for row in batch],
+        )
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return {
+            row: {
+                "row": row,
+                "prompt": tokenizer.decode(rows.prompt_ids[row]),
+                "completion": text,
+                "ended": bool(ends.intersection(ids[-1:])),
+            }
+            for row, text, ids in zip(batch, texts, completions, strict=True)
+        }
+
+    def keep(answers: dict[int, dict[str, Any]]) -> None:
+        known.update(answers)
+        if path is None:
+            return
+        merged = {**_read_answers(path, len(rows.prompt_ids)), **known}  # another run of this evaluation may write too
+        write_text(path, "".join(json.dumps(merged[row]) + "\n" for row in sorted(merged)))
+
+    lengths = dict(enumerate(map(len, rows.prompt_ids)))
+    compute_missing(lengths, known.keys(), answer, keep, batch_size, title)
+    return [known[row] for row in lengths]
 
 
 def judged_texts(
@@ -133,70 +138,44 @@ def judged_texts(
 
 def answers_path(folder: str, name: str, seed: int | None, source: Mapping[str, Any], rows: EvaluationRows) -> str:
     """The file of one data set's answers; another model, other prompts or other settings have another."""
-    key = answer_key({**source, "prompts": hash_of(rows.prompt_ids), "seed": seed}, [])
+    key = content_hash([{**source, "prompts": hash_of(rows.prompt_ids), "seed": seed}, []])
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
     return os.path.join(folder, f"{plain}-{'greedy' if seed is None else f'seed{seed}'}-{key[:16]}.jsonl")
 
 
-def _save_answers(
-    path: str, answers: Mapping[int, Answer], tokenizer: PreTrainedTokenizerBase, rows: EvaluationRows
-) -> None:
-    """Write the answers, and those that another run of this evaluation has written there meanwhile."""
-    answers = {**_read_answers(path, len(rows.prompt_ids)), **answers}
-    lines = [
-        {
-            "row": row,
-            "prompt": tokenizer.decode(rows.prompt_ids[row]),
-            "completion": answers[row].text,
-            "ended": answers[row].ended,
-        }
-        for row in sorted(answers)
-    ]
-    with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def _read_answers(path: str, num_rows: int) -> dict[int, Answer]:
-    """The answers that a file holds already.
-
-    Raises:
-        ValueError: for a file that holds anything else, naming it.
-    """
+def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
+    """The answers that a file holds already."""
+    known: dict[int, dict[str, Any]] = {}
     if not os.path.isfile(path):
-        return {}
-    known: dict[int, Answer] = {}
+        return known
     for number, line in enumerate(read_text(path, "a model's answers").split("\n"), 1):
         if not line:
             continue
         try:
             entry = json.loads(line)
-            row, answer = entry["row"], Answer(entry["completion"], entry["ended"])
-            right = type(row) is int and 0 <= row < num_rows
-            right = right and isinstance(answer.text, str) and isinstance(answer.ended, bool)
+            kinds = [type(entry[name]) for name in ("row", "prompt", "completion", "ended")]
+            is_right = kinds == [int, str, str, bool] and 0 <= entry["row"] < num_rows
         except (ValueError, TypeError, KeyError, RecursionError):
-            right = False
-        if not right:
+            is_right = False
+        if not is_right:
             raise ValueError(
-                f"{path}, line {number}, is no answer of this evaluation. Delete the file: its answers are then written again."
+                f"{path}, line {number}, is no answer of this evaluation. Delete the file: its answers are then "
+                "written again."
             )
-        known[row] = answer
+        known[entry["row"]] = entry
     return known
 
 
 def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides on a model's answers besides the prompts and how they are sampled: weights, configuration, which adapters are on and how
-    strong, and the tokenizer that reads the answers."""
+    """What decides on a model's answers besides prompts and sampling."""
     adapters = {
         name: [module.active_adapters, module.disable_adapters, getattr(module, "scaling", None)]
         for name, module in model.named_modules()
-        if isinstance(
-            getattr(module, "disable_adapters", None), bool
-        )  # PEFT's layers; models have a method of that name
+        if isinstance(getattr(module, "disable_adapters", None), bool)  # a layer of PEFT's; models have such a method
     }
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     return {
         "model": weights_fingerprint(model, everything=True),
-        "config": config,
+        "config": {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL},
         # PEFT switches a soft prompt off by taking another `forward`
         "adapters": {"layers": adapters, "forward": getattr(model.forward, "__qualname__", None)},
         "tokenizer": hash_of(_tokenizer_source(tokenizer)),
@@ -204,7 +183,7 @@ def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     }
 
 
-def _tokenizer_source(tokenizer: PreTrainedTokenizerBase) -> Any:
+def _tokenizer_source(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     about = [type(tokenizer).__name__, sorted(tokenizer.all_special_ids), tokenizer.clean_up_tokenization_spaces]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

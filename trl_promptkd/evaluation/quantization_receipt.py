@@ -32,7 +32,7 @@ def quantization_receipt(
 
     Returns:
         - `num_rows`, `num_tokens`: what was compared;
-        - `kl_full_quantized`: KL(full || quantized), mean over tokens, in nats, and `kl_full_quantized_p95`, its 95th percentile;
+        - `kl_full_quantized`, `kl_full_quantized_p95`: mean over tokens and 95th percentile of KL(full || quantized);
         - `top1_agreement`: share of tokens at which both models' likeliest token is the same;
         - `answer_nll_full`, `answer_nll_quantized`: mean negative log-likelihood of the answers' tokens, in nats.
 
@@ -42,34 +42,26 @@ def quantization_receipt(
     rows = [row for row in rows if row["completion_ids"]]
     if not rows:
         raise ValueError("A quantization receipt needs rows with answers, and there are none.")
-    full.eval()
-    quantized.eval()
-    parts: dict[str, list[torch.Tensor]] = {"kl": [], "agreement": [], "full": [], "quantized": []}
-    with tqdm(total=len(rows), desc="Quantization receipt", unit="row") as bar:
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            batch = pad_rows(
-                [row["prompt_ids"] for row in chunk], [row["completion_ids"] for row in chunk], pad_token_id
-            )
-            log_probs = []
-            for model in (full, quantized):
-                device = next(model.parameters()).device
-                ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-                log_probs.append(completion_states(model, ids, mask, labels).logits().log_softmax(dim=-1).cpu())
-            tokens = batch["labels"][:, 1:]
-            tokens = tokens[tokens != -100].unsqueeze(-1)
-            parts["kl"].append(kl_divergence(*log_probs))
-            parts["agreement"].append((log_probs[0].argmax(dim=-1) == log_probs[1].argmax(dim=-1)).float())
-            parts["full"].append(-log_probs[0].gather(-1, tokens))
-            parts["quantized"].append(-log_probs[1].gather(-1, tokens))
-            bar.update(len(chunk))
-    values = {name: torch.cat(tensors).flatten() for name, tensors in parts.items()}
+    parts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="Quantization receipt", unit="batch"):
+        chunk = rows[start : start + batch_size]
+        batch = pad_rows([row["prompt_ids"] for row in chunk], [row["completion_ids"] for row in chunk], pad_token_id)
+        log_probs = []
+        for model in (full, quantized):
+            device = next(model.eval().parameters()).device
+            ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
+            log_probs.append(completion_states(model, ids, mask, labels).logits().log_softmax(dim=-1).cpu())
+        tokens = torch.tensor([token for row in chunk for token in row["completion_ids"]]).unsqueeze(-1)
+        same = log_probs[0].argmax(dim=-1) == log_probs[1].argmax(dim=-1)
+        losses = [-known.gather(-1, tokens).squeeze(-1) for known in log_probs]
+        parts.append(torch.stack([kl_divergence(*log_probs), same.float(), *losses]))
+    kl, agreement, *losses = torch.cat(parts, dim=1)
     return {
         "num_rows": len(rows),
-        "num_tokens": len(values["kl"]),
-        "kl_full_quantized": float(values["kl"].mean()),
-        "kl_full_quantized_p95": float(values["kl"].quantile(0.95)),
-        "top1_agreement": float(values["agreement"].mean()),
-        "answer_nll_full": float(values["full"].mean()),
-        "answer_nll_quantized": float(values["quantized"].mean()),
+        "num_tokens": len(kl),
+        "kl_full_quantized": float(kl.mean()),
+        "kl_full_quantized_p95": float(kl.quantile(0.95)),
+        "top1_agreement": float(agreement.mean()),
+        "answer_nll_full": float(losses[0].mean()),
+        "answer_nll_quantized": float(losses[1].mean()),
     }

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from .final_numbers import RULES, extract_final_number, gsm8k_accuracy, gsm8k_row_scores, reference_number
+from .predictions import without_thoughts
 from .scores import instruction_row_scores, instruction_scores, rouge_scorer
-from .thoughts import without_thoughts
 from .tokens import ScriptTokenizer, is_foreign, normalized
 
 
@@ -33,10 +33,7 @@ _MODULES = ("gsm8k", "instruction_scores")
 
 
 def module_path(name: str) -> str:
-    """The file of a local `evaluate` module, for `evaluate.load`.
-
-    Args:
-        name: `"instruction_scores"` or `"gsm8k"`.
+    """The file of the local `evaluate` module `"instruction_scores"` or `"gsm8k"`, for `evaluate.load`.
 
     Raises:
         ValueError: for another name.
@@ -47,10 +44,7 @@ def module_path(name: str) -> str:
 
 
 def load(name: str) -> Any:
-    """One of the metrics as an `evaluate.EvaluationModule`; nothing is fetched.
-
-    Args:
-        name: `"instruction_scores"` or `"gsm8k"`.
+    """The metric `"instruction_scores"` or `"gsm8k"` as an `evaluate.EvaluationModule`; nothing is fetched.
 
     Raises:
         ImportError: if `evaluate` is not installed.

@@ -24,8 +24,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.rows import shortened
-from .checks import check_rows
-from .thoughts import without_thoughts
+from .predictions import check_rows, without_thoughts
 
 
 __all__ = ["RULES", "extract_final_number", "gsm8k_accuracy", "gsm8k_row_scores", "reference_number"]
@@ -81,12 +80,12 @@ def gsm8k_accuracy(predictions: Sequence[str], references: Sequence[str | float]
             `#### 18` or `\boxed{18}`.
 
     Returns:
-        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer in which a rule finds no number is wrong
-        by that rule.
+        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer without a number by a rule is wrong by
+        it.
 
     Raises:
-        TypeError, ValueError: for rows of other kinds, lists of different lengths, or a reference without a number,
-            naming the row.
+        TypeError, ValueError: for other rows, lists of different lengths, or a reference without a number, naming the
+            row.
     """
     rows = gsm8k_row_scores(predictions, references)
     return {rule: 100 * sum(row[rule] for row in rows) / len(rows) for rule in RULES}
@@ -121,22 +120,19 @@ def reference_number(reference: Any, name: str) -> float:
 
 def _gold(reference: Any, name: str) -> tuple[float, str]:
     """The right number, and as the harness would write it."""
-    if isinstance(reference, numbers.Real) and not isinstance(reference, bool):
-        try:
-            value = float(reference)
-        except OverflowError:
-            value = math.inf
-        written = str(int(value)) if value.is_integer() else repr(value)
-    elif isinstance(reference, str):
+    if isinstance(reference, str):
         value, written = _gold_in_text(reference, name)
+    elif isinstance(reference, numbers.Real) and not isinstance(reference, bool):
+        value = math.inf if isinstance(reference, int) and abs(reference) > 1e308 else float(reference)
+        written = str(int(value)) if value.is_integer() else repr(value)
     else:
         raise TypeError(
             f"{name} is {shortened(reference)}, a {type(reference).__name__}; it must be a number or a text with one."
         )
     if not math.isfinite(value):
         raise ValueError(
-            f"{name} is {shortened(reference)}, which holds no finite number to compare with. Give the right answer as a "
-            "number, or as a text that ends with it (#### 18)."
+            f"{name} is {shortened(reference)}, which holds no finite number to compare with. Give the right answer "
+            "as a number, or as a text that ends with it (#### 18)."
         )
     return value, written
 
@@ -144,33 +140,27 @@ def _gold(reference: Any, name: str) -> tuple[float, str]:
 def _gold_in_text(text: str, name: str) -> tuple[float, str]:
     marked = [_NUMBER.match(text, marker.end()) for marker in _MARKER.finditer(text)]
     match = next((match for match in reversed(marked) if match), None)
+    boxed = _boxed_number(text)
+    if match is None and boxed is not None:
+        return _gold(boxed, name)
     if match is None:
-        boxed = _boxed_number(text)
-        if boxed is not None:
-            return _gold(boxed, name)
         match = _NUMBER.match(text.strip())
-        if match and not _UNIT.fullmatch(match.string, match.end()):
-            match = None
-    if match:
-        return _value(match), _written(match)
-    if _NUMBER.search(text):
-        raise ValueError(
-            f"{name} is {shortened(text)}, which does not say which of its numbers is the right answer. Give that alone, "
-            "or behind #### or in \\boxed{}."
-        )
-    return math.nan, ""
+        if match is None or not _UNIT.fullmatch(match.string, match.end()):
+            if not _NUMBER.search(text):
+                return math.nan, ""
+            raise ValueError(
+                f"{name} is {shortened(text)}, which does not say which of its numbers is the right answer. Give that "
+                "alone, or after #### or in \\boxed{}."
+            )
+    return _value(match), _written(match)
 
 
 def _harness_text(text: str, rule: str) -> str | None:
-    if rule == "strict":
-        match = _STRICT.search(text)
-    else:
-        match = None
-        for match in _FLEXIBLE.finditer(text):  # noqa: B007  the last one
-            pass
-    if match is None:
+    matches = list((_STRICT if rule == "strict" else _FLEXIBLE).finditer(text))
+    if not matches:
         return None
-    return (match[1] or match[2]).replace(",", "").replace("$", "").removesuffix(".")
+    match = matches[0 if rule == "strict" else -1]
+    return match[0].removeprefix("#### ").replace(",", "").replace("$", "").removesuffix(".")
 
 
 def _paper_number(text: str) -> float | None:
@@ -178,9 +168,9 @@ def _paper_number(text: str) -> float | None:
     if boxed is not None:
         return boxed
     text = text.strip()
-    first_line = [_value(match) for match in _NUMBER.finditer(text.partition("\n")[0])]
-    if first_line and len(set(first_line)) == 1:
-        value = first_line[0]
+    first_line = {_value(match) for match in _NUMBER.finditer(text.partition("\n")[0])}
+    if len(first_line) == 1:
+        value = first_line.pop()
     else:
         statement = _STATEMENT.search(text)
         stated = _NUMBER.search(text, statement.end()) if statement else None
@@ -202,7 +192,7 @@ def _boxed_number(text: str) -> float | None:
         inside = _FRACTION.sub(r"\1/\2", text[box.end() : end])
         match = _NUMBER.search(inside)
         if match:
-            below = _NUMBER.match(inside, match.end() + 1) if inside[match.end() : match.end() + 1] == "/" else None
+            below = _NUMBER.match(inside, match.end() + 1) if inside.startswith("/", match.end()) else None
             divisor = _value(below) if below else 1.0
             value = _value(match) / divisor if divisor else math.nan
             if math.isfinite(value):

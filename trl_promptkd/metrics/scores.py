@@ -5,8 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..data.rows import shortened
-from .checks import check_rows
-from .thoughts import without_thoughts
+from .predictions import check_rows, without_thoughts
 from .tokens import ScriptTokenizer, is_foreign, normalized
 
 
@@ -17,13 +16,12 @@ def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence
     """ROUGE-L and exact match, as the PromptKD paper (and MiniLLM, and Natural Instructions before them) takes them.
 
     `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once
-    they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows.
+    they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows. Thoughts in
+    predictions do not count ([`without_thoughts`]).
 
-    `rouge_score` compares ASCII letters and digits only, which leaves nothing of other scripts. If the prediction or
-    the reference is of another script ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the
-    scores of `rouge_score` and of MiniLLM's code.
-
-    Thoughts in predictions are cut off first, see [`without_thoughts`]. References stay as they are.
+    `rouge_score` finds nothing in other scripts than Latin. If the prediction or the reference is of another one
+    ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the scores of `rouge_score` and of
+    MiniLLM's code.
 
     Args:
         predictions: One answer per row. An empty one scores 0, but matches a reference that is empty once normalized.
@@ -44,20 +42,14 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
     """[`instruction_scores`] of each row by itself, in percent."""
     check_rows(predictions, references)
     for row, texts in enumerate(references):
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
+        is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+        if not is_list or not all(isinstance(text, str) for text in texts):
             raise TypeError(
-                f"`references[{row}]` is {shortened(texts)}, a {type(texts).__name__}; it must be a list of texts. Write "
-                "[text] for a single one."
+                f"`references[{row}]` is {shortened(texts)}, a {type(texts).__name__}; it must be a list of texts. "
+                "Write [text] for a single one."
             )
         if not texts:
-            raise ValueError(
-                f"`references[{row}]` is an empty list. Give at least one right answer, or leave the row away."
-            )
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"`references[{row}]` holds {shortened(text)}; it must be texts only. Write them as texts."
-                )
+            raise ValueError(f"`references[{row}]` is empty. Give at least one right answer, or omit the row.")
     scorer = rouge_scorer()
     predictions = [without_thoughts(prediction) for prediction in predictions]
     return [

@@ -2,17 +2,16 @@
 
 import json
 import os
-from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.primed import tokenize_primed_dataset
 from ..data.priming import PrimingTemplate, resolve_priming
+from ..field_checks import check_choice, check_positive
 from ..files import remove_incomplete
 from ..generation.rollouts import rollout_config
 from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
@@ -51,67 +50,73 @@ def build_teacher_cache(
     seed: int = 42,
     num_proc: int | None = None,
 ) -> TeacherCache:
-    """Ask a teacher once for its distributions at every completion token of a data set, and keep them.
+    """Run a teacher once and keep its distributions at every completion token of a data set.
 
-    A build that was killed goes on where it was when it is started again with the same arguments; rows that are there are not
-    computed again, and new rows of a longer data set are added. Under `accelerate launch` the rows are shared out among the ranks,
-    which must see one file system.
+    A build that was killed resumes when it is started again with the same arguments. Rows that are there are not
+    computed again, and new rows of a longer data set are added. Under `accelerate launch` the rows are shared out
+    among the ranks, which must see one file system.
 
     Args:
-        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with `teacher_model_init_kwargs`.
+        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with
+            `teacher_model_init_kwargs`.
         dataset ([`~datasets.Dataset`]): Rows as for [`PrimedDistillTrainer`].
         output_dir (`str`): The cache's folder; made if it is not there.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
         priming (`str` or [`PrimingTemplate`], *optional*): What the teacher sees, as for [`PrimedDistillTrainer`].
-        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL only),
-            `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
-        response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or `"teacher"`, which writes them first;
-            they are then in the cache, and `cache.dataset()` is a training set.
-        max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in [`PrimedDistillConfig`].
+        preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL
+            only), `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
+        response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or
+            `"teacher"`, which writes them first. `cache.dataset()` is then a training set with them.
+        max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in
+            [`PrimedDistillConfig`].
         batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device.
         seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
         num_proc (`int`, *optional*): Processes that tokenize.
 
     Returns:
-        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on `kl_tokens` tokens: an
-        eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and `tail_mass_p95` (of what is not kept token by token),
-        `bytes_per_token` on disk without the basis, `basis_bytes` and `decode_microseconds_per_token`.
+        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on
+        `kl_tokens` tokens: an eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and
+        `tail_mass_p95` (of what is not kept token by token), `bytes_per_token` on disk without the basis,
+        `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
-        ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a teacher whose logits are
-            not its output head applied to its last hidden state.
+        ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a
+            teacher whose logits are not its output head applied to its last hidden state.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"`preset` is {preset!r}; it must be one of {', '.join(map(repr, PRESETS))}.")
-    if response_source not in ("dataset", "teacher"):
-        raise ValueError(f"`response_source` is {response_source!r}; it must be 'dataset' or 'teacher'.")
-    if overlong not in ("drop", "error"):
-        raise ValueError(f"`overlong` is {overlong!r}; it must be 'drop' or 'error'.")
+    args = SimpleNamespace(
+        preset=preset,
+        response_source=response_source,
+        overlong=overlong,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        generation_kwargs=generation_kwargs or {},
+        seed=seed,
+        rollout_batch_size=batch_size,
+        gradient_checkpointing_kwargs=None,
+    )
+    check_choice(args, "preset", list(PRESETS))
+    check_choice(args, "response_source", ("dataset", "teacher"))
+    check_choice(args, "overlong", ("drop", "error"))
+    check_positive(args, "batch_size", "max_new_tokens", "temperature")
     if isinstance(dataset, IterableDataset):
         raise ValueError("`dataset` is streamed, but rows are found by their content. Load it without streaming.")
-    if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: `AutoTokenizer.from_pretrained(name)`."
-        )
-    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    for name, value in numbers.items():
-        if not isinstance(value, Real) or not value > 0:
-            raise ValueError(f"`{name}` is {value!r}; it must be above 0.")
     template = resolve_priming(priming)
-    # Before tokenizing: `PartialState()`, which that asks, does not find the ranks of `accelerate launch --cpu` by itself
+    # Before tokenizing, which asks `PartialState()`: that alone does not find the ranks of `accelerate launch --cpu`
     accelerator = Accelerator()
     needed = None
     if response_source == "dataset":
-        needed = "`response_source` is 'dataset', so that the data's own answers are judged. Set `response_source='teacher'`."
+        needed = (
+            "`response_source` is 'dataset', so that the data's own answers are judged. Set "
+            "`response_source='teacher'`."
+        )
     dataset = tokenize_primed_dataset(
         dataset, "dataset", processing_class, template, max_length, teacher_max_length, needed, overlong, num_proc
     )
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
-    if not isinstance(teacher, PreTrainedModel | PeftModel):
-        raise TypeError(
-            f"`teacher` is a {type(teacher).__name__}; it must be a name, a folder or a causal language model."
-        )
     vocab_size = shared_vocab_size(teacher, teacher, processing_class)
     seen = {"teacher": (teacher, ("teacher_prompt_ids", "completion_ids"))}
     check_rows_embedded(dataset, "dataset", processing_class, embedded_by(seen, processing_class))
@@ -120,57 +125,40 @@ def build_teacher_cache(
         "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
     )
     freeze(teacher)
-    sampling: Any = None
-    if response_source == "teacher":
-        sampling = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "generation_kwargs": generation_kwargs or {},
-            "seed": seed,
-        }
-        sampling = json.loads(json.dumps(sampling))  # as it comes back from the manifest
-    config = teacher.config
-    pad_token_id = processing_class.pad_token_id
-    pad_token_id = (
-        (processing_class.eos_token_id or 0) if pad_token_id is None else pad_token_id
-    )  # masks come from lengths
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "generation_kwargs", "seed")
+    sampling = {name: getattr(args, name) for name in names}
+    config, fingerprint = teacher.config, weights_fingerprint(teacher)
     manifest = Manifest(
         teacher={
             "name": config._name_or_path,
             "revision": getattr(config, "_commit_hash", None),
             "dtype": str(teacher.dtype).removeprefix("torch."),
             "quantization": str(getattr(teacher, "quantization_method", None) or "none"),
-            "weights": weights_fingerprint(teacher),
+            "weights": fingerprint,
         },
         **describe_tokenizer(processing_class),
         vocab_size=vocab_size,
         priming=describe_priming(template),
         response_source=response_source,
         preset=preset,
-        sampling=sampling,
+        sampling=json.loads(json.dumps(sampling)) if response_source == "teacher" else None,  # as it is read again
         max_length=max_length,
         teacher_max_length=teacher_max_length,
     )
     _claim_folder(output_dir, manifest, accelerator)
     model = accelerator.prepare_model(teacher, evaluation_mode=True)
     check_forward("teacher", teacher, processing_class, accelerator, vocab_size=vocab_size)
-    if sampling is not None:
-        args = SimpleNamespace(
-            **sampling,
-            rollout_batch_size=batch_size,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=1,
-            gradient_checkpointing_kwargs=None,
-        )
-        generation_config: GenerationConfig = rollout_config(teacher, teacher, processing_class, args)
+    pad_token_id = processing_class.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = processing_class.eos_token_id or 0  # any will do: masks come from lengths
+    if response_source == "teacher":
+        generation_config = rollout_config(teacher, teacher, processing_class, args)
         generation_config.pad_token_id = pad_token_id
         dataset = write_teacher_answers(
             dataset,
             os.path.join(output_dir, "_teacher_answers"),
             model,
-            manifest.teacher["weights"],
+            fingerprint,
             accelerator,
             processing_class,
             generation_config,
@@ -178,8 +166,7 @@ def build_teacher_cache(
             vocab_size,
             "the cache",
         )
-    build = CacheWriter(model, teacher, dataset, output_dir, manifest, batch_size, pad_token_id, accelerator)
-    build.run()
+    CacheWriter(model, teacher, dataset, output_dir, manifest, batch_size, pad_token_id, accelerator).run()
     return TeacherCache(output_dir, verify_checksums=False)
 
 
@@ -196,6 +183,6 @@ def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> 
     for name in here:
         if there[name] != here[name]:
             raise ValueError(
-                f"{folder} holds a cache that was made differently: `{name}` is {there[name]!r} there and {here[name]!r} here. Choose another "
-                "`output_dir`, or the same settings to go on with it."
+                f"{folder} holds a cache that was made differently: `{name}` is {there[name]!r} there and "
+                f"{here[name]!r} here. Choose another `output_dir`, or the same settings to resume it."
             )

@@ -15,7 +15,7 @@ PLACES = {"prefix": "before the question", "suffix": "after the question", "syst
 
 
 def name_in_cache(teacher: dict[str, Any]) -> str:
-    """The teacher's name in a manifest. It may be a folder's of another machine: only what came from the Hub has a revision."""
+    """The teacher's name in a manifest. Without a revision it is a folder's, perhaps of another machine."""
     name = teacher["name"]
     return quoted(name if teacher["revision"] else os.path.basename(name.rstrip("/\\")))
 

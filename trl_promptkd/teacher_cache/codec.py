@@ -1,16 +1,15 @@
-"""How a teacher's distribution is kept in a few bytes a token.
+"""How a teacher's distribution is kept in a few bytes per token.
 
 A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform
-coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the same
-KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0 and cost
-nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was rounded then only
-shapes that tail.
+coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the
+same KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0
+and cost nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was
+rounded then only shapes that tail. Much less is kept by drawing a few tokens from each distribution, which is enough
+for the gradient of the forward KL.
 
-Much less is kept by drawing a few tokens from each distribution, which is enough for the gradient of the forward KL.
-
-The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the logits,
-F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small change dh of the
-hidden state h.
+The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the
+logits, F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small
+change dh of the hidden state h.
 """
 
 import math
@@ -40,6 +39,7 @@ _GROUPS = 8  # columns of coefficients that are compressed apart: their sizes di
 _VALUE_LEVELS, _VALUE_RANGE = 63, 20.0  # log-probabilities of single tokens: linear in sqrt(-log p)
 _TAIL_RANGE = 16.0  # log-odds of the tail, from minus to plus this
 _MAX_COEFFICIENT = 32767
+_TENSORS = ("mean", "analysis", "head", "scale", "offset")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class Preset:
     Args:
         step (`float`): Rounding step of the coefficients; the KL grows with its square.
         rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
-        top_k (`int`): How many of the likeliest tokens are kept one by one, at most.
-        nucleus (`float`): Fewer, where these hold this probability.
-        draws (`int`): Keep nothing but so many tokens drawn from the distribution: an unbiased gradient of the forward KL, and
-            no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
+        top_k (`int`): How many of the likeliest tokens are kept one by one, at most; up to 255.
+        nucleus (`float`): Fewer, if these hold this probability.
+        draws (`int`): Keep only so many tokens drawn from the distribution, up to 255: an unbiased gradient of the
+            forward KL, and no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
     """
 
     step: float = 1.0
@@ -61,11 +61,6 @@ class Preset:
     top_k: int = 0
     nucleus: float = 0.99
     draws: int = 0
-
-    def __post_init__(self):
-        for name in ("top_k", "draws"):
-            if not 0 <= getattr(self, name) <= 255:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 0 to 255.")
 
 
 PRESETS = {
@@ -84,7 +79,8 @@ class Basis:
     Args:
         mean (`Tensor` of shape `(hidden,)`): Mean hidden state.
         analysis (`Tensor` of shape `(hidden, rank)`): `(h - mean) @ analysis` are the coefficients.
-        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at most 1.
+        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at
+            most 1.
         scale (`Tensor` of shape `(rank,)`): What the rows of `head` were divided by.
         offset (`Tensor` of shape `(vocab,)`): The logits of the mean state.
         softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)` at last (Gemma 2).
@@ -153,47 +149,42 @@ class Basis:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def to(self, device: torch.device | str) -> "Basis":
-        moved = {name: getattr(self, name).to(device) for name in self._tensors()}
-        return Basis(**moved, softcap=self.softcap)
-
-    @staticmethod
-    def _tensors() -> tuple[str, ...]:
-        return ("mean", "analysis", "head", "scale", "offset")
+        return Basis(**{name: getattr(self, name).to(device) for name in _TENSORS}, softcap=self.softcap)
 
     def save(self, path: str) -> None:
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in self._tensors()}
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         with whole_file(path) as temporary:
             save_file({**tensors, "softcap": torch.tensor(self.softcap)}, temporary)
 
     @classmethod
-    def load(cls, path: str) -> "Basis":
+    def load(cls, path: str, vocab_size: int | None = None) -> "Basis":
         """Read what [`save`] wrote.
 
         Raises:
             FileNotFoundError: where there is nothing.
-            ValueError: for tensors with other names or types, that do not fit together, or from which logits would not be finite.
+            ValueError: for other tensors, another vocabulary than `vocab_size`, and tensors whose logits would not be
+                finite.
         """
         tensors, _ = read_safetensors(path, "Build the cache again.")
-        dtypes = {name: torch.float16 if name == "head" else torch.float32 for name in (*cls._tensors(), "softcap")}
-        found = {name: tensor.dtype for name, tensor in tensors.items()}
-        if found != dtypes:
-            raise ValueError(f"{path} is not the basis of a teacher cache: it holds {found}, not {dtypes}.")
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        hidden, rank, vocab = (math.prod(shapes[name]) for name in ("mean", "scale", "offset"))
-        if min(hidden, rank, vocab) < 1 or shapes != {
-            "mean": (hidden,),
-            "analysis": (hidden, rank),
-            "head": (rank, vocab),
-            "scale": (rank,),
-            "offset": (vocab,),
-            "softcap": (),
-        }:
-            raise ValueError(f"The tensors in {path} do not fit together: {shapes}.")
-        basis = cls(**{name: tensors[name] for name in cls._tensors()}, softcap=float(tensors["softcap"]))
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        hidden, rank, vocab = (math.prod(found.get(name, (0, (0,)))[1]) for name in ("mean", "scale", "offset"))
+        wanted = {
+            "mean": (torch.float32, (hidden,)),
+            "analysis": (torch.float32, (hidden, rank)),
+            "head": (torch.float16, (rank, vocab)),
+            "scale": (torch.float32, (rank,)),
+            "offset": (torch.float32, (vocab,)),
+            "softcap": (torch.float32, ()),
+        }
+        if found != wanted or min(hidden, rank, vocab) < 1 or vocab_size not in (None, vocab):
+            raise ValueError(
+                f"{path} is not the basis of a teacher cache with {vocab_size or 'some'} ids: its tensors do not fit "
+                f"together ({found}). Build the cache again."
+            )
+        basis = cls(**{name: tensors[name] for name in _TENSORS}, softcap=float(tensors["softcap"]))
         largest = basis.scale.double().abs().sum() * 2 * _MAX_COEFFICIENT + basis.offset.double().abs().max()
-        others = (basis.mean, basis.analysis, basis.head)
-        finite = float(largest) < 1e37 and all(bool(tensor.isfinite().all()) for tensor in others)
-        if not finite or basis.head.abs().max() > 1 or not 0 <= basis.softcap < 1e37:
+        is_finite = all(bool(tensor.isfinite().all()) for tensor in tensors.values()) and float(largest) < 1e37
+        if not is_finite or basis.head.abs().max() > 1 or not 0 <= basis.softcap < 1e37:
             raise ValueError(
                 f"The tensors in {path} are not finite, or too large for finite logits. Build the cache again."
             )
@@ -218,9 +209,10 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
     coefficients = ((hidden.float() - basis.mean) @ basis.analysis / preset.step).round()
     coefficients = coefficients.clamp(-_MAX_COEFFICIENT, _MAX_COEFFICIENT).to(torch.int32)
     zigzag = ((coefficients << 1) ^ (coefficients >> 31)).cpu().numpy().astype(np.uint16)
-    columns = {"coefficients_high": _plane(zigzag >> 8)}
-    for group, part in enumerate(np.array_split(zigzag & 255, _GROUPS, axis=1)):
-        columns[f"coefficients_{group}"] = _plane(part)
+    # Coefficient by coefficient: neighbours are then of one size, and compress well
+    columns = {"coefficients_high": _packed(zigzag.T >> 8)}
+    for group, part in enumerate(np.array_split(zigzag.T & 255, _GROUPS)):
+        columns[f"coefficients_{group}"] = _packed(part)
     if not preset.top_k:
         return columns
 
@@ -235,13 +227,10 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
     ids = torch.where(kept, top.indices, log_probs.size(-1))
     ids, order = ids.sort(dim=-1)
     levels, kept = levels.gather(-1, order), kept.gather(-1, order)
-    columns |= _encode_ids(ids, kept)
-    columns["counts"] = counts.cpu().numpy().astype(np.uint8).tobytes()
     odds = tail.clamp(1e-7, 1 - 1e-7).logit()
     codes = ((odds + _TAIL_RANGE) / (2 * _TAIL_RANGE) * 255).round().clamp(0, 255)
-    columns["tail"] = codes.cpu().numpy().astype(np.uint8).tobytes()
-    columns["values"] = levels[kept].round().cpu().numpy().astype(np.uint8).tobytes()
-    return columns
+    single = {"counts": _packed(counts), "tail": _packed(codes), "values": _packed(levels[kept].round())}
+    return columns | single | _encode_ids(ids, kept)
 
 
 def payload_columns(preset: Preset) -> set[str]:
@@ -258,28 +247,42 @@ def num_tokens(columns: dict[str, bytes], basis: Basis | None) -> int:
     return len(columns["counts"]) if basis is None else len(columns["coefficients_high"]) // basis.analysis.size(1)
 
 
+def _packed(values: Tensor | np.ndarray) -> bytes:
+    """One byte an entry."""
+    values = values.cpu().numpy() if isinstance(values, Tensor) else values
+    return np.ascontiguousarray(values.astype(np.uint8)).tobytes()
+
+
+def _unpacked(columns: dict[str, bytes], name: str, device: torch.device | str) -> Tensor:
+    """The entries of [`_packed`] as integers."""
+    return torch.from_numpy(np.frombuffer(columns[name], dtype=np.uint8).astype(np.int64)).to(device)
+
+
 def _encode_ids(ids: Tensor, kept: Tensor) -> dict[str, bytes]:
     """Sorted ids as differences, a plane for each of their three bytes."""
-    gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept].cpu().numpy().astype(np.uint32)
-    return {f"gaps_{byte}": ((gaps >> (8 * byte)) & 255).astype(np.uint8).tobytes() for byte in range(3)}
+    gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept]
+    return {f"gaps_{byte}": _packed((gaps >> (8 * byte)) & 255) for byte in range(3)}
 
 
-def _decode_ids(columns: dict[str, bytes], counts: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Ids `(num_tokens, width)` and which of them are kept; the others repeat the row's first."""
-    planes = [np.frombuffer(columns[f"gaps_{byte}"], dtype=np.uint8).astype(np.int64) for byte in range(3)]
-    if {plane.size for plane in planes} != {int(counts.sum())} or (len(counts) and int(counts.min()) < 1):
+def _decode_ids(
+    columns: dict[str, bytes], vocab_size: int, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and values `(num_tokens, width)` and which of them are kept; the other ids repeat the row's first."""
+    counts, values = _unpacked(columns, "counts", device), _unpacked(columns, "values", device)
+    planes = [_unpacked(columns, f"gaps_{byte}", device) for byte in range(3)]
+    if {len(values), *map(len, planes)} != {int(counts.sum())} or (counts < 1).any():
         raise ValueError("A row's tokens are damaged: their lengths do not fit together.")
-    gaps = torch.from_numpy(planes[0] | (planes[1] << 8) | (planes[2] << 16)).to(counts.device)
-    width = max(int(counts.max()) if len(counts) else 0, 1)
-    kept = torch.arange(width, device=counts.device) < counts.unsqueeze(-1)
-    ids = torch.zeros(len(counts), width, dtype=torch.long, device=counts.device)
-    ids[kept] = gaps
+    width = max(counts.tolist(), default=1)
+    kept = torch.arange(width, device=device) < counts.unsqueeze(-1)
+    ids, levels = (torch.zeros(kept.shape, dtype=torch.long, device=device) for _ in range(2))
+    ids[kept] = planes[0] | (planes[1] << 8) | (planes[2] << 16)
+    levels[kept] = values
     if (ids[:, 1:][kept[:, 1:]] == 0).any():
         raise ValueError("A row's tokens are damaged: an id is there twice.")
     ids = ids.cumsum(dim=-1)
-    if len(counts) and int(ids[kept].max()) >= vocab_size:
+    if (ids[kept] >= vocab_size).any():
         raise ValueError("A row's tokens are damaged: an id is beyond the vocabulary.")
-    return torch.where(kept, ids, ids[:, :1]), kept
+    return torch.where(kept, ids, ids[:, :1]), levels, kept
 
 
 def _encode_draws(logits: Tensor, draws: int, seed: int) -> dict[str, bytes]:
@@ -292,37 +295,29 @@ def _encode_draws(logits: Tensor, draws: int, seed: int) -> dict[str, bytes]:
     ids, order = torch.where(first, drawn, log_probs.size(-1)).sort(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     return {
-        "counts": first.sum(dim=-1).cpu().numpy().astype(np.uint8).tobytes(),
-        "values": times.cpu().numpy().astype(np.uint8).tobytes(),
+        "counts": _packed(first.sum(dim=-1)),
+        "values": _packed(times),
         "entropy": entropy.cpu().numpy().astype(np.float16).tobytes(),
         **_encode_ids(ids, first.gather(-1, order)),
     }
 
 
 def _decode_draws(columns: dict[str, bytes], vocab_size: int, device: torch.device | str) -> Tensor:
-    counts = torch.from_numpy(np.frombuffer(columns["counts"], dtype=np.uint8).astype(np.int64)).to(device)
-    times = np.frombuffer(columns["values"], dtype=np.uint8).astype(np.float32)
-    if times.size != int(counts.sum()):
-        raise ValueError("A row's tokens are damaged: their lengths do not fit together.")
-    if times.size and times.min() < 1:
+    ids, times, kept = _decode_ids(columns, vocab_size, device)
+    if (times[kept] < 1).any():
         raise ValueError("A row's tokens are damaged: one was drawn 0 times.")
-    ids, kept = _decode_ids(columns, counts, vocab_size)
-    shares = torch.zeros(kept.shape, device=device)
-    shares[kept] = torch.from_numpy(times).to(device)
-    shares = shares / shares.sum(dim=-1, keepdim=True)
+    shares = times / times.sum(dim=-1, keepdim=True)
     # What was not drawn has no probability; a finite logarithm keeps 0 times it at 0
-    dense = torch.full((len(counts), vocab_size), -1e4, device=device)
+    dense = torch.full((len(ids), vocab_size), -1e4, device=device)
     values = shares.log()
     return dense.scatter(-1, ids, torch.where(kept, values, values[:, :1]))
 
 
 def entropies(columns: dict[str, bytes]) -> Tensor:
     """Of the distributions that were drawn from: `(num_tokens,)` in nats, which the draws themselves underestimate."""
-    if len(columns["entropy"]) != 2 * len(columns["counts"]):
-        raise ValueError("A row's entropies are damaged: there is not one a token.")
     values = torch.from_numpy(np.frombuffer(columns["entropy"], dtype=np.float16).astype(np.float32))
-    if not (values.isfinite() & (values >= 0)).all():
-        raise ValueError("A row's entropies are damaged: some are negative or not finite.")
+    if len(values) != len(columns["counts"]) or not (values.isfinite() & (values >= 0)).all():
+        raise ValueError("A row's entropies are damaged: there must be a finite one of at least 0 for each token.")
     return values
 
 
@@ -339,45 +334,34 @@ def decode(
         return _decode_draws(columns, vocab_size, device)
     assert basis is not None
     device, rank = basis.offset.device, basis.analysis.size(1)
-    high = np.frombuffer(columns["coefficients_high"], dtype=np.uint8)
-    num_tokens, rest = divmod(high.size, rank)
+    high = np.frombuffer(columns["coefficients_high"], dtype=np.uint8).reshape(rank, -1)
     widths = [len(part) for part in np.array_split(np.empty(rank), _GROUPS)]
     groups = [np.frombuffer(columns[f"coefficients_{group}"], dtype=np.uint8) for group in range(_GROUPS)]
-    if rest or any(group.size != num_tokens * width for group, width in zip(groups, widths, strict=True)):
-        raise ValueError("A row's coefficients are damaged: their lengths do not fit together.")
-    low = np.concatenate([group.reshape(width, num_tokens) for group, width in zip(groups, widths, strict=True)])
-    zigzag = (high.reshape(rank, num_tokens).astype(np.int32) << 8) | low
+    low = np.concatenate([part.reshape(width, high.shape[1]) for part, width in zip(groups, widths, strict=True)])
+    zigzag = (high.astype(np.int32) << 8) | low
     coefficients = torch.from_numpy((zigzag >> 1) ^ -(zigzag & 1)).T.to(device)  # (num_tokens, rank)
     log_probs = basis.logits(coefficients.float() * preset.step).log_softmax(dim=-1)
     if not preset.top_k:
         return log_probs
 
-    counts = torch.from_numpy(np.frombuffer(columns["counts"], dtype=np.uint8).astype(np.int64)).to(device)
-    levels = np.frombuffer(columns["values"], dtype=np.uint8)
-    codes = np.frombuffer(columns["tail"], dtype=np.uint8)
-    if levels.size != int(counts.sum()) or not num_tokens == len(counts) == codes.size:
+    ids, levels, kept = _decode_ids(columns, log_probs.size(-1), device)
+    odds = _tail_odds(columns).to(device).unsqueeze(-1)
+    if not len(log_probs) == len(ids) == len(odds):
         raise ValueError("A row's likeliest tokens are damaged: their lengths do not fit together.")
-    ids, kept = _decode_ids(columns, counts, log_probs.size(-1))
-    values = torch.full(kept.shape, -torch.inf, device=device)
-    values[kept] = -_VALUE_RANGE * (torch.from_numpy(levels.astype(np.float32)).to(device) / _VALUE_LEVELS) ** 2
-    odds = _tail_odds(codes).to(device).unsqueeze(-1)
+    values = -_VALUE_RANGE * (levels.float() / _VALUE_LEVELS) ** 2
     # Single tokens share what the tail leaves; the tail has the shape of the rounded state, without those tokens
-    values = values.log_softmax(dim=-1) + torch.nn.functional.logsigmoid(-odds)
+    values = values.masked_fill(~kept, -torch.inf).log_softmax(dim=-1) + torch.nn.functional.logsigmoid(-odds)
     covered = (log_probs.gather(-1, ids).exp() * kept).sum(dim=-1, keepdim=True)
     log_probs = log_probs + torch.nn.functional.logsigmoid(odds) - torch.log1p(-covered.clamp(max=1 - 1e-6))
     values = torch.where(kept, values, values[:, :1])  # what fills up a row says the same as its first entry
     return log_probs.scatter(-1, ids, values)
 
 
-def _tail_odds(codes: np.ndarray) -> Tensor:
-    return torch.from_numpy(codes.astype(np.float32)) / 255 * 2 * _TAIL_RANGE - _TAIL_RANGE
+def _tail_odds(columns: dict[str, bytes]) -> Tensor:
+    codes = torch.from_numpy(np.frombuffer(columns["tail"], dtype=np.uint8).astype(np.float32))
+    return codes / 255 * 2 * _TAIL_RANGE - _TAIL_RANGE
 
 
 def tail_masses(columns: dict[str, bytes]) -> Tensor:
     """The probability of all tokens that were not kept one by one, `(num_tokens,)`."""
-    return _tail_odds(np.frombuffer(columns["tail"], dtype=np.uint8)).sigmoid()
-
-
-def _plane(values: np.ndarray) -> bytes:
-    """One byte an entry, coefficient by coefficient: neighbours are then of one size, and compress well."""
-    return np.ascontiguousarray(values.astype(np.uint8).T).tobytes()
+    return _tail_odds(columns).sigmoid()

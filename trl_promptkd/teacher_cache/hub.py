@@ -14,8 +14,8 @@ __all__ = ["push_cache"]
 def push_cache(path: str, manifest: Manifest, repo_id: str, private: bool | None, token: str | None) -> None:
     """Upload the cache in `path` in one commit.
 
-    `upload_folder` makes several where there are some hundred files: a reader in between would find a manifest without its
-    shards, and `load_dataset` some of the rows.
+    `upload_folder` makes several where there are some hundred files: a reader in between would find a manifest without
+    its shards, and `load_dataset` some of the rows.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
@@ -36,7 +36,7 @@ def push_cache(path: str, manifest: Manifest, repo_id: str, private: bool | None
 
 
 def _card(manifest: Manifest, repo_id: str) -> DatasetCard:
-    """What the cache holds and how to use it. Its metadata let `load_dataset` find the shards, and miss one that is not there."""
+    """What the cache holds and how to use it. Its metadata let `load_dataset` find the shards, and miss lost ones."""
     receipt, size = manifest.receipt, sum(shard["bytes"] for shard in manifest.shards)
     rows = {"name": "train", "num_bytes": size, "num_examples": sum(shard["rows"] for shard in manifest.shards)}
     data = DatasetCardData(
@@ -58,10 +58,9 @@ def _card(manifest: Manifest, repo_id: str) -> DatasetCard:
     if manifest.priming is None:
         seen = "It saw the prompts as they are (no priming)."
     else:
-        seen = (
-            f"It saw this text {PLACES[manifest.priming['placement']]} (a Jinja template), which the student is not to see:\n\n"
-            + fenced(manifest.priming["text"])
-        )
+        place = PLACES[manifest.priming["placement"]]
+        seen = f"It saw this text {place} (a Jinja template), which the student is not to see:\n\n"
+        seen += fenced(manifest.priming["text"])
     code = f"""from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, TeacherCache
 
 cache = TeacherCache("{repo_id}")
@@ -75,7 +74,8 @@ trainer = PrimedDistillTrainer(
     text = f"""
 # A teacher's distributions
 
-What {name_in_cache(manifest.teacher)} said at each token of {rows["num_examples"]} answers, kept to distil a student from without the teacher. {seen}
+What {name_in_cache(manifest.teacher)} said at each token of {rows["num_examples"]} answers, kept to distil a student
+from without the teacher. {seen}
 
 {settings_table(settings)}
 
@@ -83,7 +83,8 @@ What {name_in_cache(manifest.teacher)} said at each token of {rows["num_examples
 {code}
 ```
 
-`datasets.load_dataset("{repo_id}")` opens the rows: the token ids of both prompts and of the answer, and the distributions in a compressed
-form, which `TeacherCache` decodes. Made with [TRL](https://github.com/huggingface/trl) and trl_promptkd.
+`datasets.load_dataset("{repo_id}")` opens the rows: the token ids of both prompts and of the answer, and the
+distributions in a compressed form, which `TeacherCache` decodes. Made with
+[TRL](https://github.com/huggingface/trl) and trl_promptkd.
 """
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n{text}")

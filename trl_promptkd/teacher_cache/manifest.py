@@ -1,131 +1,58 @@
 """What a cache says about itself, and whether it fits a run."""
 
 import json
-import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
-from ..files import text_hash, whole_file
+from ..files import content_hash, write_text
+from .codec import PRESETS
 
 
 __all__ = [
     "MANIFEST_FILE",
-    "MAX_VOCAB_SIZE",
     "Manifest",
     "describe_priming",
     "describe_tokenizer",
-    "digest",
     "row_key",
 ]
 
 MANIFEST_FILE = "manifest.json"
-CODEC_VERSION = 1
 MAX_VOCAB_SIZE = 2**22  # 16 times the largest one there is
-_MAX_BYTES = 2**28
+_TEACHER = {"name", "revision", "dtype", "quantization", "weights"}
+_PRIMING = {"text", "placement", "hash"}
+_SHARD = {"file": str, "rows": int, "tokens": int, "bytes": int, "sha256": str}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
-def digest(value: Any) -> str:
-    """A hash of whatever JSON can write."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text_hash(text)
-
-
-def row_key(teacher_prompt_ids: list[int], completion_ids: list[int]) -> str:
+def row_key(teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """The hash by which a row is found: of what the teacher saw, and of what it judged."""
-    return digest([list(teacher_prompt_ids), list(completion_ids)])
+    return content_hash([list(teacher_prompt_ids), list(completion_ids)])
 
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What must be the same when a cache is made and when it is used."""
     vocab = processing_class.get_vocab()
     return {
-        "tokenizer": digest(vocab),
+        "tokenizer": content_hash(vocab),
         "real_vocab_size": max(vocab.values()) + 1,
-        "chat_template": digest(processing_class.chat_template),
+        "chat_template": content_hash(processing_class.chat_template),
     }
 
 
 def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     """What the teacher saw besides the prompt: text, placement, and the text's hash."""
-    return None if priming is None else {**asdict(priming), "hash": digest(priming.text)}
+    return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_int(value: Any, least: int = 0, most: float = 2**63) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def _is_hash(value: Any, digits: int = 32) -> bool:
-    return isinstance(value, str) and re.fullmatch(f"[0-9a-f]{{{digits}}}", value) is not None
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
-
-
-def _is_dict(value: Any, **kinds: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and value.keys() == kinds.keys() and all(kinds[key](value[key]) for key in kinds)
-
-
-def _is_shard(value: Any) -> bool:
-    return _is_dict(
-        value, file=_is_text, rows=_is_int, tokens=_is_int, bytes=_is_int, sha256=lambda x: _is_hash(x, 64)
-    )
-
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_HASH = (_is_hash, "a hash of 32 hexadecimal digits")
-_VOCAB_SIZE = (lambda x: _is_int(x, 1, MAX_VOCAB_SIZE), f"an integer from 1 to {MAX_VOCAB_SIZE}")
-_LIMIT = (lambda x: x is None or _is_int(x, 1), "null or a positive integer")
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "teacher": (
-        lambda x: _is_dict(
-            x,
-            name=_is_text,
-            revision=lambda y: y is None or _is_text(y),
-            dtype=_is_text,
-            quantization=_is_text,
-            weights=_is_hash,
-        ),
-        "an object of the texts `name`, `revision` (or null), `dtype`, `quantization` and `weights` (a hash)",
-    ),
-    "tokenizer": _HASH,
-    "real_vocab_size": _VOCAB_SIZE,
-    "vocab_size": _VOCAB_SIZE,
-    "chat_template": _HASH,
-    "priming": (
-        lambda x: x is None or _is_dict(x, text=_is_text, placement=_is_text, hash=_is_hash),
-        "null, or an object of the texts `text`, `placement` and `hash`",
-    ),
-    "response_source": (lambda x: x in ("dataset", "teacher"), "'dataset' or 'teacher'"),
-    "preset": (_is_text, "a text"),
-    "temperature": (lambda x: _is_number(x) and x > 0, "a positive number"),
-    "codec_version": (_is_int, "an integer"),
-    "sampling": (lambda x: x is None or isinstance(x, dict), "null or an object"),
-    "max_length": _LIMIT,
-    "teacher_max_length": _LIMIT,
-    "data": (lambda x: x == "" or _is_hash(x), "empty or a hash of 32 hexadecimal digits"),
-    "shards": (
-        lambda x: isinstance(x, list) and all(map(_is_shard, x)),
-        "a list of objects of `file`, `rows`, `tokens`, `bytes` and `sha256`",
-    ),
-    "files": (
-        lambda x: isinstance(x, dict) and all(_is_hash(y, 64) for y in x.values()),
-        "an object of SHA-256 sums by file name",
-    ),
-    "receipt": (lambda x: isinstance(x, dict) and all(map(_is_number, x.values())), "an object of numbers"),
-}
-
-
+@strict
 @dataclass
 class Manifest:
     """
@@ -133,25 +60,23 @@ class Manifest:
 
     Args:
         teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint.
-        tokenizer (`str`): Hash of the vocabulary.
+        tokenizer (`str`), chat_template (`str`): Hashes of the vocabulary and of the template.
         real_vocab_size (`int`): Number of ids that stand for tokens.
         vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
-        chat_template (`str`): Its hash.
-        priming (`dict`, *optional*): `text`, `placement` and the text's `hash`; `None` without priming.
-        response_source (`str`): `"dataset"` or `"teacher"`: who wrote the answers.
-        preset (`str`): What is kept of a distribution, see [`PRESETS`].
-        temperature (`float`): Of the kept distributions.
-        codec_version (`int`): Of the format.
-        sampling (`dict`, *optional*): How the teacher wrote its answers.
-        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build; longer rows were left out, none
-            was cut.
+        priming (`dict`, *optional*): `text`, `placement` and the text's `hash`.
+        response_source (`str`): Who wrote the answers, `"dataset"` or `"teacher"`, and how the teacher did
+            (`sampling`).
+        preset (`str`), temperature (`float`), codec_version (`int`): What is kept of a distribution, and the version
+            of the format.
+        max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted
+            longer rows.
         data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
-        files (`dict`): `sha256` of the other files.
+        files (`dict`): SHA-256 sums of the other files.
         receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
     """
 
-    teacher: dict[str, Any]
+    teacher: dict[str, str | None]
     tokenizer: str
     real_vocab_size: int
     vocab_size: int
@@ -160,22 +85,43 @@ class Manifest:
     response_source: str
     preset: str
     temperature: float = 1.0
-    codec_version: int = CODEC_VERSION
+    codec_version: Literal[1] = 1
     sampling: dict[str, Any] | None = None
     max_length: int | None = None
     teacher_max_length: int | None = None
     data: str = ""
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    receipt: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, int | float] = field(default_factory=dict)
+
+    def validate_entries(self) -> None:
+        """What the annotations do not say; both are checked whenever a manifest is made."""
+        if self.preset not in PRESETS or self.response_source not in ("dataset", "teacher"):
+            raise ValueError(
+                f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}; they must be among "
+                f"{[*PRESETS]} and ['dataset', 'teacher']"
+            )
+        for name in ("vocab_size", "real_vocab_size"):
+            if not 1 <= getattr(self, name) <= MAX_VOCAB_SIZE:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 1 to {MAX_VOCAB_SIZE}")
+        if not all(abs(number) < 1e300 for number in (self.temperature, *self.receipt.values())):
+            raise ValueError(f"`temperature` is {self.temperature} and `receipt` {self.receipt}; they must be finite")
+        for entry, names in ((self.teacher, _TEACHER), (self.priming, _PRIMING)):
+            if entry is not None and set(entry) != names:
+                raise ValueError(f"`teacher` or `priming` has {sorted(entry)}; it must have {sorted(names)}")
+        for shard in self.shards:
+            if {name: type(value) for name, value in shard.items()} != _SHARD:
+                raise ValueError(f"`shards` has the entry {shard}; it must be of {_SHARD}")
+        files = [*(shard["file"] for shard in self.shards), *self.files]
+        if not all(map(_PLAIN_NAME.fullmatch, files)) or len(set(files)) < len(files):
+            raise ValueError(f"it names a file outside its folder, or one twice: {sorted(files)}")
 
     def settings(self) -> dict[str, Any]:
         """What rows of one cache have in common."""
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_ROWS}
 
     def save(self, path: str) -> None:
-        with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1, ensure_ascii=False)
+        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
@@ -184,38 +130,19 @@ class Manifest:
             FileNotFoundError: where there is none.
             ValueError: where it is not a manifest, or of another version.
         """
-        if os.path.getsize(path) > _MAX_BYTES:
-            raise ValueError(f"{path} has {os.path.getsize(path)} bytes; a manifest has {_MAX_BYTES} at the most.")
         try:
             with open(path, encoding="utf-8") as file:
                 values = json.load(file)
             json.dumps(values, ensure_ascii=False).encode()  # lone surrogates cannot be written again
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}. The cache is damaged; build it again.") from error
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{path} is not the manifest of a teacher cache: it holds {found}, not {sorted(names)}.")
-        for name, (is_right, allowed) in _FIELDS.items():
-            if not is_right(values[name]):
-                raise ValueError(
-                    f"{path} holds `{name}` {str(values[name])[:200]!r}; it must be {allowed}. The manifest is damaged, or from elsewhere: build "
-                    "the cache again."
-                )
-        names_of_files = [*(shard["file"] for shard in values["shards"]), *values["files"]]
-        for name in names_of_files:
-            if not _PLAIN_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{path} names a file outside its folder, or none at all: {name!r}. It must be a plain file name."
-                )
-        if len(set(names_of_files)) < len(names_of_files):
-            raise ValueError(f"{path} names a file twice: {sorted(names_of_files)}. Build the cache again.")
-        manifest = cls(**values)
-        if manifest.codec_version != CODEC_VERSION:
+        try:
+            return cls(**values)
+        except (TypeError, StrictDataclassError) as error:
             raise ValueError(
-                f"The cache at {path} has codec version {manifest.codec_version}; this version of trl_promptkd reads {CODEC_VERSION}."
-            )
-        return manifest
+                f"{path} is not the manifest of a teacher cache, or damaged, or of another version: {error}. Build "
+                "the cache again."
+            ) from error
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
         """Refuse a run whose tokenizer, chat template or priming text is another one.
@@ -223,20 +150,17 @@ class Manifest:
         Raises:
             ValueError: naming both values.
         """
-        here = describe_tokenizer(processing_class)
-        for name, what in (
-            ("real_vocab_size", "number of tokens"),
-            ("tokenizer", "vocabulary (its hash)"),
-            ("chat_template", "chat template (its hash)"),
-        ):
-            if getattr(self, name) != here[name]:
+        here = {**describe_tokenizer(processing_class), "priming": describe_priming(priming)}
+        named = {
+            "real_vocab_size": "number of tokens",
+            "tokenizer": "vocabulary (its hash)",
+            "chat_template": "chat template (its hash)",
+            "priming": "priming",
+        }
+        for name, what in named.items():
+            there = getattr(self, name)
+            if there != here[name]:
                 raise ValueError(
-                    f"The teacher cache was made with another {what}: {getattr(self, name)!r} there, {here[name]!r} here. Use the "
-                    "tokenizer it was made with, or build the cache again."
+                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Use the "
+                    "one it was made with, or build the cache again."
                 )
-        mine = describe_priming(priming)
-        if self.priming != mine:
-            raise ValueError(
-                f"The teacher cache was made with another priming: {self.priming!r} there, {mine!r} here. Pass the same `priming`, or "
-                "build the cache again."
-            )

@@ -18,7 +18,7 @@ __all__ = ["verify_teacher_cache"]
 
 @torch.no_grad()
 def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int = 16) -> dict[str, Any]:
-    """Ask the teacher again about some rows, spread over the cache, and compare.
+    """Run the teacher again on some rows, spread over the cache, and compare.
 
     Args:
         cache ([`TeacherCache`]): The cache; its checksums were compared when it was opened.
@@ -26,9 +26,9 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
         num_rows (`int`, *optional*, defaults to `16`): How many rows.
 
     Returns:
-        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's), `kl_mean` and `kl_max` (KL(teacher || kept) of rows'
-        means, in nats a token), `worst_row` (its number), and for the preset `tiny`, instead of a KL, `covered_mass`: the teacher's
-        probability of what was drawn (mean over tokens).
+        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's), `kl_mean` and `kl_max`
+        of the rows' KL(teacher || kept) in nats per token, and `worst_row` (its number). For the preset `tiny`,
+        `covered_mass` instead of a KL: the teacher's probability of what was drawn (mean over tokens).
     """
     freeze(teacher)
     device = next(teacher.parameters()).device
@@ -39,12 +39,12 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
         row = cache.rows[index]
         batch = pad_rows([row["teacher_prompt_ids"]], [row["completion_ids"]], 0)
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-        with torch.no_grad():
-            logits = completion_states(teacher, ids, mask, labels).logits()
-        live, kept = logits.log_softmax(dim=-1), cache.log_probs([index])
+        live = completion_states(teacher, ids, mask, labels).logits().log_softmax(dim=-1)
+        kept = cache.log_probs([index])
         if live.shape != kept.shape:
             raise ValueError(
-                f"The cache's distributions have {kept.size(-1)} entries and the teacher's {live.size(-1)}: it is another model."
+                f"The cache's distributions have {kept.size(-1)} entries and the teacher's {live.size(-1)}: it is "
+                "another model. Pass the one that the cache was made with."
             )
         value = (live.exp() * (kept > -1e3)).sum(dim=-1) if cache.preset.draws else kl_divergence(live, kept)
         values.append(value.mean())
@@ -57,9 +57,5 @@ def verify_teacher_cache(cache: TeacherCache, teacher: nn.Module, num_rows: int 
     }
     if cache.preset.draws:
         return {**result, "covered_mass": float(means.mean())}
-    return {
-        **result,
-        "kl_mean": float(means.mean()),
-        "kl_max": float(means.max()),
-        "worst_row": chosen[int(means.argmax())],
-    }
+    found = {"kl_mean": float(means.mean()), "kl_max": float(means.max()), "worst_row": chosen[int(means.argmax())]}
+    return result | found

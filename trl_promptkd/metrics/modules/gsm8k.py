@@ -14,7 +14,7 @@ class GSM8K(evaluate.Metric):
         return evaluate.MetricInfo(
             description="The share of answers whose final number is right, by three sets of rules, in percent.",
             citation="",
-            inputs_description="predictions: texts; references: texts that end with the right number, such as GSM8K's own",
+            inputs_description="predictions: texts; references: texts that end with the right number",
             features=datasets.Features({"predictions": text, "references": text}),
         )
 

@@ -12,7 +12,7 @@ class InstructionScores(evaluate.Metric):
     def _info(self):
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="ROUGE-L (F-measure, stemmed) and exact match, in percent; the maximum over references, the mean over rows.",
+            description="ROUGE-L (F-measure, stemmed) and exact match, in percent.",
             citation="",
             inputs_description="predictions: texts; references: a list of texts for each of them",
             features=datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),

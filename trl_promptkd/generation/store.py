@@ -1,0 +1,146 @@
+"""Rows that take long to compute, kept on the disk as they come: a run that is killed loses half a minute of work.
+
+A file appears whole (written, synced, renamed) or not at all. Its name is a hash of its rows' keys, and a key is a
+hash of what made the row, so that finished rows are not computed again and none is lost or doubled. Teacher answers,
+the shards of a teacher cache and the answers of an evaluation are written this way.
+"""
+
+import glob
+import os
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..files import text_hash, whole_file
+
+
+__all__ = ["compute_missing", "part_paths", "read_part", "write_part"]
+
+logger = logging.get_logger(__name__)
+
+SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
+BYTES_A_PART = 64 * 2**20
+_MAX_BYTES = 2**33  # of one file in memory: it has `BYTES_A_PART` and a batch
+_LEAST_BYTES = 16  # a row's key alone: random digits, which nothing compresses
+
+
+def compute_missing(
+    lengths: Mapping[Any, int],
+    finished: Collection[Any],
+    compute: Callable[[list[Any]], Mapping[Any, dict[str, Any]]],
+    write: Callable[[dict[Any, dict[str, Any]]], None],
+    batch_size: int,
+    title: str,
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Compute the rows that are not finished, the longest first, and write them every half a minute.
+
+    Args:
+        lengths: Of all rows, by their keys.
+        finished: Keys of rows that are there already.
+        compute: Rows by key, for the keys of one batch. All ranks call it equally often, as a sharded model needs all
+            of them: a rank that has run out of rows passes an empty list.
+        write: Keeps some rows.
+        title: What the rows are, for the progress bar.
+        accelerator: Shares the batches out among its ranks.
+    """
+    missing = sorted(lengths.keys() - set(finished), key=lambda key: (-lengths[key], key))
+    rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    share = batches[rank::ranks]
+    share += [[]] * (-(-len(batches) // ranks) - len(share))
+    shows = accelerator is None or accelerator.is_local_main_process
+    if shows and missing and len(missing) < len(lengths):
+        logger.warning(f"{title}: {len(lengths) - len(missing)} of {len(lengths)} are there already.")
+    rows: dict[Any, dict[str, Any]] = {}
+    size, written = 0, time.monotonic()
+    with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=not shows or not share) as bar:
+        for batch in share:
+            for key, row in compute(batch).items():
+                rows[key] = row
+                size += sum(len(value) for value in row.values() if isinstance(value, bytes))
+            if rows and (time.monotonic() - written > SECONDS_A_PART or size > BYTES_A_PART):
+                write(rows)
+                rows, size, written = {}, 0, time.monotonic()
+            bar.update(len(batch))
+        if rows:
+            write(rows)
+
+
+def part_paths(folder: str, kind: str) -> list[str]:
+    """The files of a kind in `folder`, in the order of their names."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f"{kind}-*.parquet")))
+
+
+def write_part(folder: str, kind: str, rows: Mapping[str, dict[str, Any]], schema: pyarrow.Schema) -> None:
+    """Write some rows by key to a parquet file of their own.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    table = pyarrow.Table.from_pylist([{"key": key, **row} for key, row in rows.items()], schema=schema)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with whole_file(os.path.join(folder, f"{kind}-{text_hash(''.join(rows))}.parquet")) as path:
+            pyarrow.parquet.write_table(
+                table, path, compression="zstd", compression_level=9, use_dictionary=False, write_page_checksum=True
+            )
+    except OSError as error:
+        raise OSError(
+            f"{folder} could not be written to ({error}). The files that are there are kept: make room and start "
+            "again."
+        ) from error
+
+
+def read_part(path: str, schema: pyarrow.Schema, num_ids: int, remedy: str, optional: str = "") -> pyarrow.Table:
+    """The rows of a file that [`write_part`] wrote.
+
+    Args:
+        schema: Its columns, in any order.
+        num_ids: Ids are below it.
+        remedy: How to get the file's rows back, for the message.
+        optional: The column whose values may be missing.
+
+    Raises:
+        ValueError: for a file that cannot be read or holds anything else, naming it and the column.
+    """
+    try:
+        _check_size(path)
+        found = pyarrow.parquet.read_schema(path)
+        if sorted(found.names) != sorted(schema.names):
+            raise ValueError(f"its columns are {sorted(found.names)}, not {sorted(schema.names)}")
+        for field in schema:
+            if found.field(field.name).type != field.type:
+                raise ValueError(f"`{field.name}` is a column of {found.field(field.name).type}, not {field.type}")
+        table = pyarrow.parquet.read_table(path, page_checksum_verification=True).select(schema.names)
+        table.validate(full=True)
+        for field in schema:
+            if field.name != optional and table[field.name].null_count:
+                raise ValueError(f"`{field.name}` is missing in some rows")
+            if pyarrow.types.is_list(field.type):
+                _check_ids(field.name, pyarrow.compute.list_flatten(table[field.name]), num_ids)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} is damaged, or from elsewhere: {error}. Delete it and {remedy}.") from error
+    return table.replace_schema_metadata()
+
+
+def _check_size(path: str) -> None:
+    """Refuse a small file that would fill the memory."""
+    metadata = pyarrow.parquet.read_metadata(path)
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    size = sum(group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns))
+    if size > _MAX_BYTES or metadata.num_rows * _LEAST_BYTES > os.path.getsize(path):
+        raise ValueError(f"it claims {metadata.num_rows} rows and {size} bytes, more than fit")
+
+
+def _check_ids(name: str, ids: pyarrow.Array, num_ids: int) -> None:
+    ends = pyarrow.compute.min_max(ids).as_py()
+    if ids.null_count or (len(ids) and not 0 <= ends["min"] <= ends["max"] < num_ids):
+        raise ValueError(f"`{name}` has ids from {ends['min']} to {ends['max']}; they must be from 0 to {num_ids - 1}")

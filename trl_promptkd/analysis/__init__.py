@@ -1,8 +1,7 @@
 """`trl-promptkd analyze`: what a student, a teacher and a soft prompt do, measured on the user's own rows.
 
 `figures.py` (the plots' look), `asking.py` (several models at the same tokens), `saved_prompt.py`, `token_classes.py`, `exposure.py` (how a
-student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt has become, and what it does), `attention_layers.py` (one layer's
-weights at a time), `attention.py` and `attention_plots.py` (where several models look, layer by layer).
+student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt has become, and what it does), `attention.py` and `attention_plots.py` (where several models look, layer by layer).
 """
 
 from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention

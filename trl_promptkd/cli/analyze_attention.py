@@ -33,7 +33,7 @@ def add_attention(commands: Any) -> None:
     add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
     add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained, of all models")
-    add_analysis_arguments(attention, rows=16, batch_size=4)
+    add_analysis_arguments(attention, rows=16)
     attention.set_defaults(run=reporting(run_attention))
 
 
@@ -45,7 +45,7 @@ def run_attention(args: argparse.Namespace) -> Any:
     tokenizer = _shared_tokenizer(list(labels), args)
     rows = tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
     models, prompts = _load(labels, args, tokenizer, max(len(r["prompt_ids"] + r["completion_ids"]) for r in rows))
-    report = measure_attention(models, rows, prompts, args.queries, args.batch_size)
+    report = measure_attention(models, rows, prompts, args.queries)
     result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
     save(args, "attention.json", result)
     plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
@@ -89,7 +89,7 @@ def _load(
         return models, {}
     teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
     check_fits(prompt, teacher)
-    return {**models, prompted: teacher}, {prompted: prompt.embeddings.to(teacher.device)}
+    return {**models, prompted: teacher}, {prompted: prompt.embeddings}
 
 
 def show(report: AttentionReport, args: argparse.Namespace) -> None:

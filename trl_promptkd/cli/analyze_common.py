@@ -22,13 +22,12 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def add_analysis_arguments(command: argparse.ArgumentParser, rows: int, batch_size: int = 8) -> None:
+def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
     """Rows and output; models, `--dataset` and `--output_dir` are each command's own."""
     add_row_arguments(command)
     command.add_argument("--rows", type=at_least_one, default=rows, help=f"how many rows, from the first ({rows})")
     told = "longest row in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut"
     command.add_argument("--max_length", type=at_least_one, default=512, help=told)
-    command.add_argument("--batch_size", type=at_least_one, default=batch_size, help=f"rows at once ({batch_size})")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
     command.add_argument("--trust_remote_code", action="store_true")
 
@@ -38,6 +37,7 @@ def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, ma
     command.add_argument("--teacher", required=True, help="Hub id or folder")
     told = f"longest sample ({max_new_tokens})"
     command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
+    command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
     command.add_argument("--seed", type=int, default=42, help="of the samples (42)")
     command.add_argument("--output_dir", default=output_dir, help=f"where the files go ({output_dir})")
     for role in ("student", "teacher"):

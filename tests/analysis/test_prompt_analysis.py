@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import re
 import shutil
 
 import pytest
@@ -9,10 +8,9 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import kl, log_probs
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, WORDS, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, WORDS, prompt_dataset, save_models, save_rows, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
@@ -98,9 +96,8 @@ def byte_tokenizer(pieces):
 class TestTokenClasses:
     def test_each_class(self):
         tokenizer = byte_tokenizer([" The", " c", " 4"])
-        text = " The cat's\n42 (b) é."
-        ids = tokenizer(text)["input_ids"]
-        pieces = [tokenizer.convert_ids_to_tokens(token) for token in ids]
+        ids = tokenizer(" The cat's\n42 (b) é.")["input_ids"]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         expected = {
             "ĠThe": "first token",
             "Ġc": "word start",
@@ -128,11 +125,8 @@ class TestTokenClasses:
     def test_words_without_marks_of_their_own(self):
         tokenizer = tiny_tokenizer()
         ids = tokenizer("the cat . sat")["input_ids"]
-        assert token_classes([7], [*ids, 0], tokenizer, {0}) == [
-            *("first token", "word start", "punctuation", "word start", "end of text")
-        ]
-
-    def test_an_end_of_text_at_once_is_a_first_token(self):
+        expected = ["first token", "word start", "punctuation", "word start", "end of text"]
+        assert token_classes([7], [*ids, 0], tokenizer, {0}) == expected
         assert token_classes([7], [0], tiny_tokenizer(), {0}) == ["first token"]
 
 
@@ -192,72 +186,49 @@ class TestPromptEffect:
 
 
 class TestPage:
-    def test_text_from_data_is_escaped(self):
-        bad = "<script>alert('x')</script>"
-        change = Change(0, 1, 0.5, bad, bad, *[[(bad, 0.5)] * 3] * 3)
-        page = changes_page([change], bad, bad)
+    def test_text_from_data_is_escaped_and_whole(self):
+        bad = "<script>alert('x')</script>" + "a" * 99
+        page = changes_page([Change(0, 1, 0.5, bad, bad, *[[(bad, 0.5)] * 3] * 3)], bad, bad)
         assert "<script" not in page
-        assert page.count("&lt;script&gt;") == 2 + 1 + 2 + 9
+        assert page.count("&lt;script&gt;") == page.count("a" * 99) == 2 + 1 + 2 + 9
 
-    def test_blanks_and_line_breaks_are_seen_and_tables_have_the_models_there_are(self):
-        change = Change(0, 1, 0.5, "a", "b", [("\n", 0.5)] * 3, [("\t", 0.5)] * 3, [])
-        page = changes_page([change], "t", "s")
-        assert page.count("<code>\u21b5</code>") == 3
-        assert re.findall("<th>(.*?)</th>", page) == ["plain teacher", "prompted teacher"]
+    def test_line_breaks_and_tabs_are_seen(self):
+        page = changes_page([Change(0, 1, 0.5, "a", "b", [("\n", 0.5)] * 3, [("\t", 0.5)] * 3)], "t", "s")
+        assert page.count(r"'\n' 0.500") == page.count(r"'\t' 0.500") == 3
 
 
-def trained(folder, make_args, config=None, **kwargs):
-    args = make_args(output_dir=str(folder / "run"), max_steps=3, save_strategy="steps", save_steps=1, **kwargs)
-    trainer = PromptKDTrainer(
-        model=tiny_model(seed=1),
-        teacher_model=tiny_model(seed=2),
-        args=args,
-        train_dataset=prompt_dataset(8),
-        processing_class=tiny_tokenizer(),
-        prompt_encoder_config=config or PromptEncoderConfig(num_virtual_tokens=4, prompt_learning_rate=0.05),
+def saved_by_peft(folder, tokenizer=None, **settings):
+    """Saves PEFT's own soft prompt, moved by 1; returns its start."""
+    model = get_peft_model(
+        tiny_model(),
+        PromptTuningConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=tokenizer and str(tokenizer), **settings),
     )
-    trainer.train()
-    trainer.save_model()
-    return trainer
-
-
-class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor):
-            self.numbers = max(self.numbers, found.numel())
-        return found
-
-
-def test_nearest_tokens_takes_no_memory_for_each_pair_of_embeddings():
-    teacher = tiny_model()
-    prompt = torch.randn(50, 32)
-    with Largest() as largest:
-        found = nearest_tokens(prompt, teacher, 40, number=2)
-    assert largest.numbers <= 50 * 40  # not times the width
-    embeddings = teacher.get_input_embeddings().weight.detach()
-    cosines = torch.nn.functional.cosine_similarity(prompt[:, None].double(), embeddings[None].double(), dim=-1)
-    assert [row["cosine"][0][0] for row in found] == cosines.argmax(dim=1).tolist()
+    weight = model.prompt_encoder.default.embedding.weight.detach()
+    start = weight.clone()
+    weight.add_(1)
+    model.save_pretrained(folder / "adapter")
+    return start
 
 
 class TestSavedPrompts:
     def test_a_runs_checkpoints_in_order_from_its_start(self, tmp_path, make_args):
-        trainer = trained(tmp_path, make_args)
+        args = make_args(output_dir=str(tmp_path / "run"), max_steps=3, save_strategy="steps", save_steps=1)
+        trainer = PromptKDTrainer(
+            model=tiny_model(seed=1),
+            teacher_model=tiny_model(seed=2),
+            args=args,
+            train_dataset=prompt_dataset(8),
+            processing_class=tiny_tokenizer(),
+            prompt_encoder_config=PromptEncoderConfig(num_virtual_tokens=4, prompt_learning_rate=0.05),
+        )
+        trainer.train()
+        trainer.save_model()
         prompts = find_prompts(str(tmp_path / "run"))
-        assert [prompt.name for prompt in prompts] == [
-            "checkpoint-1",
-            "checkpoint-2",
-            "checkpoint-3",
-        ]  # the last is saved twice
+        # The last is saved twice
+        assert [prompt.name for prompt in prompts] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
         initial, known_by = initial_prompt(prompts, tiny_model(seed=2), tiny_tokenizer())
         assert known_by == "the start that was saved with the prompt"
-        ids = tiny_tokenizer()("suppose you are a")["input_ids"]
         start = tiny_model(seed=2).get_input_embeddings().weight[tiny_tokenizer()("Suppose you are a")["input_ids"]]
-        assert len(ids) == 4
         assert initial.equal(start.detach())
         overall = [prompt_drift(prompt.embeddings, initial).overall for prompt in prompts]
         assert overall[0] > 0
@@ -265,13 +236,10 @@ class TestSavedPrompts:
         shutil.rmtree(tmp_path / "run" / "checkpoint-2" / "teacher_prompt")  # as a killed run may leave it
         assert [prompt.step for prompt in find_prompts(str(tmp_path / "run"))] == [1, 3]
         assert find_prompts(str(tmp_path / "run" / "checkpoint-1"))[0].embeddings.equal(prompts[0].embeddings)
-
-    def test_a_run_that_went_on_after_its_last_checkpoint(self, tmp_path, make_args):
-        trainer = trained(tmp_path, make_args)
+        # A run that went on after its last checkpoint
         trainer.soft_prompt.encoder.embedding.weight.data.add_(1)
         trainer.save_model()
-        prompts = find_prompts(str(tmp_path / "run"))
-        assert [prompt.step for prompt in prompts] == [1, 2, 3, None]
+        assert [prompt.step for prompt in find_prompts(str(tmp_path / "run"))] == [1, 3, None]
 
     @pytest.mark.parametrize("encoder", ["embedding", "mlp", "lstm"])
     def test_every_encoders_adapter(self, tmp_path, encoder):
@@ -281,48 +249,30 @@ class TestSavedPrompts:
         assert found.embeddings.equal(prompt().detach())
         assert found.initial.equal(prompt.initial)
 
-    def test_an_adapter_that_peft_wrote(self, tmp_path):
-        """It holds no start: a text is embedded again; what was random is not known, or is the first checkpoint's."""
-        tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the cat sat", "num_virtual_tokens": 3}
-        for name, more in (("text", text), ("random", {"prompt_tuning_init": "RANDOM", "num_virtual_tokens": 3})):
-            config = PromptTuningConfig(
-                task_type="CAUSAL_LM", tokenizer_name_or_path=str(tmp_path / "tokenizer"), **more
-            )
-            model = get_peft_model(tiny_model(), config)
-            with torch.no_grad():
-                model.prompt_encoder.default.embedding.weight.add_(1)
-            model.save_pretrained(tmp_path / name)
-        (prompt,) = find_prompts(str(tmp_path / "text"))
-        initial, known_by = initial_prompt([prompt], tiny_model(), tiny_tokenizer())
-        assert "'the cat sat', embedded again" in known_by
-        torch.testing.assert_close(prompt.embeddings, initial + 1)
-        (prompt,) = find_prompts(str(tmp_path / "random"))
-        assert initial_prompt([prompt], tiny_model(), tiny_tokenizer())[0] is None
-        initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
-        assert initial.equal(prompt.embeddings)
-        assert known_by.startswith("random, as")
-
     @pytest.mark.parametrize("number", [2, 3, 9])
-    def test_a_text_that_peft_began_with_a_special_token(self, tmp_path, number):
+    def test_a_text_that_peft_embedded_is_embedded_again(self, tmp_path, number):
+        """Its special tokens too."""
         tokenizer = tiny_tokenizer()
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             "<system> $A", special_tokens=[("<system>", 4)]
         )
         tokenizer.save_pretrained(tmp_path / "tokenizer")
-        config = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            tokenizer_name_or_path=str(tmp_path / "tokenizer"),
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text="the cat sat",
-            num_virtual_tokens=number,
-        )
-        model = get_peft_model(tiny_model(), config)
-        start = model.prompt_encoder.default.embedding.weight.detach().clone()
+        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the cat sat"}
+        start = saved_by_peft(tmp_path, num_virtual_tokens=number, tokenizer=tmp_path / "tokenizer", **text)
         assert start[0].equal(tiny_model().get_input_embeddings().weight[4])
-        model.save_pretrained(tmp_path / "text")
-        initial, _ = initial_prompt(find_prompts(str(tmp_path / "text")), tiny_model(), tokenizer)
+        (prompt,) = find_prompts(str(tmp_path / "adapter"))
+        torch.testing.assert_close(prompt.embeddings, start + 1)
+        initial, known_by = initial_prompt([prompt], tiny_model(), tokenizer)
+        assert "'the cat sat', embedded again" in known_by
         assert initial.equal(start)
+
+    def test_a_random_start_of_pefts_is_not_known_or_the_first_checkpoints(self, tmp_path):
+        saved_by_peft(tmp_path, num_virtual_tokens=3)
+        (prompt,) = find_prompts(str(tmp_path / "adapter"))
+        assert initial_prompt([prompt], tiny_model(), tiny_tokenizer())[0] is None
+        initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
+        assert initial.equal(prompt.embeddings)
+        assert known_by.startswith("adapter, as")
 
     def test_what_is_no_soft_prompt_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
@@ -339,18 +289,13 @@ class TestSavedPrompts:
         save_file({"prompt_embeddings": torch.full((3, 32), float("nan"))}, broken / "adapter_model.safetensors")
         with pytest.raises(ValueError, match="is not finite"):
             find_prompts(str(broken))
-        (broken / "adapter_config.json").write_text("[]")
-        with pytest.raises(ValueError, match="is not an adapter's configuration"):
-            find_prompts(str(broken))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, seed in (("teacher", 2), ("student", 1)):
-        tiny_model(seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+    save_models(tmp_path, teacher=tiny_model(seed=2), student=tiny_model(seed=1))
     rows = [{"question": " ".join(WORDS[i : i + 2 + i % 4]), "answer": f" {WORDS[i]} ."} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_rows(tmp_path / "rows.jsonl", rows)
     prompt = SoftPrompt(PromptEncoderConfig(num_virtual_tokens=3), tiny_model(seed=2), tiny_tokenizer())
     for step in (1, 2):
         prompt.encoder.embedding.weight.data.add_(some_prompt(seed=step))
@@ -374,9 +319,8 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "checkpoint-2" in out
         assert "end of text" in out or responses == "student"
-        assert sorted(os.listdir(folder / "out")) == [
-            *("changes.html", "drift.png", "kl_by_class.png", "prompt.json", "similarity.png")
-        ]
+        files = ["changes.html", "drift.png", "kl_by_class.png", "prompt.json", "similarity.png"]
+        assert sorted(os.listdir(folder / "out")) == files
         result = json.loads((folder / "out" / "prompt.json").read_text())
         assert [entry["step"] for entry in result["drift"]] == [1, 2]
         tokens = result["classes"]["all tokens"]["tokens"]
@@ -390,17 +334,11 @@ class TestCommand:
         tensors = load_file(path)
         save_file({name: t.zero_() if name == "initial" else t for name, t in tensors.items()}, path)
         assert main(flags(folder, "--json", dataset=False)) == 0
-
-        def refuse(word):
-            raise AssertionError(word)
-
         out = capsys.readouterr().out
         for text in (out, (folder / "out" / "prompt.json").read_text()):
-            assert json.loads(text, parse_constant=refuse)["drift"][-1]["overall"] is None
-
-    def test_the_prompt_alone(self, folder, capsys):
-        assert main(flags(folder, "--json", dataset=False)) == 0
-        result = json.loads(capsys.readouterr().out)
+            assert json.loads(text, parse_constant=pytest.fail)["drift"][-1]["overall"] is None
+        # The prompt alone is looked at
+        result = json.loads(out)
         assert len(result["nearest"]) == 3
         assert "classes" not in result
         assert sorted(os.listdir(folder / "out")) == ["drift.png", "prompt.json", "similarity.png"]

@@ -1,12 +1,12 @@
 """What the plots share: one look, readable by colour-blind readers and in print, and files that are whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..files import whole_file
 
 
-__all__ = ["add_scale", "check_matplotlib", "line_colors", "new_figure", "save_figure"]
+__all__ = ["check_matplotlib", "finish_axes", "line_colors", "new_figure", "save_figure"]
 
 # Okabe and Ito's palette, without its yellow, which is too light for lines on white
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -31,7 +31,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def line_colors(number: int) -> Sequence[Any]:
-    """As many colours, all different: of a colour-blind-safe palette, or from dark to light where it has too few (viridis)."""
+    """As many colours, all different: of a colour-blind-safe palette, or from dark to light if it has too few (viridis)."""
     if number <= len(_COLORS):
         return _COLORS[:number]
     import matplotlib
@@ -40,13 +40,12 @@ def line_colors(number: int) -> Sequence[Any]:
     return [shades(0.92 * index / (number - 1)) for index in range(number)]
 
 
-def add_scale(figure: Any, axes: Any, colors: Sequence[Any], label: str) -> None:
-    """A scale beside `axes` that says which colour is which, from 1 on, where there are too many for a legend."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-
-    shades = ScalarMappable(Normalize(0.5, len(colors) + 0.5), ListedColormap(colors))
-    figure.colorbar(shades, ax=axes, label=label)
+def finish_axes(panels: Iterable[Any], xlabel: str) -> None:
+    """Of plots over whole numbers: steps, layers, positions."""
+    for panel in panels:
+        panel.set_xlabel(xlabel)
+        panel.grid(alpha=0.3, linewidth=0.5)
+        panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def save_figure(figure: Any, path: str) -> None:

@@ -1,7 +1,7 @@
 """What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens of an answer the
-teacher behind it differs from the plain teacher and from the student.
+prompted teacher differs from the plain one and from the student.
 
-Notation: `q` the student, `p` the plain teacher, `pP` the teacher behind the soft prompt.
+Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
 """
 
 from collections.abc import Sequence, Set
@@ -21,8 +21,6 @@ from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 __all__ = ["Change", "Drift", "PromptEffect", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
 
-_BLOCK = 8192  # embeddings of the vocabulary that exist in float32 at once
-
 
 @torch.no_grad()
 def nearest_tokens(
@@ -32,9 +30,9 @@ def nearest_tokens(
 
     Args:
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
-        teacher: Whose embeddings they are compared with, scaled where the model scales them.
+        teacher: Whose embeddings they are compared with, scaled if the model scales them.
         vocab_size (`int`): Number of ids that stand for tokens.
-        number (`int`): Tokens a virtual token.
+        number (`int`): Tokens per virtual token.
 
     Returns:
         For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those with the smallest
@@ -43,16 +41,10 @@ def nearest_tokens(
     """
     embeddings: Any = input_embeddings(teacher)
     device = embeddings.weight.device
-    prompt = soft_prompt.to(device)
-    cosines, distances, norms = [], [], []
-    for ids in torch.arange(vocab_size, device=device).split(_BLOCK):
-        block = embeddings(ids).float()
-        cosines.append(nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(block, dim=-1).T)
-        # Norms and products alone would lose the distance of a virtual token that has hardly moved
-        distances.append(torch.cdist(prompt, block, compute_mode="donot_use_mm_for_euclid_dist"))
-        norms.append(block.norm(dim=-1))
-    cosine = torch.cat(cosines, dim=1)  # (num_virtual_tokens, vocab)
-    distance = torch.cat(distances, dim=1) / torch.cat(norms).median()
+    prompt, vocab = soft_prompt.to(device), embeddings(torch.arange(vocab_size, device=device)).float()
+    cosine = nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(vocab, dim=-1).T
+    # Norms and products alone would lose the distance of a virtual token that has hardly moved
+    distance = torch.cdist(prompt, vocab, compute_mode="donot_use_mm_for_euclid_dist") / vocab.norm(dim=-1).median()
     number = min(number, vocab_size)
     chosen = {"cosine": cosine.topk(number).indices, "distance": distance.topk(number, largest=False).indices}
     return [
@@ -106,7 +98,7 @@ class Change:
         kl: KL(pP || p) there, in nats.
         context: The end of the text before it.
         token: The answer's own token there.
-        plain, prompted, student: The three likeliest tokens of each model with their probabilities; `student` is empty without one.
+        prompted, plain, student: The three likeliest tokens of each model with their probabilities; `student` is empty without one.
     """
 
     row: int
@@ -114,15 +106,15 @@ class Change:
     kl: float
     context: str
     token: str
-    plain: list[tuple[str, float]]
     prompted: list[tuple[str, float]]
-    student: list[tuple[str, float]]
+    plain: list[tuple[str, float]]
+    student: list[tuple[str, float]] = field(default_factory=list)
 
 
 @dataclass
 class PromptEffect:
     """
-    What a soft prompt does at the tokens of some answers, an entry a token.
+    What a soft prompt does at the tokens of some answers, an entry per token.
 
     Args:
         classes: The tokens' classes ([`~trl_promptkd.analysis.token_classes.token_classes`]).
@@ -132,14 +124,14 @@ class PromptEffect:
         changes: The places of the largest KL(pP || p) among them, the largest first.
     """
 
-    classes: list[str] = field(default_factory=list)
-    prompted_plain: list[float] = field(default_factory=list)
-    prompted_student: list[float] = field(default_factory=list)
-    changed: int = 0
-    changes: list[Change] = field(default_factory=list)
+    classes: list[str]
+    prompted_plain: list[float]
+    prompted_student: list[float]
+    changed: int
+    changes: list[Change]
 
     def by_class(self) -> dict[str, dict[str, float]]:
-        """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats a token, and
+        """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats per token, and
         `share`, its part of the sum of KL(pP || p). Last `all tokens`."""
         table = {}
         total = sum(self.prompted_plain)
@@ -167,58 +159,48 @@ def prompt_effect(
     vocab_size: int | None = None,
     max_changes: int = 20,
 ) -> PromptEffect:
-    """Compare the teacher behind a soft prompt with the plain teacher, and with the student, at every token of some answers.
+    """Compare the prompted teacher with the plain one, and with the student, at every token of some answers.
 
-    A token's values are those of the distributions of which it is the outcome: behind all tokens before it.
+    A token's values are those of the distributions of which it is the outcome: after all tokens before it.
 
     Args:
-        teacher, student: In evaluation mode; the student may be left out.
+        teacher, student: In evaluation mode; the student may be omitted.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): Stands before the teacher's input.
-        completion_ids: The answers, from whomever; none is empty.
+        completion_ids: The answers, from anyone; none is empty.
         ends: Ids that end a text.
         max_changes (`int`): Places to keep, at most.
 
     Raises:
-        ValueError: where a model's logits are not numbers.
+        ValueError: if a model's logits are not numbers.
     """
-    effect = PromptEffect()
-    passes: list[tuple[nn.Module, Tensor | None]] = [(teacher, soft_prompt), (teacher, None)]
-    passes += [] if student is None else [(student, None)]
+    passes = [(teacher, soft_prompt), (teacher, None)] + ([] if student is None else [(student, None)])
     pad = int(processing_class.pad_token_id)
-    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
-        prompts, completions = (rows[start : start + batch_size] for rows in (prompt_ids, completion_ids))
-        places = iter([(row, place) for row, ids in enumerate(completions) for place in range(len(ids))])
-        for prompt, completion in zip(prompts, completions, strict=True):
-            effect.classes += token_classes(prompt, completion, processing_class, ends)
-        found: list[Any] = []  # (KL, place, likeliest tokens of each model)
+    rows = list(zip(prompt_ids, completion_ids, strict=True))
+    kls: list[list[float]] = [[], []]  # KL(pP || p) and KL(pP || q)
+    likeliest: list[Any] = []  # of each token: the models' three likeliest ids with their probabilities
+    for start in tqdm(range(0, len(rows), batch_size), desc="Comparing", unit="batch"):
+        prompts, completions = zip(*rows[start : start + batch_size], strict=True)
         for log_probs in log_probs_together(passes, prompts, completions, pad, vocab_size):
-            prompted, plain, *of_student = log_probs
-            kl = kl_divergence(prompted, plain)
-            effect.prompted_plain += kl.tolist()
-            for student_log_probs in of_student:
-                effect.prompted_student += kl_divergence(prompted, student_log_probs).tolist()
-            changed = (prompted.argmax(dim=-1) != plain.argmax(dim=-1)).tolist()
-            effect.changed += sum(changed)
-            likeliest = zip(*map(_top, log_probs), strict=True)
-            # `changed` comes first: it ends first, and leaves the places of later tokens alone
-            found += [item[1:] for item in zip(changed, kl.tolist(), places, likeliest, strict=False) if item[0]]
-            found = sorted(found, key=lambda item: -item[0])[:max_changes]
-        for kl_there, (row, place), tops in found:
-            before = [*prompts[row], *completions[row][:place]]
-            texts = [[(token_text(i, before[-1], processing_class), share) for i, share in top] for top in tops]
-            change = Change(
-                row=start + row,
-                place=place,
-                kl=kl_there,
-                context=processing_class.decode(before[-64:], skip_special_tokens=False),
-                token=token_text(completions[row][place], before[-1], processing_class),
-                prompted=texts[0],
-                plain=texts[1],
-                student=texts[2] if student is not None else [],
-            )
-            effect.changes.append(change)
-        effect.changes = sorted(effect.changes, key=lambda change: -change.kl)[:max_changes]
-    return effect
+            for values, others in zip(kls, log_probs[1:], strict=False):
+                values += kl_divergence(log_probs[0], others).tolist()
+            likeliest += zip(*map(_top, log_probs), strict=True)
+    places = [(row, place) for row, (_, ids) in enumerate(rows) for place in range(len(ids))]
+    changed = [i for i, (prompted, plain, *_) in enumerate(likeliest) if prompted[0][0] != plain[0][0]]
+
+    def change(index: int) -> Change:
+        row, place = places[index]
+        before, token = [*rows[row][0], *rows[row][1][:place]], rows[row][1][place]
+        tops = [[(token_text(i, before[-1], processing_class), share) for i, share in top] for top in likeliest[index]]
+        context = processing_class.decode(before[-64:], skip_special_tokens=False)
+        return Change(row, place, kls[0][index], context, token_text(token, before[-1], processing_class), *tops)
+
+    return PromptEffect(
+        classes=[name for row in rows for name in token_classes(*row, processing_class, ends)],
+        prompted_plain=kls[0],
+        prompted_student=kls[1],
+        changed=len(changed),
+        changes=[change(index) for index in sorted(changed, key=lambda index: -kls[0][index])[:max_changes]],
+    )
 
 
 def _top(log_probs: Tensor) -> list[list[tuple[int, float]]]:

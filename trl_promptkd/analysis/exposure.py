@@ -1,7 +1,7 @@
 """Exposure bias: how much faster a student's errors add up on its own prefixes than on its teacher's.
 
 A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher and `q` the
-student, KL(p || q) at each position is measured twice: behind prefixes that the student has sampled, and behind prefixes that the
+student, KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and after prefixes that the
 teacher has.
 """
 
@@ -16,14 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..divergences import kl_divergence
 from ..generation.rollouts import generate_completions, rollout_seed
 from .asking import log_probs_together
-from .figures import line_colors, new_figure, save_figure
+from .figures import finish_axes, line_colors, new_figure, save_figure
 
 
 __all__ = ["ExposureBias", "exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
 
 READ_AT = 15  # the position at which the PromptKD paper reads ExAccErr
-_ROUNDING = 1e-6  # nats a token; below, KL divergences of float32 models are rounding
-_COVERAGE = 0.95  # of the intervals
+_ROUNDING = 1e-6  # nats per token; below, KL divergences of float32 models are rounding
+_TAILS = (0.025, 0.975)  # of the intervals
+_SHADED = 4  # lines whose intervals can be told apart
 
 
 def sample_prefixes(
@@ -37,8 +38,8 @@ def sample_prefixes(
 ) -> list[list[int]]:
     """One completion for each prompt, whose beginnings are the prefixes.
 
-    All models draw the same random numbers: a student that is close to its teacher then writes much the same, and chance plays a
-    smaller part in how they differ. A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
+    All models draw the same random numbers, so that two that are close write much the same, and differ less by chance. A row's numbers
+    depend on `seed` and its place alone; the global random state stays as it was.
 
     Args:
         generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
@@ -66,7 +67,7 @@ def prefix_kl(
     vocab_size: int | None = None,
     soft_prompt: Tensor | None = None,
 ) -> Tensor:
-    """KL(p || q) behind every prefix of some completions.
+    """KL(p || q) after every prefix of some completions.
 
     Args:
         student, teacher: `q` and `p`, in evaluation mode.
@@ -80,13 +81,8 @@ def prefix_kl(
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         completions = completion_ids[start : start + batch_size]
-        chunks = log_probs_together(
-            [(teacher, soft_prompt), (student, None)],
-            prompt_ids[start : start + batch_size],
-            completions,
-            pad_token_id,
-            vocab_size,
-        )
+        asked, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
+        chunks = log_probs_together(asked, prompts, completions, pad_token_id, vocab_size)
         values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
         rows += values.split([len(ids) for ids in completions])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
@@ -134,14 +130,14 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
     sampled from the student and from the teacher.
 
     The mean at a position is over the rows that still have it: those that have ended count no more. At position 1 there is no prefix,
-    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats a token: the student is the teacher) it is NaN.
+    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats per token: the student is the teacher) it is NaN.
     The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the rows, with replacement; both sides of a row are
     drawn together, as they share the prompt. Draws in which no row has a position are left out from there on, and without at least two
     rows there is no interval.
 
     Args:
         on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the teacher's
-            prefixes behind the same prompts; their widths may differ.
+            prefixes after the same prompts; their widths may differ.
         resamples (`int`): Draws for the interval.
         seed (`int`): Of the draws.
 
@@ -159,8 +155,8 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
     drawn = torch.randint(rows, (resamples, rows), generator=torch.Generator().manual_seed(seed))
     weights = torch.nn.functional.one_hot(drawn, rows).sum(dim=1).double()  # (resamples, rows)
     draws = _ex_acc_err(*(_means(weights, side).cumsum(dim=1) for side in sides))
-    tail = torch.tensor([(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2], dtype=torch.float64)
-    low, high = draws.nanquantile(tail, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
+    tails = torch.tensor(_TAILS, dtype=torch.float64)
+    low, high = draws.nanquantile(tails, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
     columns = (*means, regret, expected, _ex_acc_err(regret, expected), low, high, *counts)
     return ExposureBias(*(column.tolist() for column in columns))
 
@@ -185,42 +181,24 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     """
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, line_colors(len(students)), strict=True))
-    styles = dict(zip(teachers, ("-", "--", ":", "-."), strict=False))
-    entries = [*students, *(f"{teacher} teacher" for teacher in teachers)]
-    lines = -(-len(entries) // max(115 // (max(map(len, entries)) + 7), 1))  # of the legend
-    figure = new_figure(9, 6.6 + 0.2 * lines)
+    styles = dict(zip(teachers, ("-", "--"), strict=False))
+    figure = new_figure(9, 6.6 + 0.1 * len(results))
     axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
-    longest = max(map(ExposureBias.well_covered, results.values()))
-    intervals = "shaded" if len(results) <= 2 else f"bars at l = {READ_AT}" if len(results) <= 8 else None
-    for index, ((student, teacher), result) in enumerate(results.items()):
+    for (student, teacher), result in results.items():
         shown, color = result.well_covered(), colors[student]
         positions = range(1, shown + 1)
-        look = {"color": color, "linestyle": styles[teacher], "linewidth": 1.4, "marker": "o" if shown == 1 else None}
-        for panel, values in (("student", result.kl_on_student), ("teacher", result.kl_on_teacher)):
-            axes[panel].plot(positions, values[:shown], **look)
-        axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
-        if intervals == "shaded":
-            low, high = result.low[:shown], result.high[:shown]
-            axes["error"].fill_between(positions, low, high, color=color, alpha=0.13, linewidth=0)
-        elif intervals is not None and shown >= READ_AT:
-            at = result.at(READ_AT)
-            beside = READ_AT + 0.016 * longest * (index - (len(results) - 1) / 2)  # else bars would hide each other
-            axes["error"].vlines(beside, at["low"], at["high"], color=color, linestyle=styles[teacher], linewidth=2)
-    told = f" ({intervals}: 95 % interval over rows)" if intervals else ""
+        look = {"color": color, "linestyle": styles[teacher], "marker": "o" if shown == 1 else None}
+        axes["error"].plot(positions, result.ex_acc_err[:shown], label=f"{student}, {teacher} teacher", **look)
+        axes["student"].plot(positions, result.kl_on_student[:shown], **look)
+        axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
+        if len(results) <= _SHADED:
+            axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], color=color, alpha=0.1)
+    told = " (shaded: 95 % interval over rows)" if len(results) <= _SHADED else ""
     axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
     axes["error"].axhline(0, color="gray", linewidth=0.6)
-    if longest >= READ_AT and intervals in ("shaded", None):
-        axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
-    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats")
+    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats", ylim=(0, None))
     axes["teacher"].set(title="On the teacher's prefixes")
     axes["teacher"].sharey(axes["student"])
-    axes["student"].set_ylim(bottom=0)
-    for panel in axes.values():
-        panel.set_xlabel("position l")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.25, linewidth=0.6)
-    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
-    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
-    columns = -(-len(entries) // lines)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    finish_axes(axes.values(), "position l")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
     save_figure(figure, path)

@@ -56,7 +56,7 @@ def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str, start
     panels[1].set(title="Cosine with the start")
     finish_axes(panels, "step" if len(steps) > len(drifts) else "step (the last point: saved after the run)")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=13, fontsize=9, title="virtual token")
+    figure.legend(*handles, loc="outside lower center", ncols=11, fontsize=8, title="virtual token")
     save_figure(figure, path)
 
 

@@ -6,16 +6,13 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any
 
-from torch import Tensor
-
 from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
 from ..analysis.attention_plots import plot_heads, plot_measures
 from ..analysis.figures import check_matplotlib
 from ..analysis.saved_prompt import check_fits, find_prompts
-from ..models.limits import check_positions
-from ..models.tokenizer import check_same_tokenizer, shared_vocab_size
-from .analyze_common import add_analysis_arguments, at_least_one, number, save, tokenized_rows
-from .common import json_dict, load_model, load_tokenizer, needed_tokenizer, print_table, reporting, short_names
+from ..models.tokenizer import shared_vocab_size
+from .analyze_common import add_analysis_arguments, check_room, number, save, shared_tokenizer, tokenized_rows
+from .common import add_flags, at_least_one, load_model, print_table, reporting, short_names
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -26,13 +23,11 @@ def add_attention(commands: Any) -> None:
     attention = commands.add_parser("attention", help=told)
     add = attention.add_argument
     add("--models", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
-    add("--teacher", help="Hub id or folder")
     add("--prompt", help="folder of the teacher's soft prompt, or of its run: adds the prompted teacher")
-    add("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
-    add("--output_dir", required=True, help="folder for attention.json and the plots")
     add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
-    add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained, of all models")
+    add_flags(attention, "dataset", "output_dir", required=True)
+    add_flags(attention, "teacher", "model_init_kwargs")
     add_analysis_arguments(attention, rows=16)
     attention.set_defaults(run=reporting(run_attention))
 
@@ -42,9 +37,20 @@ def run_attention(args: argparse.Namespace) -> Any:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
     labels = short_names([*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`")
     check_matplotlib()
-    tokenizer = _shared_tokenizer(list(labels), args)
+    tokenizer = shared_tokenizer("--models", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code)
     rows = tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
-    models, prompts = _load(labels, args, tokenizer, max(len(r["prompt_ids"] + r["completion_ids"]) for r in rows))
+    prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
+    models: dict[str, Any] = {}
+    for name, label in labels.items():
+        models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
+        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
+        virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
+        check_room(f"model {name!r}", models[label], rows, 0, virtual)
+    prompts = {}
+    if prompt is not None:
+        teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
+        check_fits(prompt, teacher)
+        models[prompted], prompts[prompted] = teacher, prompt.embeddings
     report = measure_attention(models, rows, prompts, args.queries)
     result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
     save(args, "attention.json", result)
@@ -56,40 +62,6 @@ def run_attention(args: argparse.Namespace) -> Any:
         tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
         plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
     return result, lambda: show(report, args), 0
-
-
-def _shared_tokenizer(names: list[str], args: argparse.Namespace) -> Any:
-    """The first model's, after a look at the others': their attention is compared token by token."""
-    loading = (args.model_init_kwargs, args.trust_remote_code)
-    tokenizer = needed_tokenizer("--models", names[0], *loading)
-    for name in names[1:]:
-        other = load_tokenizer(name, *loading)
-        if other is None:
-            print(f"There is no tokenizer beside {name}; it runs with that of {names[0]}.")
-            continue
-        try:
-            check_same_tokenizer(tokenizer, other)
-        except ValueError as error:
-            raise ValueError(f"{names[0]!r} and {name!r} cannot be compared. {error}") from error
-    return tokenizer
-
-
-def _load(
-    labels: dict[str, str], args: argparse.Namespace, tokenizer: Any, longest_row: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The models by their labels, and the soft prompt by the prompted teacher's."""
-    prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
-    models: dict[str, Any] = {}
-    for name, label in labels.items():
-        models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
-        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
-        virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
-        check_positions(f"model {name!r}", models[label], virtual + longest_row, "Lower `--max_length`.")
-    if prompt is None:
-        return models, {}
-    teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
-    check_fits(prompt, teacher)
-    return {**models, prompted: teacher}, {prompted: prompt.embeddings}
 
 
 def show(report: AttentionReport, args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
-"""What the commands of `trl-promptkd analyze` share: flags, rows, how texts are sampled, and numbers in tables."""
+"""What the commands of `trl-promptkd analyze` share: flags, rows, tokenizers, how texts are sampled, and numbers in tables."""
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,36 +12,27 @@ from ..data import check_columns, tokenize_dataset
 from ..files import write_text
 from ..generation.rollouts import rollout_config
 from ..models.limits import check_positions
-from ..models.tokenizer import check_same_tokenizer, shared_vocab_size
-from .common import add_row_arguments, json_dict, json_text, load_rows, load_tokenizer, needed_tokenizer
-
-
-def at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a whole number, 1 or more")
-    return int(text)
+from ..models.tokenizer import check_same_tokenizer
+from .common import ROW_FLAGS, add_flags, at_least_one, json_text, load_rows, load_tokenizer, needed_tokenizer
 
 
 def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
     """Rows and output; models, `--dataset` and `--output_dir` are each command's own."""
-    add_row_arguments(command)
-    command.add_argument("--rows", type=at_least_one, default=rows, help=f"how many rows, from the first ({rows})")
+    add_flags(command, *ROW_FLAGS, "json", "trust_remote_code")
+    command.add_argument("--rows", type=at_least_one, default=rows, help="how many rows, from the first (%(default)s)")
     told = "longest row in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut"
     command.add_argument("--max_length", type=at_least_one, default=512, help=told)
-    command.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    command.add_argument("--trust_remote_code", action="store_true")
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
     """The teacher, how texts are sampled, and where files go."""
-    command.add_argument("--teacher", required=True, help="Hub id or folder")
-    told = f"longest sample ({max_new_tokens})"
+    add_flags(command, "teacher", required=True)
+    add_flags(command, "output_dir", default=output_dir)
+    add_flags(command, "student_init_kwargs", "teacher_init_kwargs")
+    told = "longest sample (%(default)s)"
     command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
     command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
     command.add_argument("--seed", type=int, default=42, help="of the samples (42)")
-    command.add_argument("--output_dir", default=output_dir, help=f"where the files go ({output_dir})")
-    for role in ("student", "teacher"):
-        command.add_argument(f"--{role}_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
 
 
 def save(args: argparse.Namespace, name: str, text: str | dict[str, Any]) -> None:
@@ -50,13 +41,25 @@ def save(args: argparse.Namespace, name: str, text: str | dict[str, Any]) -> Non
     write_text(os.path.join(args.output_dir, name), text if isinstance(text, str) else json_text(text))
 
 
-def tokenizer_of(args: argparse.Namespace, students: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, after it has been compared with the students'."""
-    tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
-    for student in students:
-        other = load_tokenizer(student, args.student_init_kwargs, args.trust_remote_code)
-        if other is not None:
-            check_same_tokenizer(other, tokenizer)
+def shared_tokenizer(flag: str, models: Mapping[str, dict[str, Any]], trust_remote_code: bool) -> Any:
+    """The tokenizer of the first model, compared with the others': distributions are compared token by token.
+
+    Args:
+        flag: By which the first one was given.
+        models: A name -> its keyword arguments for `from_pretrained`.
+    """
+    first, *others = models
+    tokenizer = needed_tokenizer(flag, first, models[first], trust_remote_code)
+    for name in others:
+        other = load_tokenizer(name, models[name], trust_remote_code)
+        if other is None:
+            print(f"There is no tokenizer beside {name}; it runs with that of {first}.")
+            continue
+        student, teacher = (other, tokenizer) if flag == "--teacher" else (tokenizer, other)
+        try:
+            check_same_tokenizer(student, teacher)
+        except ValueError as error:
+            raise ValueError(f"{first!r} and {name!r} cannot be compared. {error}") from error
     return tokenizer
 
 
@@ -76,16 +79,7 @@ def sampling_of(args: Any, teacher: PreTrainedModel, tokenizer: PreTrainedTokeni
     models end at the same ones."""
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generation_kwargs": None}
     settings = SimpleNamespace(max_new_tokens=args.max_new_tokens, **whole)
-    config: GenerationConfig = rollout_config(teacher, teacher, tokenizer, settings)
-    return config
-
-
-def compared_ids(tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel, student: PreTrainedModel | None) -> int:
-    """How many token ids are sampled and compared: the tokenizer's real ones, as far as both models have them."""
-    models = [teacher] if student is None else [teacher, student]
-    shared_vocab_size(models[-1], teacher, tokenizer)
-    sizes = [model.config.get_text_config().vocab_size for model in models]
-    return min(max(tokenizer.get_vocab().values()) + 1, *sizes)
+    return rollout_config(teacher, teacher, tokenizer, settings)
 
 
 def check_room(
@@ -93,7 +87,8 @@ def check_room(
 ) -> None:
     """Refuse rows that would run out of learned positions (GPT-2, OPT)."""
     longest = virtual + max(len(row["prompt_ids"]) + max(new_tokens, len(row["completion_ids"])) for row in rows)
-    check_positions(role, model, longest, "Lower `--max_length` or `--max_new_tokens`.")
+    remedy = "Lower `--max_length`." if not new_tokens else "Lower `--max_length` or `--max_new_tokens`."
+    check_positions(role, model, longest, remedy)
 
 
 def number(value: float, digits: int) -> str:

@@ -10,9 +10,10 @@ from torch import Tensor
 from ..analysis.exposure import READ_AT, ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
 from ..analysis.figures import check_matplotlib
 from ..analysis.saved_prompt import check_fits, find_prompts
+from ..models.tokenizer import shared_vocab_size
 from . import analyze_common as shared
 from .analyze_common import number
-from .common import load_model, print_table, reporting, short_names
+from .common import add_flags, load_model, print_table, reporting, short_names
 
 
 _COLUMNS = 5  # that fit on a screen beside each other
@@ -22,7 +23,7 @@ def add_exposure(commands: Any) -> None:
     told = "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)"
     exposure = commands.add_parser("exposure", help=told)
     exposure.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
-    exposure.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
+    add_flags(exposure, "dataset", required=True)
     exposure.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
     shared.add_analysis_arguments(exposure, rows=64)
     shared.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
@@ -51,12 +52,13 @@ def run_exposure(args: argparse.Namespace) -> Any:
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
     """By student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
-    tokenizer = shared.tokenizer_of(args, args.student)
+    loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.student, args.student_init_kwargs)}
+    tokenizer = shared.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     # Rows of like length are padded together
     prompts = sorted((row["prompt_ids"] for row in shared.tokenized_rows(args, tokenizer)), key=len, reverse=True)
     rows: list[dict[str, list[int]]] = [{"prompt_ids": ids, "completion_ids": []} for ids in prompts]
 
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
+    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     soft_prompts: dict[str, Tensor | None] = {"plain": None}
     if prompt is not None:
         check_fits(prompt, teacher)
@@ -64,16 +66,16 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
     virtual = 0 if prompt is None else len(prompt.embeddings)
     shared.check_room("teacher", teacher, rows, args.max_new_tokens, virtual)
     sampling = shared.sampling_of(args, teacher, tokenizer)
-    pad, ids = sampling.pad_token_id, shared.compared_ids(tokenizer, teacher, None)
+    pad, ids = sampling.pad_token_id, shared_vocab_size(teacher, teacher, tokenizer)
     of_teacher = {
         name: sample_prefixes(teacher, prompts, sampling, args.seed, args.batch_size, ids, soft_prompt)
         for name, soft_prompt in soft_prompts.items()
     }
     results: dict[tuple[str, str], ExposureBias] = {}
     for path in args.student:
-        student = load_model(path, args.student_init_kwargs, args.trust_remote_code).eval()
+        student = load_model(path, args.student_init_kwargs, args.trust_remote_code)
         shared.check_room("student", student, rows, args.max_new_tokens)
-        ids = shared.compared_ids(tokenizer, teacher, student)
+        ids = shared_vocab_size(student, teacher, tokenizer)
         of_student = sample_prefixes(student, prompts, sampling, args.seed, args.batch_size, ids)
         for name, soft_prompt in soft_prompts.items():
             how = (pad, args.batch_size, ids, soft_prompt)

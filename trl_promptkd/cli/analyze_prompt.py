@@ -14,9 +14,10 @@ from ..analysis.prompt import PromptEffect, nearest_tokens, prompt_drift, prompt
 from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..generation.rollouts import stop_ids
+from ..models.tokenizer import shared_vocab_size
 from . import analyze_common as shared
 from .analyze_common import number
-from .common import load_model, print_table, reporting
+from .common import add_flags, at_least_one, load_model, print_table, reporting
 
 
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
@@ -27,10 +28,10 @@ def add_prompt(commands: Any) -> None:
     add = prompt.add_argument
     add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
     add("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
-    add("--dataset", help="Hub id, or a .json, .jsonl, .csv or .parquet file; without it, the prompt alone is shown")
     add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
-    add("--nearest", type=shared.at_least_one, default=5, help="tokens to name for each virtual token (5)")
-    add("--examples", type=shared.at_least_one, default=30, help="places on the page of examples (30)")
+    add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
+    add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
+    add_flags(prompt, "dataset")  # without it, the prompt alone is shown
     shared.add_analysis_arguments(prompt, rows=32)
     shared.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
     prompt.set_defaults(run=reporting(run_prompt))
@@ -46,10 +47,12 @@ def run_prompt(args: argparse.Namespace) -> Any:
             remedy = "Pass one, or set `--responses dataset`." if not why else "Pass one."
             raise ValueError(f"`--responses` is 'student', but there is no `{flag}`{why}. {remedy}")
     prompts = find_prompts(args.prompt)
-    tokenizer = shared.tokenizer_of(args, [] if args.student is None else [args.student])
+    loaded = {args.teacher: args.teacher_init_kwargs}
+    loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
+    tokenizer = shared.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
     rows = [] if args.dataset is None else shared.tokenized_rows(args, tokenizer, needed)
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
+    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     check_fits(prompts[-1], teacher)
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
     result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
@@ -90,7 +93,7 @@ def look_at(
             by: [{"token": tokenizer.decode([i]), "id": i, "cosine": cos, "distance": away} for i, cos, away in tokens]
             for by, tokens in of_token.items()
         }
-        for of_token in nearest_tokens(last, teacher, shared.compared_ids(tokenizer, teacher, None), args.nearest)
+        for of_token in nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
     ]
     return {
         "looked_at": prompts[-1].folder,
@@ -113,9 +116,9 @@ def compare(
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
     shared.check_room("teacher", teacher, rows, sampled, len(soft_prompt))
     if args.student is not None:
-        student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code).eval()
+        student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code)
         shared.check_room("student", student, rows, sampled)
-    size, texts = shared.compared_ids(tokenizer, teacher, student), [row["prompt_ids"] for row in rows]
+    size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
     sampling = shared.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]
     if student is not None and sampled:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from datasets.exceptions import DatasetsError
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..data import name_columns
 from ..data.priming import PrimingTemplate
@@ -37,13 +35,36 @@ def json_dict(text: str) -> dict[str, Any]:
     return value
 
 
-def add_row_arguments(command: argparse.ArgumentParser) -> None:
-    """What a data set's rows are."""
-    command.add_argument("--dataset_config", help="its configuration")
-    command.add_argument("--dataset_split", default="train", help="its split, or a part of it: train[:1000]")
-    command.add_argument("--prompt_column", help="column to take as `prompt`")
-    command.add_argument("--completion_column", help="column to take as `completion`")
-    command.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a whole number, 1 or more")
+    return int(text)
+
+
+# Flags that several commands have; [`add_flags`]
+_INIT_KWARGS = {"type": json_dict, "default": {}, "help": "JSON for from_pretrained"}
+_FLAGS: dict[str, dict[str, Any]] = {
+    "model_init_kwargs": _INIT_KWARGS,
+    "student_init_kwargs": _INIT_KWARGS,
+    "teacher_init_kwargs": _INIT_KWARGS,
+    "trust_remote_code": {"action": "store_true"},
+    "teacher": {"help": "Hub id or folder"},
+    "dataset": {"help": "Hub id, or a .json, .jsonl, .csv or .parquet file"},
+    "dataset_config": {"help": "its configuration"},
+    "dataset_split": {"default": "train", "help": "its split, or a part of it: train[:1000]"},
+    "prompt_column": {"help": "column to take as `prompt`"},
+    "completion_column": {"help": "column to take as `completion`"},
+    "conversational": {"action": "store_true", "help": "make conversations of texts (chat template)"},
+    "output_dir": {"help": "folder for all that is written (%(default)s)"},
+    "json": {"action": "store_true", "help": "print JSON instead of tables"},
+}
+ROW_FLAGS = ("dataset_config", "dataset_split", "prompt_column", "completion_column", "conversational")
+
+
+def add_flags(command: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as `required=True`."""
+    for name in names:
+        command.add_argument(f"--{name}", **_FLAGS[name], **settings)
 
 
 def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:
@@ -77,18 +98,9 @@ def priming_of(args: Any) -> str | PrimingTemplate | None:
     return args.priming
 
 
-def without_nan(values: Any) -> Any:
-    """What is not finite, at any depth, as null: JSON has no word for it."""
-    if isinstance(values, dict):
-        return {key: without_nan(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [without_nan(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
 def json_text(values: dict[str, Any]) -> str:
-    """The JSON of a result, with null for what is not finite."""
-    return json.dumps(without_nan(values), indent=1, allow_nan=False)
+    """The JSON of a result, with null for what is not finite: JSON has no word for it."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda word: None), indent=1)
 
 
 def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
@@ -106,15 +118,15 @@ def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
 
 def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
     """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
-    console.print(Text(title), soft_wrap=True)
+    console.print(title, soft_wrap=True)
     table = Table(box=box.SIMPLE)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index < left else "right")
+        table.add_column(column, justify="left" if index < left else "right")
     for line in lines:
-        table.add_row(*(Text(str(cell)) for cell in line))
+        table.add_row(*map(str, line))
     console.print(table)
 
 
@@ -142,8 +154,9 @@ def load_rows(
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
+    """A model in evaluation mode, on the GPU if there is one."""
     print(f"Loading {name}", file=sys.stderr)
-    model = load_teacher(name, init_kwargs, trust_remote_code)
+    model = load_teacher(name, init_kwargs, trust_remote_code).eval()
     marks = ("quantization_method", "hf_device_map")  # of a model that is where it belongs already
     placed = any(getattr(model, mark, None) is not None for mark in marks)
     return model.to("cuda") if torch.cuda.is_available() and not placed else model

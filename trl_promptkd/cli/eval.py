@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
-from .common import FILE_SPLIT, json_dict, load_model, load_rows, needed_tokenizer, print_table, reporting, short_names
+from .common import FILE_SPLIT, add_flags, load_model, load_rows, needed_tokenizer, print_table, reporting, short_names
 
 
 # Flags that are settings of `evaluate_model` under the same names
@@ -42,9 +42,7 @@ def add_eval(tools: Any) -> None:
         add("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
         add("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
         add("--output_dir", help="keep the answers there; a run that starts again resumes")
-        add("--json", action="store_true", help="print JSON instead of a table")
-        add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
-        add("--trust_remote_code", action="store_true")
+        add_flags(command, "json", "model_init_kwargs", "trust_remote_code")
         if task == "instruct":
             add("--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})")
             add("--greedy", action="store_true", help="answer greedily instead, once")
@@ -64,7 +62,7 @@ def run_eval(args: argparse.Namespace) -> Any:
         for name, dataset in datasets.items()
     }
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    model = load_model(args.model, {"dtype": dtype, **args.model_init_kwargs}, args.trust_remote_code).eval()
+    model = load_model(args.model, {"dtype": dtype, **args.model_init_kwargs}, args.trust_remote_code)
     result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
     for path, name in names.items():
         about = {"source": path, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}

@@ -5,14 +5,13 @@ student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt
 """
 
 from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention
-from .exposure import ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
+from .exposure import exposure_bias, plot_exposure, prefix_kl, sample_prefixes
 from .prompt import nearest_tokens, prompt_drift, prompt_effect
 from .saved_prompt import find_prompts, initial_prompt, read_prompt
 
 
 __all__ = [
     "AttentionReport",
-    "ExposureBias",
     "HeadVariance",
     "exposure_bias",
     "find_prompts",

@@ -6,9 +6,9 @@ teacher has.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
+from pandas import DataFrame, RangeIndex
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,11 +19,10 @@ from .asking import log_probs_together
 from .figures import finish_axes, line_colors, new_figure, save_figure
 
 
-__all__ = ["ExposureBias", "exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
+__all__ = ["exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
 
 READ_AT = 15  # the position at which the PromptKD paper reads ExAccErr
 _ROUNDING = 1e-6  # nats per token; below, KL divergences of float32 models are rounding
-_TAILS = (0.025, 0.975)  # of the intervals
 _SHADED = 4  # lines whose intervals can be told apart
 
 
@@ -44,16 +43,15 @@ def sample_prefixes(
     Args:
         generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
         batch_size (`int`): Rows sampled at once; it changes nothing.
-        vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
+        vocab_size (`int`, *optional*): Number of ids that stand for tokens, if the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
     """
     completions: list[list[int]] = []
+    known = {"vocab_size": vocab_size, "soft_prompt": soft_prompt}
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Sampling", unit="batch"):
         part = prompt_ids[start : start + batch_size]
         seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
-        completions += generate_completions(
-            model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
-        )
+        completions += generate_completions(model, part, generation_config, row_seeds=seeds, **known)
     return completions
 
 
@@ -88,44 +86,7 @@ def prefix_kl(
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
-@dataclass(frozen=True)
-class ExposureBias:
-    """
-    Accumulated errors, a value for each position from 1 on. NaN stands where a value is not defined.
-
-    Args:
-        kl_on_student, kl_on_teacher: Mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats.
-        regret, expected: R(l) and eps(l): their sums up to the position.
-        ex_acc_err: ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, in percent.
-        low, high: Ends of its 95 % interval, by resampling rows.
-        rows_on_student, rows_on_teacher: How many rows have the position.
-    """
-
-    kl_on_student: list[float]
-    kl_on_teacher: list[float]
-    regret: list[float]
-    expected: list[float]
-    ex_acc_err: list[float]
-    low: list[float]
-    high: list[float]
-    rows_on_student: list[int]
-    rows_on_teacher: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ex_acc_err)
-
-    def at(self, position: int) -> dict[str, float]:
-        """All values at a position, the first of which is 1."""
-        return {name: values[position - 1] for name, values in vars(self).items()}
-
-    def well_covered(self) -> int:
-        """The last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
-        pairs = list(zip(self.rows_on_student, self.rows_on_teacher, strict=True))
-        wanted = max(0.1 * max(map(max, pairs)), 2)
-        return max((index + 1 for index, pair in enumerate(pairs) if min(pair) >= wanted), default=len(self))
-
-
-def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> ExposureBias:
+def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> DataFrame:
     """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean KL(p || q) on prefixes
     sampled from the student and from the teacher.
 
@@ -142,7 +103,12 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
         seed (`int`): Of the draws.
 
     Returns:
-        [`ExposureBias`], up to the last position that a row has on both sides.
+        `DataFrame`: a row for each position, from 1 up to the last one that a row of the data has on both sides. Its columns:
+
+        - `kl_on_student`, `kl_on_teacher`: mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats;
+        - `regret`, `expected`: R(l) and eps(l), their sums up to the position;
+        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent; NaN where it is not defined;
+        - `rows_on_student`, `rows_on_teacher`: how many rows have the position.
 
     Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.
     """
@@ -154,16 +120,23 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
     regret, expected = (mean.cumsum(dim=0) for mean in means)
     drawn = torch.randint(rows, (resamples, rows), generator=torch.Generator().manual_seed(seed))
     weights = torch.nn.functional.one_hot(drawn, rows).sum(dim=1).double()  # (resamples, rows)
-    draws = _ex_acc_err(*(_means(weights, side).cumsum(dim=1) for side in sides))
-    tails = torch.tensor(_TAILS, dtype=torch.float64)
+    # Means over the rows drawn, NaN where none has the position
+    drawn_means = [(weights @ side.nan_to_num(0.0)) / (weights @ side.isfinite().double()) for side in sides]
+    draws = _ex_acc_err(*(mean.cumsum(dim=1) for mean in drawn_means))
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = draws.nanquantile(tails, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
-    columns = (*means, regret, expected, _ex_acc_err(regret, expected), low, high, *counts)
-    return ExposureBias(*(column.tolist() for column in columns))
-
-
-def _means(weights: Tensor, side: Tensor) -> Tensor:
-    """Means over rows, `(draws, positions)`, with `weights` of shape `(draws, rows)`; NaN where no row has the position."""
-    return (weights @ side.nan_to_num(0.0)) / (weights @ side.isfinite().double())
+    columns = {
+        "kl_on_student": means[0],
+        "kl_on_teacher": means[1],
+        "regret": regret,
+        "expected": expected,
+        "ex_acc_err": _ex_acc_err(regret, expected),
+        "low": low,
+        "high": high,
+        "rows_on_student": counts[0],
+        "rows_on_teacher": counts[1],
+    }
+    return DataFrame(columns, index=RangeIndex(1, width + 1, name="position"))
 
 
 def _ex_acc_err(regret: Tensor, expected: Tensor) -> Tensor:
@@ -172,7 +145,14 @@ def _ex_acc_err(regret: Tensor, expected: Tensor) -> Tensor:
     return torch.where(defined, (regret - expected) / expected * 100, float("nan"))
 
 
-def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) -> None:
+def well_covered(found: DataFrame) -> DataFrame:
+    """Up to the last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
+    rows = found[["rows_on_student", "rows_on_teacher"]]
+    enough = rows.min(axis=1) >= max(0.1 * rows.max(axis=None), 2)
+    return found[: enough.sum()] if enough.any() else found
+
+
+def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> None:
     """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
 
     Args:
@@ -185,14 +165,13 @@ def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) ->
     figure = new_figure(9, 6.6 + 0.1 * len(results))
     axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
     for (student, teacher), result in results.items():
-        shown, color = result.well_covered(), colors[student]
-        positions = range(1, shown + 1)
-        look = {"color": color, "linestyle": styles[teacher], "marker": "o" if shown == 1 else None}
-        axes["error"].plot(positions, result.ex_acc_err[:shown], label=f"{student}, {teacher} teacher", **look)
-        axes["student"].plot(positions, result.kl_on_student[:shown], **look)
-        axes["teacher"].plot(positions, result.kl_on_teacher[:shown], **look)
+        shown, color = well_covered(result), colors[student]
+        look = {"color": color, "linestyle": styles[teacher], "marker": "o" if len(shown) == 1 else None}
+        axes["error"].plot(shown.ex_acc_err, label=f"{student}, {teacher} teacher", **look)
+        axes["student"].plot(shown.kl_on_student, **look)
+        axes["teacher"].plot(shown.kl_on_teacher, **look)
         if len(results) <= _SHADED:
-            axes["error"].fill_between(positions, result.low[:shown], result.high[:shown], color=color, alpha=0.1)
+            axes["error"].fill_between(shown.index, shown.low, shown.high, color=color, alpha=0.1)
     told = " (shaded: 95 % interval over rows)" if len(results) <= _SHADED else ""
     axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
     axes["error"].axhline(0, color="gray", linewidth=0.6)

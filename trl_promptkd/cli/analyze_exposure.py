@@ -7,7 +7,7 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from ..analysis.exposure import READ_AT, ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
+from ..analysis.exposure import READ_AT, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
 from ..analysis.figures import check_matplotlib
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
@@ -33,23 +33,22 @@ def add_exposure(commands: Any) -> None:
 def run_exposure(args: argparse.Namespace) -> Any:
     check_matplotlib()
     names = short_names(args.student, "`--student`")
-    results = measure(args)
+    found = measure(args)
     about = {key: getattr(args, key) for key in ("teacher", "prompt", "dataset", "rows", "max_new_tokens", "seed")}
-    positions = {key: list(map(result.at, range(1, len(result) + 1))) for key, result in results.items()}
-    curves = [{"student": key[0], "teacher": key[1], "positions": values} for key, values in positions.items()]
-    table = [
-        {"student": student, "teacher": teacher, "position": position, **values}
-        for (student, teacher), of_pair in positions.items()
-        for position, values in enumerate(of_pair, start=1)
+    curves = [
+        {"student": student, "teacher": teacher, "positions": positions.reset_index(drop=True).to_dict("records")}
+        for (student, teacher), positions in found.items()
     ]
-    shared.save(args, "exposure.json", {**about, "curves": curves})
-    shared.save(args, "exposure.csv", pandas.DataFrame(table).to_csv(index=False, lineterminator="\n"))
-    shown = {(names[student], teacher): result for (student, teacher), result in results.items()}
+    result = {**about, "curves": curves}
+    shared.save(args, "exposure.json", result)
+    table = pandas.concat(found, names=["student", "teacher"])
+    shared.save(args, "exposure.csv", table.to_csv(lineterminator="\n"))
+    shown = {(names[student], teacher): positions for (student, teacher), positions in found.items()}
     plot_exposure(shown, os.path.join(args.output_dir, "exposure.png"))
-    return {**about, "curves": curves}, lambda: show(shown, args.output_dir), 0
+    return result, lambda: show(shown, args.output_dir), 0
 
 
-def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
+def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]:
     """By student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.student, args.student_init_kwargs)}
@@ -71,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
         name: sample_prefixes(teacher, prompts, sampling, args.seed, args.batch_size, ids, soft_prompt)
         for name, soft_prompt in soft_prompts.items()
     }
-    results: dict[tuple[str, str], ExposureBias] = {}
+    results: dict[tuple[str, str], pandas.DataFrame] = {}
     for path in args.student:
         student = load_model(path, args.student_init_kwargs, args.trust_remote_code)
         shared.check_room("student", student, rows, args.max_new_tokens)
@@ -86,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
     return results
 
 
-def show(results: dict[tuple[str, str], ExposureBias], output_dir: str) -> None:
+def show(results: dict[tuple[str, str], pandas.DataFrame], output_dir: str) -> None:
     pairs = {f"{student}, {teacher} teacher": result for (student, teacher), result in results.items()}
     if len(pairs) <= _COLUMNS:
         positions = (1, *range(5, max(map(len, pairs.values())) + 1, 5))
@@ -95,17 +94,16 @@ def show(results: dict[tuple[str, str], ExposureBias], output_dir: str) -> None:
     lines = []
     for name, result in pairs.items():
         position = min(READ_AT, len(result))
-        at = result.at(position)
-        sums = [number(at["regret"], 3), number(at["expected"], 3), _cell(result, position)]
-        lines.append([name, position, *sums, f"{at['rows_on_student']}, {at['rows_on_teacher']}"])
+        at = result.loc[position]
+        sums = [number(at.regret, 3), number(at.expected, 3), _cell(result, position)]
+        lines.append([name, position, *sums, f"{at.rows_on_student:.0f}, {at.rows_on_teacher:.0f}"])
     columns = ["", "l", "R(l), nats", "eps(l), nats", "ExAccErr(l), %", "rows with l: student's, teacher's"]
     print_table(f"Read at l = {READ_AT}, or the last position before it", columns, lines)
     print(f"All positions: {os.path.join(output_dir, 'exposure.csv')} and .json; plot: exposure.png beside them.")
 
 
-def _cell(result: ExposureBias, position: int) -> str:
-    if position > len(result):
+def _cell(result: pandas.DataFrame, position: int) -> str:
+    if position not in result.index:
         return ""
-    at = result.at(position)
-    error, low, high = (number(at[name], 1) for name in ("ex_acc_err", "low", "high"))
-    return f"{error} ({low} to {high})" if at["low"] == at["low"] else error
+    error, low, high = (number(value, 1) for value in result.loc[position, ["ex_acc_err", "low", "high"]])
+    return f"{error} ({low} to {high})" if result.low[position] == result.low[position] else error

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from pandas import DataFrame
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import kl, log_probs
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
-from trl_promptkd.analysis.prompt import Change, Drift, nearest_tokens, prompt_drift, prompt_effect, similarity
+from trl_promptkd.analysis.prompt import Drift, by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from trl_promptkd.analysis.prompt_report import changes_page, plot_drift, plot_similarity
 from trl_promptkd.analysis.saved_prompt import find_prompts, initial_prompt
 from trl_promptkd.analysis.token_classes import TOKEN_CLASSES, token_classes
@@ -39,20 +40,20 @@ class TestNearestTokens:
         typical = float(embeddings.norm(dim=-1).median())
         for of_token, token, away in zip(found, (7, 21), (0.0, float(embeddings[21].norm()) / typical), strict=True):
             best = of_token["cosine"][0]
-            assert best[0] == token
-            assert best[1] == pytest.approx(1, abs=1e-5)
-            assert best[2] == pytest.approx(away, abs=1e-5)
-        assert found[0]["distance"][0][0] == 7
+            assert best["id"] == token
+            assert best["cosine"] == pytest.approx(1, abs=1e-5)
+            assert best["distance"] == pytest.approx(away, abs=1e-5)
+        assert found[0]["distance"][0]["id"] == 7
         expected = [float((2 * embeddings[21] - embeddings[i]).norm()) / typical for i in range(40)]
         by_distance = sorted(range(40), key=expected.__getitem__)[:3]
-        assert [token for token, _, _ in found[1]["distance"]] == by_distance
-        assert found[1]["distance"][0][2] == pytest.approx(expected[by_distance[0]], rel=1e-5)
+        assert [token["id"] for token in found[1]["distance"]] == by_distance
+        assert found[1]["distance"][0]["distance"] == pytest.approx(expected[by_distance[0]], rel=1e-5)
 
     def test_padding_of_the_vocabulary_is_never_near(self):
         teacher = tiny_model()
         embeddings = teacher.get_input_embeddings().weight.detach()
-        assert nearest_tokens(embeddings[35:36], teacher, 40)[0]["cosine"][0][0] == 35
-        assert all(token < 30 for token, _, _ in nearest_tokens(embeddings[35:36], teacher, 30)[0]["cosine"])
+        assert nearest_tokens(embeddings[35:36], teacher, 40)[0]["cosine"][0]["id"] == 35
+        assert all(token["id"] < 30 for token in nearest_tokens(embeddings[35:36], teacher, 30)[0]["cosine"])
 
 
 class TestDrift:
@@ -136,9 +137,8 @@ class TestPromptEffect:
     def test_it_equals_each_row_alone(self, family, batch_size):
         teacher, student, soft_prompt = tiny_model(family, seed=2), tiny_model(family, seed=1), some_prompt()
         tokenizer = tiny_tokenizer()
-        effect = prompt_effect(
-            teacher, soft_prompt, student, PROMPTS, ANSWERS, tokenizer, {0}, batch_size, max_changes=4
-        )
+        rest = (PROMPTS, ANSWERS, tokenizer, {0}, batch_size)
+        tokens, changes = prompt_effect(teacher, soft_prompt, student, *rest, max_changes=4)
         plain_kl, student_kl, moved = [], [], []
         with torch.no_grad():
             for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -150,26 +150,23 @@ class TestPromptEffect:
                     student_kl.append(float(kl(pp[place], q[place])))
                     if int(pp[place].argmax()) != int(p[place].argmax()):
                         moved.append((plain_kl[-1], row, place, pp[place], p[place], q[place]))
-        assert effect.prompted_plain == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
-        assert effect.prompted_student == pytest.approx(student_kl, rel=1e-3, abs=1e-5)
+        assert tokens.prompted_plain.tolist() == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
+        assert tokens.prompted_student.tolist() == pytest.approx(student_kl, rel=1e-3, abs=1e-5)
 
         classes = ["first token", "word start", "end of text", "first token", "first token"]
-        assert effect.classes[:5] == classes
-        table = effect.by_class()
+        assert tokens["class"][:5].tolist() == classes
+        table = by_class(tokens)
         firsts = [0, 3, 4]
-        assert table["first token"]["tokens"] == 3
-        assert table["first token"]["prompted_plain"] == pytest.approx(sum(plain_kl[i] for i in firsts) / 3, rel=1e-3)
-        assert table["first token"]["prompted_student"] == pytest.approx(
-            sum(student_kl[i] for i in firsts) / 3, rel=1e-3
-        )
-        assert table["all tokens"]["tokens"] == 10
-        assert table["all tokens"]["prompted_plain"] == pytest.approx(sum(plain_kl) / 10, rel=1e-3)
-        shares = [values["share"] for name, values in table.items() if name != "all tokens"]
-        assert sum(shares) == pytest.approx(1)
+        assert table.tokens["first token"] == 3
+        assert table.prompted_plain["first token"] == pytest.approx(sum(plain_kl[i] for i in firsts) / 3, rel=1e-3)
+        assert table.prompted_student["first token"] == pytest.approx(sum(student_kl[i] for i in firsts) / 3, rel=1e-3)
+        assert table.tokens["all tokens"] == 10
+        assert table.prompted_plain["all tokens"] == pytest.approx(sum(plain_kl) / 10, rel=1e-3)
+        assert table.share[:-1].sum() == pytest.approx(1)
 
-        assert effect.changed == len(moved) > 4
+        assert tokens.changed.sum() == len(moved) > 4
         moved.sort(key=lambda item: -item[0])
-        for change, (there, row, place, pp, p, q) in zip(effect.changes, moved[:4], strict=True):
+        for change, (there, row, place, pp, p, q) in zip(changes.itertuples(), moved[:4], strict=True):
             assert (change.row, change.place) == (row, place)
             assert change.kl == pytest.approx(there, rel=1e-3)
             for top, log_p in ((change.prompted, pp), (change.plain, p), (change.student, q)):
@@ -179,22 +176,27 @@ class TestPromptEffect:
             assert change.context == tokenizer.decode([*PROMPTS[row], *ANSWERS[row][:place]])
 
     def test_without_a_student(self):
-        effect = prompt_effect(tiny_model(), some_prompt(), None, PROMPTS, ANSWERS, tiny_tokenizer(), {0})
-        assert effect.prompted_student == []
-        assert "prompted_student" not in effect.by_class()["all tokens"]
-        assert all(change.student == [] for change in effect.changes)
+        tokens, changes = prompt_effect(tiny_model(), some_prompt(), None, PROMPTS, ANSWERS, tiny_tokenizer(), {0})
+        assert by_class(tokens).columns.tolist() == ["tokens", "prompted_plain", "share"]
+        assert "student" not in changes
+
+
+def changed(context, token, top):
+    names = ["row", "place", "kl", "context", "token", "prompted", "plain", "student"]
+    return DataFrame([[0, 1, 0.5, context, token, top, top, top]], columns=names)
 
 
 class TestPage:
     def test_text_from_data_is_escaped_and_whole(self):
         bad = "<script>alert('x')</script>" + "a" * 99
-        page = changes_page([Change(0, 1, 0.5, bad, bad, *[[(bad, 0.5)] * 3] * 3)], bad, bad)
+        page = changes_page(changed(bad, bad, [(bad, 0.5)] * 3), bad, bad)
         assert "<script" not in page
         assert page.count("&lt;script&gt;") == page.count("a" * 99) == 2 + 1 + 2 + 9
 
     def test_line_breaks_and_tabs_are_seen(self):
-        page = changes_page([Change(0, 1, 0.5, "a", "b", [("\n", 0.5)] * 3, [("\t", 0.5)] * 3)], "t", "s")
-        assert page.count(r"'\n' 0.500") == page.count(r"'\t' 0.500") == 3
+        page = changes_page(changed("a", "\n", [("\t", 0.5)] * 3), "t", "s")
+        assert page.count(r"'\n'") == 1
+        assert page.count(r"'\t' 0.500") == 9
 
 
 def saved_by_peft(folder, tokenizer=None, **settings):

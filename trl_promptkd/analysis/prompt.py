@@ -5,10 +5,12 @@ Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from pandas import DataFrame, concat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,13 +21,13 @@ from .asking import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 
-__all__ = ["Change", "Drift", "PromptEffect", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
+__all__ = ["Drift", "by_class", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
 
 
 @torch.no_grad()
 def nearest_tokens(
     soft_prompt: Tensor, teacher: PreTrainedModel, vocab_size: int, number: int = 5
-) -> list[dict[str, list[tuple[int, float, float]]]]:
+) -> list[dict[str, list[dict[str, Any]]]]:
     """The tokens whose input embeddings are nearest to each virtual token.
 
     Args:
@@ -36,7 +38,7 @@ def nearest_tokens(
 
     Returns:
         For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those with the smallest
-        Euclidean distance, each as (token id, cosine, distance). Distances are shares of the typical norm, the median norm of the
+        Euclidean distance, each as `{"id": ..., "cosine": ..., "distance": ...}`. Distances are shares of the typical norm, the median norm of the
         vocabulary's embeddings.
     """
     embeddings: Any = input_embeddings(teacher)
@@ -46,10 +48,13 @@ def nearest_tokens(
     # Norms and products alone would lose the distance of a virtual token that has hardly moved
     distance = torch.cdist(prompt, vocab, compute_mode="donot_use_mm_for_euclid_dist") / vocab.norm(dim=-1).median()
     number = min(number, vocab_size)
-    chosen = {"cosine": cosine.topk(number).indices, "distance": distance.topk(number, largest=False).indices}
+    chosen = {
+        "cosine": cosine.topk(number).indices.tolist(),
+        "distance": distance.topk(number, largest=False).indices.tolist(),
+    }
     return [
         {
-            by: [(int(i), float(cosine[row, i]), float(distance[row, i])) for i in ids[row]]
+            by: [{"id": i, "cosine": float(cosine[row, i]), "distance": float(distance[row, i])} for i in ids[row]]
             for by, ids in chosen.items()
         }
         for row in range(len(prompt))
@@ -88,64 +93,6 @@ def similarity(soft_prompt: Tensor) -> Tensor:
     return unit @ unit.T
 
 
-@dataclass(frozen=True)
-class Change:
-    """
-    A place where the soft prompt changed the teacher's likeliest next token.
-
-    Args:
-        row, place: Which row, and which token of its answer, from 0.
-        kl: KL(pP || p) there, in nats.
-        context: The end of the text before it.
-        token: The answer's own token there.
-        prompted, plain, student: The three likeliest tokens of each model with their probabilities; `student` is empty without one.
-    """
-
-    row: int
-    place: int
-    kl: float
-    context: str
-    token: str
-    prompted: list[tuple[str, float]]
-    plain: list[tuple[str, float]]
-    student: list[tuple[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class PromptEffect:
-    """
-    What a soft prompt does at the tokens of some answers, an entry per token.
-
-    Args:
-        classes: The tokens' classes ([`~trl_promptkd.analysis.token_classes.token_classes`]).
-        prompted_plain: KL(pP || p), in nats.
-        prompted_student: KL(pP || q), in nats; empty without a student.
-        changed: How many tokens there are at which the teacher's likeliest next token is another one.
-        changes: The places of the largest KL(pP || p) among them, the largest first.
-    """
-
-    classes: list[str]
-    prompted_plain: list[float]
-    prompted_student: list[float]
-    changed: int
-    changes: list[Change]
-
-    def by_class(self) -> dict[str, dict[str, float]]:
-        """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats per token, and
-        `share`, its part of the sum of KL(pP || p). Last `all tokens`."""
-        table = {}
-        total = sum(self.prompted_plain)
-        for name in (*TOKEN_CLASSES, "all tokens"):
-            places = [i for i, found in enumerate(self.classes) if name in (found, "all tokens")]
-            if places:
-                part = sum(self.prompted_plain[i] for i in places)
-                table[name] = {"tokens": len(places), "prompted_plain": part / len(places)}
-                if self.prompted_student:
-                    table[name]["prompted_student"] = sum(self.prompted_student[i] for i in places) / len(places)
-                table[name]["share"] = part / total if total > 0 else float("nan")
-        return table
-
-
 @torch.no_grad()
 def prompt_effect(
     teacher: PreTrainedModel,
@@ -158,7 +105,7 @@ def prompt_effect(
     batch_size: int = 8,
     vocab_size: int | None = None,
     max_changes: int = 20,
-) -> PromptEffect:
+) -> tuple[DataFrame, DataFrame]:
     """Compare the prompted teacher with the plain one, and with the student, at every token of some answers.
 
     A token's values are those of the distributions of which it is the outcome: after all tokens before it.
@@ -168,39 +115,57 @@ def prompt_effect(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): Stands before the teacher's input.
         completion_ids: The answers, from anyone; none is empty.
         ends: Ids that end a text.
-        max_changes (`int`): Places to keep, at most.
+        max_changes (`int`): Places to return, at most.
+
+    Returns:
+        Two `DataFrame`s. One has a row per token: its `class` ([`~trl_promptkd.analysis.token_classes.token_classes`]), `prompted_plain`,
+        which is KL(pP || p) in nats, with a student `prompted_student`, KL(pP || q), and `changed`: whether the teacher's likeliest next
+        token is another one. The other one has a row per changed token, those of the largest KL(pP || p) first: `row` and `place`, which row
+        and which token of its answer, from 0; `kl`, KL(pP || p); `context`, the end of the text before it; `token`, the answer's own; and
+        `plain`, `prompted` and, with one, `student`: the three likeliest tokens of each model with their probabilities.
 
     Raises:
         ValueError: if a model's logits are not numbers.
     """
-    passes = [(teacher, soft_prompt), (teacher, None)] + ([] if student is None else [(student, None)])
+    passes: dict[str, tuple[PreTrainedModel, Tensor | None]]
+    passes = {"prompted": (teacher, soft_prompt), "plain": (teacher, None)}
+    passes |= {} if student is None else {"student": (student, None)}
     pad = int(processing_class.pad_token_id)
     rows = list(zip(prompt_ids, completion_ids, strict=True))
-    kls: list[list[float]] = [[], []]  # KL(pP || p) and KL(pP || q)
+    kls: dict[str, list[float]] = {f"prompted_{name}": [] for name in passes if name != "prompted"}
     likeliest: list[Any] = []  # of each token: the models' three likeliest ids with their probabilities
     for start in tqdm(range(0, len(rows), batch_size), desc="Comparing", unit="batch"):
         prompts, completions = zip(*rows[start : start + batch_size], strict=True)
-        for log_probs in log_probs_together(passes, prompts, completions, pad, vocab_size):
-            for values, others in zip(kls, log_probs[1:], strict=False):
+        for log_probs in log_probs_together(list(passes.values()), prompts, completions, pad, vocab_size):
+            for values, others in zip(kls.values(), log_probs[1:], strict=True):
                 values += kl_divergence(log_probs[0], others).tolist()
             likeliest += zip(*map(_top, log_probs), strict=True)
+    classes = [name for row in rows for name in token_classes(*row, processing_class, ends)]
+    tokens = DataFrame({"class": classes, **kls})
+    tokens["changed"] = [prompted[0][0] != plain[0][0] for prompted, plain, *_ in likeliest]
+
     places = [(row, place) for row, (_, ids) in enumerate(rows) for place in range(len(ids))]
-    changed = [i for i, (prompted, plain, *_) in enumerate(likeliest) if prompted[0][0] != plain[0][0]]
-
-    def change(index: int) -> Change:
+    changes = []
+    for index in tokens[tokens.changed].nlargest(max_changes, "prompted_plain").index:
         row, place = places[index]
-        before, token = [*rows[row][0], *rows[row][1][:place]], rows[row][1][place]
-        tops = [[(token_text(i, before[-1], processing_class), share) for i, share in top] for top in likeliest[index]]
+        prompt, answer = rows[row]
+        before = [*prompt, *answer[:place]]
         context = processing_class.decode(before[-64:], skip_special_tokens=False)
-        return Change(row, place, kls[0][index], context, token_text(token, before[-1], processing_class), *tops)
+        text = partial(token_text, before=before[-1], tokenizer=processing_class)
+        tops = [[(text(i), share) for i, share in top] for top in likeliest[index]]
+        changes.append([row, place, tokens.prompted_plain[index], context, text(answer[place]), *tops])
+    return tokens, DataFrame(changes, columns=["row", "place", "kl", "context", "token", *passes])
 
-    return PromptEffect(
-        classes=[name for row in rows for name in token_classes(*row, processing_class, ends)],
-        prompted_plain=kls[0],
-        prompted_student=kls[1],
-        changed=len(changed),
-        changes=[change(index) for index in sorted(changed, key=lambda index: -kls[0][index])[:max_changes]],
-    )
+
+def by_class(tokens: DataFrame) -> DataFrame:
+    """For each class of [`prompt_effect`]'s tokens that occurs, and last `all tokens`: how many `tokens`, the means `prompted_plain` and, with a
+    student, `prompted_student` in nats per token, and `share`, the part of the sum of KL(pP || p)."""
+    kls = tokens.drop(columns="changed")
+    kls = concat([kls, kls.assign(**{"class": "all tokens"})]).groupby("class")
+    table = kls.mean()
+    table.insert(0, "tokens", kls.size())
+    table["share"] = kls.prompted_plain.sum() / tokens.prompted_plain.sum()
+    return table.reindex([name for name in (*TOKEN_CLASSES, "all tokens") if name in table.index])
 
 
 def _top(log_probs: Tensor) -> list[list[tuple[int, float]]]:

@@ -1,31 +1,27 @@
 """The analysis of a soft prompt for a reader: plots, and a page of the places where it changed what the teacher says next."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import pandas
+from pandas import DataFrame, option_context
 from torch import Tensor
 
 from .figures import finish_axes, line_colors, new_figure, save_figure
-from .prompt import Change, Drift
+from .prompt import Drift
 
 
 __all__ = ["changes_page", "plot_classes", "plot_drift", "plot_similarity"]
 
 
-def plot_classes(by_class: Mapping[str, Mapping[str, float]], path: str) -> None:
-    """Mean KL divergences by token class, with the number of tokens.
-
-    Args:
-        by_class: Of [`~trl_promptkd.analysis.prompt.PromptEffect.by_class`].
-    """
+def plot_classes(classes: DataFrame, path: str) -> None:
+    """Mean KL divergences by token class, of [`~trl_promptkd.analysis.prompt.by_class`]."""
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
-    keys = [key for key in titles if key in by_class["all tokens"]]
-    figure = new_figure(5 * len(keys), 1 + 0.36 * len(by_class))
+    keys = [key for key in titles if key in classes]
+    figure = new_figure(5 * len(keys), 1 + 0.36 * len(classes))
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
-    names = [f"{name} ({values['tokens']:,})" for name, values in by_class.items()]
+    names = [f"{name} ({tokens:,})" for name, tokens in classes.tokens.items()]
     for panel, key, color in zip(panels, keys, line_colors(2), strict=False):
-        bars = panel.barh(names, [values[key] for values in by_class.values()], color=color, height=0.7)
+        bars = panel.barh(names, classes[key], color=color, height=0.7)
         panel.bar_label(bars, fmt="%#.3g", padding=3, fontsize=9)
         panel.set(title=titles[key], xlabel="mean, nats per token")
         panel.margins(x=0.16)
@@ -71,24 +67,28 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
     save_figure(figure, path)
 
 
-def changes_page(changes: Sequence[Change], title: str, summary: str) -> str:
-    """An HTML page of the places where the teacher's likeliest next token changed, the largest KL(prompted || plain) first.
+def changes_page(changes: DataFrame, title: str, summary: str) -> str:
+    """An HTML page of the places where the teacher's likeliest next token changed, of [`~trl_promptkd.analysis.prompt.prompt_effect`].
 
     All text is escaped: it comes from data and models. Line breaks and tabs are written as `\\n` and `\\t`.
     """
-    columns = ["row, token (from 0)", "KL(prompted || plain), nats", "text before", "the answer's token"]
-    columns += ["plain teacher", "prompted teacher", "student"]
-    lines = [
-        [f"{change.row}, {change.place}", f"{change.kl:.3f}", change.context, repr(change.token)]
-        + [
-            ", ".join(f"{text!r} {p:.3f}" for text, p in top)
-            for top in (change.plain, change.prompted, change.student)
-        ]
-        for change in changes
-    ]
-    table = pandas.DataFrame(lines, columns=columns)
-    with pandas.option_context("display.max_colwidth", None):
-        body = table.to_html(index=False, justify="left")
+    formats = {name: _probabilities for name in ("prompted", "plain", "student") if name in changes}
+    names = {
+        "row": "row (from 0)",
+        "place": "token (from 0)",
+        "kl": "KL(prompted || plain), nats",
+        "context": "text before",
+    }
+    with option_context("display.max_colwidth", None):
+        table = changes.to_html(
+            header=[names.get(name, name) for name in changes.columns],
+            index=False,
+            formatters={"kl": "{:.3f}".format, "token": repr, **formats},
+        )
     head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
     style = "<style>td { white-space: pre-wrap; vertical-align: top }</style>\n"
-    return f"{head}{style}<h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n{body}\n</html>\n"
+    return f"{head}{style}<h1>{html.escape(title)}</h1>\n<p>{html.escape(summary)}</p>\n{table}\n</html>\n"
+
+
+def _probabilities(tokens: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{text!r} {probability:.3f}" for text, probability in tokens)

@@ -5,12 +5,13 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from pandas import DataFrame
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.exposure import sample_prefixes
 from ..analysis.figures import check_matplotlib
-from ..analysis.prompt import PromptEffect, nearest_tokens, prompt_drift, prompt_effect, similarity
+from ..analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..generation.rollouts import stop_ids
@@ -39,13 +40,14 @@ def add_prompt(commands: Any) -> None:
 
 def run_prompt(args: argparse.Namespace) -> Any:
     check_matplotlib()
-    for flag, value, why in (
-        ("--student", args.student, ""),
-        ("--dataset", args.dataset, ", whose prompts it answers"),
-    ):
-        if args.responses == "student" and value is None:
-            remedy = "Pass one, or set `--responses dataset`." if not why else "Pass one."
-            raise ValueError(f"`--responses` is 'student', but there is no `{flag}`{why}. {remedy}")
+    if args.responses == "student" and args.student is None:
+        raise ValueError(
+            "`--responses` is 'student', but there is no `--student`. Pass one, or set `--responses dataset`."
+        )
+    if args.responses == "student" and args.dataset is None:
+        raise ValueError(
+            "`--responses` is 'student', but there is no `--dataset`, whose prompts it answers. Pass one."
+        )
     prompts = find_prompts(args.prompt)
     loaded = {args.teacher: args.teacher_init_kwargs}
     loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
@@ -58,18 +60,18 @@ def run_prompt(args: argparse.Namespace) -> Any:
     result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
     summary = None
     if rows:
-        effect = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
-        classes, changed, total = effect.by_class(), effect.changed, len(effect.classes)
+        tokens, changes = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
+        classes, changed = by_class(tokens), int(tokens.changed.sum())
         whose = "the data's answers" if args.responses == "dataset" else "the student's samples"
         summary = (
-            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {total:,} tokens "
-            f"({100 * changed / total:.1f} %) of {whose}."
+            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {len(tokens):,} tokens "
+            f"({100 * changed / len(tokens):.1f} %) of {whose}."
         )
         plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
         title = "Where the soft prompt changed the teacher's next token"
-        shared.save(args, "changes.html", changes_page(effect.changes, title, summary))
-        changes = [asdict(change) for change in effect.changes]
-        result |= {"classes": classes, "changed": {"tokens": changed, "of": total}, "changes": changes}
+        shared.save(args, "changes.html", changes_page(changes, title, summary))
+        result |= {"classes": classes.to_dict("index"), "changed": {"tokens": changed, "of": len(tokens)}}
+        result["changes"] = changes.to_dict("records")
     shared.save(args, "prompt.json", result)
     return result, lambda: show(result, summary, args.output_dir), 0
 
@@ -88,13 +90,9 @@ def look_at(
     if len(drifts) > 1:
         start = drifts[0][1] or 0 if initial is prompts[0].embeddings else 0
         plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
-    nearest = [
-        {
-            by: [{"token": tokenizer.decode([i]), "id": i, "cosine": cos, "distance": away} for i, cos, away in tokens]
-            for by, tokens in of_token.items()
-        }
-        for of_token in nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
-    ]
+    nearest = nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
+    for token in (token for of_token in nearest for tokens in of_token.values() for token in tokens):
+        token["token"] = tokenizer.decode([token["id"]])
     return {
         "looked_at": prompts[-1].folder,
         "nearest": nearest,
@@ -110,7 +108,7 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, list[int]]],
     args: argparse.Namespace,
-) -> PromptEffect:
+) -> tuple[DataFrame, DataFrame]:
     student, sampled = None, 0
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
@@ -121,7 +119,7 @@ def compare(
     size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
     sampling = shared.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]
-    if student is not None and sampled:
+    if sampled:
         completions = sample_prefixes(student, texts, sampling, args.seed, args.batch_size, size)
     how = (tokenizer, stop_ids(sampling), args.batch_size, size, args.examples)
     return prompt_effect(teacher, soft_prompt, student, texts, completions, *how)

@@ -21,7 +21,7 @@ from trl_promptkd.analysis.attention import (
     same_depth,
     visible_entries,
 )
-from trl_promptkd.analysis.attention_plots import plot_heads
+from trl_promptkd.analysis.plots import plot_heads
 from trl_promptkd.cli import main
 from trl_promptkd.data import tokenize_row
 

@@ -11,8 +11,8 @@ from tiny import prompt_dataset, save_models, save_rows, tiny_model, tiny_tokeni
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
-from trl_promptkd.analysis.exposure import exposure_bias, plot_exposure, prefix_kl, sample_prefixes, well_covered
-from trl_promptkd.analysis.figures import check_matplotlib
+from trl_promptkd.analysis.exposure import exposure_bias, prefix_kl, sample_prefixes
+from trl_promptkd.analysis.plots import well_covered, check_matplotlib, plot_exposure
 from trl_promptkd.cli import main
 
 

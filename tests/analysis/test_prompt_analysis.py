@@ -15,8 +15,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
+from trl_promptkd.analysis.plots import changes_page, plot_drift, plot_similarity
 from trl_promptkd.analysis.prompt import Drift, by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
-from trl_promptkd.analysis.prompt_report import changes_page, plot_drift, plot_similarity
 from trl_promptkd.analysis.saved_prompt import find_prompts, initial_prompt
 from trl_promptkd.analysis.token_classes import TOKEN_CLASSES, token_classes
 from trl_promptkd.cli import main

@@ -5,7 +5,7 @@ student, KL(p || q) at each position is measured twice: after prefixes that the 
 teacher has.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from pandas import DataFrame, RangeIndex
@@ -16,14 +16,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..divergences import kl_divergence
 from ..generation.rollouts import generate_completions, rollout_seed
 from .asking import log_probs_together
-from .figures import finish_axes, line_colors, new_figure, save_figure
 
 
-__all__ = ["exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
+__all__ = ["exposure_bias", "prefix_kl", "sample_prefixes"]
 
 READ_AT = 15  # the position at which the PromptKD paper reads ExAccErr
 _ROUNDING = 1e-6  # nats per token; below, KL divergences of float32 models are rounding
-_SHADED = 4  # lines whose intervals can be told apart
 
 
 def sample_prefixes(
@@ -143,41 +141,3 @@ def _ex_acc_err(regret: Tensor, expected: Tensor) -> Tensor:
     positions = torch.arange(1, expected.size(-1) + 1)
     defined = expected > _ROUNDING * positions
     return torch.where(defined, (regret - expected) / expected * 100, float("nan"))
-
-
-def well_covered(found: DataFrame) -> DataFrame:
-    """Up to the last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
-    rows = found[["rows_on_student", "rows_on_teacher"]]
-    enough = rows.min(axis=1) >= max(0.1 * rows.max(axis=None), 2)
-    return found[: enough.sum()] if enough.any() else found
-
-
-def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> None:
-    """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
-
-    Args:
-        results: By student and teacher.
-        path: Of the PNG file.
-    """
-    students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
-    colors = dict(zip(students, line_colors(len(students)), strict=True))
-    styles = dict(zip(teachers, ("-", "--"), strict=False))
-    figure = new_figure(9, 6.6 + 0.1 * len(results))
-    axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
-    for (student, teacher), result in results.items():
-        shown, color = well_covered(result), colors[student]
-        look = {"color": color, "linestyle": styles[teacher], "marker": "o" if len(shown) == 1 else None}
-        axes["error"].plot(shown.ex_acc_err, label=f"{student}, {teacher} teacher", **look)
-        axes["student"].plot(shown.kl_on_student, **look)
-        axes["teacher"].plot(shown.kl_on_teacher, **look)
-        if len(results) <= _SHADED:
-            axes["error"].fill_between(shown.index, shown.low, shown.high, color=color, alpha=0.1)
-    told = " (shaded: 95 % interval over rows)" if len(results) <= _SHADED else ""
-    axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
-    axes["error"].axhline(0, color="gray", linewidth=0.6)
-    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats", ylim=(0, None))
-    axes["teacher"].set(title="On the teacher's prefixes")
-    axes["teacher"].sharey(axes["student"])
-    finish_axes(axes.values(), "position l")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    save_figure(figure, path)

@@ -7,12 +7,12 @@ from statistics import mean
 from typing import Any
 
 from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
-from ..analysis.attention_plots import plot_heads, plot_measures
-from ..analysis.figures import check_matplotlib
+from ..analysis.plots import check_matplotlib, plot_heads, plot_measures
 from ..analysis.saved_prompt import check_fits, find_prompts
+from ..models.limits import check_positions
 from ..models.tokenizer import shared_vocab_size
-from .analyze_common import add_analysis_arguments, check_room, number, save, shared_tokenizer, tokenized_rows
-from .common import add_flags, at_least_one, load_model, print_table, reporting, short_names
+from . import common
+from .common import add_flags, at_least_one, number, print_table
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -28,24 +28,29 @@ def add_attention(commands: Any) -> None:
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
     add_flags(attention, "dataset", "output_dir", required=True)
     add_flags(attention, "teacher", "model_init_kwargs")
-    add_analysis_arguments(attention, rows=16)
-    attention.set_defaults(run=reporting(run_attention))
+    common.add_analysis_arguments(attention, rows=16)
+    attention.set_defaults(run=common.reporting(run_attention))
 
 
 def run_attention(args: argparse.Namespace) -> Any:
     if args.prompt is not None and args.teacher is None:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
-    labels = short_names([*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`")
+    labels = common.short_names(
+        [*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`"
+    )
     check_matplotlib()
-    tokenizer = shared_tokenizer("--models", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code)
-    rows = tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
+    tokenizer = common.shared_tokenizer(
+        "--models", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code
+    )
+    rows = common.tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     models: dict[str, Any] = {}
     for name, label in labels.items():
-        models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
+        models[label] = common.load_model(name, args.model_init_kwargs, args.trust_remote_code)
         shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
         virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
-        check_room(f"model {name!r}", models[label], rows, 0, virtual)
+        check_positions(f"model {name!r}", models[label], virtual + longest, "Lower `--max_length`.")
     prompts = {}
     if prompt is not None:
         teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
@@ -53,7 +58,7 @@ def run_attention(args: argparse.Namespace) -> Any:
         models[prompted], prompts[prompted] = teacher, prompt.embeddings
     report = measure_attention(models, rows, prompts, args.queries)
     result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
-    save(args, "attention.json", result)
+    common.save(args, "attention.json", result)
     plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
     shown = report.heads[: args.heads]
     if shown:

@@ -7,13 +7,12 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from ..analysis.exposure import READ_AT, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
-from ..analysis.figures import check_matplotlib
+from ..analysis.exposure import READ_AT, exposure_bias, prefix_kl, sample_prefixes
+from ..analysis.plots import check_matplotlib, plot_exposure
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
-from . import analyze_common as shared
-from .analyze_common import number
-from .common import add_flags, load_model, print_table, reporting, short_names
+from . import common
+from .common import number, print_table
 
 
 _COLUMNS = 5  # that fit on a screen beside each other
@@ -23,16 +22,16 @@ def add_exposure(commands: Any) -> None:
     told = "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)"
     exposure = commands.add_parser("exposure", help=told)
     exposure.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
-    add_flags(exposure, "dataset", required=True)
+    common.add_flags(exposure, "dataset", required=True)
     exposure.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
-    shared.add_analysis_arguments(exposure, rows=64)
-    shared.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
-    exposure.set_defaults(run=reporting(run_exposure))
+    common.add_analysis_arguments(exposure, rows=64)
+    common.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
+    exposure.set_defaults(run=common.reporting(run_exposure))
 
 
 def run_exposure(args: argparse.Namespace) -> Any:
     check_matplotlib()
-    names = short_names(args.student, "`--student`")
+    names = common.short_names(args.student, "`--student`")
     found = measure(args)
     about = {key: getattr(args, key) for key in ("teacher", "prompt", "dataset", "rows", "max_new_tokens", "seed")}
     curves = [
@@ -40,9 +39,9 @@ def run_exposure(args: argparse.Namespace) -> Any:
         for (student, teacher), positions in found.items()
     ]
     result = {**about, "curves": curves}
-    shared.save(args, "exposure.json", result)
+    common.save(args, "exposure.json", result)
     table = pandas.concat(found, names=["student", "teacher"])
-    shared.save(args, "exposure.csv", table.to_csv(lineterminator="\n"))
+    common.save(args, "exposure.csv", table.to_csv(lineterminator="\n"))
     shown = {(names[student], teacher): positions for (student, teacher), positions in found.items()}
     plot_exposure(shown, os.path.join(args.output_dir, "exposure.png"))
     return result, lambda: show(shown, args.output_dir), 0
@@ -52,19 +51,15 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]
     """By student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.student, args.student_init_kwargs)}
-    tokenizer = shared.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
+    tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     # Rows of like length are padded together
-    prompts = sorted((row["prompt_ids"] for row in shared.tokenized_rows(args, tokenizer)), key=len, reverse=True)
-    rows: list[dict[str, list[int]]] = [{"prompt_ids": ids, "completion_ids": []} for ids in prompts]
-
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+    prompts = sorted((row["prompt_ids"] for row in common.tokenized_rows(args, tokenizer)), key=len, reverse=True)
+    teacher = common.load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     soft_prompts: dict[str, Tensor | None] = {"plain": None}
     if prompt is not None:
         check_fits(prompt, teacher)
         soft_prompts["prompted"] = prompt.embeddings
-    virtual = 0 if prompt is None else len(prompt.embeddings)
-    shared.check_room("teacher", teacher, rows, args.max_new_tokens, virtual)
-    sampling = shared.sampling_of(args, teacher, tokenizer)
+    sampling = common.sampling_of(args, teacher, tokenizer)
     pad, ids = sampling.pad_token_id, shared_vocab_size(teacher, teacher, tokenizer)
     of_teacher = {
         name: sample_prefixes(teacher, prompts, sampling, args.seed, args.batch_size, ids, soft_prompt)
@@ -72,8 +67,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]
     }
     results: dict[tuple[str, str], pandas.DataFrame] = {}
     for path in args.student:
-        student = load_model(path, args.student_init_kwargs, args.trust_remote_code)
-        shared.check_room("student", student, rows, args.max_new_tokens)
+        student = common.load_model(path, args.student_init_kwargs, args.trust_remote_code)
         ids = shared_vocab_size(student, teacher, tokenizer)
         of_student = sample_prefixes(student, prompts, sampling, args.seed, args.batch_size, ids)
         for name, soft_prompt in soft_prompts.items():

@@ -10,15 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.exposure import sample_prefixes
-from ..analysis.figures import check_matplotlib
+from ..analysis.plots import changes_page, check_matplotlib, plot_classes, plot_drift, plot_similarity
 from ..analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
-from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..generation.rollouts import stop_ids
 from ..models.tokenizer import shared_vocab_size
-from . import analyze_common as shared
-from .analyze_common import number
-from .common import add_flags, at_least_one, load_model, print_table, reporting
+from . import common
+from .common import at_least_one, load_model, number, print_table
 
 
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
@@ -32,10 +30,10 @@ def add_prompt(commands: Any) -> None:
     add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
     add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
     add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
-    add_flags(prompt, "dataset")  # without it, the prompt alone is shown
-    shared.add_analysis_arguments(prompt, rows=32)
-    shared.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
-    prompt.set_defaults(run=reporting(run_prompt))
+    common.add_flags(prompt, "dataset")  # without it, the prompt alone is shown
+    common.add_analysis_arguments(prompt, rows=32)
+    common.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
+    prompt.set_defaults(run=common.reporting(run_prompt))
 
 
 def run_prompt(args: argparse.Namespace) -> Any:
@@ -51,9 +49,9 @@ def run_prompt(args: argparse.Namespace) -> Any:
     prompts = find_prompts(args.prompt)
     loaded = {args.teacher: args.teacher_init_kwargs}
     loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
-    tokenizer = shared.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
+    tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
-    rows = [] if args.dataset is None else shared.tokenized_rows(args, tokenizer, needed)
+    rows = [] if args.dataset is None else common.tokenized_rows(args, tokenizer, needed)
     teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     check_fits(prompts[-1], teacher)
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
@@ -69,10 +67,10 @@ def run_prompt(args: argparse.Namespace) -> Any:
         )
         plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
         title = "Where the soft prompt changed the teacher's next token"
-        shared.save(args, "changes.html", changes_page(changes, title, summary))
+        common.save(args, "changes.html", changes_page(changes, title, summary))
         result |= {"classes": classes.to_dict("index"), "changed": {"tokens": changed, "of": len(tokens)}}
         result["changes"] = changes.to_dict("records")
-    shared.save(args, "prompt.json", result)
+    common.save(args, "prompt.json", result)
     return result, lambda: show(result, summary, args.output_dir), 0
 
 
@@ -112,12 +110,10 @@ def compare(
     student, sampled = None, 0
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
-    shared.check_room("teacher", teacher, rows, sampled, len(soft_prompt))
     if args.student is not None:
         student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code)
-        shared.check_room("student", student, rows, sampled)
     size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
-    sampling = shared.sampling_of(args, teacher, tokenizer)
+    sampling = common.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]
     if sampled:
         completions = sample_prefixes(student, texts, sampling, args.seed, args.batch_size, size)

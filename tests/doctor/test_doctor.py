@@ -370,7 +370,7 @@ class TestHealthy:
         findings = findings_of(arguments)
         # The answers hold that token, which the teacher would never write
         assert {name for name, finding in findings.items() if finding.status != "pass"} == {"quality"}
-        assert "ruled out, 1 by the teacher" in findings["finite_logits"].found
+        assert "0 by the student and 1 by the teacher" in findings["finite_logits"].found
         assert 0 < findings["quality"].values["reverse_kl"] < 100
 
     def test_a_message_with_tool_calls_only_says_something(self):
@@ -380,7 +380,7 @@ class TestHealthy:
 
     def test_prompts_only(self):
         findings = self.assert_all_pass(healthy(dataset=[{"prompt": text} for text in PROMPTS]), "window_split")
-        assert "the student writes the answers" in findings["data"].found
+        assert "prompts only; a model writes" in findings["data"].found
         assert "quality" not in findings
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from pandas import DataFrame
 from torch import Tensor
 
 from ..data import DataCollatorForPromptCompletion, check_columns, is_blank, masked_rows, split_row
@@ -35,9 +36,7 @@ def tokenizers(case: Case) -> Finding:
 def vocabulary(case: Case) -> Finding:
     """Models of one family pad their vocabularies differently; padding must not take part in a loss."""
     student, teacher = (model.config.get_text_config().vocab_size for model in (case.student, case.teacher))
-    if student == teacher == case.vocab_size:
-        return passing(f"{student} entries in both models, all compared")
-    sizes = f"{student} entries in the student, {teacher} in the teacher, some of them padding"
+    sizes = f"{student} entries in the student, {teacher} in the teacher"
     return passing(f"{sizes}: compared on the {case.vocab_size} real ids")
 
 
@@ -50,23 +49,16 @@ def special_tokens(case: Case) -> Finding:
             "the tokenizer has no end-of-text token, so that answers would not end",
             "Set `tokenizer.eos_token` to the token that ends an answer.",
         )
-    padding = (
-        "which also pads (safe: masks come from lengths)" if pad == eos else f"pad {tokenizer.pad_token!r} ({pad})"
-    )
-    found, strangers = [f"end of text {tokenizer.eos_token!r} ({eos})", padding], []
+    found = f"end of text {tokenizer.eos_token!r} ({eos}), pad {tokenizer.pad_token!r} ({pad})"
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         others = {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(stop_ids(model.generation_config))}
-        if eos not in others and others:
-            strangers.append(f"the {role} was published to stop at {others} instead")
-        elif len(others) > 1:
-            found.append(f"the {role} also stops at {sorted(others.keys() - {eos})}")
-    if strangers:
-        return warning(
-            f"{', '.join(found)}; {'; '.join(strangers)}",
-            "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
-            "`generation_config.eos_token_id`) to the token that ends a turn.",
-        )
-    return passing(", ".join(found))
+        if others and eos not in others:
+            return warning(
+                f"{found}; the {role} was published to stop at {others} instead",
+                "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
+                "`generation_config.eos_token_id`) to the token that ends a turn.",
+            )
+    return passing(found)
 
 
 def data(case: Case) -> Finding:
@@ -86,10 +78,8 @@ def data(case: Case) -> Finding:
     if 0 < unanswered < total or blank:
         return warning(wanting, "An empty answer trains the student to stop at once. Filter such rows out.")
     kind = "conversations" if case.is_conversational else "texts"
-    if unanswered:
-        return passing(f"{total} rows of {kind}, prompts only: the student writes the answers")
-    unused = ", but a model writes what is trained on" if case.answers_needed is None else ""
-    return passing(f"{total} rows of {kind}, answered{unused}")
+    writes = "" if case.answers_needed is not None else "; a model writes what is trained on"
+    return passing(f"{total} rows of {kind}, {'prompts only' if unanswered else 'answered'}{writes}")
 
 
 def _parts(row: dict[str, Any]) -> tuple[Any, Any]:
@@ -139,29 +129,19 @@ def priming(case: Case) -> Finding | None:
 
 def lengths(case: Case) -> Finding:
     """Long rows are dropped or lose the end of their answer, and with it the token that says stop."""
-    sizes = {
-        name: sorted(len(row[part]) for row in case.views)
-        for name, part in (
-            ("prompts", "prompt_ids"),
-            ("answers", "completion_ids"),
-            ("teacher's prompts", "teacher_prompt_ids"),
-        )
-    }
-    found = "tokens (median, 95 %, longest): " + "; ".join(
-        f"{name} {values[len(values) // 2]}, {values[int(0.95 * (len(values) - 1))]}, {values[-1]}"
-        for name, values in sizes.items()
-    )
+    tokens = DataFrame([{name.removesuffix("_ids"): len(ids) for name, ids in row.items()} for row in case.views])
+    longest = ", ".join(f"{name} {size}" for name, size in tokens.max().items())
+    found = f"longest, in tokens: {longest}"
     total, dropped, cut = len(case.raw), len(case.raw) - len(case.prepared), 0
-    limit = f"max_length={case.args.max_length}"
     if isinstance(case.args, PromptKDConfig) and case.args.max_length is not None:
-        room = [case.args.max_length - len(row["prompt_ids"]) for row in case.views]
-        cut = sum(0 < left < len(row["completion_ids"]) for left, row in zip(room, case.views, strict=True))
-    figures = {"dropped": dropped, "cut": cut, "longest_prompt": sizes["prompts"][-1]}
+        room = case.args.max_length - tokens.prompt
+        cut = int(((room > 0) & (room < tokens.completion)).sum())
+    limit, figures = f"`max_length={case.args.max_length}`", {"dropped": dropped, "cut": cut}
     if dropped:
-        left_out = f"{dropped} of {total} rows do not fit into `{limit}` and are left out; {found}"
+        left_out = f"{dropped} of {total} rows do not fit into {limit} and are left out; {found}"
         return warning(left_out, "Raise `max_length` to keep them.", **figures)
     if cut and case.answers_needed is not None:
-        short = f"{cut} of {total} answers are cut at `{limit}` and lose their end-of-text token; {found}"
+        short = f"{cut} of {total} answers are cut at {limit} and lose their end-of-text token; {found}"
         return warning(short, "Raise `max_length` to train on them whole.", **figures)
     return passing(found, **figures)
 
@@ -208,28 +188,25 @@ def trained_tokens(case: Case) -> Finding | None:
             "of text if it also pads), or omit `data_collator`.",
             first_token_missing=no_first,
             end_missing=no_end,
-            share=share,
         )
     if "teacher_labels" in batch and _trained(batch, "teacher_") != trained:
         return failing(
             "student and teacher are not compared on the same tokens: the two views' labels differ",
             "Both views must hold the same completion; omit `data_collator`.",
         )
-    answers = [row["completion_ids"] for row in case.views if row["completion_ids"]]
-    endless = sum(ids[-1] not in stop_ids(case.generation_config) for ids in answers)
+    lasts = [row["completion_ids"][-1] for row in case.views if row["completion_ids"]]
+    endless = sum(token not in stop_ids(case.generation_config) for token in lasts)
     if endless:
-        never = endless == len(answers) and case.answers_needed is not None
+        never = endless == len(lasts) and case.answers_needed is not None
         return (failing if never else warning)(
-            f"{endless} of {len(answers)} answers do not end with a token that generation stops at",
+            f"{endless} of {len(lasts)} answers do not end with a token that generation stops at",
             "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer with.",
             endless=endless,
-            share=share,
         )
     if other:
         return warning(
             f"{len(other)} of {len(answered)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
             "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer not?",
-            share=share,
         )
     return passing(f"{share:.0%} of all tokens, in every row from the answer's first token to its last", share=share)
 

@@ -24,14 +24,18 @@ def memory(case: Case) -> Finding:
     """A run that does not fit stops at its first step, or is killed without a word."""
     parts = estimate_memory(case)
     needed, there = parts["total"], available_memory(case.student.device)
-    told = (f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
+    told = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
     window = case.args.per_device_train_batch_size * case.args.gradient_accumulation_steps
-    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({', '.join(told)})"
-    advice = (
+    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({told})"
+    if needed <= there:
+        return passing(found, **parts, available=there)
+    return warning(
+        found,
         "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
-        "`gradient_checkpointing` and `teacher_gradient_checkpointing`."
+        "`gradient_checkpointing` and `teacher_gradient_checkpointing`.",
+        **parts,
+        available=there,
     )
-    return (warning if needed > there else passing)(found, advice if needed > there else "", **parts, available=there)
 
 
 def estimate_memory(case: Case) -> dict[str, float]:

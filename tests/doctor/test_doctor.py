@@ -321,7 +321,6 @@ class TestBroken:
             pytest.skip("this CPU has no AVX512-BF16: nothing is ever packed")
         findings = findings_of(arguments)
         assert findings["soft_prompt_gradient"].status == "fail"
-        assert findings["quantization"].status == "skip"
 
     def test_what_needs_a_failed_check_is_left_out_with_a_word(self):
         arguments = healthy()
@@ -438,7 +437,6 @@ class TestHealthy:
         quantization = {"load_in_4bit": True}
         arguments["teacher"] = load_teacher(tmp_path, {"quantization_config": quantization, "dtype": "float32"})
         findings = findings_of(arguments)
-        assert "gradient through it was compared" in findings["quantization"].found
         assert {findings[name].status for name in ("soft_prompt_gradient", "padding_soft_prompt")} == {"pass"}
 
     def test_the_collator_of_ones_own(self):

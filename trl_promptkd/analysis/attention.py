@@ -27,14 +27,8 @@ QUERIES = ("completion", "all")
 
 @dataclass(frozen=True)
 class HeadVariance:
-    """
-    How much models differ in one head.
-
-    Args:
-        head (`int`): Its number in the layer, the same in all models.
-        layers (`dict[str, int]`): The layer that it is in, of each model; see [`measure_attention`].
-        variance (`float`): Over the models, of an entry of its matrix, on average.
-    """
+    """How much models differ in one head: the layer that it is in, of each model, its number there, the same in all, and the variance over
+    the models of an entry of its matrix, on average; see [`measure_attention`]."""
 
     head: int
     layers: dict[str, int]
@@ -65,10 +59,9 @@ def eager_attention(model: Any) -> Iterator[None]:
     """Inside, the model computes attention such that its weights exist, and is in evaluation mode."""
     before = model.config._attn_implementation
     with flags_restored(model):
-        model.set_attn_implementation("eager")
-        model.eval()
         try:
-            yield
+            model.set_attn_implementation("eager")
+            yield model.eval()
         finally:
             model.set_attn_implementation(before)
 
@@ -164,9 +157,9 @@ def measure_attention(
     Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the share of
     the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
 
-    The variance of a head: of each entry of its matrix, over the models; the mean of that over a row's visible entries; the
-    mean of that over rows. Models of different depth are compared at the same relative depth, those of different numbers of
-    heads in the first ones. It means something if the models come from one: heads of unrelated models have nothing in common.
+    The variance of a head is that of each entry of its matrix over the models, and the mean of that over a row's visible entries and then
+    over rows. Models of different depth are compared at the same relative depth, those of different numbers of heads in the first ones.
+    It means something if the models come from one: heads of unrelated models have nothing in common.
 
     Args:
         models: By name, plain or PEFT. One may come twice, with and without a soft prompt. All are in memory at once.
@@ -176,8 +169,7 @@ def measure_attention(
             before them. `"all"`: that of the prompt's tokens, too.
 
     Raises:
-        ValueError: for other `queries`, for rows without a completion whose attention is to be measured, for models that give no
-            weights, and for weights that are not finite, naming the layer.
+        ValueError: for rows without what is to be measured, models that give no weights, and weights that are not finite.
     """
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
@@ -186,15 +178,12 @@ def measure_attention(
     variances: Any = 0.0  # (layers, heads)
     num_queries = num_entries = 0
     for row in tqdm(rows, desc="Attention", unit="row"):
-        found = {}
-        for name, model in models.items():
-            layers, outside = text_attention(model, row, prompts.get(name), queries)
+        found = {name: text_attention(model, row, prompts.get(name), queries) for name, model in models.items()}
+        for name, (layers, outside) in found.items():
             sums[name] = sums[name] + torch.stack(list(map(layer_sums, layers, [None, *layers[:-1]])))
             shares[name] = shares[name] + outside
-            found[name] = layers
         entries = visible_entries(_num_queries(row, queries), len(row["prompt_ids"]) + len(row["completion_ids"]))
-        if len(models) > 1:
-            variances = variances + _variance_sums(list(found.values())) / entries
+        variances = variances + _variance_sums([layers for layers, _ in found.values()]) / entries
         num_queries += _num_queries(row, queries)
         num_entries += entries
     depths = {name: len(of_model) for name, of_model in sums.items()}
@@ -232,11 +221,11 @@ def head_matrices(
 def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
     """The variance of a head's entries over the models, summed over one row's, `(layers, heads)` of what all models have."""
     depth, heads = min(map(len, models)), min(layer.size(0) for layers in models for layer in layers)
-    sums = []
+    sums = torch.zeros(depth, heads, dtype=torch.float64)
     for layer in range(depth):
         matrices = [layers[same_depth(layer, depth, len(layers))][:heads] for layers in models]
-        sums.append(torch.stack(matrices).var(dim=0, correction=0).sum(dim=(1, 2)).double())
-    return torch.stack(sums)
+        sums[layer] = torch.stack(matrices).var(dim=0, correction=0).sum(dim=(1, 2))
+    return sums
 
 
 def _means(name: str, means: Tensor) -> dict[str, list[float | None]]:

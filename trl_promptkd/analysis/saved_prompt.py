@@ -27,9 +27,7 @@ class SavedPrompt:
 
     Args:
         name: For tables: the checkpoint's or the folder's name.
-        folder: Where it lies.
-        embeddings (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
-        initial (`Tensor` of the same shape, *optional*): What it started from, where that was saved with it.
+        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32; `initial` is its start, if that was saved.
         config: The adapter's configuration.
         step: Of the checkpoint; `None` for a prompt that was saved when its run was over.
     """

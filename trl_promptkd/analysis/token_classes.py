@@ -8,16 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TOKEN_CLASSES", "token_classes", "token_text"]
 
-TOKEN_CLASSES = (
-    "first token",
-    "word start",
-    "word continuation",
-    "number",
-    "punctuation",
-    "whitespace",
-    "end of text",
-    "other",
-)
+_OF_TEXT = ("word start", "word continuation", "number", "punctuation", "whitespace")
+TOKEN_CLASSES = ("first token", *_OF_TEXT, "end of text", "other")
 
 
 def token_text(token: int, before: int, tokenizer: PreTrainedTokenizerBase) -> str:

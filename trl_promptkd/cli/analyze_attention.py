@@ -12,7 +12,7 @@ from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.limits import check_positions
 from ..models.tokenizer import shared_vocab_size
 from . import common
-from .common import add_flags, at_least_one, number, print_table
+from .common import add_flags, at_least_one, print_table
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -86,6 +86,6 @@ def show(report: AttentionReport, args: argparse.Namespace) -> None:
     print(f"Numbers and plots: {args.output_dir}")
 
 
-def _mean(values: Any) -> str:
+def _mean(values: Any) -> float | str:
     known = [value for value in values if value is not None]
-    return number(mean(known), 3) if known else ""
+    return mean(known) if known else ""

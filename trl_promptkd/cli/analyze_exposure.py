@@ -89,8 +89,8 @@ def show(results: dict[tuple[str, str], pandas.DataFrame], output_dir: str) -> N
     for name, result in pairs.items():
         position = min(READ_AT, len(result))
         at = result.loc[position]
-        sums = [number(at.regret, 3), number(at.expected, 3), _cell(result, position)]
-        lines.append([name, position, *sums, f"{at.rows_on_student:.0f}, {at.rows_on_teacher:.0f}"])
+        rows = f"{at.rows_on_student:.0f}, {at.rows_on_teacher:.0f}"
+        lines.append([name, position, at.regret, at.expected, _cell(result, position), rows])
     columns = ["", "l", "R(l), nats", "eps(l), nats", "ExAccErr(l), %", "rows with l: student's, teacher's"]
     print_table(f"Read at l = {READ_AT}, or the last position before it", columns, lines)
     print(f"All positions: {os.path.join(output_dir, 'exposure.csv')} and .json; plot: exposure.png beside them.")

@@ -38,14 +38,11 @@ def add_prompt(commands: Any) -> None:
 
 def run_prompt(args: argparse.Namespace) -> Any:
     check_matplotlib()
+    wrong = "`--responses` is 'student', but there is no"
     if args.responses == "student" and args.student is None:
-        raise ValueError(
-            "`--responses` is 'student', but there is no `--student`. Pass one, or set `--responses dataset`."
-        )
+        raise ValueError(f"{wrong} `--student`. Pass one, or set `--responses dataset`.")
     if args.responses == "student" and args.dataset is None:
-        raise ValueError(
-            "`--responses` is 'student', but there is no `--dataset`, whose prompts it answers. Pass one."
-        )
+        raise ValueError(f"{wrong} `--dataset`, whose prompts it answers. Pass one.")
     prompts = find_prompts(args.prompt)
     loaded = {args.teacher: args.teacher_init_kwargs}
     loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
@@ -126,29 +123,25 @@ def show(found: dict[str, Any], summary: str | None, output_dir: str) -> None:
     for index, of_token in enumerate(found["nearest"]):
         by_cosine = "  ".join(f"{token['token']!r} {token['cosine']:.2f}" for token in of_token["cosine"][:3])
         closest = of_token["distance"][0]
-        drift = [number(found["drift"][-1][by][index], 4) for by in ("relative", "cosine")] if found["drift"] else []
+        drift = [found["drift"][-1][by][index] for by in ("relative", "cosine")] if found["drift"] else []
         lines.append([index + 1, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}", *drift])
     title = f"Virtual tokens of {found['looked_at']} and the tokens nearest to them (distance 1: the typical norm)"
     columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
-    print_table(title, columns[: len(lines[0])], lines, left=3)
+    print_table(title, columns[: len(lines[0])], lines, left=3, digits=4)
     print(f"Start of the prompt: {found['drift_from']}.")
     if found["drift"]:
-        lines = [
-            [
-                drift["name"],
-                number(drift["overall"], 4),
-                *(f"{min(drift[by]):.4f} to {max(drift[by]):.4f}" for by in ("relative", "cosine")),
-            ]
-            for drift in found["drift"]
-        ]
+        lines = []
+        for drift in found["drift"]:
+            ranges = [f"{min(drift[by]):.4f} to {max(drift[by]):.4f}" for by in ("relative", "cosine")]
+            lines.append([drift["name"], drift["overall"], *ranges])
         columns = ["", "all together", "of each virtual token", "cosine with its start"]
-        print_table("Distance from the start, as a share of its norm", columns, lines)
+        print_table("Distance from the start, as a share of its norm", columns, lines, digits=4)
     if summary is not None:
         lines = []
         for name, values in found["classes"].items():
-            kls = [number(values.get(key, float("nan")), 4) for key in ("prompted_plain", "prompted_student")]
+            kls = [values["prompted_plain"], values.get("prompted_student", float("nan"))]
             lines.append([name, f"{values['tokens']:,}", *kls, number(100 * values["share"], 1)])
         columns = ["class", "tokens", "KL(prompted || plain)", "KL(prompted || student)", "share of the first, %"]
-        print_table("By class of the token, mean in nats a token", columns, lines)
+        print_table("By class of the token, mean in nats per token", columns, lines, digits=4)
         print(f"{summary}\nWhere, and to what: {os.path.join(output_dir, 'changes.html')}.")
     print(f"Plots and all figures: {output_dir}.")

@@ -120,17 +120,19 @@ def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
     return dict(zip(paths, names if len(set(names)) == len(names) else whole, strict=True))
 
 
-def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
+def print_table(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1, digits: int = 3
+) -> None:
     """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
-    console.print(title, soft_wrap=True)
     table = Table(box=box.SIMPLE)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right")
     for line in lines:
-        table.add_row(*map(str, line))
+        table.add_row(*(number(cell, digits) if isinstance(cell, float) else str(cell) for cell in line))
+    console.print(title, soft_wrap=True)
     console.print(table)
 
 

@@ -48,7 +48,6 @@ _CHECKS: tuple[tuple[Callable[[Case], Finding | None], tuple[str, ...]], ...] = 
     (model_checks.soft_prompt_gradient, ("repeatability",)),
     (model_checks.window_split, ("repeatability",)),
     (model_checks.quality, ("finite_logits",)),
-    (model_checks.quantization, ("soft_prompt_gradient",)),
     (memory, ("chat_template", "priming")),
 )
 

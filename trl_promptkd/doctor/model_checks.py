@@ -222,17 +222,3 @@ def quality(case: Case) -> Finding | None:
             "write the answers."
         )
     return (warning if advice else passing)(found, advice, **values)
-
-
-def quantization(case: Case) -> Finding | None:
-    """4-bit weights are repacked for a kernel without a backward pass on some CPUs; freezing a teacher undoes it."""
-    method = getattr(case.teacher, "quantization_method", None)
-    if method is None:
-        return None
-    size = sum(parameter.numel() * parameter.element_size() for parameter in case.teacher.parameters()) / 1e9
-    compared = "the gradient through it was compared with a difference of losses"
-    return passing(
-        f"the teacher is quantized ({getattr(method, 'value', method)}, {size:.2f} GB); "
-        + (compared if case.soft_prompt is not None else "it gets no gradient"),
-        "`PrimedDistillTrainer.quantization_receipt()` says what it costs in nats per token.",
-    )

@@ -45,11 +45,12 @@ def sample_prefixes(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
     """
     completions: list[list[int]] = []
-    known = {"vocab_size": vocab_size, "soft_prompt": soft_prompt}
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Sampling", unit="batch"):
         part = prompt_ids[start : start + batch_size]
         seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
-        completions += generate_completions(model, part, generation_config, row_seeds=seeds, **known)
+        completions += generate_completions(
+            model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
+        )
     return completions
 
 

@@ -68,7 +68,7 @@ ROW_FLAGS = ("dataset_config", "dataset_split", "prompt_column", "completion_col
 def add_flags(command: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
     """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as `required=True`."""
     for name in names:
-        command.add_argument(f"--{name}", **_FLAGS[name], **settings)
+        command.add_argument(f"--{name}", **{**_FLAGS[name], **settings})
 
 
 def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from datasets import Dataset
@@ -52,17 +52,12 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-# What checks return; their functions' names become the findings'
-def passing(found: str, advice: str = "", /, **values: Any) -> Finding:
-    return Finding("", "pass", found, advice, values)
+def _finding(status: str, found: str, advice: str = "", /, **values: Any) -> Finding:
+    return Finding("", status, found, advice, values)  # the check's name is its function's
 
 
-def warning(found: str, advice: str, /, **values: Any) -> Finding:
-    return Finding("", "warn", found, advice, values)
-
-
-def failing(found: str, advice: str, /, **values: Any) -> Finding:
-    return Finding("", "fail", found, advice, values)
+# What checks return
+passing, warning, failing = (partial(_finding, status) for status in ("pass", "warn", "fail"))
 
 
 def cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -81,10 +76,7 @@ class Case:
 
     Args:
         student, teacher: Both in evaluation mode, the teacher frozen; one object if the student is its own teacher.
-        tokenizer: Of both.
-        teacher_tokenizer: What was found beside the teacher, if anything.
         raw: Rows as the user has them.
-        args: The run's. Its class says which trainer is checked for.
         The others: as for [`diagnose`].
     """
 
@@ -138,12 +130,10 @@ class Case:
         for index, row in enumerate(self.raw):
             try:
                 found.append(tokenize_primed_row(row, self.tokenizer, priming))
-            except RewrittenPromptError as error:
-                if self.answers_needed is not None:
+            except ValueError as error:
+                if not isinstance(error, RewrittenPromptError) or self.answers_needed is not None:
                     raise ValueError(f"Row {index}: {error}") from error
                 found.append(tokenize_primed_row(row, self.tokenizer, priming, with_answer=False))
-            except ValueError as error:
-                raise ValueError(f"Row {index}: {error}") from error
         return found
 
     @cached_property
@@ -181,9 +171,10 @@ class Case:
     def samples(self) -> list[list[int]]:
         """A few tokens that the student writes after each of the chosen prompts."""
         prompts = [row["prompt_ids"][-_PRIMED_PROMPT:] for row in self.chosen]
-        known = {"vocab_size": self.vocab_size, "tokenizer": self.tokenizer}
         with own_random_state(0, self.student.device):
-            return generate_completions(self.student, prompts, self.generation_config, **known)
+            return generate_completions(
+                self.student, prompts, self.generation_config, vocab_size=self.vocab_size, tokenizer=self.tokenizer
+            )
 
     @cached_property
     def probes(self) -> list[dict[str, list[int]]]:

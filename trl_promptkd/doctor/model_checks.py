@@ -100,8 +100,8 @@ def soft_prompt_gradient(case: Case) -> Finding | None:
         student, plain = (case.logits(model, "teacher") for model in (case.student, case.teacher))
 
     def loss(soft_prompt: Tensor) -> Tensor:
-        prompted = case.logits(case.teacher, "teacher", soft_prompt=soft_prompt)
-        return prompt_loss_sums(*_log_probs(prompted, student, plain))[0]
+        p_prompted, q, p = _log_probs(case.logits(case.teacher, "teacher", soft_prompt=soft_prompt), student, plain)
+        return prompt_loss_sums(p_prompted, q, p)[0]
 
     start = case.soft_prompt.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss(start), start)
@@ -159,7 +159,8 @@ def _window(
     for rows in batches:
         with torch.no_grad():
             teacher = case.logits(case.teacher, "teacher", rows, case.soft_prompt)
-        loss = student_loss_sums(*_log_probs(case.logits(case.student, "student", rows), teacher))[0] / num_tokens
+        q, p = _log_probs(case.logits(case.student, "student", rows), teacher)
+        loss = student_loss_sums(q, p)[0] / num_tokens
         total += float(loss.detach())
         if watched:
             parts = torch.autograd.grad(loss, watched, allow_unused=True, materialize_grads=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
 from trl_promptkd.analysis.plots import changes_page, plot_drift, plot_similarity
-from trl_promptkd.analysis.prompt import Drift, by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
+from trl_promptkd.analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from trl_promptkd.analysis.saved_prompt import find_prompts, initial_prompt
 from trl_promptkd.analysis.token_classes import TOKEN_CLASSES, token_classes
 from trl_promptkd.cli import main
@@ -59,17 +59,17 @@ class TestNearestTokens:
 class TestDrift:
     def test_values_by_hand(self):
         drift = prompt_drift(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-        assert drift.relative == pytest.approx([4 / 3, 1.0])
-        assert drift.cosine == pytest.approx([3 / 5, 1.0])
-        assert drift.overall == pytest.approx(math.sqrt(17 / 10))
+        assert drift["relative"] == pytest.approx([4 / 3, 1.0])
+        assert drift["cosine"] == pytest.approx([3 / 5, 1.0])
+        assert drift["overall"] == pytest.approx(math.sqrt(17 / 10))
 
     def test_it_is_0_at_the_start_and_what_is_logged_later(self):
         prompt = SoftPrompt(PromptEncoderConfig(), tiny_model(), tiny_tokenizer())
         start = prompt_drift(prompt().detach(), prompt.initial)
-        assert (set(start.relative), start.overall) == ({0.0}, 0.0)
-        assert start.cosine == pytest.approx([1.0] * 7)
+        assert (set(start["relative"]), start["overall"]) == ({0.0}, 0.0)
+        assert start["cosine"] == pytest.approx([1.0] * 7)
         prompt.encoder.embedding.weight.data.add_(some_prompt(7))
-        assert prompt_drift(prompt().detach(), prompt.initial).overall == pytest.approx(prompt.drift())
+        assert prompt_drift(prompt().detach(), prompt.initial)["overall"] == pytest.approx(prompt.drift())
 
     def test_similarity_by_hand(self):
         assert similarity(torch.tensor([[2.0, 0.0], [3.0, 3.0]])).flatten().tolist() == pytest.approx(
@@ -232,7 +232,7 @@ class TestSavedPrompts:
         assert known_by == "the start that was saved with the prompt"
         start = tiny_model(seed=2).get_input_embeddings().weight[tiny_tokenizer()("Suppose you are a")["input_ids"]]
         assert initial.equal(start.detach())
-        overall = [prompt_drift(prompt.embeddings, initial).overall for prompt in prompts]
+        overall = [prompt_drift(prompt.embeddings, initial)["overall"] for prompt in prompts]
         assert overall[0] > 0
         assert overall[-1] == pytest.approx(trainer.soft_prompt.drift())
         shutil.rmtree(tmp_path / "run" / "checkpoint-2" / "teacher_prompt")  # as a killed run may leave it
@@ -353,8 +353,9 @@ class TestCommand:
 
 class TestPlots:
     def test_many_checkpoints_many_tokens_and_a_last_prompt(self, tmp_path):
-        drifts = [(f"checkpoint-{i}", i, Drift([i / 100.0] * 30, [1 - i / 400] * 30, i / 100)) for i in range(1, 60)]
-        plot_drift([*drifts, ("teacher_prompt", None, drifts[-1][2])], str(tmp_path / "drift.png"))
-        plot_drift([("teacher_prompt", None, drifts[0][2])], str(tmp_path / "one.png"))
+        drift = {"relative": [0.5] * 30, "cosine": [0.9] * 30, "overall": 0.5}
+        last = {"step": None, **drift}
+        plot_drift([*({"step": step, **drift} for step in range(1, 60)), last], str(tmp_path / "drift.png"))
+        plot_drift([last], str(tmp_path / "one.png"))
         plot_similarity(torch.eye(30), str(tmp_path / "similarity.png"))
         assert all((tmp_path / name).stat().st_size > 5000 for name in ("drift.png", "one.png", "similarity.png"))

@@ -190,6 +190,17 @@ def no_eos(case):
     case["processing_class"].pad_token = "<pad>"
 
 
+def mixed_types(case):
+    case["dataset"] = answered_rows(case["teacher"], case["processing_class"], conversational=True)
+    (message,) = case["dataset"][0]["prompt"]
+    case["dataset"][0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
+
+
+def tokenized(case):
+    rows = [tokenize_row(row, case["processing_class"]) for row in case["dataset"]]
+    case.update(dataset=Dataset.from_list(rows), lmbda=0.5)
+
+
 def unanswered(case):
     case["dataset"][3].update(completion=None)
     case["lmbda"] = 0.5
@@ -289,15 +300,13 @@ class TestBroken:
         assert findings["soft_prompt_gradient"].found == "left out, as repeatability did not pass"
         assert findings["memory"].status == "pass"
 
-    def test_the_gap_that_position_ids_close_is_told(self):
-        gap = findings_of(healthy("gpt2"))["padding_student"].values["difference_without_position_ids"]
-        assert gap > 0.1
-        assert findings_of(healthy("llama"))["padding_student"].values["difference_without_position_ids"] < 1e-3
-
     def test_a_priming_text_and_another_trainers_configuration_are_refused(self):
-        arguments = {name: value for name, value in healthy().items() if name != "max_new_tokens"}
         with pytest.raises(ValueError, match="`priming` is given, but `args` is a PromptKDConfig"):
-            diagnose(**arguments, args=PromptKDConfig(bf16=False, use_cpu=True), priming="teacher")
+            diagnose(
+                *(tiny_model(), None, [{"prompt": "red"}], tiny_tokenizer()),
+                args=PromptKDConfig(bf16=False, use_cpu=True),
+                priming="teacher",
+            )
 
     @pytest.mark.parametrize("bad", [{"rows": 0}, {"dataset": []}, {"priming": "nobody"}])
     def test_arguments_that_are_none_are_refused(self, bad):
@@ -319,6 +328,10 @@ class TestHealthy:
         findings = self.assert_all_pass(healthy(family, lmbda=0.5), *everything)
         assert 0.3 < findings["trained_tokens"].values["share"] < 1
         assert len(findings) == 18
+        # Learned positions that are counted through padding, as `GKDTrainer` does, make a difference
+        gap = findings["padding_student"].values["difference_without_position_ids"]
+        assert family != "gpt2" or gap > 0.1
+        assert family != "llama" or gap < 1e-3
 
     @pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
     def test_tokens_that_are_ruled_out_are_left_out(self, value):
@@ -335,10 +348,23 @@ class TestHealthy:
         rows = [{"prompt": [{"role": "user", "content": "red"}], "completion": [call]}]
         assert findings_of(healthy(dataset=rows))["data"].status == "pass"
 
-    def test_prompts_only(self):
-        findings = self.assert_all_pass(healthy(dataset=[{"prompt": text} for text in PROMPTS]), "window_split")
-        assert "prompts only; a model writes" in findings["data"].found
-        assert "quality" not in findings
+    @pytest.mark.parametrize(
+        ("changes", "check", "says"),
+        [
+            (given(dataset=[{"prompt": text} for text in PROMPTS]), "data", "prompts only; a model writes"),
+            (given(generation_kwargs={"stop_strings": ["cat"]}), "sampling", "4 samples"),
+            (lambda c: c["teacher"].resize_token_embeddings(64), "vocabulary", "compared on the 40 real ids"),
+            (mixed_types, "data", "8 rows of conversations"),  # Arrow keeps the contents as JSON only
+            (given(processing_class=tiny_tokenizer(pad_is_eos=False)), "special_tokens", r"pad '<pad>' \(5\)"),
+            (lambda c: c["teacher"].bfloat16(), "padding_soft_prompt", "padded rows are as alone"),
+            (collator(lambda batch: None), "trained_tokens", "in every row"),
+            (tokenized, "quality", "answers cost"),
+        ],
+    )
+    def test_what_is_right_passes(self, changes, check, says):
+        arguments = healthy()
+        changes(arguments)
+        assert re.search(says, self.assert_all_pass(arguments)[check].found)
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_priming(self, family):
@@ -348,28 +374,6 @@ class TestHealthy:
         assert findings["priming"].values["tokens"] > 10
         assert findings["quality"].values["nll_primed_teacher"] < findings["quality"].values["nll_student"]
         assert "soft_prompt_gradient" not in findings
-
-    def test_samples_may_end_with_a_stop_string(self):
-        findings = self.assert_all_pass(healthy(generation_kwargs={"stop_strings": ["cat"]}), "sampling")
-        assert findings["sampling"].values["mean_length"] > 0
-
-    def test_padded_vocabularies(self):
-        arguments = healthy()
-        arguments["teacher"].resize_token_embeddings(64)
-        findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
-        assert "compared on the 40 real ids" in findings["vocabulary"].found
-
-    def test_rows_of_mixed_types(self):
-        """Arrow keeps the contents of these two as JSON only."""
-        arguments = healthy()
-        rows = answered_rows(arguments["teacher"], arguments["processing_class"], conversational=True)
-        (message,) = rows[0]["prompt"]
-        rows[0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
-        self.assert_all_pass({**arguments, "dataset": rows})
-
-    def test_a_pad_token_of_its_own(self):
-        arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))
-        assert "pad '<pad>' (5)" in self.assert_all_pass(arguments)["special_tokens"].found
 
     @pytest.mark.parametrize("peft", [False, True])
     def test_self_distillation(self, peft):
@@ -381,22 +385,9 @@ class TestHealthy:
         assert "padding_teacher" not in findings
         assert abs(findings["quality"].values["reverse_kl"]) < 1e-6
 
-    def test_a_bfloat16_teacher(self):
-        arguments = healthy()
-        arguments["teacher"] = arguments["teacher"].bfloat16()
-        self.assert_all_pass(arguments, "soft_prompt_gradient", "padding_soft_prompt")
-
     def test_a_four_bit_teacher(self, tmp_path):
         findings = findings_of(healthy(teacher=four_bit_teacher(tmp_path)))
         assert {findings[name].status for name in ("soft_prompt_gradient", "padding_soft_prompt")} == {"pass"}
-
-    def test_the_collator_of_ones_own(self):
-        self.assert_all_pass(healthy(data_collator=partial(own_collator, lambda batch: None)), "trained_tokens")
-
-    def test_tokenized_rows(self):
-        arguments = healthy(lmbda=0.5)
-        rows = [tokenize_row(row, arguments["processing_class"]) for row in arguments["dataset"]]
-        self.assert_all_pass({**arguments, "dataset": Dataset.from_list(rows)}, "quality")
 
     def test_the_models_are_left_as_they_were(self):
         arguments = healthy()

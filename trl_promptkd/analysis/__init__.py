@@ -4,7 +4,7 @@
 `token_classes.py`, `attention.py` (where several models look, layer by layer), `asking.py` (several models at the same tokens), `plots.py`.
 """
 
-from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention
+from .attention import head_matrices, measure_attention
 from .exposure import exposure_bias, prefix_kl, sample_prefixes
 from .plots import plot_exposure
 from .prompt import nearest_tokens, prompt_drift, prompt_effect
@@ -12,8 +12,6 @@ from .saved_prompt import find_prompts, initial_prompt, read_prompt
 
 
 __all__ = [
-    "AttentionReport",
-    "HeadVariance",
     "exposure_bias",
     "find_prompts",
     "head_matrices",

@@ -3,14 +3,13 @@
 Rows go through a model one at a time, so that nothing is padded.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pandas import DataFrame, concat
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -18,40 +17,11 @@ from ..models.forward import input_embeddings
 from ..models.side_effects import flags_restored
 
 
-__all__ = ["MEASURES", "AttentionReport", "HeadVariance", "head_matrices", "measure_attention"]
+__all__ = ["MEASURES", "head_matrices", "measure_attention"]
 
 MEASURES = ("entropy", "self_focus", "sparsity", "similarity")
 SHARE_ABOVE = 0.1
 QUERIES = ("completion", "all")
-
-
-@dataclass(frozen=True)
-class HeadVariance:
-    """How much models differ in one head: the layer that it is in, of each model, its number there, the same in all, and the variance over
-    the models of an entry of its matrix, on average; see [`measure_attention`]."""
-
-    head: int
-    layers: dict[str, int]
-    variance: float
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    """
-    What [`measure_attention`] found.
-
-    Args:
-        measures: Model -> measure -> a number per layer. `similarity` is `None` in the first layer, which has none before it.
-        soft_prompt_share: Model -> a number per layer, for models after a soft prompt: how much attention goes to it.
-        heads: Those that the models have in common, by falling variance; empty for one model.
-        num_rows, num_queries: How much was measured.
-    """
-
-    measures: dict[str, dict[str, list[float | None]]]
-    soft_prompt_share: dict[str, list[float]]
-    heads: list[HeadVariance]
-    num_rows: int
-    num_queries: int
 
 
 @contextmanager
@@ -91,24 +61,25 @@ def text_attention(
             f"The layers of {model.name_or_path or type(model).__name__} give no attention weights, not even with "
             "`attn_implementation='eager'`. Leave this model out."
         )
-    num_queries = _num_queries(row, queries)
-    # Keys end with the text's: a soft prompt stands before it
-    layers = [layer[0, :, -num_queries:, -ids.size(1) :].float().cpu() for layer in weights]
+    # Queries and keys end with the text's: a soft prompt stands before it
+    number, size = num_queries(row, queries), ids.size(1)
+    layers = [layer[0, :, -number:, -size:].float().cpu() for layer in weights]
     totals = [layer.sum(dim=-1, keepdim=True) for layer in layers]  # (heads, num_queries, 1)
     outside = torch.stack([(1 - total).double().mean(dim=0).sum() for total in totals])
     return [layer / total.clamp(min=1e-30) for layer, total in zip(layers, totals, strict=True)], outside
 
 
-def _num_queries(row: Mapping[str, Any], queries: str) -> int:
+def num_queries(row: Mapping[str, Any], queries: str) -> int:
+    """How many tokens of a row look: those of the completion, or of all of the text."""
     return len(row["completion_ids"]) + (len(row["prompt_ids"]) if queries == "all" else 0)
 
 
-def visible_entries(num_queries: int, size: int) -> int:
-    """How many entries a matrix has: from each of the last tokens to itself and to those before it.
+def visible_entries(number: int, size: int) -> int:
+    """How many entries a matrix has: from each of the last `number` tokens to itself and to those before it.
 
     Entries beyond a sliding window are among them, with a weight of 0: so all layers and models have the same ones.
     """
-    return sum(range(size - num_queries + 1, size + 1))
+    return sum(range(size - number + 1, size + 1))
 
 
 def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
@@ -151,7 +122,7 @@ def measure_attention(
     rows: Sequence[Mapping[str, Any]],
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
-) -> AttentionReport:
+) -> tuple[DataFrame, DataFrame]:
     """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in them.
 
     Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the share of
@@ -168,39 +139,48 @@ def measure_attention(
         queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of the text
             before them. `"all"`: that of the prompt's tokens, too.
 
+    Returns:
+        Two `DataFrame`s. One holds the measures, a column each, for each `model` and `layer` (its index), and `soft_prompt_share`: how much
+        attention goes to the soft prompt, NaN for models without one. `similarity` is NaN in the first layer, which has none before it.
+        The other one holds the heads that the models have in common, by falling `variance`: the number of the `head` in its layer, and
+        `layers`, the layer of each model as a `dict`. It is empty for one model.
+
     Raises:
         ValueError: for rows without what is to be measured, models that give no weights, and weights that are not finite.
     """
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
-    sums: dict[str, Any] = dict.fromkeys(models, 0.0)  # each (layers, measures)
-    shares: dict[str, Any] = dict.fromkeys(models, 0.0)  # each (layers)
+    sums: dict[str, Any] = dict.fromkeys(models, 0.0)  # each (layers, measures and soft prompt's share)
     variances: Any = 0.0  # (layers, heads)
-    num_queries = num_entries = 0
+    counts = torch.zeros(len(MEASURES) + 1, dtype=torch.float64)
     for row in tqdm(rows, desc="Attention", unit="row"):
         found = {name: text_attention(model, row, prompts.get(name), queries) for name, model in models.items()}
         for name, (layers, outside) in found.items():
-            sums[name] = sums[name] + torch.stack(list(map(layer_sums, layers, [None, *layers[:-1]])))
-            shares[name] = shares[name] + outside
-        entries = visible_entries(_num_queries(row, queries), len(row["prompt_ids"]) + len(row["completion_ids"]))
+            of_layers = torch.stack(list(map(layer_sums, layers, [None, *layers[:-1]])))
+            sums[name] = sums[name] + torch.column_stack([of_layers, outside])
+        number = num_queries(row, queries)
+        entries = visible_entries(number, len(row["prompt_ids"]) + len(row["completion_ids"]))
         variances = variances + _variance_sums([layers for layers, _ in found.values()]) / entries
-        num_queries += _num_queries(row, queries)
-        num_entries += entries
-    depths = {name: len(of_model) for name, of_model in sums.items()}
-    counts = torch.tensor([num_queries, num_queries, num_entries, len(rows)])
-    return AttentionReport(
-        measures={name: _means(name, of_model / counts) for name, of_model in sums.items()},
-        soft_prompt_share={name: (shares[name] / num_queries).tolist() for name in models if name in prompts},
-        heads=_ranked(variances / len(rows), depths) if len(models) > 1 else [],
-        num_rows=len(rows),
-        num_queries=num_queries,
-    )
+        counts += torch.tensor([number, number, entries, 1, number])
+    measures = {name: _means(name, of_model / counts, name in prompts) for name, of_model in sums.items()}
+    heads = [
+        {
+            "head": head,
+            "layers": {name: same_depth(layer, len(variances), len(found)) for name, found in measures.items()},
+            "variance": variance,
+        }
+        for layer, of_layer in enumerate((variances / len(rows)).tolist())
+        for head, variance in enumerate(of_layer)
+        if len(models) > 1
+    ]
+    ranked = DataFrame(heads, columns=["head", "layers", "variance"]).sort_values("variance", ascending=False)
+    return concat(measures, names=["model", "layer"]), ranked
 
 
 def head_matrices(
     models: Mapping[str, Any],
     row: Mapping[str, Any],
-    heads: Sequence[HeadVariance],
+    heads: DataFrame,
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
 ) -> dict[str, list[Tensor]]:
@@ -208,13 +188,13 @@ def head_matrices(
 
     Args:
         models, row, soft_prompts, queries: As for [`measure_attention`].
-        heads: Of its report.
+        heads: Of its second result.
     """
     _check_rows([row], queries)
     found = {}
     for name, model in models.items():
         layers, _ = text_attention(model, row, (soft_prompts or {}).get(name), queries)
-        found[name] = [layers[head.layers[name]][head.head] for head in heads]
+        found[name] = [layers[head.layers[name]][head.head] for head in heads.itertuples()]
     return found
 
 
@@ -228,25 +208,16 @@ def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
     return sums
 
 
-def _means(name: str, means: Tensor) -> dict[str, list[float | None]]:
-    """Measure -> a mean per layer, of `means`, `(layers, measures)`."""
+def _means(name: str, means: Tensor, is_prompted: bool) -> DataFrame:
+    """Of `means`, `(layers, measures and soft prompt's share)`."""
     broken = (~means[:, 0].isfinite()).nonzero()
     if len(broken):
         raise ValueError(
             f"The attention of {name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN. If they are "
             "float16, load them in float32."
         )
-    columns = [[None if math.isnan(value) else value for value in values] for values in means.T.tolist()]
-    return dict(zip(MEASURES, columns, strict=True))
-
-
-def _ranked(variances: Tensor, depths: Mapping[str, int]) -> list[HeadVariance]:
-    found = [
-        HeadVariance(head, {name: same_depth(layer, len(variances), depth) for name, depth in depths.items()}, value)
-        for layer, of_layer in enumerate(variances.tolist())
-        for head, value in enumerate(of_layer)
-    ]
-    return sorted(found, key=lambda head: -head.variance)
+    found = DataFrame(means.numpy(), columns=[*MEASURES, "soft_prompt_share"])
+    return found if is_prompted else found.assign(soft_prompt_share=float("nan"))
 
 
 def _check_rows(rows: Sequence[Mapping[str, Any]], queries: str) -> None:

@@ -9,8 +9,7 @@ from pandas import DataFrame, option_context
 from torch import Tensor
 
 from ..files import whole_file
-from .attention import MEASURES, SHARE_ABOVE, AttentionReport, HeadVariance
-from .prompt import Drift
+from .attention import MEASURES, SHARE_ABOVE
 
 
 __all__ = [
@@ -116,16 +115,16 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
     _save_figure(figure, path)
 
 
-def plot_measures(report: AttentionReport, path: str) -> None:
+def plot_measures(measures: DataFrame, path: str) -> None:
     """The four measures, a line per model, over the layers; over relative depth if models have different numbers of them."""
-    same = len({len(values["entropy"]) for values in report.measures.values()}) == 1
+    models = dict(list(measures.groupby(level="model", sort=False)))
+    same = len(set(map(len, models.values()))) == 1
     figure = _new_figure(9, 6)
-    panels, colors = figure.subplots(2, 2), _line_colors(len(report.measures))
+    panels = figure.subplots(2, 2)
     for axes, measure in zip(panels.flat, MEASURES, strict=True):
-        for color, (name, values) in zip(colors, report.measures.items(), strict=True):
-            numbers = np.array(values[measure], dtype=float)  # None, of the first layer's similarity, is NaN
-            layers = np.arange(len(numbers)) / (1 if same else max(len(numbers) - 1, 1))
-            axes.plot(layers, numbers, label=name, color=color, marker="o", markersize=4)
+        for color, (name, values) in zip(_line_colors(len(models)), models.items(), strict=True):
+            layers = np.arange(len(values)) / (1 if same else max(len(values) - 1, 1))
+            axes.plot(layers, values[measure], label=name, color=color, marker="o", markersize=4)
         title, unit = _TITLES[measure]
         axes.set(title=title, ylabel=unit)
     _finish_axes(panels.flat, "layer" if same else "depth (0: first layer, 1: last)")
@@ -133,9 +132,7 @@ def plot_measures(report: AttentionReport, path: str) -> None:
     _save_figure(figure, path)
 
 
-def plot_heads(
-    matrices: Mapping[str, Sequence[Tensor]], heads: Sequence[HeadVariance], tokens: Sequence[str], path: str
-) -> None:
+def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, tokens: Sequence[str], path: str) -> None:
     """Heat maps of some heads on one row: a line of maps per model, a column per head.
 
     Args:
@@ -145,7 +142,7 @@ def plot_heads(
     figure = _new_figure(1 + 3.4 * len(heads), 0.9 + 3.2 * len(matrices))
     panels = figure.subplots(len(matrices), len(heads), squeeze=False, sharex=True, sharey=True)
     for line, (name, of_model) in zip(panels, matrices.items(), strict=True):
-        for axes, head, matrix in zip(line, heads, of_model, strict=True):
+        for axes, head, matrix in zip(line, heads.itertuples(), of_model, strict=True):
             first = len(tokens) - len(matrix)  # number of the first query
             extent = (-0.5, len(tokens) - 0.5, len(tokens) - 0.5, first - 0.5)
             image = axes.imshow(matrix.sqrt(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
@@ -177,23 +174,24 @@ def plot_classes(classes: DataFrame, path: str) -> None:
     _save_figure(figure, path)
 
 
-def plot_drift(drifts: Sequence[tuple[str, int | None, Drift]], path: str, start: int = 0) -> None:
+def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -> None:
     """How far each virtual token has come, over checkpoints.
 
     Args:
-        drifts: Name, step and drift of each checkpoint, the oldest first. A prompt without a step, saved after its run, stands last.
+        drifts: Of [`~trl_promptkd.analysis.prompt.prompt_drift`], with the `step` of each checkpoint, the oldest first. A prompt that was
+            saved after its run has the step `None` and stands last.
         start (`int`): The step of what the drift is taken from.
     """
     figure = _new_figure(9, 4)
     panels = figure.subplots(1, 2)
-    steps = [start, *(step for _, step, _ in drifts if step is not None)]
+    steps = [start, *(drift["step"] for drift in drifts if drift["step"] is not None)]
     positions = [*steps, *[steps[-1] + 1] * (len(drifts) + 1 - len(steps))]
-    tokens = len(drifts[0][2].relative)
+    colors = _line_colors(len(drifts[0]["relative"]))
     for key, panel, at_start in zip(("relative", "cosine"), panels, (0.0, 1.0), strict=True):
-        for token, color in enumerate(_line_colors(tokens)):
-            values = [at_start, *(getattr(drift, key)[token] for _, _, drift in drifts)]
+        for token, color in enumerate(colors):
+            values = [at_start, *(drift[key][token] for drift in drifts)]
             panel.plot(positions, values, color=color, marker="o", markersize=2, label=str(token + 1))
-    overall = [0.0, *(drift.overall for _, _, drift in drifts)]
+    overall = [0.0, *(drift["overall"] for drift in drifts)]
     panels[0].plot(positions, overall, color="dimgray", linewidth=2.6, linestyle="--", label="all together")
     panels[0].set(title="Distance from the start (share of its norm)", ylim=(0, None))
     panels[1].set(title="Cosine with the start")

@@ -5,7 +5,6 @@ Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from .asking import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 
-__all__ = ["Drift", "by_class", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
+__all__ = ["by_class", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
 
 
 @torch.no_grad()
@@ -61,30 +60,19 @@ def nearest_tokens(
     ]
 
 
-@dataclass(frozen=True)
-class Drift:
+def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> dict[str, Any]:
+    """How far a soft prompt P has come from its start S, both of shape `(num_virtual_tokens, hidden)`.
+
+    Returns:
+        `relative`: |P_i - S_i| / |S_i| of each virtual token; `cosine`: between P_i and S_i; and `overall`: |P - S| / |S| of all of them
+        together, which is what is logged as `prompt/drift`.
     """
-    How far a soft prompt has come from its start.
-
-    Args:
-        relative: |P_i - S_i| / |S_i| of each virtual token.
-        cosine: Between P_i and S_i.
-        overall: |P - S| / |S| of all of them together: what is logged as `prompt/drift`.
-    """
-
-    relative: list[float]
-    cosine: list[float]
-    overall: float
-
-
-def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> Drift:
-    """[`Drift`] of a soft prompt from what it started from, both of shape `(num_virtual_tokens, hidden)`."""
     away = soft_prompt - initial
-    return Drift(
-        relative=(away.norm(dim=-1) / initial.norm(dim=-1)).tolist(),
-        cosine=nn.functional.cosine_similarity(soft_prompt, initial, dim=-1).tolist(),
-        overall=float(away.norm() / initial.norm()),
-    )
+    return {
+        "relative": (away.norm(dim=-1) / initial.norm(dim=-1)).tolist(),
+        "cosine": nn.functional.cosine_similarity(soft_prompt, initial, dim=-1).tolist(),
+        "overall": float(away.norm() / initial.norm()),
+    }
 
 
 def similarity(soft_prompt: Tensor) -> Tensor:

@@ -2,11 +2,9 @@
 
 import argparse
 import os
-from dataclasses import asdict
-from statistics import mean
 from typing import Any
 
-from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
+from ..analysis.attention import QUERIES, head_matrices, measure_attention, num_queries
 from ..analysis.plots import check_matplotlib, plot_heads, plot_measures
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.limits import check_positions
@@ -56,36 +54,39 @@ def run_attention(args: argparse.Namespace) -> Any:
         teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
         check_fits(prompt, teacher)
         models[prompted], prompts[prompted] = teacher, prompt.embeddings
-    report = measure_attention(models, rows, prompts, args.queries)
-    result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
+    measures, heads = measure_attention(models, rows, prompts, args.queries)
+    of_models = measures.groupby(level="model", sort=False)
+    result = {"dataset": args.dataset, "queries": args.queries, "num_rows": len(rows)}
+    result["num_queries"] = sum(num_queries(row, args.queries) for row in rows)
+    result["measures"] = {name: of_model.to_dict("list") for name, of_model in of_models}
+    result["heads"] = heads.to_dict("records")
     common.save(args, "attention.json", result)
-    plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
-    shown = report.heads[: args.heads]
-    if shown:
+    plot_measures(measures, os.path.join(args.output_dir, "attention_measures.png"))
+    shown = heads.head(args.heads)
+    if len(shown):
         matrices = head_matrices(models, rows[0], shown, prompts, args.queries)
         ids = rows[0]["prompt_ids"] + rows[0]["completion_ids"]
         tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
         plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
-    return result, lambda: show(report, args), 0
 
+    def show() -> None:
+        title = f"Attention of {result['num_queries']} tokens in {len(rows)} rows of {args.dataset}, means over layers"
+        columns = [
+            "entropy (nats)",
+            "self focus",
+            "sparsity (share > 0.1)",
+            "likeness to layer before",
+            "to soft prompt",
+        ]
+        means = of_models.mean()
+        means.insert(0, "layers", of_models.size())
+        print_table(title, ["model", "layers", *columns], list(means.itertuples()))
+        lines = [
+            [" / ".join(map(str, sorted(set(head.layers.values())))), head.head, f"{head.variance:.2e}"]
+            for head in shown.itertuples()
+        ]
+        if lines:
+            print_table("Heads in which the models differ most", ["layer", "head", "variance of a weight"], lines)
+        print(f"Numbers and plots: {args.output_dir}")
 
-def show(report: AttentionReport, args: argparse.Namespace) -> None:
-    lines = []
-    for name, measures in report.measures.items():
-        means = [_mean(measures[measure]) for measure in MEASURES]
-        lines.append([name, len(measures["entropy"]), *means, _mean(report.soft_prompt_share.get(name, []))])
-    title = f"Attention of {report.num_queries} tokens in {report.num_rows} rows of {args.dataset}, means over layers"
-    columns = ["entropy (nats)", "self focus", "sparsity (share > 0.1)", "likeness to layer before", "to soft prompt"]
-    print_table(title, ["model", "layers", *columns], lines)
-    lines = [
-        [" / ".join(map(str, sorted(set(head.layers.values())))), head.head, f"{head.variance:.2e}"]
-        for head in report.heads[: args.heads]
-    ]
-    if lines:
-        print_table("Heads in which the models differ most", ["layer", "head", "variance of a weight"], lines)
-    print(f"Numbers and plots: {args.output_dir}")
-
-
-def _mean(values: Any) -> float | str:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else ""
+    return result, show, 0

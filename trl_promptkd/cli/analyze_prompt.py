@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from dataclasses import asdict
 from typing import Any
 
 from pandas import DataFrame
@@ -81,9 +80,9 @@ def look_at(
     initial, known_by = initial_prompt(prompts, teacher, tokenizer)
     drifts = []
     if initial is not None:
-        drifts = [(prompt.name, prompt.step, prompt_drift(prompt.embeddings, initial)) for prompt in prompts]
+        drifts = [{"name": p.name, "step": p.step, **prompt_drift(p.embeddings, initial)} for p in prompts]
     if len(drifts) > 1:
-        start = drifts[0][1] or 0 if initial is prompts[0].embeddings else 0
+        start = drifts[0]["step"] or 0 if initial is prompts[0].embeddings else 0
         plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
     nearest = nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
     for token in (token for of_token in nearest for tokens in of_token.values() for token in tokens):
@@ -93,7 +92,7 @@ def look_at(
         "nearest": nearest,
         "similarity": similarity(last).tolist(),
         "drift_from": known_by,
-        "drift": [{"name": name, "step": step, **asdict(drift)} for name, step, drift in drifts],
+        "drift": drifts,
     }
 
 

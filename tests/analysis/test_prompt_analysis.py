@@ -1,23 +1,22 @@
 import json
 import math
 import os
-import re
 import shutil
 
 import pytest
 import torch
+from pandas import DataFrame
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from reference import kl, log_probs
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, WORDS, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, WORDS, prompt_dataset, save_models, save_rows, tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer, SoftPrompt
-from trl_promptkd.analysis.prompt import Change, Drift, nearest_tokens, prompt_drift, prompt_effect, similarity
-from trl_promptkd.analysis.prompt_report import changes_page, plot_drift, plot_similarity
+from trl_promptkd.analysis.plots import changes_page, plot_drift, plot_similarity
+from trl_promptkd.analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from trl_promptkd.analysis.saved_prompt import find_prompts, initial_prompt
 from trl_promptkd.analysis.token_classes import TOKEN_CLASSES, token_classes
 from trl_promptkd.cli import main
@@ -41,36 +40,36 @@ class TestNearestTokens:
         typical = float(embeddings.norm(dim=-1).median())
         for of_token, token, away in zip(found, (7, 21), (0.0, float(embeddings[21].norm()) / typical), strict=True):
             best = of_token["cosine"][0]
-            assert best[0] == token
-            assert best[1] == pytest.approx(1, abs=1e-5)
-            assert best[2] == pytest.approx(away, abs=1e-5)
-        assert found[0]["distance"][0][0] == 7
+            assert best["id"] == token
+            assert best["cosine"] == pytest.approx(1, abs=1e-5)
+            assert best["distance"] == pytest.approx(away, abs=1e-5)
+        assert found[0]["distance"][0]["id"] == 7
         expected = [float((2 * embeddings[21] - embeddings[i]).norm()) / typical for i in range(40)]
         by_distance = sorted(range(40), key=expected.__getitem__)[:3]
-        assert [token for token, _, _ in found[1]["distance"]] == by_distance
-        assert found[1]["distance"][0][2] == pytest.approx(expected[by_distance[0]], rel=1e-5)
+        assert [token["id"] for token in found[1]["distance"]] == by_distance
+        assert found[1]["distance"][0]["distance"] == pytest.approx(expected[by_distance[0]], rel=1e-5)
 
     def test_padding_of_the_vocabulary_is_never_near(self):
         teacher = tiny_model()
         embeddings = teacher.get_input_embeddings().weight.detach()
-        assert nearest_tokens(embeddings[35:36], teacher, 40)[0]["cosine"][0][0] == 35
-        assert all(token < 30 for token, _, _ in nearest_tokens(embeddings[35:36], teacher, 30)[0]["cosine"])
+        assert nearest_tokens(embeddings[35:36], teacher, 40)[0]["cosine"][0]["id"] == 35
+        assert all(token["id"] < 30 for token in nearest_tokens(embeddings[35:36], teacher, 30)[0]["cosine"])
 
 
 class TestDrift:
     def test_values_by_hand(self):
         drift = prompt_drift(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
-        assert drift.relative == pytest.approx([4 / 3, 1.0])
-        assert drift.cosine == pytest.approx([3 / 5, 1.0])
-        assert drift.overall == pytest.approx(math.sqrt(17 / 10))
+        assert drift["relative"] == pytest.approx([4 / 3, 1.0])
+        assert drift["cosine"] == pytest.approx([3 / 5, 1.0])
+        assert drift["overall"] == pytest.approx(math.sqrt(17 / 10))
 
     def test_it_is_0_at_the_start_and_what_is_logged_later(self):
         prompt = SoftPrompt(PromptEncoderConfig(), tiny_model(), tiny_tokenizer())
         start = prompt_drift(prompt().detach(), prompt.initial)
-        assert (set(start.relative), start.overall) == ({0.0}, 0.0)
-        assert start.cosine == pytest.approx([1.0] * 7)
+        assert (set(start["relative"]), start["overall"]) == ({0.0}, 0.0)
+        assert start["cosine"] == pytest.approx([1.0] * 7)
         prompt.encoder.embedding.weight.data.add_(some_prompt(7))
-        assert prompt_drift(prompt().detach(), prompt.initial).overall == pytest.approx(prompt.drift())
+        assert prompt_drift(prompt().detach(), prompt.initial)["overall"] == pytest.approx(prompt.drift())
 
     def test_similarity_by_hand(self):
         assert similarity(torch.tensor([[2.0, 0.0], [3.0, 3.0]])).flatten().tolist() == pytest.approx(
@@ -98,9 +97,8 @@ def byte_tokenizer(pieces):
 class TestTokenClasses:
     def test_each_class(self):
         tokenizer = byte_tokenizer([" The", " c", " 4"])
-        text = " The cat's\n42 (b) é."
-        ids = tokenizer(text)["input_ids"]
-        pieces = [tokenizer.convert_ids_to_tokens(token) for token in ids]
+        ids = tokenizer(" The cat's\n42 (b) é.")["input_ids"]
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         expected = {
             "ĠThe": "first token",
             "Ġc": "word start",
@@ -128,11 +126,8 @@ class TestTokenClasses:
     def test_words_without_marks_of_their_own(self):
         tokenizer = tiny_tokenizer()
         ids = tokenizer("the cat . sat")["input_ids"]
-        assert token_classes([7], [*ids, 0], tokenizer, {0}) == [
-            *("first token", "word start", "punctuation", "word start", "end of text")
-        ]
-
-    def test_an_end_of_text_at_once_is_a_first_token(self):
+        expected = ["first token", "word start", "punctuation", "word start", "end of text"]
+        assert token_classes([7], [*ids, 0], tokenizer, {0}) == expected
         assert token_classes([7], [0], tiny_tokenizer(), {0}) == ["first token"]
 
 
@@ -142,9 +137,8 @@ class TestPromptEffect:
     def test_it_equals_each_row_alone(self, family, batch_size):
         teacher, student, soft_prompt = tiny_model(family, seed=2), tiny_model(family, seed=1), some_prompt()
         tokenizer = tiny_tokenizer()
-        effect = prompt_effect(
-            teacher, soft_prompt, student, PROMPTS, ANSWERS, tokenizer, {0}, batch_size, max_changes=4
-        )
+        rest = (PROMPTS, ANSWERS, tokenizer, {0}, batch_size)
+        tokens, changes = prompt_effect(teacher, soft_prompt, student, *rest, max_changes=4)
         plain_kl, student_kl, moved = [], [], []
         with torch.no_grad():
             for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -156,26 +150,23 @@ class TestPromptEffect:
                     student_kl.append(float(kl(pp[place], q[place])))
                     if int(pp[place].argmax()) != int(p[place].argmax()):
                         moved.append((plain_kl[-1], row, place, pp[place], p[place], q[place]))
-        assert effect.prompted_plain == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
-        assert effect.prompted_student == pytest.approx(student_kl, rel=1e-3, abs=1e-5)
+        assert tokens.prompted_plain.tolist() == pytest.approx(plain_kl, rel=1e-3, abs=1e-5)
+        assert tokens.prompted_student.tolist() == pytest.approx(student_kl, rel=1e-3, abs=1e-5)
 
         classes = ["first token", "word start", "end of text", "first token", "first token"]
-        assert effect.classes[:5] == classes
-        table = effect.by_class()
+        assert tokens["class"][:5].tolist() == classes
+        table = by_class(tokens)
         firsts = [0, 3, 4]
-        assert table["first token"]["tokens"] == 3
-        assert table["first token"]["prompted_plain"] == pytest.approx(sum(plain_kl[i] for i in firsts) / 3, rel=1e-3)
-        assert table["first token"]["prompted_student"] == pytest.approx(
-            sum(student_kl[i] for i in firsts) / 3, rel=1e-3
-        )
-        assert table["all tokens"]["tokens"] == 10
-        assert table["all tokens"]["prompted_plain"] == pytest.approx(sum(plain_kl) / 10, rel=1e-3)
-        shares = [values["share"] for name, values in table.items() if name != "all tokens"]
-        assert sum(shares) == pytest.approx(1)
+        assert table.tokens["first token"] == 3
+        assert table.prompted_plain["first token"] == pytest.approx(sum(plain_kl[i] for i in firsts) / 3, rel=1e-3)
+        assert table.prompted_student["first token"] == pytest.approx(sum(student_kl[i] for i in firsts) / 3, rel=1e-3)
+        assert table.tokens["all tokens"] == 10
+        assert table.prompted_plain["all tokens"] == pytest.approx(sum(plain_kl) / 10, rel=1e-3)
+        assert table.share[:-1].sum() == pytest.approx(1)
 
-        assert effect.changed == len(moved) > 4
+        assert tokens.changed.sum() == len(moved) > 4
         moved.sort(key=lambda item: -item[0])
-        for change, (there, row, place, pp, p, q) in zip(effect.changes, moved[:4], strict=True):
+        for change, (there, row, place, pp, p, q) in zip(changes.itertuples(), moved[:4], strict=True):
             assert (change.row, change.place) == (row, place)
             assert change.kl == pytest.approx(there, rel=1e-3)
             for top, log_p in ((change.prompted, pp), (change.plain, p), (change.student, q)):
@@ -185,93 +176,72 @@ class TestPromptEffect:
             assert change.context == tokenizer.decode([*PROMPTS[row], *ANSWERS[row][:place]])
 
     def test_without_a_student(self):
-        effect = prompt_effect(tiny_model(), some_prompt(), None, PROMPTS, ANSWERS, tiny_tokenizer(), {0})
-        assert effect.prompted_student == []
-        assert "prompted_student" not in effect.by_class()["all tokens"]
-        assert all(change.student == [] for change in effect.changes)
+        tokens, changes = prompt_effect(tiny_model(), some_prompt(), None, PROMPTS, ANSWERS, tiny_tokenizer(), {0})
+        assert by_class(tokens).columns.tolist() == ["tokens", "prompted_plain", "share"]
+        assert "student" not in changes
+
+
+def changed(context, token, top):
+    names = ["row", "place", "kl", "context", "token", "prompted", "plain", "student"]
+    return DataFrame([[0, 1, 0.5, context, token, top, top, top]], columns=names)
 
 
 class TestPage:
-    def test_text_from_data_is_escaped(self):
-        bad = "<script>alert('x')</script>"
-        change = Change(0, 1, 0.5, bad, bad, *[[(bad, 0.5)] * 3] * 3)
-        page = changes_page([change], bad, bad)
+    def test_text_from_data_is_escaped_and_whole(self):
+        bad = "<script>alert('x')</script>" + "a" * 99
+        page = changes_page(changed(bad, bad, [(bad, 0.5)] * 3), bad, bad)
         assert "<script" not in page
-        assert page.count("&lt;script&gt;") == 2 + 1 + 2 + 9
+        assert page.count("&lt;script&gt;") == page.count("a" * 99) == 2 + 1 + 2 + 9
 
-    def test_blanks_and_line_breaks_are_seen_and_tables_have_the_models_there_are(self):
-        change = Change(0, 1, 0.5, "a", "b", [("\n", 0.5)] * 3, [("\t", 0.5)] * 3, [])
-        page = changes_page([change], "t", "s")
-        assert page.count("<code>\u21b5</code>") == 3
-        assert re.findall("<th>(.*?)</th>", page) == ["plain teacher", "prompted teacher"]
+    def test_line_breaks_and_tabs_are_seen(self):
+        page = changes_page(changed("a", "\n", [("\t", 0.5)] * 3), "t", "s")
+        assert page.count(r"'\n'") == 1
+        assert page.count(r"'\t' 0.500") == 9
 
 
-def trained(folder, make_args, config=None, **kwargs):
-    args = make_args(output_dir=str(folder / "run"), max_steps=3, save_strategy="steps", save_steps=1, **kwargs)
-    trainer = PromptKDTrainer(
-        model=tiny_model(seed=1),
-        teacher_model=tiny_model(seed=2),
-        args=args,
-        train_dataset=prompt_dataset(8),
-        processing_class=tiny_tokenizer(),
-        prompt_encoder_config=config or PromptEncoderConfig(num_virtual_tokens=4, prompt_learning_rate=0.05),
+def saved_by_peft(folder, tokenizer=None, **settings):
+    """Saves PEFT's own soft prompt, moved by 1; returns its start."""
+    model = get_peft_model(
+        tiny_model(),
+        PromptTuningConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=tokenizer and str(tokenizer), **settings),
     )
-    trainer.train()
-    trainer.save_model()
-    return trainer
-
-
-class Largest(TorchDispatchMode):
-    """How many numbers the largest tensor has."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, torch.Tensor):
-            self.numbers = max(self.numbers, found.numel())
-        return found
-
-
-def test_nearest_tokens_takes_no_memory_for_each_pair_of_embeddings():
-    teacher = tiny_model()
-    prompt = torch.randn(50, 32)
-    with Largest() as largest:
-        found = nearest_tokens(prompt, teacher, 40, number=2)
-    assert largest.numbers <= 50 * 40  # not times the width
-    embeddings = teacher.get_input_embeddings().weight.detach()
-    cosines = torch.nn.functional.cosine_similarity(prompt[:, None].double(), embeddings[None].double(), dim=-1)
-    assert [row["cosine"][0][0] for row in found] == cosines.argmax(dim=1).tolist()
+    weight = model.prompt_encoder.default.embedding.weight.detach()
+    start = weight.clone()
+    weight.add_(1)
+    model.save_pretrained(folder / "adapter")
+    return start
 
 
 class TestSavedPrompts:
     def test_a_runs_checkpoints_in_order_from_its_start(self, tmp_path, make_args):
-        trainer = trained(tmp_path, make_args)
+        args = make_args(output_dir=str(tmp_path / "run"), max_steps=3, save_strategy="steps", save_steps=1)
+        trainer = PromptKDTrainer(
+            model=tiny_model(seed=1),
+            teacher_model=tiny_model(seed=2),
+            args=args,
+            train_dataset=prompt_dataset(8),
+            processing_class=tiny_tokenizer(),
+            prompt_encoder_config=PromptEncoderConfig(num_virtual_tokens=4, prompt_learning_rate=0.05),
+        )
+        trainer.train()
+        trainer.save_model()
         prompts = find_prompts(str(tmp_path / "run"))
-        assert [prompt.name for prompt in prompts] == [
-            "checkpoint-1",
-            "checkpoint-2",
-            "checkpoint-3",
-        ]  # the last is saved twice
+        # The last is saved twice
+        assert [prompt.name for prompt in prompts] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
         initial, known_by = initial_prompt(prompts, tiny_model(seed=2), tiny_tokenizer())
         assert known_by == "the start that was saved with the prompt"
-        ids = tiny_tokenizer()("suppose you are a")["input_ids"]
         start = tiny_model(seed=2).get_input_embeddings().weight[tiny_tokenizer()("Suppose you are a")["input_ids"]]
-        assert len(ids) == 4
         assert initial.equal(start.detach())
-        overall = [prompt_drift(prompt.embeddings, initial).overall for prompt in prompts]
+        overall = [prompt_drift(prompt.embeddings, initial)["overall"] for prompt in prompts]
         assert overall[0] > 0
         assert overall[-1] == pytest.approx(trainer.soft_prompt.drift())
         shutil.rmtree(tmp_path / "run" / "checkpoint-2" / "teacher_prompt")  # as a killed run may leave it
         assert [prompt.step for prompt in find_prompts(str(tmp_path / "run"))] == [1, 3]
         assert find_prompts(str(tmp_path / "run" / "checkpoint-1"))[0].embeddings.equal(prompts[0].embeddings)
-
-    def test_a_run_that_went_on_after_its_last_checkpoint(self, tmp_path, make_args):
-        trainer = trained(tmp_path, make_args)
+        # A run that went on after its last checkpoint
         trainer.soft_prompt.encoder.embedding.weight.data.add_(1)
         trainer.save_model()
-        prompts = find_prompts(str(tmp_path / "run"))
-        assert [prompt.step for prompt in prompts] == [1, 2, 3, None]
+        assert [prompt.step for prompt in find_prompts(str(tmp_path / "run"))] == [1, 3, None]
 
     @pytest.mark.parametrize("encoder", ["embedding", "mlp", "lstm"])
     def test_every_encoders_adapter(self, tmp_path, encoder):
@@ -281,48 +251,30 @@ class TestSavedPrompts:
         assert found.embeddings.equal(prompt().detach())
         assert found.initial.equal(prompt.initial)
 
-    def test_an_adapter_that_peft_wrote(self, tmp_path):
-        """It holds no start: a text is embedded again; what was random is not known, or is the first checkpoint's."""
-        tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the cat sat", "num_virtual_tokens": 3}
-        for name, more in (("text", text), ("random", {"prompt_tuning_init": "RANDOM", "num_virtual_tokens": 3})):
-            config = PromptTuningConfig(
-                task_type="CAUSAL_LM", tokenizer_name_or_path=str(tmp_path / "tokenizer"), **more
-            )
-            model = get_peft_model(tiny_model(), config)
-            with torch.no_grad():
-                model.prompt_encoder.default.embedding.weight.add_(1)
-            model.save_pretrained(tmp_path / name)
-        (prompt,) = find_prompts(str(tmp_path / "text"))
-        initial, known_by = initial_prompt([prompt], tiny_model(), tiny_tokenizer())
-        assert "'the cat sat', embedded again" in known_by
-        torch.testing.assert_close(prompt.embeddings, initial + 1)
-        (prompt,) = find_prompts(str(tmp_path / "random"))
-        assert initial_prompt([prompt], tiny_model(), tiny_tokenizer())[0] is None
-        initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
-        assert initial.equal(prompt.embeddings)
-        assert known_by.startswith("random, as")
-
     @pytest.mark.parametrize("number", [2, 3, 9])
-    def test_a_text_that_peft_began_with_a_special_token(self, tmp_path, number):
+    def test_a_text_that_peft_embedded_is_embedded_again(self, tmp_path, number):
+        """Its special tokens too."""
         tokenizer = tiny_tokenizer()
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             "<system> $A", special_tokens=[("<system>", 4)]
         )
         tokenizer.save_pretrained(tmp_path / "tokenizer")
-        config = PromptTuningConfig(
-            task_type="CAUSAL_LM",
-            tokenizer_name_or_path=str(tmp_path / "tokenizer"),
-            prompt_tuning_init="TEXT",
-            prompt_tuning_init_text="the cat sat",
-            num_virtual_tokens=number,
-        )
-        model = get_peft_model(tiny_model(), config)
-        start = model.prompt_encoder.default.embedding.weight.detach().clone()
+        text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "the cat sat"}
+        start = saved_by_peft(tmp_path, num_virtual_tokens=number, tokenizer=tmp_path / "tokenizer", **text)
         assert start[0].equal(tiny_model().get_input_embeddings().weight[4])
-        model.save_pretrained(tmp_path / "text")
-        initial, _ = initial_prompt(find_prompts(str(tmp_path / "text")), tiny_model(), tokenizer)
+        (prompt,) = find_prompts(str(tmp_path / "adapter"))
+        torch.testing.assert_close(prompt.embeddings, start + 1)
+        initial, known_by = initial_prompt([prompt], tiny_model(), tokenizer)
+        assert "'the cat sat', embedded again" in known_by
         assert initial.equal(start)
+
+    def test_a_random_start_of_pefts_is_not_known_or_the_first_checkpoints(self, tmp_path):
+        saved_by_peft(tmp_path, num_virtual_tokens=3)
+        (prompt,) = find_prompts(str(tmp_path / "adapter"))
+        assert initial_prompt([prompt], tiny_model(), tiny_tokenizer())[0] is None
+        initial, known_by = initial_prompt([prompt, prompt], tiny_model(), tiny_tokenizer())
+        assert initial.equal(prompt.embeddings)
+        assert known_by.startswith("adapter, as")
 
     def test_what_is_no_soft_prompt_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
@@ -339,18 +291,13 @@ class TestSavedPrompts:
         save_file({"prompt_embeddings": torch.full((3, 32), float("nan"))}, broken / "adapter_model.safetensors")
         with pytest.raises(ValueError, match="is not finite"):
             find_prompts(str(broken))
-        (broken / "adapter_config.json").write_text("[]")
-        with pytest.raises(ValueError, match="is not an adapter's configuration"):
-            find_prompts(str(broken))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, seed in (("teacher", 2), ("student", 1)):
-        tiny_model(seed=seed).save_pretrained(tmp_path / name)
-        tiny_tokenizer().save_pretrained(tmp_path / name)
+    save_models(tmp_path, teacher=tiny_model(seed=2), student=tiny_model(seed=1))
     rows = [{"question": " ".join(WORDS[i : i + 2 + i % 4]), "answer": f" {WORDS[i]} ."} for i in range(12)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_rows(tmp_path / "rows.jsonl", rows)
     prompt = SoftPrompt(PromptEncoderConfig(num_virtual_tokens=3), tiny_model(seed=2), tiny_tokenizer())
     for step in (1, 2):
         prompt.encoder.embedding.weight.data.add_(some_prompt(seed=step))
@@ -374,9 +321,8 @@ class TestCommand:
         out = capsys.readouterr().out
         assert "checkpoint-2" in out
         assert "end of text" in out or responses == "student"
-        assert sorted(os.listdir(folder / "out")) == [
-            *("changes.html", "drift.png", "kl_by_class.png", "prompt.json", "similarity.png")
-        ]
+        files = ["changes.html", "drift.png", "kl_by_class.png", "prompt.json", "similarity.png"]
+        assert sorted(os.listdir(folder / "out")) == files
         result = json.loads((folder / "out" / "prompt.json").read_text())
         assert [entry["step"] for entry in result["drift"]] == [1, 2]
         tokens = result["classes"]["all tokens"]["tokens"]
@@ -390,17 +336,11 @@ class TestCommand:
         tensors = load_file(path)
         save_file({name: t.zero_() if name == "initial" else t for name, t in tensors.items()}, path)
         assert main(flags(folder, "--json", dataset=False)) == 0
-
-        def refuse(word):
-            raise AssertionError(word)
-
         out = capsys.readouterr().out
         for text in (out, (folder / "out" / "prompt.json").read_text()):
-            assert json.loads(text, parse_constant=refuse)["drift"][-1]["overall"] is None
-
-    def test_the_prompt_alone(self, folder, capsys):
-        assert main(flags(folder, "--json", dataset=False)) == 0
-        result = json.loads(capsys.readouterr().out)
+            assert json.loads(text, parse_constant=pytest.fail)["drift"][-1]["overall"] is None
+        # The prompt alone is looked at
+        result = json.loads(out)
         assert len(result["nearest"]) == 3
         assert "classes" not in result
         assert sorted(os.listdir(folder / "out")) == ["drift.png", "prompt.json", "similarity.png"]
@@ -413,8 +353,9 @@ class TestCommand:
 
 class TestPlots:
     def test_many_checkpoints_many_tokens_and_a_last_prompt(self, tmp_path):
-        drifts = [(f"checkpoint-{i}", i, Drift([i / 100.0] * 30, [1 - i / 400] * 30, i / 100)) for i in range(1, 60)]
-        plot_drift([*drifts, ("teacher_prompt", None, drifts[-1][2])], str(tmp_path / "drift.png"))
-        plot_drift([("teacher_prompt", None, drifts[0][2])], str(tmp_path / "one.png"))
+        drift = {"relative": [0.5] * 30, "cosine": [0.9] * 30, "overall": 0.5}
+        last = {"step": None, **drift}
+        plot_drift([*({"step": step, **drift} for step in range(1, 60)), last], str(tmp_path / "drift.png"))
+        plot_drift([last], str(tmp_path / "one.png"))
         plot_similarity(torch.eye(30), str(tmp_path / "similarity.png"))
         assert all((tmp_path / name).stat().st_size > 5000 for name in ("drift.png", "one.png", "similarity.png"))

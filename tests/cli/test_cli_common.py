@@ -37,7 +37,9 @@ class TestLoadModel:
     def test_what_is_placed_already_stays(self, monkeypatch, mark):
         moved = []
         model = SimpleNamespace(
-            to=lambda device: moved.append(device) or model, **({mark: {"": "cpu"}} if mark else {})
+            to=lambda device: moved.append(device) or model,
+            eval=lambda: model,
+            **({mark: {"": "cpu"}} if mark else {}),
         )
         monkeypatch.setattr(common, "load_teacher", lambda *args: model)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

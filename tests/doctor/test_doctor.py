@@ -1,6 +1,7 @@
 import copy
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import yaml
 from datasets import Dataset
 from paths import ROOT
 from peft import LoraConfig, get_peft_model
-from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, tiny_model, tiny_tokenizer, weights
+from tiny import CHAT_TEMPLATE, CONFIGS, WORDS, difference, save_models, save_rows, tiny_model, tiny_tokenizer, weights
+from torch.nn.functional import dropout
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
 
 from trl_promptkd import PrimedDistillConfig, PrimingTemplate, PromptKDConfig
@@ -19,7 +21,6 @@ from trl_promptkd.data.primed import tokenize_primed_row
 from trl_promptkd.data.priming import resolve_priming
 from trl_promptkd.doctor import diagnose, passed
 from trl_promptkd.doctor import memory as memory_module
-from trl_promptkd.doctor.data_checks import _texts
 from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.models import teacher as teacher_module
 from trl_promptkd.models.teacher import load_teacher
@@ -96,34 +97,29 @@ class BlindGPT2Decoder(GPT2Model):
 
 
 class WeakLlama(LlamaModel):
-    """Passes on a tenth of the gradient, as weights that were repacked for inference may do."""
+    """Passes on a share of the gradient, as weights that were repacked for inference may do."""
 
-    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **kwargs):
+    share = 0.1
+
+    def forward(self, inputs_embeds=None, **kwargs):
         if inputs_embeds is not None:
-            inputs_embeds = 0.1 * inputs_embeds + 0.9 * inputs_embeds.detach()
-        return super().forward(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+            inputs_embeds = self.share * inputs_embeds + (1 - self.share) * inputs_embeds.detach()
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
-class DetachedLlama(LlamaModel):
-    def forward(self, input_ids=None, position_ids=None, inputs_embeds=None, **kwargs):
-        if inputs_embeds is not None:
-            inputs_embeds = 0.0 * inputs_embeds + inputs_embeds.detach()
-        return super().forward(input_ids=input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+class DetachedLlama(WeakLlama):
+    share = 0.0
 
 
 def of_class(module, cls):
     module.__class__ = cls
 
 
-class OwnCollator:
-    def __init__(self, change):
-        self.change = change
-
-    def __call__(self, rows):
-        ids = [tokenize_row(row, tiny_tokenizer()) for row in rows]
-        batch = pad_rows([row["prompt_ids"] for row in ids], [row["completion_ids"] for row in ids], 0)
-        self.change(batch)
-        return batch
+def own_collator(change, rows):
+    ids = [tokenize_row(row, tiny_tokenizer()) for row in rows]
+    batch = pad_rows([row["prompt_ids"] for row in ids], [row["completion_ids"] for row in ids], 0)
+    change(batch)
+    return batch
 
 
 def mask_padding_by_id(batch):
@@ -144,16 +140,12 @@ def shift_labels(batch):
     batch["labels"] = batch["labels"].roll(-1, dims=1)
 
 
-def forget_labels(batch):
-    del batch["labels"]
-
-
 def collator(change):
-    return lambda case: case.update(data_collator=OwnCollator(change))
+    return given(data_collator=partial(own_collator, change))
 
 
-def other_words(case):
-    case["teacher_processing_class"] = tiny_tokenizer([*WORDS[:3], "an", *WORDS[4:]])
+def given(**changes):
+    return lambda case: case.update(changes)
 
 
 def chat(case, template=CHAT_TEMPLATE):
@@ -163,11 +155,6 @@ def chat(case, template=CHAT_TEMPLATE):
 
 def changing_template(case):
     chat(case, "{% if messages[-1]['role'] == 'assistant' %}<system> {% endif %}" + CHAT_TEMPLATE)
-
-
-def changing_template_and_answers(case):
-    changing_template(case)
-    case["lmbda"] = 0.5
 
 
 def without_end(case):
@@ -185,20 +172,12 @@ def nan_weight(case):
     case["teacher"].lm_head.weight.data[3, 3] = float("nan")
 
 
-def never_five(output, value=float("-inf")):
-    output = output.clone()
-    output[..., 5] = value
-    return output
+def logit_set(token, value):
+    return lambda output: output.index_fill(-1, torch.tensor([token]), value)
 
 
-def lowest_five(output):
-    return never_five(output, torch.finfo(output.dtype).min)
-
-
-def prefer_the_end(output):
-    output = output.clone()
-    output[..., 0] += 100
-    return output
+def rows_that_see_each_other(case):
+    hook(case["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1)))
 
 
 def doubled_start(case):
@@ -211,8 +190,15 @@ def no_eos(case):
     case["processing_class"].pad_token = "<pad>"
 
 
-def given(**changes):
-    return lambda case: case.update(changes)
+def mixed_types(case):
+    case["dataset"] = answered_rows(case["teacher"], case["processing_class"], conversational=True)
+    (message,) = case["dataset"][0]["prompt"]
+    case["dataset"][0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
+
+
+def tokenized(case):
+    rows = [tokenize_row(row, case["processing_class"]) for row in case["dataset"]]
+    case.update(dataset=Dataset.from_list(rows), lmbda=0.5)
 
 
 def unanswered(case):
@@ -232,65 +218,52 @@ BROKEN = [
     ("trained_tokens", "fail", r"\b8 are not trained on from", collator(mask_first_answer_token)),
     ("trained_tokens", "warn", "other tokens", collator(train_on_prompts)),
     ("trained_tokens", "fail", "not to be shifted", collator(shift_labels)),
-    ("trained_tokens", "fail", "KeyError", collator(forget_labels)),
-    ("tokenizers", "fail", r"id 9, which is 'a' .* and 'an'", other_words),
+    ("trained_tokens", "fail", "KeyError", collator(lambda batch: batch.pop("labels"))),
+    (
+        *("tokenizers", "fail", r"id 9, which is 'a' .* and 'an'"),
+        given(teacher_processing_class=tiny_tokenizer([*WORDS[:3], "an", *WORDS[4:]])),
+    ),
     ("tokenizers", "warn", "no tokenizer", given(teacher_processing_class=None)),
-    ("chat_template", "fail", "Row 0: .*differently once", changing_template_and_answers),
+    ("chat_template", "fail", "Row 0: .*differently once", lambda c: (changing_template(c), c.update(lmbda=0.5))),
     ("chat_template", "warn", "in 8 of 8 rows .*differently once", changing_template),
     ("chat_template", "fail", "no chat template", lambda c: chat(c, None)),
     ("trained_tokens", "fail", "8 of 8 answers do not end", without_end),
     ("chat_template", "warn", "8 of 8 prompts begin with '<system>' twice", doubled_start),
-    (
-        "repeatability",
-        "fail",
-        "two passes",
-        lambda c: hook(c["teacher"].model.norm, lambda x: torch.nn.functional.dropout(x, 0.1, training=True)),
-    ),
+    ("repeatability", "fail", "two passes", lambda c: hook(c["teacher"].model.norm, lambda x: dropout(x, 0.1))),
     ("finite_logits", "fail", "of the teacher are NaN", nan_weight),
-    (
-        "soft_prompt_gradient",
-        "fail",
-        "times what the gradient says",
-        lambda c: of_class(c["teacher"].model, WeakLlama),
-    ),
+    ("soft_prompt_gradient", "fail", "what the gradient says", lambda c: of_class(c["teacher"].model, WeakLlama)),
     ("soft_prompt_gradient", "fail", "norm is 0", lambda c: of_class(c["teacher"].model, DetachedLlama)),
     ("vocabulary", "fail", "20 entries", given(teacher=tiny_model(vocab_size=20))),
     ("lengths", "fail", "do not fit into `max_length=4`", given(max_length=4, lmbda=0.5)),
     ("lengths", "warn", "4 of 8 rows do not fit into `max_length=4`", given(max_length=4, lmbda=0.5, overlong="drop")),
     ("lengths", "warn", r"\d of 8 answers are cut", given(max_length=8, lmbda=0.5)),
     ("data", "fail", "prompts without answers", given(dataset=[{"prompt": text} for text in PROMPTS], lmbda=0.5)),
-    ("data", "fail", "1 of 8 rows have no answer", unanswered),
+    ("data", "fail", "of 8 rows, 1 have no answer", unanswered),
     ("data", "warn", "1 an empty one", lambda c: c["dataset"][3].update(completion=" ")),
-    ("data", "fail", "1 of 8 rows hold None", lambda c: c["dataset"][3].update(prompt=None)),
+    ("data", "fail", "prompt of 1 of 8 rows is None", lambda c: c["dataset"][3].update(prompt=None)),
     ("data", "fail", "neither a `messages`", given(dataset=[{"question": "who"}])),
     ("priming", "fail", "does not reach the teacher", deaf_template),
     ("priming", "fail", "'topic'", given(priming=PrimingTemplate("{{ topic }} "))),
     ("priming", "warn", "8 of 8 rows", given(priming=PrimingTemplate("{{ '' }}"))),
-    (
-        "padding_student",
-        "fail",
-        "padded, is off",
-        lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
-    ),
-    (
-        "window_split",
-        "fail",
-        "gradients",
-        lambda c: hook(c["model"].model.norm, lambda x: x - 0.1 * x.mean(dim=(0, 1))),
-    ),
+    ("padding_student", "fail", "padded, is off", rows_that_see_each_other),
+    ("window_split", "fail", "gradients", rows_that_see_each_other),
     ("special_tokens", "fail", "no end-of-text token", no_eos),
     (
-        "special_tokens",
-        "warn",
-        "student was published to stop at {5: '<pad>'}",
+        *("special_tokens", "warn", "student was published to stop at {5: '<pad>'}"),
         lambda c: setattr(c["model"].generation_config, "eos_token_id", 5),
     ),
-    ("sampling", "warn", "4 of 4", lambda c: hook(c["model"].lm_head, prefer_the_end)),
+    ("sampling", "warn", "4 of 4", lambda c: hook(c["model"].lm_head, logit_set(0, 100.0))),
     ("quality", "warn", "answers cost", lambda c: c.update(model=c["teacher"], teacher=c["model"])),
     ("quality", "warn", "answers cost", lambda c: c.update(model=copy.deepcopy(c["teacher"]))),
     ("quality", "warn", r"teacher\) \d", lambda c: hook(c["model"].lm_head, lambda x: -3 * x)),
     ("memory", "warn", "a window of 1000000 rows", given(per_device_train_batch_size=1_000_000)),
 ]
+
+
+def four_bit_teacher(folder):
+    pytest.importorskip("bitsandbytes")
+    tiny_model(seed=1, hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    return load_teacher(folder, {"quantization_config": {"load_in_4bit": True}, "dtype": "float32"})
 
 
 class TestBroken:
@@ -311,18 +284,12 @@ class TestBroken:
             assert finding.values.get("exception", expected) == expected, finding
 
     def test_a_four_bit_teacher_that_is_packed_for_inference(self, tmp_path, monkeypatch):
-        """What happens where freezing a teacher does not undo it."""
-        pytest.importorskip("bitsandbytes")
+        """What happens if freezing a teacher does not undo it."""
         monkeypatch.setattr(teacher_module, "keep_four_bit_weights_differentiable", lambda model: 0)
-        arguments = healthy()
-        tiny_model(seed=1, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
-        quantization = {"load_in_4bit": True}
-        arguments["teacher"] = load_teacher(tmp_path, {"quantization_config": quantization, "dtype": "float32"})
+        arguments = healthy(teacher=four_bit_teacher(tmp_path))
         if not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in arguments["teacher"].modules()):
             pytest.skip("this CPU has no AVX512-BF16: nothing is ever packed")
-        findings = findings_of(arguments)
-        assert findings["soft_prompt_gradient"].status == "fail"
-        assert findings["quantization"].status == "skip"
+        assert findings_of(arguments)["soft_prompt_gradient"].status == "fail"
 
     def test_what_needs_a_failed_check_is_left_out_with_a_word(self):
         arguments = healthy()
@@ -333,15 +300,13 @@ class TestBroken:
         assert findings["soft_prompt_gradient"].found == "left out, as repeatability did not pass"
         assert findings["memory"].status == "pass"
 
-    def test_the_gap_that_position_ids_close_is_told(self):
-        gap = findings_of(healthy("gpt2"))["padding_student"].values["difference_without_position_ids"]
-        assert gap > 0.1
-        assert findings_of(healthy("llama"))["padding_student"].values["difference_without_position_ids"] < 1e-3
-
     def test_a_priming_text_and_another_trainers_configuration_are_refused(self):
-        arguments = {name: value for name, value in healthy().items() if name != "max_new_tokens"}
         with pytest.raises(ValueError, match="`priming` is given, but `args` is a PromptKDConfig"):
-            diagnose(**arguments, args=PromptKDConfig(bf16=False, use_cpu=True), priming="teacher")
+            diagnose(
+                *(tiny_model(), None, [{"prompt": "red"}], tiny_tokenizer()),
+                args=PromptKDConfig(bf16=False, use_cpu=True),
+                priming="teacher",
+            )
 
     @pytest.mark.parametrize("bad", [{"rows": 0}, {"dataset": []}, {"priming": "nobody"}])
     def test_arguments_that_are_none_are_refused(self, bad):
@@ -363,59 +328,52 @@ class TestHealthy:
         findings = self.assert_all_pass(healthy(family, lmbda=0.5), *everything)
         assert 0.3 < findings["trained_tokens"].values["share"] < 1
         assert len(findings) == 18
+        # Learned positions that are counted through padding, as `GKDTrainer` does, make a difference
+        gap = findings["padding_student"].values["difference_without_position_ids"]
+        assert family != "gpt2" or gap > 0.1
+        assert family != "llama" or gap < 1e-3
 
-    @pytest.mark.parametrize("change", [never_five, lowest_five])
-    def test_tokens_that_are_ruled_out_are_left_out(self, change):
+    @pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
+    def test_tokens_that_are_ruled_out_are_left_out(self, value):
         arguments = healthy(lmbda=0.5)
-        hook(arguments["teacher"].lm_head, change)
+        hook(arguments["teacher"].lm_head, logit_set(5, value))
         findings = findings_of(arguments)
         # The answers hold that token, which the teacher would never write
         assert {name for name, finding in findings.items() if finding.status != "pass"} == {"quality"}
-        assert "ruled out, 1 by the teacher" in findings["finite_logits"].found
+        assert "0 by the student and 1 by the teacher" in findings["finite_logits"].found
         assert 0 < findings["quality"].values["reverse_kl"] < 100
 
     def test_a_message_with_tool_calls_only_says_something(self):
         call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
-        assert _texts([{"role": "user", "content": "red"}, call]) == ["red", "other"]
-        assert _texts([{"role": "user", "content": None, "tool_calls": None}]) == [None]
+        rows = [{"prompt": [{"role": "user", "content": "red"}], "completion": [call]}]
+        assert findings_of(healthy(dataset=rows))["data"].status == "pass"
 
-    def test_prompts_only(self):
-        findings = self.assert_all_pass(healthy(dataset=[{"prompt": text} for text in PROMPTS]), "window_split")
-        assert "the student writes the answers" in findings["data"].found
-        assert "quality" not in findings
+    @pytest.mark.parametrize(
+        ("changes", "check", "says"),
+        [
+            (given(dataset=[{"prompt": text} for text in PROMPTS]), "data", "prompts only; a model writes"),
+            (given(generation_kwargs={"stop_strings": ["cat"]}), "sampling", "4 samples"),
+            (lambda c: c["teacher"].resize_token_embeddings(64), "vocabulary", "compared on the 40 real ids"),
+            (mixed_types, "data", "8 rows of conversations"),  # Arrow keeps the contents as JSON only
+            (given(processing_class=tiny_tokenizer(pad_is_eos=False)), "special_tokens", r"pad '<pad>' \(5\)"),
+            (lambda c: c["teacher"].bfloat16(), "padding_soft_prompt", "padded rows are as alone"),
+            (collator(lambda batch: None), "trained_tokens", "in every row"),
+            (tokenized, "quality", "answers cost"),
+        ],
+    )
+    def test_what_is_right_passes(self, changes, check, says):
+        arguments = healthy()
+        changes(arguments)
+        assert re.search(says, self.assert_all_pass(arguments)[check].found)
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     def test_priming(self, family):
         arguments = healthy(family, priming="teacher")
-        arguments["dataset"] = answered_rows(
-            arguments["teacher"], arguments["processing_class"], True, arguments["priming"]
-        )
+        arguments["dataset"] = answered_rows(arguments["teacher"], arguments["processing_class"], True, "teacher")
         findings = self.assert_all_pass(arguments, "priming", "quality", "trained_tokens")
         assert findings["priming"].values["tokens"] > 10
         assert findings["quality"].values["nll_primed_teacher"] < findings["quality"].values["nll_student"]
         assert "soft_prompt_gradient" not in findings
-
-    def test_samples_may_end_with_a_stop_string(self):
-        findings = self.assert_all_pass(healthy(generation_kwargs={"stop_strings": ["cat"]}), "sampling")
-        assert findings["sampling"].values["mean_length"] > 0
-
-    def test_padded_vocabularies(self):
-        arguments = healthy()
-        arguments["teacher"].resize_token_embeddings(64)
-        findings = self.assert_all_pass(arguments, "soft_prompt_gradient")
-        assert "compared on the 40 real ids" in findings["vocabulary"].found
-
-    def test_rows_of_mixed_types(self):
-        """Arrow keeps the contents of these two as JSON only."""
-        arguments = healthy()
-        rows = answered_rows(arguments["teacher"], arguments["processing_class"], conversational=True)
-        (message,) = rows[0]["prompt"]
-        rows[0]["prompt"] = [{**message, "content": [{"type": "text", "text": message["content"]}]}]
-        self.assert_all_pass({**arguments, "dataset": rows})
-
-    def test_a_pad_token_of_its_own(self):
-        arguments = healthy(processing_class=tiny_tokenizer(pad_is_eos=False))
-        assert "pad '<pad>' (5)" in self.assert_all_pass(arguments)["special_tokens"].found
 
     @pytest.mark.parametrize("peft", [False, True])
     def test_self_distillation(self, peft):
@@ -427,28 +385,9 @@ class TestHealthy:
         assert "padding_teacher" not in findings
         assert abs(findings["quality"].values["reverse_kl"]) < 1e-6
 
-    def test_a_bfloat16_teacher(self):
-        arguments = healthy()
-        arguments["teacher"] = arguments["teacher"].bfloat16()
-        self.assert_all_pass(arguments, "soft_prompt_gradient", "padding_soft_prompt")
-
     def test_a_four_bit_teacher(self, tmp_path):
-        pytest.importorskip("bitsandbytes")
-        arguments = healthy()
-        tiny_model(seed=1, hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
-        quantization = {"load_in_4bit": True}
-        arguments["teacher"] = load_teacher(tmp_path, {"quantization_config": quantization, "dtype": "float32"})
-        findings = findings_of(arguments)
-        assert "gradient through it was compared" in findings["quantization"].found
+        findings = findings_of(healthy(teacher=four_bit_teacher(tmp_path)))
         assert {findings[name].status for name in ("soft_prompt_gradient", "padding_soft_prompt")} == {"pass"}
-
-    def test_the_collator_of_ones_own(self):
-        self.assert_all_pass(healthy(data_collator=OwnCollator(lambda batch: None)), "trained_tokens")
-
-    def test_tokenized_rows(self):
-        arguments = healthy(lmbda=0.5)
-        rows = [tokenize_row(row, arguments["processing_class"]) for row in arguments["dataset"]]
-        self.assert_all_pass({**arguments, "dataset": Dataset.from_list(rows)}, "quality")
 
     def test_the_models_are_left_as_they_were(self):
         arguments = healthy()
@@ -493,9 +432,8 @@ class TestMemory:
         tokens = 8 * (max(len(prompt.split()) for prompt in PROMPTS) + 16 + 7)
         features = 2 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
         # Instead of what goes into and comes out of 2 layers: the inputs of both, and one layer
-        assert kept["activations"] - recomputed["activations"] == pytest.approx(
-            tokens * 4 * (features - 2 * 32 - features / 2) / 1e9
-        )
+        spared = tokens * 4 * (features - 2 * 32 - features / 2) / 1e9
+        assert kept["activations"] - recomputed["activations"] == pytest.approx(spared)
 
     def test_the_cache_is_that_of_keys_and_values(self):
         # 2 x layers x key-value heads x head size x (prompt + new) x rows x bytes, and drawing's logits
@@ -513,22 +451,22 @@ class TestMemory:
 @pytest.fixture
 def folder(tmp_path):
     student, teacher = pair()
-    tokenizer = tiny_tokenizer()
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    rows = [{"question": row["prompt"], "answer": row["completion"]} for row in answered_rows(teacher, tokenizer)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_models(tmp_path, student=student, teacher=teacher)
+    rows = answered_rows(teacher, tiny_tokenizer())
+    save_rows(tmp_path / "rows.jsonl", [{"question": row["prompt"], "answer": row["completion"]} for row in rows])
     return tmp_path
 
 
-def flags(folder, *more, dataset="rows.jsonl"):
+def flags(folder, *more):
     return [
-        "doctor",
-        *("--model", str(folder / "student"), "--teacher", str(folder / "teacher")),
-        *("--dataset", str(folder / dataset), "--prompt_column", "question", "--completion_column", "answer"),
+        *("doctor", "--model", str(folder / "student"), "--teacher", str(folder / "teacher")),
+        *("--dataset", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer"),
         *more,
     ]
+
+
+def checks(out):
+    return {check["name"]: check for check in json.loads(out)["checks"]}
 
 
 class TestCommand:
@@ -540,35 +478,24 @@ class TestCommand:
         assert "18 pass" in out
 
     def test_json_and_nothing_else_on_standard_output(self, folder, capsys):
-        assert main(flags(folder, "--json", "--rows", "5")) == 0
+        more = ("--max_new_tokens", "40", "--num_virtual_tokens", "3", "--gradient_accumulation_steps", "2")
+        assert main(flags(folder, "--json", "--rows", "5", *more)) == 0
         captured = capsys.readouterr()
-        report = json.loads(captured.out)
+        report, found = json.loads(captured.out), checks(captured.out)
         assert report["passed"] is True
         assert report["teacher"] == str(folder / "teacher")
         assert [set(check) for check in report["checks"]] == [{"name", "status", "found", "advice", "values"}] * 18
-        assert "5 rows of texts" in next(c["found"] for c in report["checks"] if c["name"] == "data")
+        assert "5 rows of texts" in found["data"]["found"]
+        assert found["positions"]["values"] == {"student": 45, "teacher": 48}
+        assert "window of 16 rows" in found["memory"]["found"]
         assert "Loading" in captured.err
 
-    def test_a_failed_check_is_exit_code_1(self, folder, capsys):
+    def test_a_failed_check_is_exit_code_1_and_a_warning_0(self, folder, capsys):
         tiny_tokenizer([*WORDS[:-1], "five"]).save_pretrained(folder / "teacher")
         assert main(flags(folder, "--json")) == 1
-        report = json.loads(capsys.readouterr().out)
-        assert report["passed"] is False
-        assert next(c for c in report["checks"] if c["name"] == "tokenizers")["status"] == "fail"
-
-    def test_what_is_not_finite_is_null(self, folder, capsys):
-        teacher = pair()[1]
-        teacher.model.embed_tokens.weight.data[:, 0] = float("nan")
-        teacher.save_pretrained(folder / "teacher")
-        student = pair()[0]
-        student.lm_head.weight.data *= 1e30  # differences of log-probabilities overflow
-        student.save_pretrained(folder / "student")
-        assert main(flags(folder, "--json")) == 1
         out = capsys.readouterr().out
-        assert "NaN" not in re.sub(r'"[^"]*"', "", out)
-        assert "Infinity" not in out
-
-    def test_a_warning_is_exit_code_0(self, folder, capsys):
+        assert '"passed": false' in out
+        assert checks(out)["tokenizers"]["status"] == "fail"
         for path in (folder / "teacher").glob("*token*"):
             path.unlink()
         assert main(flags(folder)) == 0
@@ -579,16 +506,9 @@ class TestCommand:
         arguments = flags(folder, "--json", "--priming_file", str(folder / "priming.txt"), "--num_virtual_tokens", "3")
         del arguments[3:5]  # no teacher
         main(arguments)
-        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-        assert checks["priming"]["status"] == "pass"
-        assert "own teacher" in checks["tokenizers"]["found"]
-
-    def test_settings_reach_the_checks(self, folder, capsys):
-        more = ("--json", "--max_new_tokens", "40", "--num_virtual_tokens", "3", "--gradient_accumulation_steps", "2")
-        assert main(flags(folder, *more)) == 0
-        checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-        assert checks["positions"]["values"] == {"student": 45, "teacher": 48}
-        assert "window of 16 rows" in checks["memory"]["found"]
+        found = checks(capsys.readouterr().out)
+        assert found["priming"]["status"] == "pass"
+        assert "own teacher" in found["tokenizers"]["found"]
 
     @pytest.mark.parametrize(
         ("more", "message"),
@@ -636,17 +556,15 @@ class TestCommand:
         }
         (folder / "recipe.yaml").write_text(json.dumps({**about, **recipe}))
         main(["doctor", "--config", str(folder / "recipe.yaml"), "--json"])
-        report = json.loads(capsys.readouterr().out)
-        assert report["dataset"] == str(folder / "rows.jsonl")
-        assert says in next(found["found"] for found in report["checks"] if found["name"] == check)
+        out = capsys.readouterr().out
+        assert json.loads(out)["dataset"] == str(folder / "rows.jsonl")
+        assert says in checks(out)[check]["found"]
 
     def test_flags_win_over_the_recipe(self, folder, capsys):
         (folder / "recipe.yaml").write_text("{lmbda: 0.5, max_length: 4, model_name_or_path: nowhere}")
         assert main(flags(folder, "--config", str(folder / "recipe.yaml"), "--max_length", "64")) == 0
 
-    @pytest.mark.parametrize(
-        "path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem
-    )
+    @pytest.mark.parametrize("path", sorted((ROOT / "examples/configs").glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_recipe_is_understood_or_refused_with_a_remedy(self, path):
         given = make_parser().parse_args(["doctor", "--config", str(path), "--use_cpu"])
         known = yaml.safe_load(path.read_text())

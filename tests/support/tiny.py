@@ -1,6 +1,7 @@
 """Tiny models and a tiny tokenizer, built in-process: no test needs a network."""
 
 import copy
+import json
 
 import torch
 from datasets import Dataset
@@ -215,3 +216,14 @@ def chat_dataset(size=8) -> Dataset:
             for i in range(size)
         ]
     )
+
+
+def save_models(folder, **models):
+    """Each model below `folder` by its name, with a tokenizer beside it."""
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+
+
+def save_rows(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))

@@ -1,20 +1,17 @@
 """`trl-promptkd analyze`: what a student, a teacher and a soft prompt do, measured on the user's own rows.
 
-`figures.py` (the plots' look), `asking.py` (several models at the same tokens), `saved_prompt.py`, `token_classes.py`, `exposure.py` (how a
-student's errors add up), `prompt.py` and `prompt_report.py` (what a soft prompt has become, and what it does), `attention_layers.py` (one layer's
-weights at a time), `attention.py` and `attention_plots.py` (where several models look, layer by layer).
+`exposure.py` (how a student's errors add up), `prompt.py` (what a soft prompt has become, and what it does), `saved_prompt.py`,
+`token_classes.py`, `attention.py` (where several models look, layer by layer), `asking.py` (several models at the same tokens), `plots.py`.
 """
 
-from .attention import AttentionReport, HeadVariance, head_matrices, measure_attention
-from .exposure import ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
+from .attention import head_matrices, measure_attention
+from .exposure import exposure_bias, prefix_kl, sample_prefixes
+from .plots import plot_exposure
 from .prompt import nearest_tokens, prompt_drift, prompt_effect
 from .saved_prompt import find_prompts, initial_prompt, read_prompt
 
 
 __all__ = [
-    "AttentionReport",
-    "ExposureBias",
-    "HeadVariance",
     "exposure_bias",
     "find_prompts",
     "head_matrices",

@@ -1,107 +1,94 @@
 """Where models look: four measures of each layer's attention, and the heads in which models differ most.
 
-Of each model only one layer's matrices, and those of the layer before, exist at a time. The models themselves must all fit into memory.
+Rows go through a model one at a time, so that nothing is padded.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pandas import DataFrame, concat
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from ..data import pad_rows
-from .attention_layers import attention_layers, eager_attention, model_device
+from ..models.forward import input_embeddings
+from ..models.side_effects import flags_restored
 
 
-__all__ = ["MEASURES", "AttentionReport", "HeadVariance", "head_matrices", "measure_attention"]
+__all__ = ["MEASURES", "head_matrices", "measure_attention"]
 
 MEASURES = ("entropy", "self_focus", "sparsity", "similarity")
 SHARE_ABOVE = 0.1
 QUERIES = ("completion", "all")
 
 
-@dataclass(frozen=True)
-class HeadVariance:
-    """
-    How much models differ in one head.
-
-    Args:
-        head (`int`): Its number in the layer, the same in all models.
-        layers (`dict[str, int]`): The layer that it is in, of each model; see [`measure_attention`].
-        variance (`float`): Over the models, of an entry of its matrix, on average.
-    """
-
-    head: int
-    layers: dict[str, int]
-    variance: float
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Inside, the model computes attention such that its weights exist, and is in evaluation mode."""
+    before = model.config._attn_implementation
+    with flags_restored(model):
+        try:
+            model.set_attn_implementation("eager")
+            yield model.eval()
+        finally:
+            model.set_attn_implementation(before)
 
 
-@dataclass(frozen=True)
-class AttentionReport:
-    """
-    What [`measure_attention`] found.
+@torch.no_grad()
+def text_attention(
+    model: Any, row: Mapping[str, Any], soft_prompt: Tensor | None = None, queries: str = "completion"
+) -> tuple[list[Tensor], Tensor]:
+    """Each layer's attention among the tokens of a row's text.
 
-    Args:
-        measures: Model -> measure -> a number a layer. `similarity` is `None` in the first layer, which has none before it.
-        soft_prompt_share: Model -> a number a layer, for models behind a soft prompt: how much attention goes to it.
-        heads: Those that the models have in common, by falling variance; empty for one model.
-        num_rows, num_queries: How much was measured.
-    """
-
-    measures: dict[str, dict[str, list[float | None]]]
-    soft_prompt_share: dict[str, list[float]]
-    heads: list[HeadVariance]
-    num_rows: int
-    num_queries: int
-
-
-def text_attention(weights: Tensor, attention_mask: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention among the tokens of the text: of those in `queries`, to themselves and to what is before them.
-
-    Padding is neither query nor key. A soft prompt is no query, and no key either: a row's attention to it is taken out, and the rest
-    scaled to add up to 1, so that rows are distributions over the same tokens in all models. What was taken out is given back
-    beside it.
-
-    Args:
-        weights (`Tensor` of shape `(batch, heads, num_virtual_tokens + seq, num_virtual_tokens + seq)`): Of [`attention_layers`].
-        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding.
-        queries (`Tensor` of shape `(batch, seq)`): True where a token's attention counts.
+    A soft prompt, or a sink outside of the text, is neither query nor key: attention to it is taken out, and the rest is scaled to add
+    up to 1. Rows are then distributions over the same tokens in all models.
 
     Returns:
-        `Tensor` of shape `(batch, heads, seq, seq)` in float32, zero outside of [`visible_entries`]; and of shape `(batch, heads, seq)`, the share
-        of each query's attention that is not on the text.
+        For each layer a `Tensor` of shape `(heads, num_queries, tokens)` in float32, whose queries are the row's last tokens. And a
+        `Tensor` of shape `(layers)`: the share of attention that was not on the text, summed over queries, mean over heads.
     """
-    virtual = weights.size(-1) - attention_mask.size(1)
-    visible = visible_entries(attention_mask, queries).unsqueeze(1)  # (batch, 1, seq, seq)
-    text = weights[..., virtual:, virtual:].float().where(visible, 0.0)
-    total = text.sum(dim=-1, keepdim=True)  # (batch, heads, seq, 1)
-    share = (1 - total.squeeze(-1)).where(queries.unsqueeze(1), 0.0)
-    return text / total.clamp(min=torch.finfo(total.dtype).tiny), share
+    ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]], device=model.device)
+    inputs: dict[str, Tensor] = {"input_ids": ids}
+    if soft_prompt is not None:
+        embeds = input_embeddings(model)(ids)
+        inputs = {"inputs_embeds": torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)}
+    with eager_attention(model):
+        weights = model(**inputs, output_attentions=True, use_cache=False).get("attentions")
+    if not weights:
+        raise ValueError(
+            f"The layers of {model.name_or_path or type(model).__name__} give no attention weights, not even with "
+            "`attn_implementation='eager'`. Leave this model out."
+        )
+    # Queries and keys end with the text's: a soft prompt stands before it
+    number, size = num_queries(row, queries), ids.size(1)
+    layers = [layer[0, :, -number:, -size:].float().cpu() for layer in weights]
+    totals = [layer.sum(dim=-1, keepdim=True) for layer in layers]  # (heads, num_queries, 1)
+    outside = torch.stack([(1 - total).double().mean(dim=0).sum() for total in totals])
+    return [layer / total.clamp(min=1e-30) for layer, total in zip(layers, totals, strict=True)], outside
 
 
-def visible_entries(attention_mask: Tensor, queries: Tensor) -> Tensor:
-    """The entries of an attention matrix that count, `(batch, seq, seq)`: from a query to itself and to the tokens before it.
+def num_queries(row: Mapping[str, Any], queries: str) -> int:
+    """How many tokens of a row look: those of the completion, or of all of the text."""
+    return len(row["completion_ids"]) + (len(row["prompt_ids"]) if queries == "all" else 0)
+
+
+def visible_entries(number: int, size: int) -> int:
+    """How many entries a matrix has: from each of the last `number` tokens to itself and to those before it.
 
     Entries beyond a sliding window are among them, with a weight of 0: so all layers and models have the same ones.
     """
-    seq = attention_mask.size(1)
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=attention_mask.device).tril()
-    return queries.unsqueeze(2) & attention_mask.bool().unsqueeze(1) & causal
+    return sum(range(size - number + 1, size + 1))
 
 
 def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
-    """The four measures of one layer, summed over rows and their queries or entries, and averaged over heads.
+    """The four measures of one layer on one row, summed over queries or entries, mean over heads.
 
     Source: the measures of response priming (arXiv 2412.17846), which are named there without formulas.
 
     Args:
-        attention (`Tensor` of shape `(batch, heads, seq, seq)`): Of [`text_attention`].
+        attention (`Tensor` of shape `(heads, num_queries, tokens)`): Of [`text_attention`].
         before (`Tensor` of the same shape, *optional*): That of the layer before.
 
     Returns:
@@ -110,16 +97,18 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
         - entropy: of each query's attention, `-sum_j a_j log a_j`, in nats;
         - self_focus: the entries on the diagonal;
         - sparsity: the number of entries above 0.1;
-        - similarity: of each row, the cosine between a head's matrix and that of the same head in the layer before; NaN without one.
+        - similarity: the cosine between a head's matrix and that of the same head in the layer before; NaN without one.
     """
-    nothing_before = attention.new_full(attention.shape[:2], torch.nan)
-    sums = (
-        torch.special.entr(attention).sum(dim=(2, 3)),
-        attention.diagonal(dim1=2, dim2=3).sum(dim=2),
-        (attention > SHARE_ABOVE).sum(dim=(2, 3)),
-        nothing_before if before is None else F.cosine_similarity(attention.flatten(2), before.flatten(2), dim=2),
-    )  # of shape (batch, heads) each
-    return torch.stack([values.double().mean(dim=1).sum().cpu() for values in sums])
+    similarity = torch.tensor(torch.nan)
+    if before is not None:
+        similarity = F.cosine_similarity(attention.flatten(1), before.flatten(1), dim=1)
+    of_heads = (
+        torch.special.entr(attention).sum(dim=(1, 2)),
+        attention.diagonal(attention.size(2) - attention.size(1), dim1=1, dim2=2).sum(dim=1),
+        (attention > SHARE_ABOVE).sum(dim=(1, 2)),
+        similarity,
+    )
+    return torch.stack([values.double().mean() for values in of_heads])
 
 
 def same_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
@@ -133,16 +122,15 @@ def measure_attention(
     rows: Sequence[Mapping[str, Any]],
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
-    batch_size: int = 4,
-) -> AttentionReport:
+) -> tuple[DataFrame, DataFrame]:
     """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in them.
 
     Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the share of
     the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
 
-    The variance of a head: of each entry of its matrix, over the models; the mean of that over a row's visible entries; the
-    mean of that over rows. Models of different depth are compared at the same relative depth, those of different numbers of
-    heads in the first ones. It means something where the models come from one: heads of unrelated models have nothing in common but a number.
+    The variance of a head is that of each entry of its matrix over the models, and the mean of that over a row's visible entries and then
+    over rows. Models of different depth are compared at the same relative depth, those of different numbers of heads in the first ones.
+    It means something if the models come from one: heads of unrelated models have nothing in common.
 
     Args:
         models: By name, plain or PEFT. One may come twice, with and without a soft prompt. All are in memory at once.
@@ -150,57 +138,49 @@ def measure_attention(
         soft_prompts: By the name of the model that they stand before, each `(num_virtual_tokens, hidden)`.
         queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of the text
             before them. `"all"`: that of the prompt's tokens, too.
-        batch_size (`int`): Rows at a time; it changes no result.
+
+    Returns:
+        Two `DataFrame`s. One holds the measures, a column each, for each `model` and `layer` (its index), and `soft_prompt_share`: how much
+        attention goes to the soft prompt, NaN for models without one. `similarity` is NaN in the first layer, which has none before it.
+        The other one holds the heads that the models have in common, by falling `variance`: the number of the `head` in its layer, and
+        `layers`, the layer of each model as a `dict`. It is empty for one model.
+
+    Raises:
+        ValueError: for rows without what is to be measured, models that give no weights, and weights that are not finite.
     """
-    if not models:
-        raise ValueError("`models` is empty; it must hold at least one model by its name.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` is {batch_size}; it must be above 0.")
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
-    # The largest matrices first, and rows of like length beside each other
-    rows = sorted(rows, key=lambda row: -len(row["prompt_ids"]) - len(row["completion_ids"]))
-    with ExitStack() as stack:
-        for model in models.values():
-            stack.enter_context(eager_attention(model))
-        shapes = {name: _layers_and_heads(name, model) for name, model in models.items()}
-        depths = {name: layers for name, (layers, _) in shapes.items()}
-        sums = {name: torch.zeros(layers, len(MEASURES), dtype=torch.float64) for name, layers in depths.items()}
-        shares = {name: torch.zeros(layers, dtype=torch.float64) for name, layers in depths.items()}
-        heads = min(number for _, number in shapes.values())
-        variances = torch.zeros(min(depths.values()), heads, dtype=torch.float64)
-        num_queries = num_entries = 0
-        bar = stack.enter_context(tqdm(total=len(rows), desc="Attention", unit="row"))
-        for start in range(0, len(rows), batch_size):
-            batch = _Batch.of(rows[start : start + batch_size], queries)
-            of_models = {name: _text_layers(model, batch, prompts.get(name)) for name, model in models.items()}
-            for name, layers in of_models.items():
-                before = None
-                for index, layer in enumerate(layers):
-                    attention, share = layer()
-                    sums[name][index] += layer_sums(attention, before)
-                    shares[name][index] += share.double().mean(dim=1).sum().cpu()
-                    before = attention
-            entries = visible_entries(batch.attention_mask, batch.queries).sum(dim=(1, 2))  # (batch)
-            if len(models) > 1:
-                variances += _variances(list(of_models.values()), len(variances), heads, entries)
-            num_queries += int(batch.queries.sum())
-            num_entries += int(entries.sum())
-            bar.update(len(entries))
-    counts = torch.tensor([num_queries, num_queries, num_entries, len(rows)])
-    return AttentionReport(
-        measures={name: _means(name, of_model / counts) for name, of_model in sums.items()},
-        soft_prompt_share={name: (shares[name] / num_queries).tolist() for name in models if name in prompts},
-        heads=_ranked(variances / len(rows), depths) if len(models) > 1 else [],
-        num_rows=len(rows),
-        num_queries=num_queries,
-    )
+    sums: dict[str, Any] = dict.fromkeys(models, 0.0)  # each (layers, measures and soft prompt's share)
+    variances: Any = 0.0  # (layers, heads)
+    counts = torch.zeros(len(MEASURES) + 1, dtype=torch.float64)
+    for row in tqdm(rows, desc="Attention", unit="row"):
+        found = {name: text_attention(model, row, prompts.get(name), queries) for name, model in models.items()}
+        for name, (layers, outside) in found.items():
+            of_layers = torch.stack(list(map(layer_sums, layers, [None, *layers[:-1]])))
+            sums[name] = sums[name] + torch.column_stack([of_layers, outside])
+        number = num_queries(row, queries)
+        entries = visible_entries(number, len(row["prompt_ids"]) + len(row["completion_ids"]))
+        variances = variances + _variance_sums([layers for layers, _ in found.values()]) / entries
+        counts += torch.tensor([number, number, entries, 1, number])
+    measures = {name: _means(name, of_model / counts, name in prompts) for name, of_model in sums.items()}
+    heads = [
+        {
+            "head": head,
+            "layers": {name: same_depth(layer, len(variances), len(found)) for name, found in measures.items()},
+            "variance": variance,
+        }
+        for layer, of_layer in enumerate((variances / len(rows)).tolist())
+        for head, variance in enumerate(of_layer)
+        if len(models) > 1
+    ]
+    ranked = DataFrame(heads, columns=["head", "layers", "variance"]).sort_values("variance", ascending=False)
+    return concat(measures, names=["model", "layer"]), ranked
 
 
 def head_matrices(
     models: Mapping[str, Any],
     row: Mapping[str, Any],
-    heads: Sequence[HeadVariance],
+    heads: DataFrame,
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
 ) -> dict[str, list[Tensor]]:
@@ -208,96 +188,41 @@ def head_matrices(
 
     Args:
         models, row, soft_prompts, queries: As for [`measure_attention`].
-        heads: Of its report.
+        heads: Of its second result.
     """
     _check_rows([row], queries)
-    batch = _Batch.of([row], queries)
     found = {}
     for name, model in models.items():
-        with eager_attention(model):
-            layers = _text_layers(model, batch, (soft_prompts or {}).get(name))
-            found[name] = [
-                layers[head.layers[name]]()[0][0, head.head].cpu()[batch.queries[0].cpu()] for head in heads
-            ]
+        layers, _ = text_attention(model, row, (soft_prompts or {}).get(name), queries)
+        found[name] = [layers[head.layers[name]][head.head] for head in heads.itertuples()]
     return found
 
 
-class _Batch(NamedTuple):
-    """Some rows: ids, mask and queries, each `(batch, seq)`."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    queries: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], queries: str) -> "_Batch":
-        padded = pad_rows([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], 0)
-        mask = padded["attention_mask"]
-        return cls(padded["input_ids"], mask, padded["labels"] != -100 if queries == "completion" else mask.bool())
-
-
-def _text_layers(model: Any, batch: _Batch, soft_prompt: Tensor | None) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-    """[`text_attention`] of each layer, computed when it is called for."""
-    ids, mask, queries = (values.to(model_device(model)) for values in batch)
-
-    def measured(layer: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        weights = layer()
-        return text_attention(weights, mask.to(weights.device), queries.to(weights.device))
-
-    return [partial(measured, layer) for layer in attention_layers(model, ids, mask, soft_prompt)]
-
-
-def _layers_and_heads(name: str, model: Any) -> tuple[int, int]:
-    two = torch.ones(1, 2, dtype=torch.long, device=model_device(model))
-    heads = [layer().size(1) for layer in attention_layers(model, two, two)]
-    if not heads:
-        raise ValueError(
-            f"The layers of {name!r} ({type(model).__name__}) give away no attention weights, also with "
-            "`attn_implementation='eager'`. Leave this model out."
-        )
-    return len(heads), min(heads)
-
-
-def _variances(
-    models: Sequence[Sequence[Callable[[], tuple[Tensor, Tensor]]]], depth: int, heads: int, num_entries: Tensor
-) -> Tensor:
-    """`(depth, heads)`: the variance of a head's entries over the models, a mean over a row's, summed over rows."""
-    found = torch.zeros(depth, heads, dtype=torch.float64)
+def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The variance of a head's entries over the models, summed over one row's, `(layers, heads)` of what all models have."""
+    depth, heads = min(map(len, models)), min(layer.size(0) for layers in models for layer in layers)
+    sums = torch.zeros(depth, heads, dtype=torch.float64)
     for layer in range(depth):
-        matrices = [layers[same_depth(layer, depth, len(layers))]()[0][:, :heads] for layers in models]
-        stacked = torch.stack([matrix.to(matrices[0].device) for matrix in matrices])
-        # Entries that do not count are 0 in all models, and so is their variance
-        sums = stacked.var(dim=0, correction=0).sum(dim=(2, 3)).cpu().double()  # (batch, heads)
-        found[layer] = (sums / num_entries.unsqueeze(1)).sum(dim=0)
-    return found
+        matrices = [layers[same_depth(layer, depth, len(layers))][:heads] for layers in models]
+        sums[layer] = torch.stack(matrices).var(dim=0, correction=0).sum(dim=(1, 2))
+    return sums
 
 
-def _means(name: str, means: Tensor) -> dict[str, list[float | None]]:
-    """Measure -> a mean a layer, of `means`, `(layers, measures)`."""
+def _means(name: str, means: Tensor, is_prompted: bool) -> DataFrame:
+    """Of `means`, `(layers, measures and soft prompt's share)`."""
     broken = (~means[:, 0].isfinite()).nonzero()
     if len(broken):
         raise ValueError(
             f"The attention of {name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN. If they are "
             "float16, load them in float32."
         )
-    columns = [[None if math.isnan(value) else value for value in values] for values in means.T.tolist()]
-    return dict(zip(MEASURES, columns, strict=True))
-
-
-def _ranked(variances: Tensor, depths: Mapping[str, int]) -> list[HeadVariance]:
-    found = [
-        HeadVariance(head, {name: same_depth(layer, len(variances), depth) for name, depth in depths.items()}, value)
-        for layer, of_layer in enumerate(variances.tolist())
-        for head, value in enumerate(of_layer)
-    ]
-    return sorted(found, key=lambda head: -head.variance)
+    found = DataFrame(means.numpy(), columns=[*MEASURES, "soft_prompt_share"])
+    return found if is_prompted else found.assign(soft_prompt_share=float("nan"))
 
 
 def _check_rows(rows: Sequence[Mapping[str, Any]], queries: str) -> None:
     if queries not in QUERIES:
         raise ValueError(f"`queries` is {queries!r}; it must be 'completion' or 'all'.")
-    if not len(rows):
-        raise ValueError("`rows` is empty: there is nothing to measure. Check the data's path, split and filters.")
     for index, row in enumerate(rows):
         if queries == "completion" and not row["completion_ids"]:
             raise ValueError(

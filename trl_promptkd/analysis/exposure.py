@@ -1,14 +1,14 @@
 """Exposure bias: how much faster a student's errors add up on its own prefixes than on its teacher's.
 
 A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher and `q` the
-student, KL(p || q) at each position is measured twice: behind prefixes that the student has sampled, and behind prefixes that the
+student, KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and after prefixes that the
 teacher has.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
+from pandas import DataFrame, RangeIndex
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,14 +16,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..divergences import kl_divergence
 from ..generation.rollouts import generate_completions, rollout_seed
 from .asking import log_probs_together
-from .figures import line_colors, new_figure, save_figure
 
 
-__all__ = ["ExposureBias", "exposure_bias", "plot_exposure", "prefix_kl", "sample_prefixes"]
+__all__ = ["exposure_bias", "prefix_kl", "sample_prefixes"]
 
 READ_AT = 15  # the position at which the PromptKD paper reads ExAccErr
-_ROUNDING = 1e-6  # nats a token; below, KL divergences of float32 models are rounding
-_COVERAGE = 0.95  # of the intervals
+_ROUNDING = 1e-6  # nats per token; below, KL divergences of float32 models are rounding
 
 
 def sample_prefixes(
@@ -37,13 +35,13 @@ def sample_prefixes(
 ) -> list[list[int]]:
     """One completion for each prompt, whose beginnings are the prefixes.
 
-    All models draw the same random numbers: a student that is close to its teacher then writes much the same, and chance plays a
-    smaller part in how they differ. A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
+    All models draw the same random numbers, so that two that are close write much the same, and differ less by chance. A row's numbers
+    depend on `seed` and its place alone; the global random state stays as it was.
 
     Args:
         generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
         batch_size (`int`): Rows sampled at once; it changes nothing.
-        vocab_size (`int`, *optional*): Number of ids that stand for tokens, where the model has more.
+        vocab_size (`int`, *optional*): Number of ids that stand for tokens, if the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
     """
     completions: list[list[int]] = []
@@ -66,7 +64,7 @@ def prefix_kl(
     vocab_size: int | None = None,
     soft_prompt: Tensor | None = None,
 ) -> Tensor:
-    """KL(p || q) behind every prefix of some completions.
+    """KL(p || q) after every prefix of some completions.
 
     Args:
         student, teacher: `q` and `p`, in evaluation mode.
@@ -80,73 +78,36 @@ def prefix_kl(
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         completions = completion_ids[start : start + batch_size]
-        chunks = log_probs_together(
-            [(teacher, soft_prompt), (student, None)],
-            prompt_ids[start : start + batch_size],
-            completions,
-            pad_token_id,
-            vocab_size,
-        )
+        asked, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
+        chunks = log_probs_together(asked, prompts, completions, pad_token_id, vocab_size)
         values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
         rows += values.split([len(ids) for ids in completions])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
-@dataclass(frozen=True)
-class ExposureBias:
-    """
-    Accumulated errors, a value for each position from 1 on. NaN stands where a value is not defined.
-
-    Args:
-        kl_on_student, kl_on_teacher: Mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats.
-        regret, expected: R(l) and eps(l): their sums up to the position.
-        ex_acc_err: ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, in percent.
-        low, high: Ends of its 95 % interval, by resampling rows.
-        rows_on_student, rows_on_teacher: How many rows have the position.
-    """
-
-    kl_on_student: list[float]
-    kl_on_teacher: list[float]
-    regret: list[float]
-    expected: list[float]
-    ex_acc_err: list[float]
-    low: list[float]
-    high: list[float]
-    rows_on_student: list[int]
-    rows_on_teacher: list[int]
-
-    def __len__(self) -> int:
-        return len(self.ex_acc_err)
-
-    def at(self, position: int) -> dict[str, float]:
-        """All values at a position, the first of which is 1."""
-        return {name: values[position - 1] for name, values in vars(self).items()}
-
-    def well_covered(self) -> int:
-        """The last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
-        pairs = list(zip(self.rows_on_student, self.rows_on_teacher, strict=True))
-        wanted = max(0.1 * max(map(max, pairs)), 2)
-        return max((index + 1 for index, pair in enumerate(pairs) if min(pair) >= wanted), default=len(self))
-
-
-def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> ExposureBias:
+def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> DataFrame:
     """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean KL(p || q) on prefixes
     sampled from the student and from the teacher.
 
     The mean at a position is over the rows that still have it: those that have ended count no more. At position 1 there is no prefix,
-    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats a token: the student is the teacher) it is NaN.
+    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats per token: the student is the teacher) it is NaN.
     The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the rows, with replacement; both sides of a row are
     drawn together, as they share the prompt. Draws in which no row has a position are left out from there on, and without at least two
     rows there is no interval.
 
     Args:
         on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the teacher's
-            prefixes behind the same prompts; their widths may differ.
+            prefixes after the same prompts; their widths may differ.
         resamples (`int`): Draws for the interval.
         seed (`int`): Of the draws.
 
     Returns:
-        [`ExposureBias`], up to the last position that a row has on both sides.
+        `DataFrame`: a row for each position, from 1 up to the last one that a row of the data has on both sides. Its columns:
+
+        - `kl_on_student`, `kl_on_teacher`: mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats;
+        - `regret`, `expected`: R(l) and eps(l), their sums up to the position;
+        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent; NaN where it is not defined;
+        - `rows_on_student`, `rows_on_teacher`: how many rows have the position.
 
     Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.
     """
@@ -158,69 +119,26 @@ def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000,
     regret, expected = (mean.cumsum(dim=0) for mean in means)
     drawn = torch.randint(rows, (resamples, rows), generator=torch.Generator().manual_seed(seed))
     weights = torch.nn.functional.one_hot(drawn, rows).sum(dim=1).double()  # (resamples, rows)
-    draws = _ex_acc_err(*(_means(weights, side).cumsum(dim=1) for side in sides))
-    tail = torch.tensor([(1 - _COVERAGE) / 2, (1 + _COVERAGE) / 2], dtype=torch.float64)
-    low, high = draws.nanquantile(tail, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
-    columns = (*means, regret, expected, _ex_acc_err(regret, expected), low, high, *counts)
-    return ExposureBias(*(column.tolist() for column in columns))
-
-
-def _means(weights: Tensor, side: Tensor) -> Tensor:
-    """Means over rows, `(draws, positions)`, with `weights` of shape `(draws, rows)`; NaN where no row has the position."""
-    return (weights @ side.nan_to_num(0.0)) / (weights @ side.isfinite().double())
+    # Means over the rows drawn, NaN where none has the position
+    drawn_means = [(weights @ side.nan_to_num(0.0)) / (weights @ side.isfinite().double()) for side in sides]
+    draws = _ex_acc_err(*(mean.cumsum(dim=1) for mean in drawn_means))
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = draws.nanquantile(tails, dim=0).where(torch.minimum(*counts) >= 2, float("nan"))
+    columns = {
+        "kl_on_student": means[0],
+        "kl_on_teacher": means[1],
+        "regret": regret,
+        "expected": expected,
+        "ex_acc_err": _ex_acc_err(regret, expected),
+        "low": low,
+        "high": high,
+        "rows_on_student": counts[0],
+        "rows_on_teacher": counts[1],
+    }
+    return DataFrame(columns, index=RangeIndex(1, width + 1, name="position"))
 
 
 def _ex_acc_err(regret: Tensor, expected: Tensor) -> Tensor:
     positions = torch.arange(1, expected.size(-1) + 1)
     defined = expected > _ROUNDING * positions
     return torch.where(defined, (regret - expected) / expected * 100, float("nan"))
-
-
-def plot_exposure(results: Mapping[tuple[str, str], ExposureBias], path: str) -> None:
-    """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
-
-    Args:
-        results: By student and teacher.
-        path: Of the PNG file.
-    """
-    students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
-    colors = dict(zip(students, line_colors(len(students)), strict=True))
-    styles = dict(zip(teachers, ("-", "--", ":", "-."), strict=False))
-    entries = [*students, *(f"{teacher} teacher" for teacher in teachers)]
-    lines = -(-len(entries) // max(115 // (max(map(len, entries)) + 7), 1))  # of the legend
-    figure = new_figure(9, 6.6 + 0.2 * lines)
-    axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
-    longest = max(map(ExposureBias.well_covered, results.values()))
-    intervals = "shaded" if len(results) <= 2 else f"bars at l = {READ_AT}" if len(results) <= 8 else None
-    for index, ((student, teacher), result) in enumerate(results.items()):
-        shown, color = result.well_covered(), colors[student]
-        positions = range(1, shown + 1)
-        look = {"color": color, "linestyle": styles[teacher], "linewidth": 1.4, "marker": "o" if shown == 1 else None}
-        for panel, values in (("student", result.kl_on_student), ("teacher", result.kl_on_teacher)):
-            axes[panel].plot(positions, values[:shown], **look)
-        axes["error"].plot(positions, result.ex_acc_err[:shown], **look)
-        if intervals == "shaded":
-            low, high = result.low[:shown], result.high[:shown]
-            axes["error"].fill_between(positions, low, high, color=color, alpha=0.13, linewidth=0)
-        elif intervals is not None and shown >= READ_AT:
-            at = result.at(READ_AT)
-            beside = READ_AT + 0.016 * longest * (index - (len(results) - 1) / 2)  # else bars would hide each other
-            axes["error"].vlines(beside, at["low"], at["high"], color=color, linestyle=styles[teacher], linewidth=2)
-    told = f" ({intervals}: 95 % interval over rows)" if intervals else ""
-    axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
-    axes["error"].axhline(0, color="gray", linewidth=0.6)
-    if longest >= READ_AT and intervals in ("shaded", None):
-        axes["error"].axvline(READ_AT, color="gray", linewidth=0.8, linestyle=":")
-    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats")
-    axes["teacher"].set(title="On the teacher's prefixes")
-    axes["teacher"].sharey(axes["student"])
-    axes["student"].set_ylim(bottom=0)
-    for panel in axes.values():
-        panel.set_xlabel("position l")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.25, linewidth=0.6)
-    looks = [{"color": color} for color in colors.values()] + [{"color": "dimgray", "ls": styles[t]} for t in teachers]
-    handles = [axes["error"].plot([], [], label=entry, **look)[0] for entry, look in zip(entries, looks, strict=True)]
-    columns = -(-len(entries) // lines)
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    save_figure(figure, path)

@@ -1,14 +1,15 @@
 """What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens of an answer the
-teacher behind it differs from the plain teacher and from the student.
+prompted teacher differs from the plain one and from the student.
 
-Notation: `q` the student, `p` the plain teacher, `pP` the teacher behind the soft prompt.
+Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from pandas import DataFrame, concat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,139 +20,65 @@ from .asking import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 
-__all__ = ["Change", "Drift", "PromptEffect", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
-
-_BLOCK = 8192  # embeddings of the vocabulary that exist in float32 at once
+__all__ = ["by_class", "nearest_tokens", "prompt_drift", "prompt_effect", "similarity"]
 
 
 @torch.no_grad()
 def nearest_tokens(
     soft_prompt: Tensor, teacher: PreTrainedModel, vocab_size: int, number: int = 5
-) -> list[dict[str, list[tuple[int, float, float]]]]:
+) -> list[dict[str, list[dict[str, Any]]]]:
     """The tokens whose input embeddings are nearest to each virtual token.
 
     Args:
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
-        teacher: Whose embeddings they are compared with, scaled where the model scales them.
+        teacher: Whose embeddings they are compared with, scaled if the model scales them.
         vocab_size (`int`): Number of ids that stand for tokens.
-        number (`int`): Tokens a virtual token.
+        number (`int`): Tokens per virtual token.
 
     Returns:
         For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those with the smallest
-        Euclidean distance, each as (token id, cosine, distance). Distances are shares of the typical norm, the median norm of the
+        Euclidean distance, each as `{"id": ..., "cosine": ..., "distance": ...}`. Distances are shares of the typical norm, the median norm of the
         vocabulary's embeddings.
     """
     embeddings: Any = input_embeddings(teacher)
     device = embeddings.weight.device
-    prompt = soft_prompt.to(device)
-    cosines, distances, norms = [], [], []
-    for ids in torch.arange(vocab_size, device=device).split(_BLOCK):
-        block = embeddings(ids).float()
-        cosines.append(nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(block, dim=-1).T)
-        # Norms and products alone would lose the distance of a virtual token that has hardly moved
-        distances.append(torch.cdist(prompt, block, compute_mode="donot_use_mm_for_euclid_dist"))
-        norms.append(block.norm(dim=-1))
-    cosine = torch.cat(cosines, dim=1)  # (num_virtual_tokens, vocab)
-    distance = torch.cat(distances, dim=1) / torch.cat(norms).median()
+    prompt, vocab = soft_prompt.to(device), embeddings(torch.arange(vocab_size, device=device)).float()
+    cosine = nn.functional.normalize(prompt, dim=-1) @ nn.functional.normalize(vocab, dim=-1).T
+    # Norms and products alone would lose the distance of a virtual token that has hardly moved
+    distance = torch.cdist(prompt, vocab, compute_mode="donot_use_mm_for_euclid_dist") / vocab.norm(dim=-1).median()
     number = min(number, vocab_size)
-    chosen = {"cosine": cosine.topk(number).indices, "distance": distance.topk(number, largest=False).indices}
+    chosen = {
+        "cosine": cosine.topk(number).indices.tolist(),
+        "distance": distance.topk(number, largest=False).indices.tolist(),
+    }
     return [
         {
-            by: [(int(i), float(cosine[row, i]), float(distance[row, i])) for i in ids[row]]
+            by: [{"id": i, "cosine": float(cosine[row, i]), "distance": float(distance[row, i])} for i in ids[row]]
             for by, ids in chosen.items()
         }
         for row in range(len(prompt))
     ]
 
 
-@dataclass(frozen=True)
-class Drift:
+def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> dict[str, Any]:
+    """How far a soft prompt P has come from its start S, both of shape `(num_virtual_tokens, hidden)`.
+
+    Returns:
+        `relative`: |P_i - S_i| / |S_i| of each virtual token; `cosine`: between P_i and S_i; and `overall`: |P - S| / |S| of all of them
+        together, which is what is logged as `prompt/drift`.
     """
-    How far a soft prompt has come from its start.
-
-    Args:
-        relative: |P_i - S_i| / |S_i| of each virtual token.
-        cosine: Between P_i and S_i.
-        overall: |P - S| / |S| of all of them together: what is logged as `prompt/drift`.
-    """
-
-    relative: list[float]
-    cosine: list[float]
-    overall: float
-
-
-def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> Drift:
-    """[`Drift`] of a soft prompt from what it started from, both of shape `(num_virtual_tokens, hidden)`."""
     away = soft_prompt - initial
-    return Drift(
-        relative=(away.norm(dim=-1) / initial.norm(dim=-1)).tolist(),
-        cosine=nn.functional.cosine_similarity(soft_prompt, initial, dim=-1).tolist(),
-        overall=float(away.norm() / initial.norm()),
-    )
+    return {
+        "relative": (away.norm(dim=-1) / initial.norm(dim=-1)).tolist(),
+        "cosine": nn.functional.cosine_similarity(soft_prompt, initial, dim=-1).tolist(),
+        "overall": float(away.norm() / initial.norm()),
+    }
 
 
 def similarity(soft_prompt: Tensor) -> Tensor:
     """The cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`."""
     unit = nn.functional.normalize(soft_prompt, dim=-1)
     return unit @ unit.T
-
-
-@dataclass(frozen=True)
-class Change:
-    """
-    A place where the soft prompt changed the teacher's likeliest next token.
-
-    Args:
-        row, place: Which row, and which token of its answer, from 0.
-        kl: KL(pP || p) there, in nats.
-        context: The end of the text before it.
-        token: The answer's own token there.
-        plain, prompted, student: The three likeliest tokens of each model with their probabilities; `student` is empty without one.
-    """
-
-    row: int
-    place: int
-    kl: float
-    context: str
-    token: str
-    plain: list[tuple[str, float]]
-    prompted: list[tuple[str, float]]
-    student: list[tuple[str, float]]
-
-
-@dataclass
-class PromptEffect:
-    """
-    What a soft prompt does at the tokens of some answers, an entry a token.
-
-    Args:
-        classes: The tokens' classes ([`~trl_promptkd.analysis.token_classes.token_classes`]).
-        prompted_plain: KL(pP || p), in nats.
-        prompted_student: KL(pP || q), in nats; empty without a student.
-        changed: How many tokens there are at which the teacher's likeliest next token is another one.
-        changes: The places of the largest KL(pP || p) among them, the largest first.
-    """
-
-    classes: list[str] = field(default_factory=list)
-    prompted_plain: list[float] = field(default_factory=list)
-    prompted_student: list[float] = field(default_factory=list)
-    changed: int = 0
-    changes: list[Change] = field(default_factory=list)
-
-    def by_class(self) -> dict[str, dict[str, float]]:
-        """For each class that occurs: `tokens`, the means `prompted_plain` and, with a student, `prompted_student` in nats a token, and
-        `share`, its part of the sum of KL(pP || p). Last `all tokens`."""
-        table = {}
-        total = sum(self.prompted_plain)
-        for name in (*TOKEN_CLASSES, "all tokens"):
-            places = [i for i, found in enumerate(self.classes) if name in (found, "all tokens")]
-            if places:
-                part = sum(self.prompted_plain[i] for i in places)
-                table[name] = {"tokens": len(places), "prompted_plain": part / len(places)}
-                if self.prompted_student:
-                    table[name]["prompted_student"] = sum(self.prompted_student[i] for i in places) / len(places)
-                table[name]["share"] = part / total if total > 0 else float("nan")
-        return table
 
 
 @torch.no_grad()
@@ -166,59 +93,67 @@ def prompt_effect(
     batch_size: int = 8,
     vocab_size: int | None = None,
     max_changes: int = 20,
-) -> PromptEffect:
-    """Compare the teacher behind a soft prompt with the plain teacher, and with the student, at every token of some answers.
+) -> tuple[DataFrame, DataFrame]:
+    """Compare the prompted teacher with the plain one, and with the student, at every token of some answers.
 
-    A token's values are those of the distributions of which it is the outcome: behind all tokens before it.
+    A token's values are those of the distributions of which it is the outcome: after all tokens before it.
 
     Args:
-        teacher, student: In evaluation mode; the student may be left out.
+        teacher, student: In evaluation mode; the student may be omitted.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): Stands before the teacher's input.
-        completion_ids: The answers, from whomever; none is empty.
+        completion_ids: The answers, from anyone; none is empty.
         ends: Ids that end a text.
-        max_changes (`int`): Places to keep, at most.
+        max_changes (`int`): Places to return, at most.
+
+    Returns:
+        Two `DataFrame`s. One has a row per token: its `class` ([`~trl_promptkd.analysis.token_classes.token_classes`]), `prompted_plain`,
+        which is KL(pP || p) in nats, with a student `prompted_student`, KL(pP || q), and `changed`: whether the teacher's likeliest next
+        token is another one. The other one has a row per changed token, those of the largest KL(pP || p) first: `row` and `place`, which row
+        and which token of its answer, from 0; `kl`, KL(pP || p); `context`, the end of the text before it; `token`, the answer's own; and
+        `plain`, `prompted` and, with one, `student`: the three likeliest tokens of each model with their probabilities.
 
     Raises:
-        ValueError: where a model's logits are not numbers.
+        ValueError: if a model's logits are not numbers.
     """
-    effect = PromptEffect()
-    passes: list[tuple[nn.Module, Tensor | None]] = [(teacher, soft_prompt), (teacher, None)]
-    passes += [] if student is None else [(student, None)]
+    passes: dict[str, tuple[PreTrainedModel, Tensor | None]]
+    passes = {"prompted": (teacher, soft_prompt), "plain": (teacher, None)}
+    passes |= {} if student is None else {"student": (student, None)}
     pad = int(processing_class.pad_token_id)
-    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
-        prompts, completions = (rows[start : start + batch_size] for rows in (prompt_ids, completion_ids))
-        places = iter([(row, place) for row, ids in enumerate(completions) for place in range(len(ids))])
-        for prompt, completion in zip(prompts, completions, strict=True):
-            effect.classes += token_classes(prompt, completion, processing_class, ends)
-        found: list[Any] = []  # (KL, place, likeliest tokens of each model)
-        for log_probs in log_probs_together(passes, prompts, completions, pad, vocab_size):
-            prompted, plain, *of_student = log_probs
-            kl = kl_divergence(prompted, plain)
-            effect.prompted_plain += kl.tolist()
-            for student_log_probs in of_student:
-                effect.prompted_student += kl_divergence(prompted, student_log_probs).tolist()
-            changed = (prompted.argmax(dim=-1) != plain.argmax(dim=-1)).tolist()
-            effect.changed += sum(changed)
-            likeliest = zip(*map(_top, log_probs), strict=True)
-            # `changed` comes first: it ends first, and leaves the places of later tokens alone
-            found += [item[1:] for item in zip(changed, kl.tolist(), places, likeliest, strict=False) if item[0]]
-            found = sorted(found, key=lambda item: -item[0])[:max_changes]
-        for kl_there, (row, place), tops in found:
-            before = [*prompts[row], *completions[row][:place]]
-            texts = [[(token_text(i, before[-1], processing_class), share) for i, share in top] for top in tops]
-            change = Change(
-                row=start + row,
-                place=place,
-                kl=kl_there,
-                context=processing_class.decode(before[-64:], skip_special_tokens=False),
-                token=token_text(completions[row][place], before[-1], processing_class),
-                prompted=texts[0],
-                plain=texts[1],
-                student=texts[2] if student is not None else [],
-            )
-            effect.changes.append(change)
-        effect.changes = sorted(effect.changes, key=lambda change: -change.kl)[:max_changes]
-    return effect
+    rows = list(zip(prompt_ids, completion_ids, strict=True))
+    kls: dict[str, list[float]] = {f"prompted_{name}": [] for name in passes if name != "prompted"}
+    likeliest: list[Any] = []  # of each token: the models' three likeliest ids with their probabilities
+    for start in tqdm(range(0, len(rows), batch_size), desc="Comparing", unit="batch"):
+        prompts, completions = zip(*rows[start : start + batch_size], strict=True)
+        for log_probs in log_probs_together(list(passes.values()), prompts, completions, pad, vocab_size):
+            for values, others in zip(kls.values(), log_probs[1:], strict=True):
+                values += kl_divergence(log_probs[0], others).tolist()
+            likeliest += zip(*map(_top, log_probs), strict=True)
+    classes = [name for row in rows for name in token_classes(*row, processing_class, ends)]
+    tokens = DataFrame({"class": classes, **kls})
+    tokens["changed"] = [prompted[0][0] != plain[0][0] for prompted, plain, *_ in likeliest]
+
+    places = [(row, place) for row, (_, ids) in enumerate(rows) for place in range(len(ids))]
+    changes = []
+    for index in tokens[tokens.changed].nlargest(max_changes, "prompted_plain").index:
+        row, place = places[index]
+        prompt, answer = rows[row]
+        before = [*prompt, *answer[:place]]
+        context = processing_class.decode(before[-64:], skip_special_tokens=False)
+        text = partial(token_text, before=before[-1], tokenizer=processing_class)
+        tops = [[(text(i), share) for i, share in top] for top in likeliest[index]]
+        changes.append([row, place, tokens.prompted_plain[index], context, text(answer[place]), *tops])
+    return tokens, DataFrame(changes, columns=["row", "place", "kl", "context", "token", *passes])
+
+
+def by_class(tokens: DataFrame) -> DataFrame:
+    """For each class of [`prompt_effect`]'s tokens that occurs, and last `all tokens`: how many `tokens`, the means `prompted_plain` and, with a
+    student, `prompted_student` in nats per token, and `share`, the part of the sum of KL(pP || p)."""
+    kls = tokens.drop(columns="changed")
+    kls = concat([kls, kls.assign(**{"class": "all tokens"})]).groupby("class")
+    table = kls.mean()
+    table.insert(0, "tokens", kls.size())
+    table["share"] = kls.prompted_plain.sum() / tokens.prompted_plain.sum()
+    return table.reindex([name for name in (*TOKEN_CLASSES, "all tokens") if name in table.index])
 
 
 def _top(log_probs: Tensor) -> list[list[tuple[int, float]]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import read_safetensors
+from ..files import read_safetensors, read_text
 from ..models.forward import input_embeddings
 from ..models.soft_prompt import ADAPTER_FOLDER, PARAMETERS_FILE
 from ..trainer.checkpoints import checkpoint_folders
@@ -27,9 +27,7 @@ class SavedPrompt:
 
     Args:
         name: For tables: the checkpoint's or the folder's name.
-        folder: Where it lies.
-        embeddings (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
-        initial (`Tensor` of the same shape, *optional*): What it started from, where that was saved with it.
+        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32; `initial` is its start, if that was saved.
         config: The adapter's configuration.
         step: Of the checkpoint; `None` for a prompt that was saved when its run was over.
     """
@@ -46,27 +44,19 @@ def read_prompt(folder: str, name: str | None = None, step: int | None = None) -
     """The soft prompt of a PEFT adapter's folder, such as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT itself writes it.
 
     Raises:
-        FileNotFoundError: where there is no adapter.
-        ValueError: where there is one of another kind, or one that cannot be read.
+        FileNotFoundError: if there is no adapter.
+        ValueError: if there is one of another kind, or one that cannot be read.
     """
     advice = "Pass the folder of a soft prompt (`.../teacher_prompt`), or a run's folder that holds it."
-    paths = {file: os.path.join(folder, file) for file in (_CONFIG, _ADAPTER, PARAMETERS_FILE)}
-    for file in (_CONFIG, _ADAPTER):
-        if not os.path.isfile(paths[file]):
-            raise FileNotFoundError(f"{paths[file]} is missing, so that there is no soft prompt. {advice}")
-    try:
-        with open(paths[_CONFIG], encoding="utf-8") as text:
-            config = json.load(text)
-        kind = config["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{paths[_CONFIG]} is not an adapter's configuration ({error!r}). {advice}") from error
-    embeddings = read_safetensors(paths[_ADAPTER], advice)[0].get("prompt_embeddings")
-    if kind not in ("PROMPT_TUNING", "P_TUNING") or embeddings is None or embeddings.ndim != 2:
+    config = json.loads(read_text(os.path.join(folder, _CONFIG), "an adapter's configuration"))
+    embeddings = read_safetensors(os.path.join(folder, _ADAPTER), advice)[0].get("prompt_embeddings")
+    kind = config.get("peft_type")
+    if kind not in ("PROMPT_TUNING", "P_TUNING") or embeddings is None:
         raise ValueError(f"{folder} holds a {kind} adapter, which is no soft prompt before a model's input. {advice}")
     if not embeddings.isfinite().all():
         raise ValueError(f"The soft prompt in {folder} is not finite. Take that of an earlier checkpoint.")
-    known = os.path.isfile(paths[PARAMETERS_FILE])
-    initial = read_safetensors(paths[PARAMETERS_FILE], advice)[0].get("initial") if known else None
+    beside = os.path.join(folder, PARAMETERS_FILE)
+    initial = read_safetensors(beside, advice)[0].get("initial") if os.path.isfile(beside) else None
     name = name or os.path.basename(os.path.normpath(folder))
     return SavedPrompt(name, folder, embeddings.float(), initial, config, step)
 
@@ -74,28 +64,29 @@ def read_prompt(folder: str, name: str | None = None, step: int | None = None) -
 def find_prompts(path: str) -> list[SavedPrompt]:
     """The soft prompts at `path`, the oldest first: an adapter's own folder, or those of a run's checkpoints and its last one.
 
-    Checkpoints without a prompt, as a killed run may leave them, are left out; so is the run's last prompt where it is the last
+    Checkpoints without a prompt, as a killed run may leave them, are left out. So is the run's last prompt if it is the last
     checkpoint's.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: as for [`read_prompt`], and where they are not of one shape.
+        FileNotFoundError: if there is none.
+        ValueError: as for [`read_prompt`], and if they are not of one shape.
     """
-    if os.path.isfile(os.path.join(path, _CONFIG)) and not os.path.isdir(os.path.join(path, ADAPTER_FOLDER)):
+    own = os.path.join(path, ADAPTER_FOLDER)
+    if os.path.isfile(os.path.join(path, _CONFIG)) and not os.path.isdir(own):
         return [read_prompt(path)]
     prompts = []
     for checkpoint in reversed(checkpoint_folders(path)):
         folder, name = os.path.join(checkpoint, ADAPTER_FOLDER), os.path.basename(checkpoint)
         if all(os.path.isfile(os.path.join(folder, file)) for file in (_ADAPTER, _CONFIG)):
             prompts.append(read_prompt(folder, name, int(name.rsplit("-", 1)[1])))
-    if os.path.isdir(os.path.join(path, ADAPTER_FOLDER)):
-        last = read_prompt(os.path.join(path, ADAPTER_FOLDER))
+    if os.path.isdir(own):
+        last = read_prompt(own)
         if not prompts or not last.embeddings.equal(prompts[-1].embeddings):
             prompts.append(last)
     if not prompts:
         raise FileNotFoundError(
-            f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor checkpoint-*/{ADAPTER_FOLDER}/. Pass the folder that "
-            "PromptKDTrainer wrote to, or the one of the adapter itself."
+            f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor checkpoint-*/{ADAPTER_FOLDER}/. Pass the "
+            "folder that PromptKDTrainer wrote to, or the one of the adapter itself."
         )
     first = prompts[0]
     for prompt in prompts:
@@ -112,8 +103,8 @@ def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
     width, expected = prompt.embeddings.size(1), teacher.get_input_embeddings().weight.size(1)
     if width != expected:
         raise ValueError(
-            f"The soft prompt in {prompt.folder} has {width} numbers a token, but the teacher's embeddings have {expected}. Pass the teacher that "
-            f"it was trained with ({prompt.config.get('base_model_name_or_path') or 'its name is not recorded'})."
+            f"The soft prompt in {prompt.folder} has {width} numbers a token, but the teacher's embeddings have {expected}. Pass "
+            f"the teacher that it was trained with ({prompt.config.get('base_model_name_or_path') or 'its name is not recorded'})."
         )
 
 

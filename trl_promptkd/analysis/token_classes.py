@@ -1,34 +1,27 @@
 """What kind of token stands at a place of an answer."""
 
 from collections.abc import Sequence, Set
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
 
 __all__ = ["TOKEN_CLASSES", "token_classes", "token_text"]
 
-TOKEN_CLASSES = (
-    "first token",
-    "word start",
-    "word continuation",
-    "number",
-    "punctuation",
-    "whitespace",
-    "end of text",
-    "other",
-)
+_OF_TEXT = ("word start", "word continuation", "number", "punctuation", "whitespace")
+TOKEN_CLASSES = ("first token", *_OF_TEXT, "end of text", "other")
 
 
-def token_text(token: int, before: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+def token_text(token: int, before: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a token adds to the text after the token `before` it, white space included.
 
     A token alone would lose its space in some tokenizers (SentencePiece), or not be a character yet (bytes).
     """
-    kwargs = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    if before is None:
-        return tokenizer.decode([token], **kwargs)
-    alone, both = tokenizer.decode([before], **kwargs), tokenizer.decode([before, token], **kwargs)
-    return both[len(alone) :] if both.startswith(alone) else tokenizer.decode([token], **kwargs)
+    alone, both, new = (
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for ids in ([before], [before, token], [token])
+    )
+    return both[len(alone) :] if both.startswith(alone) else new
 
 
 def token_classes(
@@ -46,23 +39,22 @@ def token_classes(
     - other: no text of its own, such as a part of a character.
     """
     special = set(tokenizer.all_special_ids)
-    ids = [*prompt_ids[-1:], *completion_ids]
-    texts = [token_text(token, ids[i - 1] if i else None, tokenizer) for i, token in enumerate(ids)]
-    texts = texts[len(ids) - len(completion_ids) :]
-    classes, before = [], ""
-    for place, (token, text) in enumerate(zip(completion_ids, texts, strict=True)):
-        classes.append(_class_of(token, text, before, place, special, ends))
-        before = text or before
+    classes, text_before = [], ""
+    for place, (before, token) in enumerate(pairwise([prompt_ids[-1], *completion_ids])):
+        text = token_text(token, before, tokenizer)
+        if place == 0:
+            classes.append("first token")
+        elif token in ends:
+            classes.append("end of text")
+        elif token in special or not text.replace("\N{REPLACEMENT CHARACTER}", ""):
+            classes.append("other")
+        else:
+            classes.append(_class_of(text, text_before))
+        text_before = text or text_before
     return classes
 
 
-def _class_of(token: int, text: str, before: str, place: int, special: Set[int], ends: Set[int]) -> str:
-    if place == 0:
-        return "first token"
-    if token in ends:
-        return "end of text"
-    if token in special or not text or not text.replace("\N{REPLACEMENT CHARACTER}", ""):
-        return "other"
+def _class_of(text: str, before: str) -> str:
     if text.isspace():
         return "whitespace"
     if any(map(str.isalpha, text)):

@@ -2,20 +2,15 @@
 
 import argparse
 import os
-from dataclasses import asdict
-from statistics import mean
 from typing import Any
 
-from torch import Tensor
-
-from ..analysis.attention import MEASURES, QUERIES, AttentionReport, head_matrices, measure_attention
-from ..analysis.attention_plots import plot_heads, plot_measures
-from ..analysis.figures import check_matplotlib
+from ..analysis.attention import QUERIES, head_matrices, measure_attention, num_queries
+from ..analysis.plots import check_matplotlib, plot_heads, plot_measures
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.limits import check_positions
-from ..models.tokenizer import check_same_tokenizer, shared_vocab_size
-from .analyze_common import add_analysis_arguments, at_least_one, number, save, tokenized_rows
-from .common import json_dict, load_model, load_tokenizer, needed_tokenizer, print_table, reporting, short_names
+from ..models.tokenizer import shared_vocab_size
+from . import common
+from .common import add_flags, at_least_one, print_table
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -26,89 +21,72 @@ def add_attention(commands: Any) -> None:
     attention = commands.add_parser("attention", help=told)
     add = attention.add_argument
     add("--models", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
-    add("--teacher", help="Hub id or folder")
     add("--prompt", help="folder of the teacher's soft prompt, or of its run: adds the prompted teacher")
-    add("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
-    add("--output_dir", required=True, help="folder for attention.json and the plots")
     add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
-    add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained, of all models")
-    add_analysis_arguments(attention, rows=16, batch_size=4)
-    attention.set_defaults(run=reporting(run_attention))
+    add_flags(attention, "dataset", "output_dir", required=True)
+    add_flags(attention, "teacher", "model_init_kwargs")
+    common.add_analysis_arguments(attention, rows=16)
+    attention.set_defaults(run=common.reporting(run_attention))
 
 
 def run_attention(args: argparse.Namespace) -> Any:
     if args.prompt is not None and args.teacher is None:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
-    labels = short_names([*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`")
+    labels = common.short_names(
+        [*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`"
+    )
     check_matplotlib()
-    tokenizer = _shared_tokenizer(list(labels), args)
-    rows = tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
-    models, prompts = _load(labels, args, tokenizer, max(len(r["prompt_ids"] + r["completion_ids"]) for r in rows))
-    report = measure_attention(models, rows, prompts, args.queries, args.batch_size)
-    result = {"dataset": args.dataset, "queries": args.queries, **asdict(report)}
-    save(args, "attention.json", result)
-    plot_measures(report, os.path.join(args.output_dir, "attention_measures.png"))
-    shown = report.heads[: args.heads]
-    if shown:
+    tokenizer = common.shared_tokenizer(
+        "--models", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code
+    )
+    rows = common.tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
+    longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)
+    prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
+    models: dict[str, Any] = {}
+    for name, label in labels.items():
+        models[label] = common.load_model(name, args.model_init_kwargs, args.trust_remote_code)
+        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
+        virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
+        check_positions(f"model {name!r}", models[label], virtual + longest, "Lower `--max_length`.")
+    prompts = {}
+    if prompt is not None:
+        teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
+        check_fits(prompt, teacher)
+        models[prompted], prompts[prompted] = teacher, prompt.embeddings
+    measures, heads = measure_attention(models, rows, prompts, args.queries)
+    of_models = measures.groupby(level="model", sort=False)
+    result = {"dataset": args.dataset, "queries": args.queries, "num_rows": len(rows)}
+    result["num_queries"] = sum(num_queries(row, args.queries) for row in rows)
+    result["measures"] = {name: of_model.to_dict("list") for name, of_model in of_models}
+    result["heads"] = heads.to_dict("records")
+    common.save(args, "attention.json", result)
+    plot_measures(measures, os.path.join(args.output_dir, "attention_measures.png"))
+    shown = heads.head(args.heads)
+    if len(shown):
         matrices = head_matrices(models, rows[0], shown, prompts, args.queries)
         ids = rows[0]["prompt_ids"] + rows[0]["completion_ids"]
         tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
         plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
-    return result, lambda: show(report, args), 0
 
+    def show() -> None:
+        title = f"Attention of {result['num_queries']} tokens in {len(rows)} rows of {args.dataset}, means over layers"
+        columns = [
+            "entropy (nats)",
+            "self focus",
+            "sparsity (share > 0.1)",
+            "likeness to layer before",
+            "to soft prompt",
+        ]
+        means = of_models.mean()
+        means.insert(0, "layers", of_models.size())
+        print_table(title, ["model", "layers", *columns], list(means.itertuples()))
+        lines = [
+            [" / ".join(map(str, sorted(set(head.layers.values())))), head.head, f"{head.variance:.2e}"]
+            for head in shown.itertuples()
+        ]
+        if lines:
+            print_table("Heads in which the models differ most", ["layer", "head", "variance of a weight"], lines)
+        print(f"Numbers and plots: {args.output_dir}")
 
-def _shared_tokenizer(names: list[str], args: argparse.Namespace) -> Any:
-    """The first model's, after a look at the others': their attention is compared token by token."""
-    loading = (args.model_init_kwargs, args.trust_remote_code)
-    tokenizer = needed_tokenizer("--models", names[0], *loading)
-    for name in names[1:]:
-        other = load_tokenizer(name, *loading)
-        if other is None:
-            print(f"There is no tokenizer beside {name}; it runs with that of {names[0]}.")
-            continue
-        try:
-            check_same_tokenizer(tokenizer, other)
-        except ValueError as error:
-            raise ValueError(f"{names[0]!r} and {name!r} cannot be compared. {error}") from error
-    return tokenizer
-
-
-def _load(
-    labels: dict[str, str], args: argparse.Namespace, tokenizer: Any, longest_row: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The models by their labels, and the soft prompt by the prompted teacher's."""
-    prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
-    models: dict[str, Any] = {}
-    for name, label in labels.items():
-        models[label] = load_model(name, args.model_init_kwargs, args.trust_remote_code)
-        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
-        virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
-        check_positions(f"model {name!r}", models[label], virtual + longest_row, "Lower `--max_length`.")
-    if prompt is None:
-        return models, {}
-    teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"
-    check_fits(prompt, teacher)
-    return {**models, prompted: teacher}, {prompted: prompt.embeddings.to(teacher.device)}
-
-
-def show(report: AttentionReport, args: argparse.Namespace) -> None:
-    lines = []
-    for name, measures in report.measures.items():
-        means = [_mean(measures[measure]) for measure in MEASURES]
-        lines.append([name, len(measures["entropy"]), *means, _mean(report.soft_prompt_share.get(name, []))])
-    title = f"Attention of {report.num_queries} tokens in {report.num_rows} rows of {args.dataset}, means over layers"
-    columns = ["entropy (nats)", "self focus", "sparsity (share > 0.1)", "likeness to layer before", "to soft prompt"]
-    print_table(title, ["model", "layers", *columns], lines)
-    lines = [
-        [" / ".join(map(str, sorted(set(head.layers.values())))), head.head, f"{head.variance:.2e}"]
-        for head in report.heads[: args.heads]
-    ]
-    if lines:
-        print_table("Heads in which the models differ most", ["layer", "head", "variance of a weight"], lines)
-    print(f"Numbers and plots: {args.output_dir}")
-
-
-def _mean(values: Any) -> str:
-    known = [value for value in values if value is not None]
-    return number(mean(known), 3) if known else ""
+    return result, show, 0

@@ -7,12 +7,12 @@ from typing import Any
 import pandas
 from torch import Tensor
 
-from ..analysis.exposure import READ_AT, ExposureBias, exposure_bias, plot_exposure, prefix_kl, sample_prefixes
-from ..analysis.figures import check_matplotlib
+from ..analysis.exposure import READ_AT, exposure_bias, prefix_kl, sample_prefixes
+from ..analysis.plots import check_matplotlib, plot_exposure
 from ..analysis.saved_prompt import check_fits, find_prompts
-from . import analyze_common as shared
-from .analyze_common import number
-from .common import load_model, print_table, reporting, short_names
+from ..models.tokenizer import shared_vocab_size
+from . import common
+from .common import number, print_table
 
 
 _COLUMNS = 5  # that fit on a screen beside each other
@@ -22,58 +22,53 @@ def add_exposure(commands: Any) -> None:
     told = "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)"
     exposure = commands.add_parser("exposure", help=told)
     exposure.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
-    exposure.add_argument("--dataset", required=True, help="Hub id, or a .json, .jsonl, .csv or .parquet file")
+    common.add_flags(exposure, "dataset", required=True)
     exposure.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
-    shared.add_analysis_arguments(exposure, rows=64)
-    shared.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
-    exposure.set_defaults(run=reporting(run_exposure))
+    common.add_analysis_arguments(exposure, rows=64)
+    common.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
+    exposure.set_defaults(run=common.reporting(run_exposure))
 
 
 def run_exposure(args: argparse.Namespace) -> Any:
     check_matplotlib()
-    names = short_names(args.student, "`--student`")
-    results = measure(args)
+    names = common.short_names(args.student, "`--student`")
+    found = measure(args)
     about = {key: getattr(args, key) for key in ("teacher", "prompt", "dataset", "rows", "max_new_tokens", "seed")}
-    positions = {key: list(map(result.at, range(1, len(result) + 1))) for key, result in results.items()}
-    curves = [{"student": key[0], "teacher": key[1], "positions": values} for key, values in positions.items()]
-    table = [
-        {"student": student, "teacher": teacher, "position": position, **values}
-        for (student, teacher), of_pair in positions.items()
-        for position, values in enumerate(of_pair, start=1)
+    curves = [
+        {"student": student, "teacher": teacher, "positions": positions.reset_index(drop=True).to_dict("records")}
+        for (student, teacher), positions in found.items()
     ]
-    shared.save(args, "exposure.json", {**about, "curves": curves})
-    shared.save(args, "exposure.csv", pandas.DataFrame(table).to_csv(index=False, lineterminator="\n"))
-    shown = {(names[student], teacher): result for (student, teacher), result in results.items()}
+    result = {**about, "curves": curves}
+    common.save(args, "exposure.json", result)
+    table = pandas.concat(found, names=["student", "teacher"])
+    common.save(args, "exposure.csv", table.to_csv(lineterminator="\n"))
+    shown = {(names[student], teacher): positions for (student, teacher), positions in found.items()}
     plot_exposure(shown, os.path.join(args.output_dir, "exposure.png"))
-    return {**about, "curves": curves}, lambda: show(shown, args.output_dir), 0
+    return result, lambda: show(shown, args.output_dir), 0
 
 
-def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
+def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]:
     """By student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
-    tokenizer = shared.tokenizer_of(args, args.student)
+    loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.student, args.student_init_kwargs)}
+    tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     # Rows of like length are padded together
-    prompts = sorted((row["prompt_ids"] for row in shared.tokenized_rows(args, tokenizer)), key=len, reverse=True)
-    rows: list[dict[str, list[int]]] = [{"prompt_ids": ids, "completion_ids": []} for ids in prompts]
-
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
+    prompts = sorted((row["prompt_ids"] for row in common.tokenized_rows(args, tokenizer)), key=len, reverse=True)
+    teacher = common.load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     soft_prompts: dict[str, Tensor | None] = {"plain": None}
     if prompt is not None:
         check_fits(prompt, teacher)
         soft_prompts["prompted"] = prompt.embeddings
-    virtual = 0 if prompt is None else len(prompt.embeddings)
-    shared.check_room("teacher", teacher, rows, args.max_new_tokens, virtual)
-    sampling = shared.sampling_of(args, teacher, tokenizer)
-    pad, ids = sampling.pad_token_id, shared.compared_ids(tokenizer, teacher, None)
+    sampling = common.sampling_of(args, teacher, tokenizer)
+    pad, ids = sampling.pad_token_id, shared_vocab_size(teacher, teacher, tokenizer)
     of_teacher = {
         name: sample_prefixes(teacher, prompts, sampling, args.seed, args.batch_size, ids, soft_prompt)
         for name, soft_prompt in soft_prompts.items()
     }
-    results: dict[tuple[str, str], ExposureBias] = {}
+    results: dict[tuple[str, str], pandas.DataFrame] = {}
     for path in args.student:
-        student = load_model(path, args.student_init_kwargs, args.trust_remote_code).eval()
-        shared.check_room("student", student, rows, args.max_new_tokens)
-        ids = shared.compared_ids(tokenizer, teacher, student)
+        student = common.load_model(path, args.student_init_kwargs, args.trust_remote_code)
+        ids = shared_vocab_size(student, teacher, tokenizer)
         of_student = sample_prefixes(student, prompts, sampling, args.seed, args.batch_size, ids)
         for name, soft_prompt in soft_prompts.items():
             how = (pad, args.batch_size, ids, soft_prompt)
@@ -84,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], ExposureBias]:
     return results
 
 
-def show(results: dict[tuple[str, str], ExposureBias], output_dir: str) -> None:
+def show(results: dict[tuple[str, str], pandas.DataFrame], output_dir: str) -> None:
     pairs = {f"{student}, {teacher} teacher": result for (student, teacher), result in results.items()}
     if len(pairs) <= _COLUMNS:
         positions = (1, *range(5, max(map(len, pairs.values())) + 1, 5))
@@ -93,17 +88,16 @@ def show(results: dict[tuple[str, str], ExposureBias], output_dir: str) -> None:
     lines = []
     for name, result in pairs.items():
         position = min(READ_AT, len(result))
-        at = result.at(position)
-        sums = [number(at["regret"], 3), number(at["expected"], 3), _cell(result, position)]
-        lines.append([name, position, *sums, f"{at['rows_on_student']}, {at['rows_on_teacher']}"])
+        at = result.loc[position]
+        rows = f"{at.rows_on_student:.0f}, {at.rows_on_teacher:.0f}"
+        lines.append([name, position, at.regret, at.expected, _cell(result, position), rows])
     columns = ["", "l", "R(l), nats", "eps(l), nats", "ExAccErr(l), %", "rows with l: student's, teacher's"]
     print_table(f"Read at l = {READ_AT}, or the last position before it", columns, lines)
     print(f"All positions: {os.path.join(output_dir, 'exposure.csv')} and .json; plot: exposure.png beside them.")
 
 
-def _cell(result: ExposureBias, position: int) -> str:
-    if position > len(result):
+def _cell(result: pandas.DataFrame, position: int) -> str:
+    if position not in result.index:
         return ""
-    at = result.at(position)
-    error, low, high = (number(at[name], 1) for name in ("ex_acc_err", "low", "high"))
-    return f"{error} ({low} to {high})" if at["low"] == at["low"] else error
+    error, low, high = (number(value, 1) for value in result.loc[position, ["ex_acc_err", "low", "high"]])
+    return f"{error} ({low} to {high})" if result.low[position] == result.low[position] else error

@@ -2,21 +2,20 @@
 
 import argparse
 import os
-from dataclasses import asdict
 from typing import Any
 
+from pandas import DataFrame
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.exposure import sample_prefixes
-from ..analysis.figures import check_matplotlib
-from ..analysis.prompt import PromptEffect, nearest_tokens, prompt_drift, prompt_effect, similarity
-from ..analysis.prompt_report import changes_page, plot_classes, plot_drift, plot_similarity
+from ..analysis.plots import changes_page, check_matplotlib, plot_classes, plot_drift, plot_similarity
+from ..analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..generation.rollouts import stop_ids
-from . import analyze_common as shared
-from .analyze_common import number
-from .common import load_model, print_table, reporting
+from ..models.tokenizer import shared_vocab_size
+from . import common
+from .common import at_least_one, load_model, number, print_table
 
 
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
@@ -27,47 +26,47 @@ def add_prompt(commands: Any) -> None:
     add = prompt.add_argument
     add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
     add("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
-    add("--dataset", help="Hub id, or a .json, .jsonl, .csv or .parquet file; without it, the prompt alone is shown")
     add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
-    add("--nearest", type=shared.at_least_one, default=5, help="tokens to name for each virtual token (5)")
-    add("--examples", type=shared.at_least_one, default=30, help="places on the page of examples (30)")
-    shared.add_analysis_arguments(prompt, rows=32)
-    shared.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
-    prompt.set_defaults(run=reporting(run_prompt))
+    add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
+    add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
+    common.add_flags(prompt, "dataset")  # without it, the prompt alone is shown
+    common.add_analysis_arguments(prompt, rows=32)
+    common.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
+    prompt.set_defaults(run=common.reporting(run_prompt))
 
 
 def run_prompt(args: argparse.Namespace) -> Any:
     check_matplotlib()
-    for flag, value, why in (
-        ("--student", args.student, ""),
-        ("--dataset", args.dataset, ", whose prompts it answers"),
-    ):
-        if args.responses == "student" and value is None:
-            remedy = "Pass one, or set `--responses dataset`." if not why else "Pass one."
-            raise ValueError(f"`--responses` is 'student', but there is no `{flag}`{why}. {remedy}")
+    wrong = "`--responses` is 'student', but there is no"
+    if args.responses == "student" and args.student is None:
+        raise ValueError(f"{wrong} `--student`. Pass one, or set `--responses dataset`.")
+    if args.responses == "student" and args.dataset is None:
+        raise ValueError(f"{wrong} `--dataset`, whose prompts it answers. Pass one.")
     prompts = find_prompts(args.prompt)
-    tokenizer = shared.tokenizer_of(args, [] if args.student is None else [args.student])
+    loaded = {args.teacher: args.teacher_init_kwargs}
+    loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
+    tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
-    rows = [] if args.dataset is None else shared.tokenized_rows(args, tokenizer, needed)
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code).eval()
+    rows = [] if args.dataset is None else common.tokenized_rows(args, tokenizer, needed)
+    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     check_fits(prompts[-1], teacher)
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
     result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
     summary = None
     if rows:
-        effect = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
-        classes, changed, total = effect.by_class(), effect.changed, len(effect.classes)
+        tokens, changes = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
+        classes, changed = by_class(tokens), int(tokens.changed.sum())
         whose = "the data's answers" if args.responses == "dataset" else "the student's samples"
         summary = (
-            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {total:,} tokens "
-            f"({100 * changed / total:.1f} %) of {whose}."
+            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {len(tokens):,} tokens "
+            f"({100 * changed / len(tokens):.1f} %) of {whose}."
         )
         plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
         title = "Where the soft prompt changed the teacher's next token"
-        shared.save(args, "changes.html", changes_page(effect.changes, title, summary))
-        changes = [asdict(change) for change in effect.changes]
-        result |= {"classes": classes, "changed": {"tokens": changed, "of": total}, "changes": changes}
-    shared.save(args, "prompt.json", result)
+        common.save(args, "changes.html", changes_page(changes, title, summary))
+        result |= {"classes": classes.to_dict("index"), "changed": {"tokens": changed, "of": len(tokens)}}
+        result["changes"] = changes.to_dict("records")
+    common.save(args, "prompt.json", result)
     return result, lambda: show(result, summary, args.output_dir), 0
 
 
@@ -81,23 +80,19 @@ def look_at(
     initial, known_by = initial_prompt(prompts, teacher, tokenizer)
     drifts = []
     if initial is not None:
-        drifts = [(prompt.name, prompt.step, prompt_drift(prompt.embeddings, initial)) for prompt in prompts]
+        drifts = [{"name": p.name, "step": p.step, **prompt_drift(p.embeddings, initial)} for p in prompts]
     if len(drifts) > 1:
-        start = drifts[0][1] or 0 if initial is prompts[0].embeddings else 0
+        start = drifts[0]["step"] or 0 if initial is prompts[0].embeddings else 0
         plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
-    nearest = [
-        {
-            by: [{"token": tokenizer.decode([i]), "id": i, "cosine": cos, "distance": away} for i, cos, away in tokens]
-            for by, tokens in of_token.items()
-        }
-        for of_token in nearest_tokens(last, teacher, shared.compared_ids(tokenizer, teacher, None), args.nearest)
-    ]
+    nearest = nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
+    for token in (token for of_token in nearest for tokens in of_token.values() for token in tokens):
+        token["token"] = tokenizer.decode([token["id"]])
     return {
         "looked_at": prompts[-1].folder,
         "nearest": nearest,
         "similarity": similarity(last).tolist(),
         "drift_from": known_by,
-        "drift": [{"name": name, "step": step, **asdict(drift)} for name, step, drift in drifts],
+        "drift": drifts,
     }
 
 
@@ -107,18 +102,16 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict[str, list[int]]],
     args: argparse.Namespace,
-) -> PromptEffect:
+) -> tuple[DataFrame, DataFrame]:
     student, sampled = None, 0
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
-    shared.check_room("teacher", teacher, rows, sampled, len(soft_prompt))
     if args.student is not None:
-        student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code).eval()
-        shared.check_room("student", student, rows, sampled)
-    size, texts = shared.compared_ids(tokenizer, teacher, student), [row["prompt_ids"] for row in rows]
-    sampling = shared.sampling_of(args, teacher, tokenizer)
+        student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code)
+    size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
+    sampling = common.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]
-    if student is not None and sampled:
+    if sampled:
         completions = sample_prefixes(student, texts, sampling, args.seed, args.batch_size, size)
     how = (tokenizer, stop_ids(sampling), args.batch_size, size, args.examples)
     return prompt_effect(teacher, soft_prompt, student, texts, completions, *how)
@@ -129,29 +122,25 @@ def show(found: dict[str, Any], summary: str | None, output_dir: str) -> None:
     for index, of_token in enumerate(found["nearest"]):
         by_cosine = "  ".join(f"{token['token']!r} {token['cosine']:.2f}" for token in of_token["cosine"][:3])
         closest = of_token["distance"][0]
-        drift = [number(found["drift"][-1][by][index], 4) for by in ("relative", "cosine")] if found["drift"] else []
+        drift = [found["drift"][-1][by][index] for by in ("relative", "cosine")] if found["drift"] else []
         lines.append([index + 1, by_cosine, f"{closest['token']!r} {closest['distance']:.2f}", *drift])
     title = f"Virtual tokens of {found['looked_at']} and the tokens nearest to them (distance 1: the typical norm)"
     columns = ["", "by cosine", "by distance", "distance from the start", "cosine with it"]
-    print_table(title, columns[: len(lines[0])], lines, left=3)
+    print_table(title, columns[: len(lines[0])], lines, left=3, digits=4)
     print(f"Start of the prompt: {found['drift_from']}.")
     if found["drift"]:
-        lines = [
-            [
-                drift["name"],
-                number(drift["overall"], 4),
-                *(f"{min(drift[by]):.4f} to {max(drift[by]):.4f}" for by in ("relative", "cosine")),
-            ]
-            for drift in found["drift"]
-        ]
+        lines = []
+        for drift in found["drift"]:
+            ranges = [f"{min(drift[by]):.4f} to {max(drift[by]):.4f}" for by in ("relative", "cosine")]
+            lines.append([drift["name"], drift["overall"], *ranges])
         columns = ["", "all together", "of each virtual token", "cosine with its start"]
-        print_table("Distance from the start, as a share of its norm", columns, lines)
+        print_table("Distance from the start, as a share of its norm", columns, lines, digits=4)
     if summary is not None:
         lines = []
         for name, values in found["classes"].items():
-            kls = [number(values.get(key, float("nan")), 4) for key in ("prompted_plain", "prompted_student")]
+            kls = [values["prompted_plain"], values.get("prompted_student", float("nan"))]
             lines.append([name, f"{values['tokens']:,}", *kls, number(100 * values["share"], 1)])
         columns = ["class", "tokens", "KL(prompted || plain)", "KL(prompted || student)", "share of the first, %"]
-        print_table("By class of the token, mean in nats a token", columns, lines)
+        print_table("By class of the token, mean in nats per token", columns, lines, digits=4)
         print(f"{summary}\nWhere, and to what: {os.path.join(output_dir, 'changes.html')}.")
     print(f"Plots and all figures: {output_dir}.")

@@ -12,7 +12,7 @@ from ..data.priming import PRIMING_TEMPLATES
 from ..models.teacher import load_teacher
 from ..teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
-from .common import add_row_arguments, json_dict, needed_tokenizer, priming_of
+from .common import ROW_FLAGS, add_flags, needed_tokenizer, priming_of
 
 
 def add_cache(tools: Any) -> None:
@@ -21,11 +21,10 @@ def add_cache(tools: Any) -> None:
     told = "run a teacher once and keep what it says; resumes, also under `accelerate launch -m trl_promptkd.cli`"
     build = commands.add_parser("build", help=told)
     add = build.add_argument
-    add("--teacher", required=True, help="Hub id or folder")
-    add("--output_dir", required=True, help="the cache's folder")
+    add_flags(build, "teacher", "output_dir", required=True)
     add("--dataset_name", default="json", help="Hub id, or json, csv, parquet with --data_files")
     add("--data_files", help="local files, or a pattern")
-    add_row_arguments(build)
+    add_flags(build, *ROW_FLAGS)
     add("--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt")
     add("--priming_file", help="a file with a priming text of your own (Jinja)")
     add("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
@@ -50,8 +49,7 @@ def add_cache(tools: Any) -> None:
     info.add_argument("cache", help="folder or Hub id")
     info.set_defaults(run=cache_info)
     for command, run in ((build, build_cache), (verify, verify_cache)):
-        command.add_argument("--teacher_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
-        command.add_argument("--trust_remote_code", action="store_true")
+        add_flags(command, "teacher_init_kwargs", "trust_remote_code")
         command.set_defaults(run=run)
 
 

@@ -1,12 +1,12 @@
-"""What the command's tools share: flags, rows and models."""
+"""What the command's tools share: flags, rows, models, tables and files."""
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from datasets.exceptions import DatasetsError
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import name_columns
+from ..data import check_columns, name_columns, tokenize_dataset
 from ..data.priming import PrimingTemplate
+from ..files import write_text
+from ..generation.rollouts import rollout_config
 from ..models.teacher import load_teacher
-from ..models.tokenizer import load_teacher_tokenizer
+from ..models.tokenizer import check_same_tokenizer, load_teacher_tokenizer
 
 
 FILE_SPLIT = "train"  # that a file's rows are
@@ -37,13 +39,36 @@ def json_dict(text: str) -> dict[str, Any]:
     return value
 
 
-def add_row_arguments(command: argparse.ArgumentParser) -> None:
-    """What a data set's rows are."""
-    command.add_argument("--dataset_config", help="its configuration")
-    command.add_argument("--dataset_split", default="train", help="its split, or a part of it: train[:1000]")
-    command.add_argument("--prompt_column", help="column to take as `prompt`")
-    command.add_argument("--completion_column", help="column to take as `completion`")
-    command.add_argument("--conversational", action="store_true", help="make conversations of texts (chat template)")
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it must be a whole number, 1 or more")
+    return int(text)
+
+
+# Flags that several commands have; [`add_flags`]
+_INIT_KWARGS = {"type": json_dict, "default": {}, "help": "JSON for from_pretrained"}
+_FLAGS: dict[str, dict[str, Any]] = {
+    "model_init_kwargs": _INIT_KWARGS,
+    "student_init_kwargs": _INIT_KWARGS,
+    "teacher_init_kwargs": _INIT_KWARGS,
+    "trust_remote_code": {"action": "store_true"},
+    "teacher": {"help": "Hub id or folder"},
+    "dataset": {"help": "Hub id, or a .json, .jsonl, .csv or .parquet file"},
+    "dataset_config": {"help": "its configuration"},
+    "dataset_split": {"default": "train", "help": "its split, or a part of it: train[:1000]"},
+    "prompt_column": {"help": "column to take as `prompt`"},
+    "completion_column": {"help": "column to take as `completion`"},
+    "conversational": {"action": "store_true", "help": "make conversations of texts (chat template)"},
+    "output_dir": {"help": "folder for all that is written (%(default)s)"},
+    "json": {"action": "store_true", "help": "print JSON instead of tables"},
+}
+ROW_FLAGS = ("dataset_config", "dataset_split", "prompt_column", "completion_column", "conversational")
+
+
+def add_flags(command: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
+    """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as `required=True`."""
+    for name in names:
+        command.add_argument(f"--{name}", **{**_FLAGS[name], **settings})
 
 
 def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:
@@ -77,18 +102,9 @@ def priming_of(args: Any) -> str | PrimingTemplate | None:
     return args.priming
 
 
-def without_nan(values: Any) -> Any:
-    """What is not finite, at any depth, as null: JSON has no word for it."""
-    if isinstance(values, dict):
-        return {key: without_nan(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [without_nan(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
 def json_text(values: dict[str, Any]) -> str:
-    """The JSON of a result, with null for what is not finite."""
-    return json.dumps(without_nan(values), indent=1, allow_nan=False)
+    """The JSON of a result, with null for what is not finite: JSON has no word for it."""
+    return json.dumps(json.loads(json.dumps(values), parse_constant=lambda word: None), indent=1)
 
 
 def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
@@ -104,17 +120,19 @@ def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
     return dict(zip(paths, names if len(set(names)) == len(names) else whole, strict=True))
 
 
-def print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> None:
+def print_table(
+    title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1, digits: int = 3
+) -> None:
     """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
-    console.print(Text(title), soft_wrap=True)
     table = Table(box=box.SIMPLE)
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index < left else "right")
+        table.add_column(column, justify="left" if index < left else "right")
     for line in lines:
-        table.add_row(*(Text(str(cell)) for cell in line))
+        table.add_row(*(number(cell, digits) if isinstance(cell, float) else str(cell) for cell in line))
+    console.print(title, soft_wrap=True)
     console.print(table)
 
 
@@ -142,8 +160,9 @@ def load_rows(
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
+    """A model in evaluation mode, on the GPU if there is one."""
     print(f"Loading {name}", file=sys.stderr)
-    model = load_teacher(name, init_kwargs, trust_remote_code)
+    model = load_teacher(name, init_kwargs, trust_remote_code).eval()
     marks = ("quantization_method", "hf_device_map")  # of a model that is where it belongs already
     placed = any(getattr(model, mark, None) is not None for mark in marks)
     return model.to("cuda") if torch.cuda.is_available() and not placed else model
@@ -163,3 +182,74 @@ def needed_tokenizer(flag: str, name: str, init_kwargs: dict[str, Any], trust_re
     if tokenizer is None:
         raise ValueError(f"`{flag}` is {name!r}, beside which there is no tokenizer. Save one there.")
     return tokenizer
+
+
+def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
+    """Rows and output; models, `--dataset` and `--output_dir` are each command's own."""
+    add_flags(command, *ROW_FLAGS, "json", "trust_remote_code")
+    command.add_argument("--rows", type=at_least_one, default=rows, help="how many rows, from the first (%(default)s)")
+    told = "longest row in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut"
+    command.add_argument("--max_length", type=at_least_one, default=512, help=told)
+
+
+def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
+    """The teacher, how texts are sampled, and where files go."""
+    add_flags(command, "teacher", required=True)
+    add_flags(command, "output_dir", default=output_dir)
+    add_flags(command, "student_init_kwargs", "teacher_init_kwargs")
+    told = "longest sample (%(default)s)"
+    command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
+    command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
+    command.add_argument("--seed", type=int, default=42, help="of the samples (42)")
+
+
+def save(args: argparse.Namespace, name: str, text: str | dict[str, Any]) -> None:
+    """Write a file of `--output_dir`, a dict as JSON."""
+    os.makedirs(args.output_dir, exist_ok=True)
+    write_text(os.path.join(args.output_dir, name), text if isinstance(text, str) else json_text(text))
+
+
+def shared_tokenizer(flag: str, models: Mapping[str, dict[str, Any]], trust_remote_code: bool) -> Any:
+    """The tokenizer of the first model, compared with the others': distributions are compared token by token.
+
+    Args:
+        flag: By which the first one was given.
+        models: A name -> its keyword arguments for `from_pretrained`.
+    """
+    first, *others = models
+    tokenizer = needed_tokenizer(flag, first, models[first], trust_remote_code)
+    for name in others:
+        other = load_tokenizer(name, models[name], trust_remote_code)
+        if other is None:
+            print(f"There is no tokenizer beside {name}; it runs with that of {first}.")
+            continue
+        student, teacher = (other, tokenizer) if flag == "--teacher" else (tokenizer, other)
+        try:
+            check_same_tokenizer(student, teacher)
+        except ValueError as error:
+            raise ValueError(f"{first!r} and {name!r} cannot be compared. {error}") from error
+    return tokenizer
+
+
+def tokenized_rows(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, answers_needed: str | None = None
+) -> list[dict[str, list[int]]]:
+    """The first rows of `--dataset`, with `prompt_ids` and `completion_ids`."""
+    columns = (args.prompt_column, args.completion_column, args.conversational)
+    dataset = load_rows(args.dataset, args.dataset_config, args.dataset_split, *columns)
+    check_columns(dataset, "--dataset", answers_needed)
+    dataset = dataset.select(range(min(args.rows, len(dataset))))
+    return list(tokenize_dataset(dataset, "--dataset", tokenizer, args.max_length, answers_needed, overlong="drop"))
+
+
+def sampling_of(args: Any, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Sampling at temperature 1 from the whole distribution, until an end-of-text token of the teacher's or the tokenizer's: all
+    models end at the same ones."""
+    whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generation_kwargs": None}
+    settings = SimpleNamespace(max_new_tokens=args.max_new_tokens, **whole)
+    return rollout_config(teacher, teacher, tokenizer, settings)
+
+
+def number(value: float, digits: int) -> str:
+    """A number, or a dash if it is not defined."""
+    return "\N{EM DASH}" if value != value else f"{round(value, digits) + 0.0:.{digits}f}"  # no minus before a zero

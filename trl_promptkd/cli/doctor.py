@@ -33,9 +33,8 @@ class DoctorArguments:
     instruction_template: bool = False
 
 
-_TRAINERS = (PromptKDConfig, PrimedDistillConfig)
 _OTHERS = (DoctorArguments, ModelConfig, ScriptArguments, PromptEncoderConfig)
-_FIELDS = {field.name: field for cls in (*_TRAINERS, *_OTHERS) for field in fields(cls)}
+_FIELDS = {field.name: field for cls in (PromptKDConfig, PrimedDistillConfig, *_OTHERS) for field in fields(cls)}
 _ALIASES = {
     "model_name_or_path": ("--model", "the student: Hub id or folder"),
     "teacher_model_name_or_path": ("--teacher", "Hub id or folder; without it the student teaches itself"),
@@ -44,6 +43,7 @@ _ALIASES = {
     "teacher_model_init_kwargs": ("--teacher_init_kwargs", "JSON for from_pretrained"),
     "use_peft": ("--lora", "an adapter is to be trained, not all weights"),
 }
+_AS_GIVEN: dict[str, Any] = {"metavar": "VALUE", "nargs": "*", "default": argparse.SUPPRESS}  # for `TrlParser`
 
 
 def add_doctor(tools: Any) -> None:
@@ -55,13 +55,11 @@ def add_doctor(tools: Any) -> None:
     )
     doctor.add_argument("--config", help="a recipe's YAML file; flags win over it")
     for name, (alias, text) in _ALIASES.items():
-        doctor.add_argument(
-            alias, f"--{name}", dest=name, metavar="VALUE", nargs="*", default=argparse.SUPPRESS, help=text
-        )
-    ours = set().union(*(cls.__annotations__ for cls in (*_TRAINERS, DoctorArguments, PromptEncoderConfig)))
+        doctor.add_argument(alias, f"--{name}", dest=name, help=text, **_AS_GIVEN)
+    ours = {*PromptKDConfig.__annotations__, *PrimedDistillConfig.__annotations__, *DoctorArguments.__annotations__}
     for name in sorted(_FIELDS.keys() - _ALIASES.keys()):
         told = str(_FIELDS[name].metadata.get("help", "")).replace("%", "%%") if name in ours else argparse.SUPPRESS
-        doctor.add_argument(f"--{name}", metavar="VALUE", nargs="*", default=argparse.SUPPRESS, help=told)
+        doctor.add_argument(f"--{name}", help=told, **_AS_GIVEN)
     doctor.set_defaults(run=reporting(run_doctor))
 
 
@@ -86,14 +84,11 @@ def parse(given: argparse.Namespace) -> tuple[Any, ...]:
     for flag, value in (("--model", model.model_name_or_path), ("--dataset", script.dataset_name)):
         if value is None:
             raise ValueError(f"`{flag}` is not given, and no `--config` names it. Pass `{flag}`.")
+    unseen = "is for the script alone; the doctor cannot look at it."
     if arguments.teacher_cache is not None and settings.teacher_model_name_or_path is None:
-        raise ValueError(
-            "`teacher_cache` is no model that the doctor can look at. Pass the live teacher by `--teacher`."
-        )
+        raise ValueError(f"`teacher_cache` {unseen} Pass the live teacher by `--teacher`.")
     if arguments.instruction_template:
-        raise ValueError(
-            "`instruction_template` is for the script alone. Pass rows that have been through it by `--dataset`."
-        )
+        raise ValueError(f"`instruction_template` {unseen} Pass rows that have been through it by `--dataset`.")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..evaluation import PAPER_SEEDS, TEMPLATES, check_evaluation_settings, evaluate_model, evaluation_rows
-from .common import FILE_SPLIT, json_dict, load_model, load_rows, needed_tokenizer, print_table, reporting, short_names
+from .common import FILE_SPLIT, add_flags, load_model, load_rows, needed_tokenizer, print_table, reporting, short_names
 
 
 # Flags that are settings of `evaluate_model` under the same names
@@ -26,12 +26,9 @@ def add_eval(tools: Any) -> None:
         add = command.add_argument
         add("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
         told = "Hub id, or a .json, .jsonl, .csv or .parquet file; several of them make a table of sets"
-        add("--dataset", required=True, action="append", help=told)
-        add("--dataset_config", help="their configuration")
-        told = "their split, or a part of it: test[:100]; must be given for a Hub id (a file's is `train`)"
-        add("--dataset_split", help=told)
-        add("--prompt_column", help="column to take as the prompt, as it is, before all others")
-        add("--completion_column", help="column to take as the right answer, before all others")
+        add_flags(command, "dataset", required=True, action="append", help=told)
+        add_flags(command, "dataset_split", default=None, help="such as test[:100]; must be given for a Hub id")
+        add_flags(command, "dataset_config", "prompt_column", "completion_column")
         told = "around instructions and questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)"
         add("--template", choices=TEMPLATES, help=told)
         add("--rows", type=int, help="the first rows of each set only")
@@ -41,15 +38,10 @@ def add_eval(tools: Any) -> None:
         add("--top_p", type=float, default=1.0, help="of samples")
         add("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
         add("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
-        add("--output_dir", help="keep the answers there; a run that starts again resumes")
-        add("--json", action="store_true", help="print JSON instead of a table")
-        add("--model_init_kwargs", type=json_dict, default={}, help="JSON for from_pretrained")
-        add("--trust_remote_code", action="store_true")
+        add_flags(command, "output_dir", "json", "model_init_kwargs", "trust_remote_code")
+        add("--seeds", type=int, nargs="+", help="sample once for each")
         if task == "instruct":
-            add("--seeds", type=int, nargs="+", help=f"sample once for each ({' '.join(map(str, PAPER_SEEDS))})")
-            add("--greedy", action="store_true", help="answer greedily instead, once")
-        else:
-            add("--seeds", type=int, nargs="+", help="sample once for each, instead of answering greedily")
+            add("--greedy", action="store_true", help=f"answer greedily, not sampled with seeds {PAPER_SEEDS}")
         command.set_defaults(run=reporting(run_eval))
 
 
@@ -64,7 +56,7 @@ def run_eval(args: argparse.Namespace) -> Any:
         for name, dataset in datasets.items()
     }
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    model = load_model(args.model, {"dtype": dtype, **args.model_init_kwargs}, args.trust_remote_code).eval()
+    model = load_model(args.model, {"dtype": dtype, **args.model_init_kwargs}, args.trust_remote_code)
     result = evaluate_model(model, tokenizer, rows, args.task, template, **settings, output_dir=args.output_dir)
     for path, name in names.items():
         about = {"source": path, "config": args.dataset_config, "split": args.dataset_split or FILE_SPLIT}

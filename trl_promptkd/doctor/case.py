@@ -5,23 +5,22 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..data import RewrittenPromptError, pad_rows, tokenize_dataset, tokenize_row
+from ..data import RewrittenPromptError, pad_rows, tokenize_dataset
 from ..data.primed import tokenize_primed_dataset, tokenize_primed_row
 from ..data.priming import PrimingTemplate
 from ..generation.rollouts import generate_completions, own_random_state, rollout_config
-from ..models.forward import TokenStates, completion_states
+from ..models.forward import completion_states
 from ..models.soft_prompt import SoftPrompt
 from ..models.tokenizer import shared_vocab_size
 from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.promptkd_config import PromptKDConfig
 
 
-__all__ = ["Case", "Finding", "failing", "passing", "warning"]
+__all__ = ["Case", "Finding", "cut", "failing", "passing", "warning"]
 
 _PROBES = 4  # rows that go through the models
 _PROMPT, _PRIMED_PROMPT, _ANSWER = 128, 256, 48  # tokens of a probe at most
@@ -53,17 +52,21 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-# What checks return; their functions' names become the findings'
-def passing(found: str, advice: str = "", /, **values: Any) -> Finding:
-    return Finding("", "pass", found, advice, values)
+def _finding(status: str, found: str, advice: str = "", /, **values: Any) -> Finding:
+    return Finding("", status, found, advice, values)  # the check's name is its function's
 
 
-def warning(found: str, advice: str, /, **values: Any) -> Finding:
-    return Finding("", "warn", found, advice, values)
+# What checks return
+passing, warning, failing = (partial(_finding, status) for status in ("pass", "warn", "fail"))
 
 
-def failing(found: str, advice: str, /, **values: Any) -> Finding:
-    return Finding("", "fail", found, advice, values)
+def cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """A row cut to what is quick."""
+    return {
+        "prompt_ids": row["prompt_ids"][-_PROMPT:],
+        "teacher_prompt_ids": row["teacher_prompt_ids"][-_PRIMED_PROMPT:],
+        "completion_ids": row["completion_ids"][:_ANSWER],
+    }
 
 
 @dataclass
@@ -73,10 +76,7 @@ class Case:
 
     Args:
         student, teacher: Both in evaluation mode, the teacher frozen; one object if the student is its own teacher.
-        tokenizer: Of both.
-        teacher_tokenizer: What was found beside the teacher, if anything.
         raw: Rows as the user has them.
-        args: The run's. Its class says which trainer is checked for.
         The others: as for [`diagnose`].
     """
 
@@ -99,8 +99,7 @@ class Case:
         return _ANSWERS_NEEDED if needed else None
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether a model writes completions in a run."""
+    def is_sampled(self) -> bool:  # in a run, a model writes completions
         return isinstance(self.args, PromptKDConfig) or self.answers_needed is None
 
     @property
@@ -117,27 +116,24 @@ class Case:
 
     @cached_property
     def tokenized(self) -> list[dict[str, list[int]]]:
-        """`prompt_ids` and `completion_ids` of every row, nothing cut."""
-        return self._each_row(partial(tokenize_row, processing_class=self.tokenizer))
+        """`prompt_ids` and `completion_ids` of every row, nothing cut, without the priming text."""
+        return self._each_row(None)
 
     @cached_property
     def views(self) -> list[dict[str, list[int]]]:
-        """The same with `teacher_prompt_ids`."""
-        return self._each_row(partial(tokenize_primed_row, processing_class=self.tokenizer, priming=self.priming))
+        """The same, whose `teacher_prompt_ids` are what the teacher sees."""
+        return self.tokenized if self.priming is None else self._each_row(self.priming)
 
-    def _each_row(self, tokenize: Callable[..., dict[str, list[int]]]) -> list[dict[str, list[int]]]:
+    def _each_row(self, priming: PrimingTemplate | None) -> list[dict[str, list[int]]]:
         """Answers that no training needs are taken if the chat template allows it."""
         found = []
         for index, row in enumerate(self.raw):
             try:
-                try:
-                    found.append(tokenize(row))
-                except RewrittenPromptError:
-                    if self.answers_needed is not None:
-                        raise
-                    found.append(tokenize(row, with_answer=False))
+                found.append(tokenize_primed_row(row, self.tokenizer, priming))
             except ValueError as error:
-                raise ValueError(f"Row {index}: {error}") from error
+                if not isinstance(error, RewrittenPromptError) or self.answers_needed is not None:
+                    raise ValueError(f"Row {index}: {error}") from error
+                found.append(tokenize_primed_row(row, self.tokenizer, priming, with_answer=False))
         return found
 
     @cached_property
@@ -177,41 +173,29 @@ class Case:
         prompts = [row["prompt_ids"][-_PRIMED_PROMPT:] for row in self.chosen]
         with own_random_state(0, self.student.device):
             return generate_completions(
-                self.student,
-                prompts,
-                self.generation_config,
-                vocab_size=self.vocab_size,
-                tokenizer=self.tokenizer,
+                self.student, prompts, self.generation_config, vocab_size=self.vocab_size, tokenizer=self.tokenizer
             )
 
     @cached_property
     def probes(self) -> list[dict[str, list[int]]]:
-        """The chosen rows, cut to what is quick; the student's samples stand for answers that there are not."""
-        answers = [row["completion_ids"][:_ANSWER] for row in self.chosen]
-        if not all(answers):
-            answers = [answer or sample for answer, sample in zip(answers, self.samples, strict=True)]
-        cut = {"prompt_ids": _PROMPT, "teacher_prompt_ids": _PRIMED_PROMPT}
-        return [
-            {"completion_ids": answer, **{name: row[name][-length:] for name, length in cut.items()}}
-            for row, answer in zip(self.chosen, answers, strict=True)
-        ]
+        """The chosen rows, cut. The student's samples stand for answers that there are not."""
+        rows = [cut(row) for row in self.chosen]
+        return [{**row, "completion_ids": row["completion_ids"] or self.samples[i]} for i, row in enumerate(rows)]
 
-    def batch(
-        self, view: str, rows: Sequence[dict[str, list[int]]] | None = None, padding: tuple[int, int] = (0, 0)
-    ) -> dict[str, Tensor]:
-        """Rows (the probes, unless others are given) as a padded batch.
-
-        Args:
-            view: `"student"` or `"teacher"`: whose prompts.
-            padding: Columns of nothing but padding on the left and on the right.
-        """
+    def batch(self, view: str, rows: Sequence[dict[str, list[int]]] | None = None) -> dict[str, Tensor]:
+        """Rows (the probes, unless others are given) as a padded batch, with the prompts of the `"student"` or the `"teacher"`."""
         rows = self.probes if rows is None else rows
         prompts = [row["prompt_ids" if view == "student" else "teacher_prompt_ids"] for row in rows]
-        fill = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         batch = pad_rows(prompts, [row["completion_ids"] for row in rows], self.tokenizer.pad_token_id)
-        padded = {name: torch.nn.functional.pad(batch[name], padding, value=value) for name, value in fill.items()}
-        return {name: values.to(self.student.device) for name, values in padded.items()}
+        return {name: batch[name].to(self.student.device) for name in ("input_ids", "attention_mask", "labels")}
 
-    def states(self, model: Any, batch: dict[str, Tensor], soft_prompt: Tensor | None = None) -> TokenStates:
-        """What `model` knows at a batch's answer tokens, by the pass that losses are taken from."""
-        return completion_states(model, **batch, soft_prompt=soft_prompt, vocab_size=self.vocab_size)
+    def logits(
+        self,
+        model: Any,
+        view: str,
+        rows: Sequence[dict[str, list[int]]] | None = None,
+        soft_prompt: Tensor | None = None,
+    ) -> Tensor:
+        """Logits `(num_tokens, vocab)` at the answers of [`~Case.batch`], by the pass that losses are taken from."""
+        batch = self.batch(view, rows)
+        return completion_states(model, **batch, soft_prompt=soft_prompt, vocab_size=self.vocab_size).logits()

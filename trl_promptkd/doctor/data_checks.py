@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from pandas import DataFrame
 from torch import Tensor
 
-from ..data import DataCollatorForPromptCompletion, check_columns, masked_rows, split_row
+from ..data import DataCollatorForPromptCompletion, check_columns, is_blank, masked_rows, split_row
 from ..data.primed import DataCollatorForPrimedDistillation
 from ..generation.rollouts import stop_ids
 from ..models.limits import check_positions
@@ -35,9 +36,7 @@ def tokenizers(case: Case) -> Finding:
 def vocabulary(case: Case) -> Finding:
     """Models of one family pad their vocabularies differently; padding must not take part in a loss."""
     student, teacher = (model.config.get_text_config().vocab_size for model in (case.student, case.teacher))
-    if student == teacher == case.vocab_size:
-        return passing(f"{student} entries in both models, all compared")
-    sizes = f"{student} entries in the student, {teacher} in the teacher, some of them padding"
+    sizes = f"{student} entries in the student, {teacher} in the teacher"
     return passing(f"{sizes}: compared on the {case.vocab_size} real ids")
 
 
@@ -50,77 +49,44 @@ def special_tokens(case: Case) -> Finding:
             "the tokenizer has no end-of-text token, so that answers would not end",
             "Set `tokenizer.eos_token` to the token that ends an answer.",
         )
-    safe = "which also pads (safe: masks come from lengths)"
-    found = [
-        f"end of text {tokenizer.eos_token!r} ({eos})",
-        safe if pad == eos else f"pad {tokenizer.pad_token!r} ({pad})",
-    ]
-    strangers = []
+    found = f"end of text {tokenizer.eos_token!r} ({eos}), pad {tokenizer.pad_token!r} ({pad})"
     for role, model in (("student", case.student), ("teacher", case.teacher)):
-        ids = stop_ids(model.generation_config)
-        if ids and eos not in ids:
-            names = {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(ids)}
-            strangers.append(f"the {role} was published to stop at {names} instead")
-        elif ids - {eos}:
-            found.append(f"the {role} also stops at {sorted(ids - {eos})}")
-    if strangers:
-        return warning(
-            f"{', '.join(found)}; {'; '.join(strangers)}",
-            "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
-            "`generation_config.eos_token_id`) to the token that ends a turn.",
-        )
-    return passing(", ".join(found))
+        others = {index: tokenizer.convert_ids_to_tokens(index) for index in sorted(stop_ids(model.generation_config))}
+        if others and eos not in others:
+            return warning(
+                f"{found}; the {role} was published to stop at {others} instead",
+                "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
+                "`generation_config.eos_token_id`) to the token that ends a turn.",
+            )
+    return passing(found)
 
 
 def data(case: Case) -> Finding:
     """Rows without prompts or answers train on nothing and say nothing."""
     check_columns(Dataset.from_list(case.raw[:1], on_mixed_types="use_json"), "dataset", case.answers_needed)
-    total = len(case.raw)
-    pairs = [_parts(row) for row in case.raw]
-    missing = sum(prompt is None or None in prompt for prompt, _ in pairs)
-    missing += sum(answer is not None and None in answer for _, answer in pairs)
-    if missing:
+    total, pairs = len(case.raw), list(map(_parts, case.raw))
+    nothing = sum(prompt is None for prompt, _ in pairs)
+    if nothing:
         return failing(
-            f"{missing} of {total} rows hold None where a prompt or a message should be",
-            "Filter such rows out with `dataset.filter`.",
+            f"the prompt of {nothing} of {total} rows is None", "Filter such rows out with `dataset.filter`."
         )
     unanswered = sum(answer is None for _, answer in pairs)
-    blank = sum(answer is not None and not "".join(answer).strip() for _, answer in pairs)
-    if unanswered and case.answers_needed is not None:
-        return failing(f"{unanswered} of {total} rows have no answer", case.answers_needed)
-    if blank == total and case.answers_needed is not None:
-        return failing(f"all {total} answers are empty", case.answers_needed)
+    blank = sum(answer is not None and is_blank(answer) for _, answer in pairs)
+    wanting = f"of {total} rows, {unanswered} have no answer and {blank} an empty one"
+    if case.answers_needed is not None and (unanswered or blank == total):
+        return failing(wanting, case.answers_needed)
     if 0 < unanswered < total or blank:
-        return warning(
-            f"of {total} rows, {unanswered} have no answer and {blank} an empty one",
-            "An empty answer trains the student to stop at once. Filter such rows out.",
-        )
+        return warning(wanting, "An empty answer trains the student to stop at once. Filter such rows out.")
     kind = "conversations" if case.is_conversational else "texts"
-    if unanswered:
-        return passing(f"{total} rows of {kind}, prompts only: the student writes the answers")
-    unused = ", but a model writes what is trained on" if case.answers_needed is None else ""
-    return passing(f"{total} rows of {kind}, answered{unused}")
+    writes = "" if case.answers_needed is not None else "; a model writes what is trained on"
+    return passing(f"{total} rows of {kind}, {'prompts only' if unanswered else 'answered'}{writes}")
 
 
-def _parts(row: dict[str, Any]) -> tuple[list[Any] | None, list[Any] | None]:
-    """The texts of a row's prompt and answer."""
+def _parts(row: dict[str, Any]) -> tuple[Any, Any]:
+    """A row's prompt and answer; of rows that are tokenized already, words that stand for them."""
     if row.get("prompt_ids") is not None:
-        return ["tokenized"], ["tokenized"] if row.get("completion_ids") else None
-    prompt, answer = split_row(row)
-    return _texts(prompt), _texts(answer)
-
-
-def _texts(part: Any) -> list[Any] | None:
-    """The texts of a prompt or an answer; `None` in them if a message says nothing, not even an empty text."""
-    if part is None or isinstance(part, str):
-        return None if part is None else [part]
-    return [_text(message) for message in part]
-
-
-def _text(message: dict[str, Any]) -> str | None:
-    content = message.get("content")
-    says_otherwise = any(value is not None for key, value in message.items() if key not in ("role", "content"))
-    return "other" if isinstance(content, list) or (content is None and says_otherwise) else content  # tool calls
+        return "tokenized", "tokenized" if row.get("completion_ids") else None
+    return split_row(row)
 
 
 def chat_template(case: Case) -> Finding:
@@ -134,8 +100,7 @@ def chat_template(case: Case) -> Finding:
             "messages) instead, or take the token out of the texts.",
         )
     if not case.is_conversational:
-        unused = " (the tokenizer has a template; conversations would use it)" if case.tokenizer.chat_template else ""
-        return passing(f"not used: the prompts are plain texts{unused}")
+        return passing("not used: the prompts are plain texts")
     answered = sum(bool(row["completion_ids"]) for row in case.tokenized)
     rewritten = sum(_parts(row)[1] is not None for row in case.raw) - answered
     if rewritten:
@@ -144,8 +109,7 @@ def chat_template(case: Case) -> Finding:
             "A model writes the answers that are trained on, so training works, but evaluation cannot use the data's "
             "answers either. To use them, use a template that keeps prompts as they are (TRL ships patched ones).",
         )
-    same = f"a prompt is written the same with and without its answer ({answered} rows)"
-    return passing(same if answered else "in use")
+    return passing(f"a prompt is written the same with and without its answer ({answered} rows)")
 
 
 def priming(case: Case) -> Finding | None:
@@ -165,25 +129,19 @@ def priming(case: Case) -> Finding | None:
 
 def lengths(case: Case) -> Finding:
     """Long rows are dropped or lose the end of their answer, and with it the token that says stop."""
-    parts = {"prompts": "prompt_ids", "answers": "completion_ids"}
-    parts |= {} if case.priming is None else {"teacher's prompts": "teacher_prompt_ids"}
-    sizes = {name: sorted(len(row[part]) for row in case.views) for name, part in parts.items()}
-    found = "tokens (median, 95 %, longest): " + "; ".join(
-        f"{name} {values[len(values) // 2]}, {values[int(0.95 * (len(values) - 1))]}, {values[-1]}"
-        for name, values in sizes.items()
-        if values[-1]
-    )
+    tokens = DataFrame([{name.removesuffix("_ids"): len(ids) for name, ids in row.items()} for row in case.views])
+    longest = ", ".join(f"{name} {size}" for name, size in tokens.max().items())
+    found = f"longest, in tokens: {longest}"
     total, dropped, cut = len(case.raw), len(case.raw) - len(case.prepared), 0
-    limit = f"max_length={case.args.max_length}"
     if isinstance(case.args, PromptKDConfig) and case.args.max_length is not None:
-        room = [case.args.max_length - len(row["prompt_ids"]) for row in case.views]
-        cut = sum(0 < left < len(row["completion_ids"]) for left, row in zip(room, case.views, strict=True))
-    figures = {"dropped": dropped, "cut": cut, "longest_prompt": sizes["prompts"][-1]}
+        room = case.args.max_length - tokens.prompt
+        cut = int(((room > 0) & (room < tokens.completion)).sum())
+    limit, figures = f"`max_length={case.args.max_length}`", {"dropped": dropped, "cut": cut}
     if dropped:
-        left_out = f"{dropped} of {total} rows do not fit into `{limit}` and are left out; {found}"
+        left_out = f"{dropped} of {total} rows do not fit into {limit} and are left out; {found}"
         return warning(left_out, "Raise `max_length` to keep them.", **figures)
     if cut and case.answers_needed is not None:
-        short = f"{cut} of {total} answers are cut at `{limit}` and lose their end-of-text token; {found}"
+        short = f"{cut} of {total} answers are cut at {limit} and lose their end-of-text token; {found}"
         return warning(short, "Raise `max_length` to train on them whole.", **figures)
     return passing(found, **figures)
 
@@ -192,13 +150,13 @@ def positions(case: Case) -> Finding:
     """A model with learned positions stops a run in the middle when a row and its sample run out of them."""
     new = case.args.max_new_tokens if case.is_sampled else 0
     virtual = 0 if case.soft_prompt is None else len(case.soft_prompt)
+    remedy = "Lower `max_new_tokens` or `max_length`, filter the longest rows out, or take a shorter priming text."
     longest = {}
     for role, model, part, more in (
         ("student", case.student, "prompt_ids", 0),
         ("teacher", case.teacher, "teacher_prompt_ids", virtual),
     ):
         longest[role] = more + max(len(row[part]) + max(len(row["completion_ids"]), new) for row in case.views)
-        remedy = "Lower `max_new_tokens` or `max_length`, filter the longest rows out, or take a shorter priming text."
         check_positions(role, model, longest[role], remedy)
     most = f"at most {longest['student']} for the student and {longest['teacher']} for the teacher"
     return passing(f"{most}, of which samples {new} and the soft prompt {virtual}", **longest)
@@ -212,61 +170,49 @@ def trained_tokens(case: Case) -> Finding | None:
         batch, rows = DataCollatorForPromptCompletion(case.tokenizer.pad_token_id)(case.prepared), case.prepared
     else:
         batch, rows = DataCollatorForPrimedDistillation(case.tokenizer, case.priming)(case.prepared), case.prepared
-    expected = [row["completion_ids"] for row in rows]
-    if not any(expected):
-        return None
     trained = _trained(batch, "")
     share = sum(map(len, trained)) / int(batch["attention_mask"].sum())
-    missing = [_missing(batch, row, answer) for row, answer in enumerate(expected) if answer]
-    no_first, no_end = (sum(which) for which in zip(*missing, strict=True))
+    answered = [(got, row["completion_ids"]) for got, row in zip(trained, rows, strict=True) if row["completion_ids"]]
+    if not answered:
+        return None
+    other = [(got, answer) for got, answer in answered if got != answer]
+    # More tokens than the answer's may be trained on, such as the prompt's
+    short = [(got, answer) for got, answer in other if got[-len(answer) :] != answer]
+    no_first = sum(got[:1] != answer[:1] for got, answer in short)
+    no_end = sum(got[-1:] != answer[-1:] for got, answer in short)
     if no_first or no_end:
         return failing(
-            f"of {len(missing)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their "
+            f"of {len(answered)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their "
             "end-of-text token",
             "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` drops the end "
             "of text if it also pads), or omit `data_collator`.",
             first_token_missing=no_first,
             end_missing=no_end,
-            share=share,
         )
     if "teacher_labels" in batch and _trained(batch, "teacher_") != trained:
         return failing(
             "student and teacher are not compared on the same tokens: the two views' labels differ",
             "Both views must hold the same completion; omit `data_collator`.",
         )
-    answers = [row["completion_ids"] for row in case.views if row["completion_ids"]]
-    endless = sum(ids[-1] not in stop_ids(case.generation_config) for ids in answers)
+    lasts = [row["completion_ids"][-1] for row in case.views if row["completion_ids"]]
+    endless = sum(token not in stop_ids(case.generation_config) for token in lasts)
     if endless:
-        never = endless == len(answers) and case.answers_needed is not None
+        never = endless == len(lasts) and case.answers_needed is not None
         return (failing if never else warning)(
-            f"{endless} of {len(answers)} answers do not end with a token that generation stops at",
+            f"{endless} of {len(lasts)} answers do not end with a token that generation stops at",
             "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer with.",
             endless=endless,
-            share=share,
         )
-    other = sum(bool(want) and got != want for got, want in zip(trained, expected, strict=True))
     if other:
         return warning(
-            f"{other} of {len(missing)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
+            f"{len(other)} of {len(answered)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
             "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer not?",
-            share=share,
         )
     return passing(f"{share:.0%} of all tokens, in every row from the answer's first token to its last", share=share)
 
 
-def _missing(batch: dict[str, Tensor], row: int, answer: list[int]) -> tuple[bool, bool]:
-    """Whether a row's answer is not trained on at its first, and at its last token."""
-    mask = batch["attention_mask"][row].bool()
-    ids, is_trained = (values[row][mask].tolist() for values in (batch["input_ids"], batch["labels"] != -100))
-    if ids[-len(answer) :] == answer:
-        return not is_trained[-len(answer)], not is_trained[-1]
-    found = [token for token, known in zip(ids, is_trained, strict=True) if known]  # cut, or with another mask
-    return found[:1] != answer[:1], found[-1:] != answer[-1:]
-
-
 def _trained(batch: dict[str, Tensor], view: str) -> list[list[int]]:
-    """The tokens that a batch trains on, row by row. A label in column 0 has nothing before it; one that is not its column's id
-    stands for another token."""
+    """The tokens that a batch trains on, row by row. A label in column 0 has nothing before it."""
     labels = batch[f"{view}labels"]
     wrong = (labels != -100) & (labels != batch[f"{view}input_ids"])
     if wrong.any():

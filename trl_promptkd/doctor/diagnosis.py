@@ -48,7 +48,6 @@ _CHECKS: tuple[tuple[Callable[[Case], Finding | None], tuple[str, ...]], ...] = 
     (model_checks.soft_prompt_gradient, ("repeatability",)),
     (model_checks.window_split, ("repeatability",)),
     (model_checks.quality, ("finite_logits",)),
-    (model_checks.quantization, ("soft_prompt_gradient",)),
     (memory, ("chat_template", "priming")),
 )
 
@@ -69,7 +68,7 @@ def diagnose(
 ) -> list[Finding]:
     """Check two models and a few rows for what goes wrong silently in distillation, with the functions that train.
 
-    The teacher is frozen, as the trainers do it; nothing else is changed. The models are asked in their own dtype, without mixed
+    The teacher is frozen, as the trainers do it; nothing else is changed. The models run in their own dtype, without mixed
     precision, on the device they are on, which must be one.
 
     Args:
@@ -133,22 +132,17 @@ def diagnose(
 def _run(case: Case) -> list[Finding]:
     """Every check whose needs are met; an exception is what a failed check has found."""
     findings: dict[str, Finding] = {}
-    with tqdm(total=len(_CHECKS), unit="check", leave=False) as bar:
-        for check, needs in _CHECKS:
-            name = check.__name__
-            bar.set_description(name)
-            broken = [need for need in needs if need in findings and findings[need].status in ("fail", "skip")]
-            finding: Finding | None
-            try:
-                left_out = f"left out, as {' and '.join(broken)} did not pass"
-                finding = Finding(name, "skip", left_out) if broken else check(case)
-            except Exception as error:  # a model, a collator or a template may raise anything
-                logger.info(f"The check {name} raised an exception.", exc_info=True)
-                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                finding = failing(f"{kind}{error}", "", exception=type(error).__name__)
-            if finding is not None:
-                findings[name] = replace(finding, name=name)
-            bar.update()
+    for check, needs in tqdm(_CHECKS, unit="check", leave=False):
+        broken = [need for need in needs if need in findings and findings[need].status in ("fail", "skip")]
+        try:
+            left_out = Finding("", "skip", f"left out, as {' and '.join(broken)} did not pass")
+            finding = left_out if broken else check(case)
+        except Exception as error:  # a model, a collator or a template may raise anything
+            logger.info(f"The check {check.__name__} raised an exception.", exc_info=True)
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            finding = failing(f"{kind}{error}", "", exception=type(error).__name__)
+        if finding is not None:
+            findings[check.__name__] = replace(finding, name=check.__name__)
     return list(findings.values())
 
 

@@ -24,14 +24,18 @@ def memory(case: Case) -> Finding:
     """A run that does not fit stops at its first step, or is killed without a word."""
     parts = estimate_memory(case)
     needed, there = parts["total"], available_memory(case.student.device)
-    told = (f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
+    told = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
     window = case.args.per_device_train_batch_size * case.args.gradient_accumulation_steps
-    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({', '.join(told)})"
-    advice = (
+    found = f"about {needed:.1f} GB of {there:.1f} GB for a window of {window} rows ({told})"
+    if needed <= there:
+        return passing(found, **parts, available=there)
+    return warning(
+        found,
         "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
-        "`gradient_checkpointing` and `teacher_gradient_checkpointing`."
+        "`gradient_checkpointing` and `teacher_gradient_checkpointing`.",
+        **parts,
+        available=there,
     )
-    return (warning if needed > there else passing)(found, advice if needed > there else "", **parts, available=there)
 
 
 def estimate_memory(case: Case) -> dict[str, float]:
@@ -56,13 +60,13 @@ def estimate_memory(case: Case) -> dict[str, float]:
         activations += _activations(teacher, rows * teacher_tokens, args.teacher_gradient_checkpointing)
 
     adapter = _LORA_RANK * _features(student)
-    trained = 4 * adapter if case.lora else sum(p.numel() * p.element_size() for p in student.parameters())
+    trained = 4 * adapter if case.lora else student.get_memory_footprint(return_buffers=False)
     shared = case.is_self_distillation and case.lora
     parts = {
-        "student": _weights(student) + (trained if case.lora else 0),
+        "student": student.get_memory_footprint() + (trained if case.lora else 0),
         "gradients": trained,
         "AdamW": 2 * trained,
-        "teacher": 0.0 if shared else _weights(teacher),
+        "teacher": 0.0 if shared else teacher.get_memory_footprint(),
         "rollouts": cache + drawing if case.is_sampled else 0.0,
         "activations": activations,
         "logits": loss,
@@ -79,20 +83,10 @@ def available_memory(device: torch.device) -> float:
     return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
 
 
-def _weights(model: nn.Module) -> float:
-    tensors = [*model.parameters(), *model.buffers()]
-    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-
 def _features(model: Any) -> int:
     """Widths of what goes into and comes out of all linear layers below the output head."""
-    total = 0
-    for module in model.get_decoder().modules():
-        if isinstance(module, nn.Linear):
-            total += module.in_features + module.out_features
-        elif isinstance(module, Conv1D):
-            total += sum(module.weight.shape)
-    return total
+    layers = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sum(m.nx + m.nf if isinstance(m, Conv1D) else m.in_features + m.out_features for m in layers)
 
 
 def _activations(model: Any, tokens: int, checkpointing: bool) -> float:

@@ -1,23 +1,22 @@
-"""Checks that ask the models, on a few rows.
+"""Checks that run the models, on a few rows.
 
 Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..divergences import kl_divergence, on_shared_support
 from ..generation.rollouts import stop_ids
-from ..losses.chunked import chunked_sums
-from ..losses.promptkd import promptkd_loss_sums
+from ..losses.promptkd import prompt_loss_sums, student_loss_sums
 from ..models.compare import distance, distances_from_own_forward, is_exact, is_same
-from .case import Case, Finding, failing, passing, warning
+from .case import Case, Finding, cut, failing, passing, warning
 
 
 _GRADIENT_ERROR, _GRADIENT_FACTOR = 0.05, 2.0  # of a slope: relatively (float32); up or down (16 bits, quantized)
 _STEPS, _COARSE_STEPS = (1e-2, 3e-3, 3e-2), (3e-2, 1e-1, 1e-2, 3e-1)  # shares of the soft prompt's norm
-_QUALITY_TOKENS = 1024  # that both models' answers are measured on, prompts included
-_FAR, _SAME = 3.0, 1e-4  # nats a token
+_FAR, _SAME = 3.0, 1e-4  # nats per token
 
 
 @torch.no_grad()
@@ -25,28 +24,24 @@ def finite_logits(case: Case) -> Finding:
     """NaN or infinite logits make every loss NaN; float16 overflows are a common cause. Tokens that a model rules out are left out."""
     ruled_out: dict[str, int] = {}
     for role, model in (("student", case.student), ("teacher", case.teacher)):
-        logits = case.states(model, case.batch(role)).logits()
+        logits = case.logits(model, role)
         lowest = logits <= torch.finfo(model.dtype).min
         never = lowest.all(dim=0)
-        wrong = int(((~torch.isfinite(logits) | lowest) & ~(lowest & never)).sum())
+        wrong = int(((~torch.isfinite(logits) | lowest) & ~never).sum())
         if wrong:
             return failing(
                 f"{wrong} of {logits.numel()} logits of the {role} are NaN or infinite",
                 f"Load the {role} in bfloat16 or float32 if it is in float16, and check its weights.",
             )
         ruled_out[role] = int(never.sum())
-    values = {f"{role}_ruled_out": number for role, number in ruled_out.items()}
-    by = " and ".join(f"{number} by the {role}" for role, number in ruled_out.items() if number)
-    if by:
-        return passing(f"entries of the vocabulary are ruled out, {by}; compared on the others", **values)
-    return passing(f"all finite, {len(case.probes)} rows of both models", **values)
+    by = " and ".join(f"{number} by the {role}" for role, number in ruled_out.items())
+    return passing(f"all finite; entries that a model always rules out, and that are not compared: {by}", **ruled_out)
 
 
 @torch.no_grad()
 def repeatability(case: Case) -> Finding:
     """A teacher that still drops out says something else in every pass."""
-    batch = case.batch("teacher")
-    off = distance(*(case.states(case.teacher, batch, case.soft_prompt).logits() for _ in range(2)))
+    off = distance(*(case.logits(case.teacher, "teacher", soft_prompt=case.soft_prompt) for _ in range(2)))
     if is_same(off, is_exact(case.teacher), slack=0.1):
         return passing("two passes of the teacher over one batch agree", difference=off.log_probs)
     return failing(
@@ -59,10 +54,10 @@ def repeatability(case: Case) -> Finding:
 @torch.no_grad()
 def padding_student(case: Case) -> Finding:
     """Absolute positions counted through padding, or rows that see each other: rows then get other logits than alone."""
-    batch = case.batch("student", padding=(7, 3))
+    batch = case.batch("student")
     logits = case.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     without = logits[batch["labels"][:, 1:] != -100][:, : case.vocab_size]
-    naive = distance(without, case.states(case.student, batch).logits()).log_probs
+    naive = distance(without, case.logits(case.student, "student")).log_probs
     told = f" (without position ids, as GKDTrainer runs it, {naive:.1e})"
     return _padding(case, "student", None, told, difference_without_position_ids=naive)
 
@@ -101,32 +96,26 @@ def soft_prompt_gradient(case: Case) -> Finding | None:
     """The gradient through a quantized or unusual teacher can be silently wrong; a difference of two losses cannot."""
     if case.soft_prompt is None:
         return None
-    batch, teacher = case.batch("teacher"), case.teacher
     with torch.no_grad():
-        student, plain = (case.states(model, batch).detach() for model in (case.student, teacher))
-    size = case.args.loss_chunk_size
+        student, plain = (case.logits(model, "teacher") for model in (case.student, case.teacher))
 
-    def loss(soft_prompt: Tensor):
-        prompted = case.states(teacher, batch, soft_prompt)
-        return chunked_sums(promptkd_loss_sums, size, student, prompted, plain, losses="prompt")
+    def loss(soft_prompt: Tensor) -> Tensor:
+        p_prompted, q, p = _log_probs(case.logits(case.teacher, "teacher", soft_prompt=soft_prompt), student, plain)
+        return prompt_loss_sums(p_prompted, q, p)[0]
 
     start = case.soft_prompt.clone().requires_grad_(True)
-    _, found = loss(start)
-    if not found:
-        raise ValueError("The teacher's states have no gradient path back to the soft prompt.")
-    states, outer = found[0].tensors[0], found[0].gradients[0]
-    (gradient,) = torch.autograd.grad(states, start, outer.to(states.dtype), allow_unused=True)
-    norm = 0.0 if gradient is None else float(gradient.norm())
+    (gradient,) = torch.autograd.grad(loss(start), start)
+    norm = float(gradient.norm())
     advice = "Load the teacher without quantization or in another one, or use transformers' own class for it."
-    if gradient is None or not norm or not torch.isfinite(gradient).all():
+    if not norm or not gradient.isfinite().all():
         return failing(f"the gradient's norm is {norm}", advice, norm=norm)
-    direction, exact = gradient / norm, is_exact(teacher)
+    direction, exact = gradient / norm, is_exact(case.teacher)
     low, high = (1 - _GRADIENT_ERROR, 1 + _GRADIENT_ERROR) if exact else (1 / _GRADIENT_FACTOR, _GRADIENT_FACTOR)
     ratio = 0.0  # of the slope to the gradient's norm
     for share in _STEPS if exact else _COARSE_STEPS:  # a small one drowns in rounding, a large one goes round the bend
         step = share * float(start.detach().norm())
         with torch.no_grad():
-            up, down = (float(loss(start + way * step * direction)[0][0]) for way in (1, -1))
+            up, down = (float(loss(start + way * step * direction)) for way in (1, -1))
         ratio = min(ratio, (up - down) / (2 * step * norm), key=lambda value: abs(value - 1))
         if low <= ratio <= high:
             told = f"norm {norm:.2g}; a step along it changes the loss as it says ({ratio:.3f})"
@@ -141,8 +130,8 @@ def window_split(case: Case) -> Finding:
     vectors = [parameter for parameter in trainable if parameter.ndim == 1]  # small, and in every layer
     watched = vectors or sorted(trainable, key=lambda parameter: parameter.numel())[:1]
     number = len(case.probes)
-    whole, gradient = _window(case, [list(range(number))], watched)
-    parts, of_parts = _window(case, [[index] for index in range(number)], watched)
+    whole, gradient = _window(case, [case.probes], watched)
+    parts, of_parts = _window(case, [[row] for row in case.probes], watched)
     off = abs(parts / whole - 1) if whole else 0.0
     norm = float(gradient.norm())
     gradient_off = float((gradient - of_parts).norm()) / norm if norm else 0.0
@@ -161,24 +150,26 @@ def window_split(case: Case) -> Finding:
     )
 
 
-def _window(case: Case, batches: list[list[int]], watched: list[Tensor]) -> tuple[float, Tensor]:
+def _window(
+    case: Case, batches: list[list[dict[str, list[int]]]], watched: list[torch.nn.Parameter]
+) -> tuple[float, Tensor]:
     """The student's loss over all probes, in nats per token, and its gradient with respect to `watched`, in one vector."""
     num_tokens = sum(len(row["completion_ids"]) for row in case.probes)
     total, gradient = 0.0, torch.zeros(sum(parameter.numel() for parameter in watched), device=case.student.device)
-    for indices in batches:
-        rows = [case.probes[index] for index in indices]
+    for rows in batches:
         with torch.no_grad():
-            teacher = case.states(case.teacher, case.batch("teacher", rows), case.soft_prompt).detach()
-        student = case.states(case.student, case.batch("student", rows))
-        size = case.args.loss_chunk_size
-        (loss, *_), found = chunked_sums(promptkd_loss_sums, size, student, teacher, losses="student")
-        total += float(loss) / num_tokens
+            teacher = case.logits(case.teacher, "teacher", rows, case.soft_prompt)
+        q, p = _log_probs(case.logits(case.student, "student", rows), teacher)
+        loss = student_loss_sums(q, p)[0] / num_tokens
+        total += float(loss.detach())
         if watched:
-            states, outer = found[0].tensors[0], found[0].gradients[0] / num_tokens
-            known = {"allow_unused": True, "materialize_grads": True}
-            parts = torch.autograd.grad(states, watched, outer.to(states.dtype), **known)
+            parts = torch.autograd.grad(loss, watched, allow_unused=True, materialize_grads=True)
             gradient += torch.cat([part.float().flatten() for part in parts])
     return total, gradient
+
+
+def _log_probs(*logits: Tensor) -> list[Tensor]:
+    return [part.log_softmax(dim=-1) for part in on_shared_support(*logits)]
 
 
 def sampling(case: Case) -> Finding:
@@ -201,22 +192,16 @@ def sampling(case: Case) -> Finding:
 @torch.no_grad()
 def quality(case: Case) -> Finding | None:
     """A teacher that knows no better has nothing to teach, and a student that knows nothing collapses on its own samples."""
-    rows: list[dict[str, list[int]]] = []
-    tokens = 0
-    for row in case.views:
-        size = len(row["teacher_prompt_ids"]) + len(row["completion_ids"])
-        if row["completion_ids"] and (not rows or tokens + size <= _QUALITY_TOKENS):
-            rows.append(row)
-            tokens += size
+    rows = [cut(row) for row in case.views if row["completion_ids"]]
     if not rows:
         return None
     sums = torch.zeros(4, dtype=torch.float64)
     for row in rows:
-        labels = torch.tensor(row["completion_ids"], device=case.student.device)
-        student, plain = (case.states(model, case.batch("student", [row])) for model in (case.student, case.teacher))
-        primed = plain if case.priming is None else case.states(case.teacher, case.batch("teacher", [row]))
-        costs, _ = chunked_sums(_quality_sums, case.args.loss_chunk_size, student, plain, primed, labels)
-        sums += torch.stack(costs).double().cpu()
+        student, plain = (case.logits(model, "student", [row]) for model in (case.student, case.teacher))
+        primed = case.logits(case.teacher, "teacher", [row])  # without a priming text, the plain teacher
+        tokens = torch.tensor(row["completion_ids"], device=student.device)
+        costs = [cross_entropy(part, tokens, reduction="sum") for part in (student, plain, primed)]
+        sums += torch.stack([*costs, kl_divergence(*_log_probs(student, primed)).sum()]).cpu()
     nll_student, nll_teacher, nll_primed, kl = (sums / sum(len(row["completion_ids"]) for row in rows)).tolist()
     values = {"nll_student": nll_student, "nll_teacher": nll_teacher, "reverse_kl": kl, "rows": len(rows)}
     found = f"answers cost {nll_student:.2f} nats per token under the student, {nll_teacher:.2f} under the teacher"
@@ -238,24 +223,3 @@ def quality(case: Case) -> Finding | None:
             "write the answers."
         )
     return (warning if advice else passing)(found, advice, **values)
-
-
-def _quality_sums(student: Tensor, plain: Tensor, primed: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-    """Negative log-likelihoods of the tokens under all three, and KL(student || what it learns from), summed."""
-    nll = [-logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).sum() for logits in (student, plain, primed)]
-    log_q, log_p = (logits.log_softmax(dim=-1) for logits in on_shared_support(student, primed))
-    return (*nll, kl_divergence(log_q, log_p).sum())
-
-
-def quantization(case: Case) -> Finding | None:
-    """4-bit weights are repacked for a kernel without a backward pass on some CPUs; freezing a teacher undoes it."""
-    method = getattr(case.teacher, "quantization_method", None)
-    if method is None:
-        return None
-    size = sum(parameter.numel() * parameter.element_size() for parameter in case.teacher.parameters()) / 1e9
-    compared = "the gradient through it was compared with a difference of losses"
-    return passing(
-        f"the teacher is quantized ({getattr(method, 'value', method)}, {size:.2f} GB); "
-        + (compared if case.soft_prompt is not None else "it gets no gradient"),
-        "`PrimedDistillTrainer.quantization_receipt()` says what it costs in nats per token.",
-    )

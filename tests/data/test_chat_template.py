@@ -7,9 +7,8 @@ from datasets import Dataset, Features, Json, List
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.data import RewrittenPromptError, split_row, tokenize_dataset, tokenize_row
+from trl_promptkd.data import RewrittenPromptError, split_row, tokenize_dataset, tokenize_primed_row, tokenize_row
 from trl_promptkd.data.chat_template import conversation_texts
-from trl_promptkd.data.primed import tokenize_primed_row
 
 
 USER = {"role": "user", "content": "the cat"}

@@ -10,9 +10,7 @@ from trl.trainer.utils import remove_none_values
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.data import (
     DataCollatorForPromptCompletion,
-    _without_blank_tail,
     check_columns,
-    check_ids,
     grouped_by_length,
     name_columns,
     pad_rows,
@@ -20,6 +18,8 @@ from trl_promptkd.data import (
     tokenize_row,
 )
 from trl_promptkd.data.primed import tokenize_primed_dataset
+from trl_promptkd.data.rows import check_ids
+from trl_promptkd.data.tokenize import _without_blank_tail
 
 
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
@@ -100,9 +100,9 @@ class TestTokenizeRow:
 
     def test_ids_may_have_gaps(self, tokenizer):
         tokenizer.get_vocab = lambda: {"a": 5, "b": 500}
-        check_ids({"prompt_ids": [5, 500]}, tokenizer)
+        check_ids("prompt_ids", [5, 500], tokenizer)
         with pytest.raises(ValueError, match="`prompt_ids` hold the id 499"):
-            check_ids({"prompt_ids": [5, 499]}, tokenizer)
+            check_ids("prompt_ids", [5, 499], tokenizer)
 
     def test_a_row_without_a_prompt_is_refused(self, tokenizer):
         with pytest.raises(ValueError, match="neither a prompt nor messages"):
@@ -164,7 +164,7 @@ class TestTokenizeDataset:
     def test_long_prompts_are_counted_and_refused(self, tokenizer):
         dataset = Dataset.from_list([{"prompt": "the " * n} for n in (3, 9, 12)])
         with pytest.raises(
-            ValueError, match=r"2 of 3 prompts in `train_dataset` do not fit into `max_length=8`. .* at least 13"
+            ValueError, match=r"2 of 3 prompts in `train_dataset` do not fit into `max_length=8`. .* at least 12"
         ):
             tokenize_dataset(dataset, "train_dataset", tokenizer, 8)
         with pytest.raises(ValueError, match="One of the prompts does not fit"):
@@ -178,7 +178,7 @@ class TestTokenizeDataset:
         assert rows.to_list() == streamed == [{"prompt_ids": [THE] * 3, "completion_ids": [], "length": 3}]
         assert "2 of 3 prompts in `train_dataset`" in caplog.text
         assert "They are left out" in caplog.text
-        with pytest.raises(ValueError, match=r"no row remains. Set `max_length` to at least 13"):
+        with pytest.raises(ValueError, match=r"no row remains. Set `max_length` to at least 12"):
             tokenize_dataset(dataset, "x", tokenizer, 2, overlong="drop")
 
     def test_rows_without_an_answer_are_counted_where_answers_are_needed(self, tokenizer):

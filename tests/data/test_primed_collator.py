@@ -8,12 +8,8 @@ from datasets import Dataset, load_dataset
 from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
 
 from trl_promptkd import DataCollatorForPrimedDistillation, PrimingTemplate
-from trl_promptkd.data.primed import (
-    pad_views,
-    prompts_of_views,
-    tokenize_primed_dataset,
-    tokenize_primed_row,
-)
+from trl_promptkd.data import tokenize_primed_row
+from trl_promptkd.data.primed import pad_views, prompts_of_views, tokenize_primed_dataset
 
 
 # Ids of the test vocabulary (tiny.py)

@@ -6,8 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.data import _without_blank_tail, tokenize_row
-from trl_promptkd.data.primed import tokenize_primed_row
+from trl_promptkd.data.tokenize import _without_blank_tail, tokenize_primed_row, tokenize_row
 
 
 THE, CAT, SAT, ON, MAT, EOS, UNK = 12, 13, 15, 16, 17, 0, 1

@@ -166,7 +166,7 @@ class TestEvaluationRows:
                 {},
                 "Row 0 of `rows`: the right answer is 'no number'",
             ),
-            ([{"prompt": "", "completion": "a"}], "instruct", {}, "its prompt has no tokens"),
+            ([{"prompt": "", "completion": "a"}], "instruct", {}, "A row's prompt has no tokens"),
             *(
                 ([{"instruction": " ", "output": "a"}], "instruct", {"template": template}, "its `instruction` is ' '")
                 for template in ("chat", "paper", "plain")

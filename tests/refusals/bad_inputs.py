@@ -1278,7 +1278,7 @@ DATA = [
         "prompts longer than `max_length`",
         [{"prompt": "the " * 50}],
         "1 of 1 prompts in `train_dataset` do not fit into `max_length=20`",
-        "Set `max_length` to at least 51",
+        "Set `max_length` to at least 50",
         run=promptkd,
         args={"max_length": 20},
     ),

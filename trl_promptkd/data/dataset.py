@@ -1,4 +1,4 @@
-"""From a data set to its rows' token ids: once, checked and counted. Rows that cannot be used are rejected by number."""
+"""From a data set to its rows' token ids: once, checked and counted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -192,8 +192,8 @@ def _fits(row: dict[str, Any], limit: Limit, raises: bool) -> bool:
     needed = row[f"needs_{limit.field}"]
     if needed > limit.value and raises:
         raise ValueError(
-            f"One of the {limit.what} does not fit into `{limit.field}={limit.value}`. Set `{limit.field}` to at least "
-            f"{needed}, or set `overlong='drop'` to leave such rows out."
+            f"One of the {limit.what} does not fit into `{limit.field}={limit.value}`. Set `{limit.field}` to at "
+            f"least {needed}, or set `overlong='drop'` to leave such rows out."
         )
     return needed <= limit.value
 

@@ -16,7 +16,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates cal
 
 
 def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, Any]:
-    """A row's prompt and its answer: texts or lists of messages. The answer is `None` if there is none.
+    """A row's prompt and its answer: texts or lists of messages, `None` if there is none.
 
     Args:
         with_answer: `False` neither checks nor returns the answer.

@@ -38,7 +38,7 @@ class TestConfig:
         [
             ({"num_virtual_tokens": 0}, "`num_virtual_tokens` is 0.*at least 1"),
             ({"num_virtual_tokens": -3}, "`num_virtual_tokens` is -3"),
-            ({"prompt_init": "zeros"}, "`prompt_init` is 'zeros'; it must be one of 'text', 'random', 'vocab'"),
+            ({"prompt_init": "zeros"}, "`prompt_init` is 'zeros'; it must be 'text' or 'random' or 'vocab'"),
             ({"encoder": "gru"}, "`encoder` is 'gru'"),
             ({"prompt_init_text": "  "}, "`prompt_init_text` is '  '"),
             ({"prompt_learning_rate": -1.0}, "`prompt_learning_rate` is -1.0"),

@@ -562,11 +562,11 @@ ARGUMENTS = [
         {"prompt_init": "zeros"},
         ValueError,
         "`prompt_init` is 'zeros'",
-        "it must be one of 'text', 'random', 'vocab'",
+        "it must be 'text' or 'random' or 'vocab'",
     ),
     _setting(E, {"prompt_init_text": "  "}, ValueError, "which holds no text", "Give a text, or set"),
     _setting(E, {"prompt_init_text": None}, TypeError, "`prompt_init_text` is None", "it must be a text"),
-    _setting(E, {"encoder": "gru"}, ValueError, "`encoder` is 'gru'", "it must be one of 'embedding', 'mlp', 'lstm'"),
+    _setting(E, {"encoder": "gru"}, ValueError, "`encoder` is 'gru'", "it must be 'embedding' or 'mlp' or 'lstm'"),
     _setting(
         E,
         {"prompt_learning_rate": "1e-3"},

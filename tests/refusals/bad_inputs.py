@@ -488,7 +488,7 @@ ARGUMENTS = [
         {"completion_only_loss": False},
         ValueError,
         "`completion_only_loss=False` has no meaning",
-        "Leave it away",
+        "Omit it",
     ),
     _setting(
         P,

@@ -78,11 +78,12 @@ def distances_from_own_forward(
     """
     own = _own_logits(model, rows, soft_prompt, vocab_size) if own is None else own
 
-    def batch(rows: Sequence[Mapping[str, list[int]]], more: tuple[int, int]) -> tuple[Tensor, ...]:
+    def batch(rows: Sequence[Mapping[str, list[int]]], more: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and labels, with `more` columns of padding on both sides."""
         padded = pad_rows([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad_token_id)
         fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
-        return tuple(nn.functional.pad(padded[name], more, value=fill[name]).to(model.device) for name in fill)
+        ids, mask, labels = (nn.functional.pad(padded[name], more, value=fill[name]).to(model.device) for name in fill)
+        return ids, mask, labels
 
     alone = [completion_states(model, *batch([row], (0, 0)), soft_prompt, vocab_size).logits() for row in rows]
     ids, mask, labels = batch(rows, (7, 3))

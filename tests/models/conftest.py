@@ -11,7 +11,7 @@ ARGUMENTS = ("processing_class", "train_dataset", "eval_dataset", "peft_config",
 
 @pytest.fixture(params=["promptkd", "primed"])
 def make_trainer(request, make_args, make_primed_args):
-    """A function of the models, the trainer's arguments and its settings, of which both kinds know `response_source`."""
+    """A function of models, a trainer's arguments and its settings; PromptKD, too, takes `response_source`."""
 
     def make(model=None, teacher_model=None, priming="red ", **settings):
         given = {"train_dataset": answered_dataset(), "processing_class": tiny_tokenizer()}

@@ -3,9 +3,8 @@ import copy
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig
 from tiny import VOCAB_SIZE, WORDS, tiny_model, tiny_tokenizer
-from tokenizers import normalizers
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
 from trl_promptkd.models.forward import forward_logits
@@ -32,20 +31,9 @@ class TestConfig:
         assert config.prompt_learning_rate is None
         assert (config.prompt_weight_decay, config.prompt_max_grad_norm) == (0.01, 1.0)
 
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"num_virtual_tokens": -3}, "`num_virtual_tokens` is -3.*at least 1"),
-            ({"prompt_init": "zeros"}, "`prompt_init` is 'zeros'; it must be 'text' or 'random' or 'vocab'"),
-            ({"encoder": "gru"}, "`encoder` is 'gru'"),
-            ({"prompt_init_text": "  "}, "`prompt_init_text` is '  '"),
-            ({"prompt_learning_rate": -1.0}, "`prompt_learning_rate` is -1.0"),
-            ({"prompt_lr_scheduler_type": "cosin"}, "`prompt_lr_scheduler_type` is 'cosin'"),
-        ],
-    )
-    def test_bad_values_are_refused(self, settings, message):
-        with pytest.raises(ValueError, match=message):
-            PromptEncoderConfig(**settings)
+    def test_an_unknown_schedule_is_refused(self):
+        with pytest.raises(ValueError, match="`prompt_lr_scheduler_type` is 'cosin'; it must be 'linear' or 'cosine'"):
+            PromptEncoderConfig(prompt_lr_scheduler_type="cosin")
 
     @pytest.mark.parametrize("encoder", ENCODERS)
     def test_to_peft(self, encoder):
@@ -63,15 +51,10 @@ class TestConfig:
     def test_to_peft_without_a_model(self):
         assert PromptEncoderConfig(prompt_init="vocab").to_peft().prompt_tuning_init == "SAMPLE_VOCAB"
 
-    @pytest.mark.parametrize(
-        "config",
-        [LoraConfig(), PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), {"num_virtual_tokens": 4}],
-    )
-    def test_what_is_not_a_prompt_before_the_input_is_refused(self, config):
-        with pytest.raises(TypeError, match=f"is a {type(config).__name__}, which does not describe a soft prompt"):
-            check_peft_config(config)
-
-    def test_a_peft_config_without_tokens_is_refused(self):
+    def test_what_is_not_a_prompt_before_the_input_is_refused(self):
+        prefix = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        with pytest.raises(TypeError, match="is a PrefixTuningConfig, which does not describe a soft prompt"):
+            check_peft_config(prefix)
         with pytest.raises(ValueError, match="`num_virtual_tokens` is 0"):
             check_peft_config(PromptTuningConfig(num_virtual_tokens=0))
 
@@ -97,7 +80,7 @@ class TestInitialization:
     @pytest.mark.parametrize(("family", "scale"), [("gemma2", 32**0.5), ("gemma3", 32**0.5), ("llama", 1.0)])
     @pytest.mark.parametrize("own_config", [True, False])
     def test_random_has_the_scale_of_what_the_embedding_module_puts_out(self, family, scale, own_config):
-        """Gemma multiplies embeddings by the root of their width. What follows the tokenizer's 30 ids means nothing."""
+        """Gemma multiplies them by the root of their width. What follows the tokenizer's 30 ids means nothing."""
         teacher = tiny_model(family, seed=3)
         weight = teacher.get_input_embeddings().weight
         with torch.no_grad():
@@ -131,12 +114,6 @@ class TestInitialization:
         prompt, _ = build(teacher, prompt_init="random", num_virtual_tokens=256)
         assert prompt().shape == (256, 64)
         assert prompt().std().item() == pytest.approx(table(torch.arange(30)).std().item(), rel=0.03)
-
-    def test_a_text_without_tokens_is_refused(self):
-        tokenizer = tiny_tokenizer()
-        tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
-        with pytest.raises(ValueError, match="turns into no tokens"):
-            SoftPrompt(PromptEncoderConfig(prompt_init_text="??"), tiny_model(), tokenizer)
 
     @pytest.mark.parametrize("encoder", ENCODERS)
     def test_float32_beside_a_half_precision_teacher(self, encoder):

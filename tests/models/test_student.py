@@ -10,12 +10,11 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
-    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
 from tiny import difference, tiny_model, tiny_tokenizer, weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from trl_promptkd.models.init_kwargs import check_init_kwargs, from_pretrained_kwargs
 from trl_promptkd.models.student import adapter_config, check_trains
@@ -96,18 +95,6 @@ class TestSomethingTrains:
         next(with_bias.parameters()).requires_grad_(True)
         check_trains(with_bias)
 
-    @pytest.mark.parametrize("student", ["full", "from_pretrained", "merged"])
-    def test_is_refused_before_anything_is_tokenized(self, make_trainer, student, folders, monkeypatch):
-        model = tiny_model(seed=1).requires_grad_(False)
-        if student == "from_pretrained":
-            model = PeftModel.from_pretrained(model, folders / "lora")
-        if student == "merged":
-            model = adapted().merge_and_unload()
-        monkeypatch.setattr("trl_promptkd.trainer.promptkd_trainer.tokenize_dataset", pytest.fail)
-        monkeypatch.setattr("trl_promptkd.trainer.primed_distill_trainer.tokenize_primed_dataset", pytest.fail)
-        with pytest.raises(ValueError, match=r"without trainable weights|has no trainable weights.*is_trainable=True"):
-            make_trainer(model)
-
     def test_a_peft_config_trains_a_frozen_model(self, make_trainer):
         trainer = make_trainer(tiny_model(seed=1).requires_grad_(False), peft_config=LoraConfig(task_type="CAUSAL_LM"))
         before = weights(trainer.model)
@@ -163,26 +150,11 @@ class TestAdapterByName:
         assert trainer.args.model_init_kwargs == settings["model_init_kwargs"]
         assert "will be ignored" not in caplog.text
 
-    def test_with_a_peft_config_is_refused_before_any_weights(self, make_trainer, folders, monkeypatch):
-        monkeypatch.setattr(PreTrainedModel, "from_pretrained", pytest.fail)
-        message = r"lora', an adapter, and `peft_config` is set too.*Leave `peft_config` out"
-        with pytest.raises(ValueError, match=message):
-            make_trainer(str(folders / "lora"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-        with pytest.raises(ValueError, match=r"`model` is an adapter, and `peft_config` is set too"):
-            make_trainer(adapted(), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-
     def test_without_a_base_model_is_refused(self, make_trainer, folders):
         path = folders / "lora" / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
         with pytest.raises(ValueError, match="does not name the model below it"):
             make_trainer(str(folders / "lora"))
-
-    def test_a_soft_prompt_is_refused_as_an_object_is(self, make_trainer, folders):
-        base = AutoModelForCausalLM.from_pretrained(folders / "base")
-        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        get_peft_model(base, prompt).save_pretrained(folders / "prompt")
-        with pytest.raises(ValueError, match="prompt learning for the \\*student\\*"):
-            make_trainer(str(folders / "prompt"))
 
     def test_what_is_no_adapter(self, folders):
         for name in (str(folders / "base"), str(folders / "nowhere"), "", None, tiny_model()):

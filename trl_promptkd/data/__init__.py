@@ -9,12 +9,7 @@ from .collate import (
     pad_rows,
     without_repeats,
 )
-from .dataset import (
-    check_columns,
-    name_columns,
-    plain_rows,
-    tokenize_dataset,
-)
+from .dataset import check_columns, name_columns, plain_rows, tokenize_dataset
 from .rows import check_text_only, split_row
 from .tokenize import tokenize_primed_row, tokenize_row
 

@@ -97,11 +97,9 @@ def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
 class Limit(NamedTuple):
     """A setting that bounds rows. The column `needs_<field>` holds how many tokens a row needs."""
 
-    field: str
-    """The setting, such as `"max_length"`."""
-    value: int | None
-    what: str
-    """What is too long, for messages."""
+    field: str  # such as "max_length"
+    value: Any  # `None` for no limit
+    what: str  # is too long, for messages
 
 
 def prepare_rows(
@@ -115,12 +113,12 @@ def prepare_rows(
     num_proc: int | None,
     **fn_kwargs: Any,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by what `function` makes of each row: once, cached; a stream's as they come.
+    """Replace a data set's columns by what `function` makes of each row: once and cached, or of a stream as it comes.
 
     Args:
         columns: What `function` returns besides `empty_answer` and the limits' columns: lists of ids if they end in
             `_ids`, else whole numbers.
-        limits: Rows beyond them are left out (`overlong="drop"`) or rejected (`"error"`).
+        limits: Rows beyond them are left out and counted (`overlong="drop"`) or rejected (`"error"`).
         answers_needed: As for [`check_columns`].
 
     Raises:
@@ -129,26 +127,31 @@ def prepare_rows(
     """
     dataset = plain_rows(dataset)
     fn_kwargs = {"function": function, "name": name, "fn_kwargs": fn_kwargs}
+    measured = ["empty_answer", *(f"needs_{limit.field}" for limit in limits)]
+    limits = [limit for limit in limits if limit.value is not None]
     if isinstance(dataset, IterableDataset):
+        if limits and overlong == "drop":
+            logger.warning(f"`{name}` is streamed, so rows that are too long are left out uncounted.")
         dataset = dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
-    else:
-        number = Value("int64")
-        names = [*columns, "empty_answer", *(f"needs_{limit.field}" for limit in limits)]
-        with PartialState().main_process_first():
-            dataset = dataset.map(
-                _named,
-                with_indices=True,
-                fn_kwargs=fn_kwargs,
-                remove_columns=dataset.column_names,
-                # Not guessed from the first rows, which may all have no answer
-                features=Features({name: List(number) if name.endswith("_ids") else number for name in names}),
-                num_proc=num_proc,
-                desc=f"Tokenizing {name}",
-            )
-        dataset = dataset.with_format(None)  # a transform is for the user's rows
+        keeps = partial(_keeps, name=name, limits=limits, overlong=overlong, answers_needed=answers_needed)
+        return dataset.filter(keeps).remove_columns(measured)
+    number = Value("int64")
+    with PartialState().main_process_first():
+        dataset = dataset.map(
+            _named,
+            with_indices=True,
+            fn_kwargs=fn_kwargs,
+            remove_columns=dataset.column_names,
+            # Not guessed from the first rows, which may all have no answer
+            features=Features({c: List(number) if c.endswith("_ids") else number for c in (*columns, *measured)}),
+            num_proc=num_proc,
+            desc=f"Tokenizing {name}",
+        )
+    dataset = dataset.with_format(None)  # a transform is for the user's rows
     for limit in limits:
         dataset = _filter_overlong(dataset, name, limit, overlong)
-    return _check_answers(dataset, name, answers_needed)
+    _check_answers(dataset, name, answers_needed)
+    return dataset.remove_columns(measured)
 
 
 def _named(
@@ -161,71 +164,55 @@ def _named(
         raise ValueError(f"{which} of `{name}`: {error}") from error
 
 
-def _filter_overlong(
-    dataset: Dataset | IterableDataset, name: str, limit: Limit, overlong: str
-) -> Dataset | IterableDataset:
-    column, bound = f"needs_{limit.field}", f"{limit.field}={limit.value}"
-    if limit.value is None:
-        return dataset.remove_columns(column)
-    if isinstance(dataset, IterableDataset):
-        if overlong == "drop":
-            logger.warning(
-                f"`{name}` is streamed: {limit.what} that do not fit into `{bound}` are left out uncounted."
+def _keeps(row: dict[str, Any], name: str, limits: Sequence[Limit], overlong: str, answers_needed: str | None) -> bool:
+    """Whether a stream keeps a row."""
+    for field, value, what in limits:
+        needed = row[f"needs_{field}"]
+        if needed > value and overlong == "drop":
+            return False
+        if needed > value:
+            raise ValueError(
+                f"One of the {what} does not fit into `{field}={value}`. Set `{field}` to at least {needed}, or set "
+                "`overlong='drop'` to leave such rows out."
             )
-        fits = partial(_fits, limit=limit, raises=overlong == "error")
-        return dataset.filter(fits).remove_columns(column)
-    lengths = dataset[column]
+    if answers_needed is not None and not row["completion_ids"]:
+        raise ValueError(f"A row in `{name}` has no answer. {answers_needed} Or filter such rows out.")
+    return True
+
+
+def _filter_overlong(dataset: Dataset, name: str, limit: Limit, overlong: str) -> Dataset:
+    lengths = dataset[f"needs_{limit.field}"]
     kept = [index for index, length in enumerate(lengths) if length <= limit.value]
-    if too_long := len(dataset) - len(kept):
-        found = f"{too_long} of {len(dataset)} {limit.what} in `{name}` do not fit into `{bound}`."
-        remedy = f"Set `{limit.field}` to at least {max(lengths)}"
-        if overlong == "error":
-            raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
-        if not kept:
-            raise ValueError(f"{found} They would be left out, so that no row remains. {remedy}, or pass other rows.")
-        logger.warning(f"{found} They are left out. {remedy} to keep them.")
-        dataset = dataset.select(kept)
-    return dataset.remove_columns(column)
+    if len(kept) == len(dataset):
+        return dataset
+    found = (
+        f"{len(dataset) - len(kept)} of {len(dataset)} {limit.what} in `{name}` do not fit into "
+        f"`{limit.field}={limit.value}`."
+    )
+    remedy = f"Set `{limit.field}` to at least {max(lengths)}"
+    if overlong == "error":
+        raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
+    if not kept:
+        raise ValueError(f"{found} They would be left out, so that no row remains. {remedy}, or pass other rows.")
+    logger.warning(f"{found} They are left out. {remedy} to keep them.")
+    return dataset.select(kept)
 
 
-def _fits(row: dict[str, Any], limit: Limit, raises: bool) -> bool:
-    needed = row[f"needs_{limit.field}"]
-    if needed > limit.value and raises:
-        raise ValueError(
-            f"One of the {limit.what} does not fit into `{limit.field}={limit.value}`. Set `{limit.field}` to at "
-            f"least {needed}, or set `overlong='drop'` to leave such rows out."
-        )
-    return needed <= limit.value
-
-
-def _check_answers(
-    dataset: Dataset | IterableDataset, name: str, answers_needed: str | None
-) -> Dataset | IterableDataset:
-    """Reject rows without an answer that is needed, and warn of empty ones. Drops the column `empty_answer`."""
-    if isinstance(dataset, IterableDataset):
-        dataset = dataset.remove_columns("empty_answer")
-        if answers_needed is None:
-            return dataset
-        return dataset.filter(partial(_has_answer, name=name, answers_needed=answers_needed))
+def _check_answers(dataset: Dataset, name: str, answers_needed: str | None) -> None:
+    """Reject rows without an answer that is needed, and warn of empty ones."""
     missing = sum(not ids for ids in dataset["completion_ids"])
     if missing and answers_needed is not None:
         raise ValueError(
             f"{missing} of {len(dataset)} rows in `{name}` have no answer. {answers_needed} Or filter these rows out."
         )
     empty, answers = sum(dataset["empty_answer"]), len(dataset) - missing
-    if empty:
-        effect = "the student learns to stop at once" if answers_needed else "only their end of text is compared"
-        found = f"{empty} of {answers} answers in `{name}` are empty: {effect}."
-        if empty == answers and answers_needed is not None:
-            raise ValueError(f"{found} Check how the data was made, and pass rows with answers. {answers_needed}")
-        logger.warning(f"{found} Filter them out with `dataset.filter`.")
-    return dataset.remove_columns("empty_answer")
-
-
-def _has_answer(row: dict[str, Any], name: str, answers_needed: str) -> bool:
-    if not row["completion_ids"]:
-        raise ValueError(f"A row in `{name}` has no answer. {answers_needed} Or filter such rows out.")
-    return True
+    if not empty:
+        return
+    effect = "the student learns to stop at once" if answers_needed else "only their end of text is compared"
+    found = f"{empty} of {answers} answers in `{name}` are empty: {effect}."
+    if empty == answers and answers_needed is not None:
+        raise ValueError(f"{found} Check how the data was made, and pass rows with answers. {answers_needed}")
+    logger.warning(f"{found} Filter them out with `dataset.filter`.")
 
 
 def tokenize_dataset(
@@ -249,8 +236,6 @@ def tokenize_dataset(
             follows.
         with_answers: `False` takes the prompts alone, if no answer of the data is used.
 
-    Raises:
-        ValueError: as [`prepare_rows`].
     """
     dataset = prepare_rows(
         dataset,

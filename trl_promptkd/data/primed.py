@@ -69,10 +69,7 @@ def tokenize_primed_dataset(
 
 
 def _tokenize_and_measure(
-    row: dict[str, Any],
-    processing_class: PreTrainedTokenizerBase,
-    priming: PrimingTemplate | None,
-    with_answer: bool,
+    row: dict[str, Any], processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None, with_answer: bool
 ) -> dict[str, Any]:
     ids = tokenize_primed_row(row, processing_class, priming, with_answer)
     completion_ids = ids["completion_ids"]

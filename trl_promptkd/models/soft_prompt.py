@@ -68,8 +68,7 @@ class PromptEncoderConfig:
         default=7, metadata={"help": "Number of trainable embeddings before the teacher's input."}
     )
     prompt_init: str = field(
-        default="text",
-        metadata={"help": "What the soft prompt starts from.", "choices": list(_INITS)},
+        default="text", metadata={"help": "What the soft prompt starts from.", "choices": list(_INITS)}
     )
     prompt_init_text: str = field(
         default="Suppose you are a student.", metadata={"help": "Text for `prompt_init='text'`."}
@@ -113,9 +112,7 @@ class PromptEncoderConfig:
             check_choice(self, "prompt_lr_scheduler_type", _SCHEDULES)
 
     def to_peft(
-        self,
-        teacher: PreTrainedModel | None = None,
-        processing_class: PreTrainedTokenizerBase | str | None = None,
+        self, teacher: PreTrainedModel | None = None, processing_class: PreTrainedTokenizerBase | str | None = None
     ) -> PromptTuningConfig | peft.PromptEncoderConfig:
         """PEFT's configuration of the same prompt: `PromptTuningConfig` for `encoder="embedding"`, else
         `peft.PromptEncoderConfig`.

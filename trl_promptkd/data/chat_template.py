@@ -125,11 +125,7 @@ class _Template:
         self.kwargs = {**more, "tools": remove_none_values(tools) if tools else None, "tokenize": False}
 
     def render(self, messages: list[dict[str, Any]], **ending: bool) -> str:
-        """The conversation's text.
-
-        Raises:
-            ValueError: whatever goes wrong in the template, with its own words and the conversation's roles.
-        """
+        """The conversation's text, or an error with the roles and the template's own words."""
         filled = [{"content": "", **message} for message in messages]
         last = max((i for i, message in enumerate(filled) if message["content"].strip()), default=len(filled) - 1)
         last_text = filled[last]["content"].strip()
@@ -200,8 +196,7 @@ def _says(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _without_what_follows(text: str, last: Mapping[str, Any], eos_token: str | None) -> str:
-    """Without what the template writes after the end of text, which is never generated. An end of text that the
-    answer itself quotes ends nothing."""
+    """Without what the template writes after the end of text. One that the answer itself quotes ends nothing."""
     if eos_token is None or not _says(last, text):
         return text
     content = last["content"].strip()

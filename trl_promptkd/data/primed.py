@@ -49,16 +49,15 @@ def tokenize_primed_dataset(
     columns = list(next(iter(dataset)))
     if priming is not None and "teacher_prompt_ids" not in columns:
         priming.check_columns(columns, name)
-    limits = [
-        Limit("max_length", max_length, "rows"),
-        Limit("teacher_max_length", teacher_max_length, "rows, as the teacher sees them,"),
-    ]
     return prepare_rows(
         dataset,
         name,
         _tokenize_and_measure,
         ("prompt_ids", "teacher_prompt_ids", "completion_ids", "length"),
-        limits,
+        [
+            Limit("max_length", max_length, "rows"),
+            Limit("teacher_max_length", teacher_max_length, "rows, as the teacher sees them,"),
+        ],
         answers_needed,
         overlong,
         num_proc,
@@ -72,13 +71,13 @@ def _tokenize_and_measure(
     row: dict[str, Any], processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None, with_answer: bool
 ) -> dict[str, Any]:
     ids = tokenize_primed_row(row, processing_class, priming, with_answer)
-    completion_ids = ids["completion_ids"]
-    length, teacher_length = (len(ids[name]) + len(completion_ids) for name in ("prompt_ids", "teacher_prompt_ids"))
+    number = len(ids["completion_ids"])
+    teacher_length = len(ids["teacher_prompt_ids"]) + number
     return {
         **ids,
         "length": teacher_length,  # what `group_by_length` groups by
-        "empty_answer": int(is_empty_answer(row, completion_ids, processing_class)),
-        "needs_max_length": length,
+        "empty_answer": int(is_empty_answer(row, ids["completion_ids"], processing_class)),
+        "needs_max_length": len(ids["prompt_ids"]) + number,
         "needs_teacher_max_length": teacher_length,
     }
 
@@ -90,13 +89,7 @@ def pad_views(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """One batch of both views.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, student_seq)`; `teacher_input_ids`,
-        `teacher_attention_mask` and `teacher_labels` of shape `(batch, teacher_seq)`. `labels[:, 1:] != -100` and
-        `teacher_labels[:, 1:] != -100` select the same tokens in the same order.
-    """
+    """One batch of both views: what [`DataCollatorForPrimedDistillation`] returns."""
     student = pad_rows(prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     teacher = pad_rows(teacher_prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     names = ("input_ids", "attention_mask", "labels")
@@ -105,13 +98,12 @@ def pad_views(
 
 def prompts_of_views(batch: dict[str, Tensor]) -> tuple[list[list[int]], list[list[int]]]:
     """The student's and the teacher's prompts in a batch of [`pad_views`]."""
-    student, teacher = (
-        masked_rows(
-            batch[f"{view}input_ids"], batch[f"{view}attention_mask"].bool() & (batch[f"{view}labels"] == -100)
-        )
-        for view in ("", "teacher_")
-    )
-    return student, teacher
+
+    def prompts(view: str) -> list[list[int]]:
+        is_prompt = batch[f"{view}attention_mask"].bool() & (batch[f"{view}labels"] == -100)
+        return masked_rows(batch[f"{view}input_ids"], is_prompt)
+
+    return prompts(""), prompts("teacher_")
 
 
 @dataclass
@@ -119,8 +111,7 @@ class DataCollatorForPrimedDistillation:
     """
     Batches of two views of the same completions: the student's and the primed teacher's.
 
-    The trainer tokenizes rows once, before training, and then only pads here. Rows that are not tokenized are, on the
-    spot.
+    The trainer tokenizes rows once, before training. Rows that are not tokenized are tokenized here.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -134,8 +125,7 @@ class DataCollatorForPrimedDistillation:
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
         `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the
         completion, end of text included; `labels != -100` selects the same ids in the same order in both views.
-        Prompts are padded on the left, completions on the right. Rows from a teacher cache add `cache_rows` of shape
-        `(batch,)`.
+        Rows from a teacher cache add `cache_rows` of shape `(batch,)`.
     """
 
     processing_class: PreTrainedTokenizerBase

@@ -95,7 +95,6 @@ class PrimingTemplate:
                 f"`text` of a PrimingTemplate is {self.text!r}, which says nothing. For a teacher that sees what the "
                 "student sees set `priming=None`."
             )
-        _check_characters(self.text, "The priming text")
         try:
             _compiled(self.text)
         except jinja2.TemplateSyntaxError as error:
@@ -110,12 +109,7 @@ class PrimingTemplate:
         return cls(read_text(str(path), "the priming text"), placement)
 
     def check_columns(self, columns: Collection[str], name: str) -> None:
-        """Reject a template that uses what a data set does not have, before anything is trained.
-
-        Args:
-            columns: The data set's columns.
-            name: The data set's name, for the message.
-        """
+        """Reject a template that uses columns which a data set, called `name` in messages, does not have."""
         known = set(columns)
         if known & {"messages", "completion"}:
             known.add("reference_answer")
@@ -131,8 +125,7 @@ class PrimingTemplate:
         """The text for one row.
 
         Raises:
-            ValueError: for an unknown variable, naming it and the row's columns; if the template reaches for Python
-                internals; and for anything else that goes wrong in it.
+            ValueError: for anything that goes wrong in the template, such as an unknown variable.
         """
         self.check_columns(list(row), "the row")
         template, names = _compiled(self.text)
@@ -152,7 +145,6 @@ class PrimingTemplate:
                 f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: "
                 f"{str(error)[:500]}."
             ) from error
-        _check_characters(text, "The rendered priming text")
         return text
 
     def prime(self, row: Mapping[str, Any], with_answer: bool = True) -> str | list[dict[str, Any]]:
@@ -161,9 +153,6 @@ class PrimingTemplate:
         Args:
             row: With `messages`, or with `prompt` and perhaps `completion`. It is not changed.
             with_answer: `False` does not check the row's answer, for one that is not used.
-
-        Raises:
-            ValueError: if the text cannot be placed: no user message, or a system message in a plain text.
         """
         text = self.render(row)
         prompt, _ = split_row(row, with_answer)
@@ -208,16 +197,6 @@ def _reference_answer(row: Mapping[str, Any]) -> str:
     if not answer:
         raise ValueError("The priming template shows the teacher the row's answer, but a row has none.")
     return answer
-
-
-def _check_characters(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} holds {text[error.start]!r} at position {error.start}, half of a character that cannot be "
-            "written. Remove it from the template or the row."
-        ) from error
 
 
 PRIMING_TEMPLATES = {

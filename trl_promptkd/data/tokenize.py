@@ -48,15 +48,9 @@ def tokenize_primed_row(
     priming: PrimingTemplate | None,
     with_answer: bool = True,
 ) -> dict[str, list[int]]:
-    """Token ids of one row, in both views.
+    """The same with `teacher_prompt_ids`, the primed prompt, after which the answer has the same ids.
 
-    Args:
-        row, with_answer: As for [`tokenize_row`]. The template sees all columns of the row. A row that is tokenized
-            already also needs `teacher_prompt_ids` if there is a template.
-
-    Returns:
-        `prompt_ids` (what the student sees), `teacher_prompt_ids` (what the teacher sees) and `completion_ids` (the
-        same for both).
+    The template sees all columns of the row. A row that is tokenized already must hold `teacher_prompt_ids`.
     """
     if row.get("prompt_ids") is not None:
         ids = _tokenized_already(row, processing_class, priming, with_answer)
@@ -76,17 +70,17 @@ def _tokenized_already(
     with_answer: bool,
 ) -> dict[str, list[int]]:
     check_text_only(row)
-    ids = {"prompt_ids": row["prompt_ids"], "teacher_prompt_ids": row.get("teacher_prompt_ids"), "completion_ids": []}
-    if with_answer and row.get("completion_ids") is not None:
-        ids["completion_ids"] = row["completion_ids"]
+    ids: dict[str, Any] = {name: row.get(name) for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids")}
+    if not with_answer or ids["completion_ids"] is None:
+        ids["completion_ids"] = []
     if ids["teacher_prompt_ids"] is None:
+        ids["teacher_prompt_ids"] = ids["prompt_ids"]
         if priming is not None:
             raise ValueError(
                 "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt "
                 "that is tokenized already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set "
                 "`priming=None`."
             )
-        ids["teacher_prompt_ids"] = ids["prompt_ids"]
     for name, values in ids.items():
         check_ids(name, values, processing_class)
     return ids
@@ -160,9 +154,9 @@ def _tokenize_texts(
 ) -> tuple[list[list[int]], list[int]]:
     """Ids of the prompts and of the completion that follows each, without special tokens of the tokenizer's own.
 
-    A prompt and its completion are tokenized together, so that no border of tokens is forced between them. A token
-    that straddles the border belongs to the completion. They are kept apart if text would be lost, if no prompt would
-    remain, and if the completion's ids would differ between the prompts.
+    Both are tokenized together, so that no border of tokens is forced between them. A token that straddles the border
+    belongs to the completion. They are kept apart if text would be lost, if no prompt would remain, and if the
+    completion's ids would differ between the prompts.
     """
     alone = [_ids(prompt, processing_class) for prompt in prompts]
     if completion is None:
@@ -180,10 +174,7 @@ def _cut_at_border(
     prompt_ids: list[int], whole: list[int], processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]] | None:
     """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if
-    they must be kept apart.
-
-    Texts are compared, not offsets: some tokenizers leave white space out of those.
-    """
+    they must be kept apart. Texts are compared, as some tokenizers leave white space out of offsets."""
     unknown = processing_class.unk_token_id
     if unknown is not None and prompt_ids[-1:] == [unknown]:
         return None  # what follows may have become part of it
@@ -226,11 +217,10 @@ def _ids_after(
 def _without_blank_tail(
     ids: list[int], processing_class: PreTrainedTokenizerBase, ends: set[int | None] | None = None
 ) -> list[int]:
-    """Without white space after the last token that ends a turn: it is never generated.
+    """Without white space after the last token that ends a turn, which is never generated.
 
     Args:
-        ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of
-            text (Gemma).
+        ends: The ids of such tokens; `None` for all special ones, as some turns end with another (Gemma).
     """
     if not ids or processing_class.decode(ids[-1:]).strip():
         return ids

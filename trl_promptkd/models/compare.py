@@ -126,9 +126,6 @@ def check_forward(
     Args:
         role: For messages: `"student"`, `"teacher"` or `"prompted teacher"`.
         soft_prompt, vocab_size: As for [`distances_from_own_forward`].
-
-    Raises:
-        ValueError: saying what is off by how much, and what to do.
     """
     devices = {parameter.device.type for parameter in model.parameters()}
     if is_sharded(model) or devices != {accelerator.device.type}:

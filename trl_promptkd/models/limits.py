@@ -18,14 +18,7 @@ Embedded = Mapping[str, tuple[int, Sequence[str]]]
 def embedded_by(
     models: Mapping[str, tuple[PreTrainedModel, Sequence[str]]], processing_class: PreTrainedTokenizerBase
 ) -> Embedded:
-    """What each model embeds.
-
-    Args:
-        models: A role -> its model, and the columns of rows that it sees.
-
-    Raises:
-        ValueError: if a model has no embedding for the pad token or the end-of-text token.
-    """
+    """What each model of a role embeds, at least the pad token and the end-of-text token."""
     embedded = {}
     for role, (model, columns) in models.items():
         embeddings: Any = model.get_input_embeddings()
@@ -91,13 +84,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
-    """Reject rows that would run out of learned positions in the middle of a run.
-
-    Args:
-        role: "student" or "teacher", for the message.
-        longest: Positions that the longest row needs.
-        remedy: What to do about it.
-    """
+    """Reject rows, of which the longest needs `longest` positions, before they run out of learned ones in a run."""
     limit = position_limit(model)
     if limit is not None and longest > limit:
         raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

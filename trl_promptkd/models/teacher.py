@@ -50,10 +50,6 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
         init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such
             as `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
         trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
-
-    Raises:
-        OSError: if it cannot be loaded.
-        ValueError: if `init_kwargs` would be taken wrongly, or ignored.
     """
     kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
@@ -93,9 +89,6 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
     Returns:
         The teacher. For `None`, a frozen copy of the student, or a PEFT student itself: with its adapter switched off
         it is its own teacher (see [`asked_teacher`]).
-
-    Raises:
-        ValueError: if switching the adapter off would not bring the student's start back.
     """
     if teacher_model is None and isinstance(student, PeftModel):
         _check_comes_back(student)

@@ -147,6 +147,12 @@ def _filled(config: Any, teacher: PreTrainedModel) -> Any:
     """
     about = teacher.config.get_text_config()
     width = embedding_width(input_embeddings(teacher))
+    if config.token_dim not in (None, width):
+        raise ValueError(
+            f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have {width} "
+            "numbers a token. Leave it at None, which takes the teacher's."
+        )
+    config.num_transformer_submodules = 1
     for name, value in (
         ("token_dim", width),
         ("encoder_hidden_size", width),
@@ -197,14 +203,7 @@ class SoftPrompt(nn.Module):
             init, init_text = _INITS[config.prompt_init], config.prompt_init_text
         else:
             check_peft_config(config)
-            width = embedding_width(embeddings)
-            if config.token_dim not in (None, width):
-                raise ValueError(
-                    f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have "
-                    f"{width} numbers a token. Leave it at None, which takes the teacher's."
-                )
             self.peft_config = _filled(copy.deepcopy(config), teacher)
-            self.peft_config.num_transformer_submodules = 1
             init = getattr(config, "prompt_tuning_init", PromptTuningInit.RANDOM)
             init_text = getattr(config, "prompt_tuning_init_text", None)
 

@@ -153,6 +153,9 @@ class PrimingTemplate:
         Args:
             row: With `messages`, or with `prompt` and perhaps `completion`. It is not changed.
             with_answer: `False` does not check the row's answer, for one that is not used.
+
+        Raises:
+            ValueError: if there is no user message to prime, or no conversation for a system message.
         """
         text = self.render(row)
         prompt, _ = split_row(row, with_answer)

@@ -259,7 +259,12 @@ class SoftPrompt(nn.Module):
         write_safetensors(self.state_dict(), os.path.join(folder, PARAMETERS_FILE))
 
     def load_parameters(self, folder: str) -> None:
-        """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`."""
+        """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`.
+
+        Raises:
+            FileNotFoundError: if there is nothing.
+            ValueError: if it is not a finite prompt of this shape and type.
+        """
         path = os.path.join(folder, PARAMETERS_FILE)
         advice = "Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
         if not os.path.isfile(path):

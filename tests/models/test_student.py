@@ -16,7 +16,7 @@ from peft import (
 from tiny import difference, tiny_model, tiny_tokenizer, weights
 from transformers import AutoModelForCausalLM
 
-from trl_promptkd.models.init_kwargs import check_init_kwargs, from_pretrained_kwargs
+from trl_promptkd.models.init_kwargs import check_init_kwargs
 from trl_promptkd.models.student import adapter_config, check_trains
 
 
@@ -173,14 +173,10 @@ class TestInitKwargs:
         assert trainer.args.model_init_kwargs == settings["model_init_kwargs"]
 
     @pytest.mark.parametrize("field", ["model_init_kwargs", "teacher_model_init_kwargs"])
-    def test_two_that_differ_are_refused(self, make_trainer, field):
+    def test_two_dtypes_are_refused(self, make_trainer, field):
         kwargs = {"dtype": "float32", "torch_dtype": torch.bfloat16}
         with pytest.raises(ValueError, match=rf"`{field}` holds 'dtype' 'float32' and 'torch_dtype' torch.bfloat16"):
             make_trainer("no/student", "no/teacher", **{field: kwargs})
-
-    def test_two_that_are_equal_are_taken(self):
-        kwargs = {"dtype": "bfloat16", "torch_dtype": torch.bfloat16}
-        assert from_pretrained_kwargs("x", kwargs) == {"dtype": torch.bfloat16}
 
     @pytest.mark.parametrize(
         ("kwargs", "message"),

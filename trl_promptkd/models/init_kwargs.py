@@ -15,8 +15,8 @@ _HUB_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only"
 
 
 def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:
-    """Reject arguments of `from_pretrained` that it would take wrongly, or ignore: a `dtype` that is none, two that
-    differ, a quantization that quantizes nothing."""
+    """Reject arguments of `from_pretrained` that it would take wrongly, or ignore: a `dtype` that is none, or
+    two, and a quantization that quantizes nothing."""
     kwargs = init_kwargs or {}
     for name in ("dtype", "torch_dtype"):
         dtype = kwargs.get(name)
@@ -25,7 +25,7 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
                 f"`{field}[{name!r}]` is {dtype!r}; it must be the name of a torch dtype, such as 'bfloat16' or "
                 "'float32', or 'auto'."
             )
-    if {"dtype", "torch_dtype"} <= kwargs.keys() and _as_dtype(kwargs["dtype"]) != _as_dtype(kwargs["torch_dtype"]):
+    if {"dtype", "torch_dtype"} <= kwargs.keys():
         raise ValueError(
             f"`{field}` holds 'dtype' {kwargs['dtype']!r} and 'torch_dtype' {kwargs['torch_dtype']!r}, which are two "
             "names of one setting. Leave 'torch_dtype' out."
@@ -49,20 +49,14 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
 
 
 def from_pretrained_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A user's arguments, checked, as `from_pretrained` takes them: `dtype` as a torch dtype or "auto"."""
+    """A user's arguments, checked, and with `torch_dtype` by its new name: TRL knows no other."""
     check_init_kwargs(field, init_kwargs)
     kwargs = dict(init_kwargs or {})
     if "torch_dtype" in kwargs:
         kwargs["dtype"] = kwargs.pop("torch_dtype")
-    if "dtype" in kwargs:
-        kwargs["dtype"] = _as_dtype(kwargs["dtype"])
     return kwargs
 
 
 def hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Those that say where files are."""
     return {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
-
-
-def _as_dtype(dtype: Any) -> Any:
-    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype

@@ -17,6 +17,7 @@ from trl_promptkd.divergences import (
 
 STUDENT = torch.tensor([0.5, 0.25, 0.25]).log()
 TEACHER = torch.tensor([0.25, 0.25, 0.5]).log()
+SURE, UNSURE = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
 
 
 class TestByHand:
@@ -25,14 +26,9 @@ class TestByHand:
         assert reverse_kl(STUDENT, TEACHER).item() == pytest.approx(0.25 * math.log(2), abs=1e-7)
 
     def test_directions_differ_where_they_should(self):
-        student = torch.tensor([0.9, 0.1]).log()
-        teacher = torch.tensor([0.5, 0.5]).log()
-        assert forward_kl(student, teacher).item() == pytest.approx(
-            0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(5), abs=1e-6
-        )
-        assert reverse_kl(student, teacher).item() == pytest.approx(
-            0.9 * math.log(1.8) + 0.1 * math.log(0.2), abs=1e-6
-        )
+        forward, reverse = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(5), 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+        assert forward_kl(SURE, UNSURE).item() == pytest.approx(forward, abs=1e-6)
+        assert reverse_kl(SURE, UNSURE).item() == pytest.approx(reverse, abs=1e-6)
 
     def test_jsd_at_one_half(self):
         # mixture (.375, .25, .375): both halves equal .5 ln(4/3) + .25 ln(2/3)
@@ -40,11 +36,10 @@ class TestByHand:
         assert generalized_jsd(STUDENT, TEACHER, 0.5).item() == pytest.approx(half, abs=1e-7)
 
     def test_jsd_weights_the_teacher_by_beta(self):
-        student, teacher = torch.tensor([0.9, 0.1]).log(), torch.tensor([0.5, 0.5]).log()
         mixture = [0.2 * 0.5 + 0.8 * 0.9, 0.2 * 0.5 + 0.8 * 0.1]
         expected = 0.2 * sum(0.5 * math.log(0.5 / m) for m in mixture)
         expected += 0.8 * (0.9 * math.log(0.9 / mixture[0]) + 0.1 * math.log(0.1 / mixture[1]))
-        assert generalized_jsd(student, teacher, 0.2).item() == pytest.approx(expected, abs=1e-7)
+        assert generalized_jsd(SURE, UNSURE, 0.2).item() == pytest.approx(expected, abs=1e-7)
 
     def test_entropy(self):
         assert entropy(STUDENT).item() == pytest.approx(1.5 * math.log(2), abs=1e-7)

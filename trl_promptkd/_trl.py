@@ -24,9 +24,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # tells an adapted output h
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,  # tells which weights are an adapter's
 )
-from peft.utils.other import (
-    _prepare_prompt_learning_config as fill_prompt_learning_config,  # hidden size from a config
-)
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
@@ -46,7 +43,6 @@ __all__ = [
     "PromptEmbedding",
     "PromptTuningInit",
     "create_model_from_path",
-    "fill_prompt_learning_config",
     "fsdp2_prepare_model",
     "is_vllm_available",
     "keep_four_bit_weights_differentiable",

@@ -1,5 +1,4 @@
-"""What configurations refuse: values of the wrong kind or out of range, and fields of the base class that would be ignored
-without a word."""
+"""What configurations reject: values of the wrong kind or out of range, and fields that would be ignored silently."""
 
 import json
 import math
@@ -20,7 +19,7 @@ __all__ = [
     "check_training",
 ]
 
-# What a field's annotation asks for: the class that a value must have, and its name in messages
+# What a field's annotation wants: the class that a value must have, and its name in messages
 _KINDS: dict[type, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -33,24 +32,16 @@ _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gr
 
 
 def check_kinds(config: Any, *classes: type) -> None:
-    """Refuse values of another kind than the fields' annotations say: texts for numbers, numbers for texts.
+    """Reject values of another kind than the annotations of the fields of `classes` say, such as a text for a number.
 
     Must come before anything compares the values. Texts for `dict` fields are JSON, which the base class reads later.
-
-    Args:
-        classes: Whose own fields are looked at. Fields with choices, and annotations that say more than kinds, are left alone.
-
-    Raises:
-        TypeError: naming the field, its value and what it must be.
-        ValueError: for a text that is not the JSON of a `dict`.
+    Fields with choices, and annotations that say more than kinds, are not checked.
     """
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = type(config).__dataclass_fields__
-    names = [name for cls in classes for name in cls.__annotations__ if name in fields]
-    for name in dict.fromkeys(names):
-        if "choices" in fields[name].metadata:
-            continue  # their message names the choices
-        _check_kind(name, getattr(config, name), hints[name])
+    for name in dict.fromkeys(name for cls in classes for name in cls.__annotations__ if name in fields):
+        if "choices" not in fields[name].metadata:  # their message names the choices
+            _check_kind(name, getattr(config, name), hints[name])
 
 
 def _check_kind(name: str, value: Any, annotation: Any) -> None:
@@ -85,14 +76,14 @@ def _check_json(name: str, value: str) -> None:
 
 
 def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
-    """Refuse a value of the field `name` that is none of `choices`."""
+    """Reject a value of the field `name` that is none of `choices`."""
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"`{name}` is {value!r}; it must be {' or '.join(map(repr, choices))}.")
 
 
 def check_number(config: Any, name: str, holds: Callable[[Any], bool], allowed: str, hint: str = "") -> None:
-    """Refuse a number that is not finite, or for which `holds` is not true; `None` passes.
+    """Reject a number that is not finite, or for which `holds` is not true; `None` passes.
 
     Args:
         allowed: What it must be, for the message: "between 0 and 1".
@@ -105,25 +96,22 @@ def check_number(config: Any, name: str, holds: Callable[[Any], bool], allowed: 
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Refuse values that are not above 0; `None` passes."""
     for name in names:
         check_number(config, name, lambda value: value > 0, "above 0")
 
 
 def check_at_least_zero(config: Any, *names: str) -> None:
-    """Refuse negative values; `None` passes."""
     for name in names:
         check_number(config, name, lambda value: value >= 0, "at least 0")
 
 
 def check_share(config: Any, *names: str) -> None:
-    """Refuse values that are not between 0 and 1; `None` passes."""
     for name in names:
         check_number(config, name, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 def check_training(config: Any) -> None:
-    """Refuse values of fields of the base classes that both methods rely on, and that nobody else looks at in time."""
+    """Reject values of fields of the base classes that nobody else looks at in time."""
     for name in (*_BATCH_SIZES, "seed"):
         _check_kind(name, getattr(config, name), int)
     check_positive(config, *_BATCH_SIZES, "max_length", "pad_to_multiple_of")
@@ -131,7 +119,7 @@ def check_training(config: Any) -> None:
 
 
 def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str]]) -> None:
-    """Refuse fields that have no meaning in `method`: name -> (the value that is right, why)."""
+    """Reject fields that have no meaning in `method`: name -> (the value that is right, why)."""
     for name, (supported, why) in ignored.items():
         if getattr(config, name) != supported:
             raise ValueError(
@@ -139,10 +127,10 @@ def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str
             )
     if config.router_aux_loss_coef:
         raise ValueError(
-            f"`router_aux_loss_coef={config.router_aux_loss_coef!r}` has no meaning in {method}: the load-balancing loss of a mixture of "
-            "experts is not computed. Leave it at None, or set it to 0.0, which says the same."
+            f"`router_aux_loss_coef={config.router_aux_loss_coef!r}` has no meaning in {method}: the load-balancing "
+            "loss of a mixture of experts is not computed. Leave it at None or 0.0."
         )
     if config.completion_only_loss is False:
         raise ValueError(
-            f"`completion_only_loss=False` has no meaning in {method}: only completions are distilled. Leave it away."
+            f"`completion_only_loss=False` has no meaning in {method}: only completions are distilled. Omit it."
         )

@@ -7,9 +7,8 @@ from datasets import Dataset, Features, Json, List
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.data import RewrittenPromptError, split_row, tokenize_dataset, tokenize_row
+from trl_promptkd.data import RewrittenPromptError, split_row, tokenize_dataset, tokenize_primed_row, tokenize_row
 from trl_promptkd.data.chat_template import conversation_texts
-from trl_promptkd.data.primed import tokenize_primed_row
 
 
 USER = {"role": "user", "content": "the cat"}
@@ -82,73 +81,55 @@ class TestContentParts:
         assert texts(row, template) == texts({"messages": [USER, ANSWER]}, template)
         assert "type" not in "".join(texts(row, template))
 
-    def test_a_template_that_takes_lists_only_gets_lists(self):
-        assert texts({"messages": [USER, ANSWER]}, SMOLVLM) == ("User: the cat<eos>\nAssistant:", " sat on<eos>")
-
-    def test_an_empty_answer_keeps_the_prompt_in_such_a_template(self):
-        row = {"messages": [USER, {**ANSWER, "content": ""}]}
-        assert texts(row, SMOLVLM) == ("User: the cat<eos>\nAssistant:", " <eos>\n")
+    @pytest.mark.parametrize(("content", "answer"), [("sat on", " sat on<eos>"), ("", " <eos>\n")])
+    def test_a_template_that_takes_lists_only_gets_lists(self, content, answer):
+        row = {"messages": [USER, {**ANSWER, "content": content}]}
+        assert texts(row, SMOLVLM) == ("User: the cat<eos>\nAssistant:", answer)
 
     def test_a_template_that_takes_both_gets_texts(self):
         """Its lists may be written otherwise; here, thoughts are dropped from texts only."""
-        drops = "m['content'].split('</think>')[-1] | trim"
+        template = GEMMA3.replace("m['content'] | trim", "m['content'].split('</think>')[-1] | trim")
         thinking = {"role": "assistant", "content": "<think>hm</think>sat on"}
-        template = GEMMA3.replace("m['content'] | trim", drops)
         assert texts({"messages": [USER, thinking]}, template)[1].rstrip() == "sat on<eos>"
 
     def test_parts_in_a_data_set_lose_what_arrow_fills_in(self, tokenizer):
         image = {"type": "image", "image": "x.png", "text": None}
         dataset = Dataset.from_list([{"prompt": [{**USER, "content": [part]}]} for part in (PARTS[0], image)])
         assert tokenize_dataset(dataset.select([0]), "x", tokenizer, 64)[0]["prompt_ids"] == [2, SAT, 3]
-        with pytest.raises(
-            ValueError, match=r"Row 1 of `x`: A row's `prompt` hold a content part of the type 'image'"
-        ):
+        message = r"Row 1 of `x`: A row's `prompt` hold a content part of the type 'image'"
+        with pytest.raises(ValueError, match=message):
             tokenize_dataset(dataset, "x", tokenizer, 64)
 
     @pytest.mark.parametrize("kind", ["image", "image_url", "audio", "input_audio", "video"])
     @pytest.mark.parametrize("where", ["prompt", "completion", "messages"])
-    def test_other_parts_are_refused_with_their_type(self, kind, where, tokenizer):
-        message = {"content": [*PARTS, {"type": kind, kind: "x"}]}
-        row = {"prompt": [USER], "completion": [ANSWER]}
-        if where == "messages":
-            row = {"messages": [{**USER, **message}, ANSWER]}
-        else:
-            row[where] = [{**row[where][0], **message}]
-        with pytest.raises(
-            ValueError, match=f"hold a content part of the type '{kind}', but only parts of the type 'text'"
-        ):
-            tokenize_row(row, tokenizer)
-        with pytest.raises(ValueError, match=f"hold a content part of the type '{kind}'"):
-            tokenize_primed_row(row, tokenizer, PrimingTemplate("red "))
+    @pytest.mark.parametrize("priming", [None, PrimingTemplate("red ")])
+    def test_other_parts_are_refused_with_their_type(self, kind, where, priming, tokenizer):
+        row = {"prompt": [dict(USER)], "completion": [dict(ANSWER)]}
+        row = {"messages": [dict(USER), ANSWER]} if where == "messages" else row
+        row[where][0]["content"] = [*PARTS, {"type": kind, kind: "x"}]
+        message = f"hold a content part of the type '{kind}', but only parts of the type 'text'"
+        with pytest.raises(ValueError, match=message):
+            tokenize_primed_row(row, tokenizer, priming)
 
     @pytest.mark.parametrize("part", ["sat", {"type": "text"}, {"type": "text", "text": 3}, None])
     def test_parts_without_text_are_refused(self, part, tokenizer):
-        with pytest.raises(
-            ValueError, match=r"hold the content part .* it must be {'type': 'text', 'text': 'a text'}"
-        ):
+        message = r"hold the content part .* it must be {'type': 'text', 'text': 'a text'}"
+        with pytest.raises(ValueError, match=message):
             tokenize_row({"prompt": [{"role": "user", "content": [part]}]}, tokenizer)
 
     def test_priming_stands_before_the_parts(self, tokenizer):
         row = {"prompt": [{"role": "user", "content": PARTS}], "completion": [ANSWER]}
-        assert tokenize_primed_row(row, tokenizer, PrimingTemplate("red "))["teacher_prompt_ids"] == [
-            2,
-            RED,
-            SAT,
-            ON,
-            3,
-        ]
+        ids = tokenize_primed_row(row, tokenizer, PrimingTemplate("red "))
+        assert ids["teacher_prompt_ids"] == [2, RED, SAT, ON, 3]
 
     @pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
     def test_multimodal_columns_are_refused_unless_empty(self, column, tokenizer):
         row = {"prompt": "the cat", "completion": " sat"}
         for nothing in (None, [], "", [None], {"bytes": None, "path": None}):
             assert tokenize_row({**row, column: nothing}, tokenizer)["completion_ids"] == [SAT, EOS]
-        with pytest.raises(
-            ValueError, match=f"`{column}` column is not empty, but multimodal rows are not supported, text"
-        ):
-            tokenize_row({**row, column: ["x.png"]}, tokenizer)
         dataset = Dataset.from_list([{**row, column: []}, {**row, column: ["x.png"]}])
-        with pytest.raises(ValueError, match=f"Row 1 of `y`: A row's `{column}` column"):
+        message = f"Row 1 of `y`: A row's `{column}` column is not empty, but multimodal rows are not supported, text"
+        with pytest.raises(ValueError, match=message):
             tokenize_dataset(dataset, "y", tokenizer, 64)
 
 
@@ -159,21 +140,17 @@ class TestPrefill:
 
     @pytest.mark.parametrize("template", [CHAT_TEMPLATE, LLAMA3, SMOLVLM, GEMMA3])
     def test_as_transformers_continues_it(self, template):
-        tokenizer = with_template(template)
-        prompt = list(self.PROMPT)
+        prompt = given = list(self.PROMPT)
         if template == SMOLVLM:
-            parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in prompt]
-        expected = tokenizer.apply_chat_template(
-            parts if template == SMOLVLM else prompt, continue_final_message=True, tokenize=False
-        )
+            given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in prompt]
+        expected = with_template(template).apply_chat_template(given, continue_final_message=True, tokenize=False)
         assert texts({"prompt": prompt}, template) == (expected, None)
         assert expected.endswith("the answer is")
 
     @pytest.mark.parametrize("template", [LLAMA3, GEMMA3])
     def test_the_answer_goes_on_in_the_same_turn(self, template):
-        prompt, answer = texts(
-            {"prompt": list(self.PROMPT), "completion": [{"role": "assistant", "content": " four"}]}, template
-        )
+        row = {"prompt": list(self.PROMPT), "completion": [{"role": "assistant", "content": " four"}]}
+        prompt, answer = texts(row, template)
         joined = {"role": "assistant", "content": "the answer is four"}
         whole = with_template(template).apply_chat_template([USER, joined], tokenize=False)
         assert prompt + answer == whole.rstrip()
@@ -181,7 +158,6 @@ class TestPrefill:
 
     def test_ids(self, tokenizer):
         row = {"prompt": [USER, ANSWER], "completion": [{"role": "assistant", "content": " mat"}]}
-        assert tokenize_row(row, tokenizer) == {"prompt_ids": [2, THE, CAT, 3, SAT, ON], "completion_ids": [MAT, EOS]}
         assert tokenize_row({**row, "completion": " mat"}, tokenizer)["completion_ids"] == [MAT, EOS]
         assert tokenize_primed_row(row, tokenizer, PrimingTemplate("red ")) == {
             "prompt_ids": [2, THE, CAT, 3, SAT, ON],
@@ -216,15 +192,12 @@ class TestPrefill:
 
 class TestToolCalls:
     def test_a_template_that_ignores_them_is_refused(self, tokenizer):
-        for row in ({"messages": [USER, call(city="Rome")]}, {"prompt": [USER], "completion": [call(city="Rome")]}):
-            with pytest.raises(
-                ValueError, match=r"ignores `tool_calls`: it writes nothing of the answer's .*'weather'"
-            ):
-                tokenize_row(row, tokenizer)
-
-    def test_also_beside_a_text(self, tokenizer):
-        with pytest.raises(ValueError, match="ignores `tool_calls`"):
-            tokenize_row({"messages": [USER, {**call(), "content": "sat"}]}, tokenizer)
+        beside_a_text = {**call(city="Rome"), "content": "sat"}
+        message = r"ignores `tool_calls`: it writes nothing of the answer's .*'weather'"
+        for answer in (call(city="Rome"), beside_a_text):
+            for row in ({"messages": [USER, answer]}, {"prompt": [USER], "completion": [answer]}):
+                with pytest.raises(ValueError, match=message):
+                    tokenize_row(row, tokenizer)
 
     def test_also_the_second_of_two(self):
         first_only = QWEN_TOOLS.replace("in m.tool_calls", "in (m.tool_calls or [])[:1]")
@@ -243,15 +216,21 @@ class TestToolCalls:
         with pytest.raises(ValueError, match=r"writes nothing of the answer .*'sat on'.*only the end of text"):
             tokenize_row({"messages": [USER, ANSWER]}, with_template(no_answers))
 
-    def test_an_answer_of_thoughts_that_the_template_drops_is_refused(self, tokenizer):
-        thoughts = {"role": "assistant", "content": "", "reasoning_content": "hm"}
-        with pytest.raises(ValueError, match="writes nothing of the answer"):
-            tokenize_row({"messages": [USER, thoughts]}, tokenizer)
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            {"role": "assistant", "content": "", "reasoning_content": "hm"},
+            {"role": "assistant", "content": None, "function_call": {"name": "weather"}},
+        ],
+    )
+    def test_an_answer_by_another_key_that_the_template_drops_is_refused(self, answer, tokenizer):
+        with pytest.raises(ValueError, match=r"writes nothing of the answer .*(reasoning_content|function_call)"):
+            tokenize_row({"messages": [USER, answer]}, tokenizer)
 
-    def test_an_answer_by_another_key_that_the_template_drops_is_refused(self, tokenizer):
-        old = {"role": "assistant", "content": None, "function_call": {"name": "weather"}}
-        with pytest.raises(ValueError, match=r"writes nothing of the answer .*function_call"):
-            tokenize_row({"messages": [USER, old]}, tokenizer)
+    def test_a_message_may_call_a_tool_instead_of_saying_something(self, tokenizer):
+        assert tokenize_row({"prompt": [USER, call(), USER]}, tokenizer)["prompt_ids"]
+        with pytest.raises(ValueError, match="it must have a role and a content"):
+            tokenize_row({"prompt": [USER, {**call(), "tool_calls": None}, USER]}, tokenizer)
 
     @pytest.mark.parametrize("calls", ["weather()", {"name": "weather"}, ["weather"]])
     def test_what_is_no_list_of_calls_is_refused(self, calls, tokenizer):
@@ -266,8 +245,8 @@ class TestNoneIsNotGiven:
     """Arrow gives all rows the same keys."""
 
     ROWS = (
-        {"messages": [USER, call(city="Rome")], "chat_template_kwargs": {"enable_thinking": False}},
-        {"messages": [USER, call("time", zone=1)], "chat_template_kwargs": {"style": "red"}},
+        {"messages": [USER, call(city="Rome")]},
+        {"messages": [USER, call("time", zone=1)]},
         {"messages": [USER, ANSWER]},
     )
     TOOLS = (
@@ -275,47 +254,26 @@ class TestNoneIsNotGiven:
         {"type": "function", "function": {"name": "b", "parameters": {"properties": {"y": {"enum": ["u"]}}}}},
     )
 
-    def test_calls_are_written_as_they_were_given(self):
-        for given, row in zip(self.ROWS, Dataset.from_list(list(self.ROWS)), strict=True):
-            assert texts(row, QWEN_TOOLS) == texts(given, QWEN_TOOLS)
-            assert "null" not in "".join(texts(row, QWEN_TOOLS))
-            assert "None" not in "".join(texts(row, QWEN_TOOLS))
-
-    def test_json_columns(self):
-        features = Features({"messages": List(Json())})
+    @pytest.mark.parametrize("features", [None, Features({"messages": List(Json())})])
+    def test_calls_are_written_as_they_were_given(self, features):
         dataset = Dataset.from_list([{"messages": row["messages"]} for row in self.ROWS], features=features)
         for given, row in zip(self.ROWS, dataset, strict=True):
             assert texts(row, QWEN_TOOLS) == texts(given, QWEN_TOOLS)
+            assert "null" not in "".join(texts(row, QWEN_TOOLS))
+            assert "None" not in "".join(texts(row, QWEN_TOOLS))
 
     def test_a_list_keeps_its_places(self):
         row = {"messages": [USER, call(days=[1, None, 3])]}
         assert "[1, null, 3]" in texts(row, QWEN_TOOLS)[1]
 
-    def test_template_arguments_are_each_rows_own(self):
-        template = (
-            "{% if enable_thinking is defined %}thinking {{ enable_thinking }} {% endif %}"
-            "{% if style is defined %}style {{ style }} {% endif %}" + CHAT_TEMPLATE
-        )
-        rows = [
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinking": False}},
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"style": "red"}},
-            {"messages": [USER, ANSWER], "chat_template_kwargs": None},
-        ]
-        found = [texts(row, template)[0] for row in Dataset.from_list(rows)]
-        assert [text.split("<")[0] for text in found] == ["thinking False ", "style red ", ""]
-
-    def test_template_arguments_reach_both_views(self):
+    def test_template_arguments_are_each_rows_own_in_both_views(self):
         tokenizer = with_template("{% if style is defined %}{{ style }} {% endif %}" + CHAT_TEMPLATE)
-        rows = [
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"other": 1}},
-            {"messages": [USER, ANSWER], "chat_template_kwargs": {"style": "blue"}},
-        ]
-        first, second = (
-            tokenize_primed_row(row, tokenizer, PrimingTemplate("red ")) for row in Dataset.from_list(rows)
-        )
-        assert first["teacher_prompt_ids"] == [2, RED, THE, CAT, 3]
-        assert second["prompt_ids"] == [BLUE, 2, THE, CAT, 3]
-        assert second["teacher_prompt_ids"] == [BLUE, 2, RED, THE, CAT, 3]
+        given = [{"other": 1}, {"style": "blue"}, None]
+        dataset = Dataset.from_list([{"messages": [USER, ANSWER], "chat_template_kwargs": more} for more in given])
+        found = [tokenize_primed_row(row, tokenizer, PrimingTemplate("red ")) for row in dataset]
+        assert [ids["prompt_ids"] for ids in found] == [[2, THE, CAT, 3], [BLUE, 2, THE, CAT, 3], [2, THE, CAT, 3]]
+        assert found[0]["teacher_prompt_ids"] == [2, RED, THE, CAT, 3]
+        assert found[1]["teacher_prompt_ids"] == [BLUE, 2, RED, THE, CAT, 3]
 
     def test_tools_are_each_rows_own(self):
         template = "{{ tools | tojson }}" + CHAT_TEMPLATE
@@ -329,31 +287,24 @@ class TestNoneIsNotGiven:
 
     def test_the_word_none_is_never_written(self):
         writes_content = QWEN_TOOLS.replace("{% if m.content %}{{ m.content }}{% endif %}", "{{ m['content'] }}")
-        prompt, answer = texts(
-            {"messages": [USER, call(), {"role": "tool", "content": "mat"}, call("time")]}, writes_content
-        )
-        assert "None" not in prompt + answer
+        row = {"messages": [USER, call(), {"role": "tool", "content": "mat"}, call("time")]}
+        assert "None" not in "".join(texts(row, writes_content))
 
 
 class TestFailures:
     """What goes wrong in a template says which row, which roles, the template's words and what to do."""
 
     @pytest.mark.parametrize(
-        ("row", "roles", "words"),
+        ("row", "roles"),
         [
-            ({"prompt": [ANSWER, USER]}, r"\['assistant', 'user'\]", "roles must alternate"),
-            (
-                {"prompt": [USER], "completion": [USER, ANSWER]},
-                r"\['user', 'user', 'assistant'\]",
-                "roles must alternate",
-            ),
-            ({"messages": [USER, USER, ANSWER]}, r"\['user', 'user'\]", "roles must alternate"),
+            ({"prompt": [ANSWER, USER]}, r"\['assistant', 'user'\]"),
+            ({"prompt": [USER], "completion": [USER, ANSWER]}, r"\['user', 'user', 'assistant'\]"),
+            ({"messages": [USER, USER, ANSWER]}, r"\['user', 'user'\]"),
         ],
     )
-    def test_roles(self, row, roles, words):
-        with pytest.raises(
-            ValueError, match=rf"refuses a conversation with the roles {roles}: .*{words}.* Change the data"
-        ):
+    def test_roles(self, row, roles):
+        message = rf"refuses a conversation with the roles {roles}: .*roles must alternate.* Change the data"
+        with pytest.raises(ValueError, match=message):
             tokenize_row(row, with_template(ALTERNATING))
 
     @pytest.mark.parametrize(
@@ -369,9 +320,8 @@ class TestFailures:
     def test_anything_else(self, written, words, role):
         template = "{% for m in messages %}{% if m.role == '" + role + "' %}" + written + "{% endif %}{% endfor %}"
         dataset = Dataset.from_list([{"messages": [USER, ANSWER]}])
-        with pytest.raises(
-            ValueError, match=rf"Row 0 of `x`: The chat template refuses .*\['user'.*{words}.*Change the data"
-        ):
+        message = rf"Row 0 of `x`: The chat template refuses .*\['user'.*{words}.*Change the data"
+        with pytest.raises(ValueError, match=message):
             tokenize_dataset(dataset, "x", with_template(template), 64, "Answers are needed.")
 
     def test_arguments_that_the_trainers_set_are_refused(self, tokenizer):

@@ -5,73 +5,65 @@ import logging
 import pytest
 import torch
 from datasets import Dataset, load_dataset
-from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
+from tiny import answered_dataset, chat_dataset, tiny_tokenizer
 
 from trl_promptkd import DataCollatorForPrimedDistillation, PrimingTemplate
-from trl_promptkd.data.primed import (
-    pad_views,
-    prompts_of_views,
-    tokenize_primed_dataset,
-    tokenize_primed_row,
-)
+from trl_promptkd.data import tokenize_primed_row
+from trl_promptkd.data.primed import pad_views, prompts_of_views, tokenize_primed_dataset
 
 
 # Ids of the test vocabulary (tiny.py)
-EOS, USER, ASSISTANT, SYSTEM = 0, 2, 3, 4
-THE, CAT, DOG, SAT, ON, MAT, RED, BLUE = 12, 13, 14, 15, 16, 17, 23, 24
+EOS, USER, ASSISTANT = 0, 2, 3
+THE, CAT, SAT, ON, MAT, RED, BLUE = 12, 13, 15, 16, 17, 23, 24
 CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
 NEEDED = "`response_source` is 'dataset'."
 
 
 class TestTokenizePrimedRow:
-    def test_only_the_teachers_prompt_is_primed(self, tokenizer):
-        row = tokenize_primed_row({"messages": CHAT}, tokenizer, PrimingTemplate("red blue "))
-        assert row == {
-            "prompt_ids": [USER, THE, CAT, ASSISTANT],
-            "teacher_prompt_ids": [USER, RED, BLUE, THE, CAT, ASSISTANT],
-            "completion_ids": [SAT, ON, EOS],
+    @pytest.mark.parametrize(
+        ("row", "template", "student", "teacher", "completion"),
+        [
+            ({"messages": CHAT}, PrimingTemplate("red "), [2, THE, CAT, 3], [2, RED, THE, CAT, 3], [SAT, ON, EOS]),
+            ({"messages": CHAT}, None, [2, THE, CAT, 3], [2, THE, CAT, 3], [SAT, ON, EOS]),
+            ({"prompt": CHAT[:1]}, PrimingTemplate("red "), [2, THE, CAT, 3], [2, RED, THE, CAT, 3], []),
+            (
+                {"prompt": "the cat", "completion": " sat on"},
+                PrimingTemplate(" red", "suffix"),
+                [THE, CAT],
+                [THE, CAT, RED],
+                [SAT, ON, EOS],
+            ),
+        ],
+    )
+    def test_only_the_teachers_prompt_is_primed(self, row, template, student, teacher, completion, tokenizer):
+        assert tokenize_primed_row(row, tokenizer, template) == {
+            "prompt_ids": student,
+            "teacher_prompt_ids": teacher,
+            "completion_ids": completion,
         }
 
-    def test_texts(self, tokenizer):
-        row = {"prompt": "the cat", "completion": " sat on"}
-        assert tokenize_primed_row(row, tokenizer, PrimingTemplate(" red", "suffix")) == {
-            "prompt_ids": [THE, CAT],
-            "teacher_prompt_ids": [THE, CAT, RED],
-            "completion_ids": [SAT, ON, EOS],
-        }
-
-    def test_without_priming_both_see_the_same(self, tokenizer):
-        row = tokenize_primed_row({"messages": CHAT}, tokenizer, None)
-        assert row["teacher_prompt_ids"] == row["prompt_ids"]
-
-    def test_prompts_alone(self, tokenizer):
-        row = tokenize_primed_row({"prompt": CHAT[:1]}, tokenizer, PrimingTemplate("red "))
-        assert row["completion_ids"] == []
-        assert row["teacher_prompt_ids"] == [USER, RED, THE, CAT, ASSISTANT]
-
-    def test_the_teachers_view_is_the_chat_template_of_the_primed_conversation(self, tokenizer):
-        turns = [
-            {"role": "system", "content": "you are a student"},
-            {"role": "user", "content": "the cat"},
-            {"role": "assistant", "content": "sat on"},
-            {"role": "user", "content": "the dog"},
-            {"role": "assistant", "content": "on mat"},
-        ]
-        row = {"messages": turns, "color": "red"}
-        primed = copy.deepcopy(turns)
-        for placement, index, content in (
+    @pytest.mark.parametrize(
+        ("placement", "index", "content"),
+        [
             ("prefix", 3, "red blue the dog"),
             ("suffix", 3, "the dog red blue "),
             ("system", 0, "you are a student\n\nred blue "),
-        ):
-            template = PrimingTemplate(("" if placement != "suffix" else " ") + "{{ color }} blue ", placement)
-            expected = copy.deepcopy(primed)
-            expected[index]["content"] = content
-            batch = DataCollatorForPrimedDistillation(tokenizer, template)([row, {"messages": CHAT, "color": "red"}])
-            ids = batch["teacher_input_ids"][0][batch["teacher_attention_mask"][0].bool()]
-            assert ids.tolist() == tokenizer.apply_chat_template(expected, return_dict=False)
-            student = batch["input_ids"][0][batch["attention_mask"][0].bool()]
-            assert student.tolist() == tokenizer.apply_chat_template(turns, return_dict=False)
+        ],
+    )
+    def test_the_teachers_view_is_the_chat_template_of_the_primed_conversation(
+        self, placement, index, content, tokenizer
+    ):
+        texts = {"system": "you are a student", "user": "the cat", "assistant": "sat on"}
+        turns = [{"role": role, "content": text} for role, text in texts.items()]
+        turns += [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "on mat"}]
+        primed = copy.deepcopy(turns)
+        primed[index]["content"] = content
+        template = PrimingTemplate((" " if placement == "suffix" else "") + "{{ color }} blue ", placement)
+        rows = [{"messages": turns, "color": "red"}, {"messages": CHAT, "color": "red"}]
+        batch = DataCollatorForPrimedDistillation(tokenizer, template)(rows)
+        for view, conversation in (("", turns), ("teacher_", primed)):
+            ids = batch[f"{view}input_ids"][0][batch[f"{view}attention_mask"][0].bool()]
+            assert ids.tolist() == tokenizer.apply_chat_template(conversation, return_dict=False)
 
     def test_tools_reach_both_views(self, tokenizer):
         tokenizer.chat_template = "{% if tools %}red {{ tools[0]['name'] }} {% endif %}" + tokenizer.chat_template
@@ -85,13 +77,8 @@ class TestTokenizePrimedRow:
         assert tokenize_primed_row(row, tokenizer, PrimingTemplate("red ")) == row
         with pytest.raises(ValueError, match="no `teacher_prompt_ids`"):
             tokenize_primed_row({"prompt_ids": [5], "completion_ids": [7]}, tokenizer, PrimingTemplate("red "))
-        assert tokenize_primed_row({"prompt_ids": [5], "completion_ids": [7]}, tokenizer, None)[
-            "teacher_prompt_ids"
-        ] == [5]
-
-    def test_an_empty_prompt_is_refused(self, tokenizer):
-        with pytest.raises(ValueError, match="prompt has no tokens"):
-            tokenize_primed_row({"prompt": "", "completion": "the cat"}, tokenizer, PrimingTemplate("red "))
+        ids = tokenize_primed_row({"prompt_ids": [5], "completion_ids": [7]}, tokenizer, None)
+        assert ids["teacher_prompt_ids"] == [5]
 
 
 class TestCollator:
@@ -134,59 +121,39 @@ class TestCollator:
         batch = pad_views([[5], [5, 6]], [[8, 5], [8, 5, 6]], [[6, 0], [0]], pad_token_id=0)
         assert prompts_of_views(batch) == ([[5], [5, 6]], [[8, 5], [8, 5, 6]])
 
-    def test_a_tokenizer_without_a_pad_token_is_refused(self, tokenizer):
-        tokenizer.pad_token = None
-        with pytest.raises(ValueError, match="no pad token"):
-            DataCollatorForPrimedDistillation(tokenizer)
+
+def prepare(dataset, template=None, answers_needed=NEEDED, **settings):
+    return tokenize_primed_dataset(dataset, "x", tiny_tokenizer(), template, answers_needed=answers_needed, **settings)
 
 
 class TestTokenizePrimedDataset:
-    def test_columns(self, tokenizer):
-        for dataset in (chat_dataset(4), answered_dataset(4)):
-            got = tokenize_primed_dataset(dataset, "x", tokenizer, PrimingTemplate("red "), answers_needed=NEEDED)
-            streamed = tokenize_primed_dataset(
-                dataset.to_iterable_dataset(), "x", tokenizer, PrimingTemplate("red "), answers_needed=NEEDED
-            )
-            assert got.to_list() == list(streamed)
-            assert set(got.column_names) == {"prompt_ids", "teacher_prompt_ids", "completion_ids", "length"}
-            assert got[0]["length"] == len(got[0]["teacher_prompt_ids"]) + len(got[0]["completion_ids"])
+    @pytest.mark.parametrize("dataset", [chat_dataset(4), answered_dataset(4)])
+    def test_columns(self, dataset):
+        got = prepare(dataset, PrimingTemplate("red "))
+        assert got.to_list() == list(prepare(dataset.to_iterable_dataset(), PrimingTemplate("red ")))
+        assert set(got.column_names) == {"prompt_ids", "teacher_prompt_ids", "completion_ids", "length"}
+        assert got[0]["length"] == len(got[0]["teacher_prompt_ids"]) + len(got[0]["completion_ids"])
 
-    def test_several_processes_make_the_same(self, tokenizer):
+    def test_several_processes_make_the_same(self):
         template = PrimingTemplate("red {{ prompt }} ")
-        one = tokenize_primed_dataset(answered_dataset(6), "x", tokenizer, template, num_proc=None)
-        two = tokenize_primed_dataset(answered_dataset(6), "x", tokenizer, template, num_proc=2)
+        one, two = (prepare(answered_dataset(6), template, num_proc=number) for number in (None, 2))
         assert one.to_list() == two.to_list()
 
-    def test_is_prepared_once_and_cached(self, tokenizer, tmp_path):
+    def test_is_prepared_once_and_cached(self, tmp_path):
         """A changed priming text is another preparation."""
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in answered_dataset(4)))
         dataset = load_dataset("json", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
+        files = [
+            prepare(dataset, PrimingTemplate(text)).cache_files[0]["filename"] for text in ("red ", "red ", "blue ")
+        ]
+        assert files[0] == files[1] != files[2]
 
-        def prepare(text):
-            prepared = tokenize_primed_dataset(
-                dataset, "x", tiny_tokenizer(), PrimingTemplate(text), answers_needed=NEEDED
-            )
-            return prepared.cache_files[0]["filename"]
-
-        first = prepare("red ")
-        assert prepare("red ") == first
-        assert prepare("blue ") != first
-
-    def test_rows_that_are_too_long_are_counted_and_left_out(self, tokenizer, caplog, propagate):
-        dataset = answered_dataset(8)
-        whole = tokenize_primed_dataset(dataset, "x", tokenizer, PrimingTemplate("red blue "), answers_needed=NEEDED)
-        lengths = [(len(r["prompt_ids"]) + len(r["completion_ids"]), r["length"]) for r in whole]
+    def test_rows_that_are_too_long_are_counted_and_left_out(self, caplog, propagate):
+        dataset, template = answered_dataset(8), PrimingTemplate("red blue ")
+        lengths = [(len(r["prompt_ids"]) + len(r["completion_ids"]), r["length"]) for r in prepare(dataset, template)]
         with caplog.at_level(logging.WARNING, logger="trl_promptkd"):
-            kept = tokenize_primed_dataset(
-                dataset,
-                "x",
-                tokenizer,
-                PrimingTemplate("red blue "),
-                max_length=8,
-                teacher_max_length=9,
-                answers_needed=NEEDED,
-            )
+            kept = prepare(dataset, template, max_length=8, teacher_max_length=9)
         student_long = sum(student > 8 for student, _ in lengths)
         teacher_long = sum(student <= 8 and teacher > 9 for student, teacher in lengths)
         assert student_long
@@ -196,37 +163,23 @@ class TestTokenizePrimedDataset:
         assert f"{teacher_long} of {8 - student_long} rows, as the teacher sees them, in `x`" in caplog.text
         assert all(row["completion_ids"][-1] == EOS for row in kept)  # nothing is cut
 
-    def test_or_refused(self, tokenizer):
-        kwargs = {"answers_needed": NEEDED, "overlong": "error"}
-        with pytest.raises(
-            ValueError, match=r"rows in `x` do not fit into `max_length=6`.*`max_length` to at least \d+"
-        ):
-            tokenize_primed_dataset(answered_dataset(8), "x", tokenizer, None, max_length=6, **kwargs)
-        with pytest.raises(
-            ValueError, match=r"teacher sees them.*`teacher_max_length=6`.*`teacher_max_length` to at least"
-        ):
-            tokenize_primed_dataset(answered_dataset(8), "x", tokenizer, None, teacher_max_length=6, **kwargs)
-        with pytest.raises(ValueError, match="so that no row remains"):
-            tokenize_primed_dataset(answered_dataset(8), "x", tokenizer, None, max_length=1, answers_needed=NEEDED)
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"max_length": 6}, r"rows in `x` do not fit into `max_length=6`.*`max_length` to at least \d+"),
+            ({"teacher_max_length": 6}, r"teacher sees them.*`teacher_max_length=6`.*`teacher_max_length` to at"),
+            ({"max_length": 1, "overlong": "drop"}, "so that no row remains"),
+        ],
+    )
+    def test_or_refused(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            prepare(answered_dataset(8), **{"overlong": "error", **settings})
 
-    def test_answers_that_are_not_trained_on_do_not_count(self, tokenizer):
-        rows = tokenize_primed_dataset(answered_dataset(4), "x", tokenizer, None, max_length=5, overlong="error")
+    def test_answers_that_are_not_trained_on_do_not_count(self):
+        rows = prepare(answered_dataset(4), answers_needed=None, max_length=5, overlong="error")
         assert all(row["completion_ids"] == [] for row in rows)
 
-    def test_tokenized_rows_are_taken_as_they_are(self, tokenizer):
+    def test_tokenized_rows_are_taken_as_they_are(self):
         rows = [{"prompt_ids": [5], "teacher_prompt_ids": [6, 5], "completion_ids": [7]}]
-        got = tokenize_primed_dataset(
-            Dataset.from_list(rows), "x", tokenizer, PrimingTemplate("{{ gold }}"), answers_needed=NEEDED
-        )
+        got = prepare(Dataset.from_list(rows), PrimingTemplate("{{ gold }}"))
         assert got.to_list() == [{**rows[0], "length": 3}]
-
-    def test_unknown_variables_and_missing_answers_are_refused(self, tokenizer):
-        with pytest.raises(
-            ValueError, match=r"'gold', which `x` does not have. Its columns are \['completion', 'prompt'\]"
-        ):
-            tokenize_primed_dataset(answered_dataset(2), "x", tokenizer, PrimingTemplate("{{ gold }}"))
-        with pytest.raises(ValueError, match="holds prompts without answers"):
-            tokenize_primed_dataset(prompt_dataset(2), "x", tokenizer, None, answers_needed=NEEDED)
-        dataset = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]})
-        with pytest.raises(ValueError, match="1 of 2 rows in `x` have no answer"):
-            tokenize_primed_dataset(dataset, "x", tokenizer, None, answers_needed=NEEDED)

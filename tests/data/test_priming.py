@@ -18,11 +18,13 @@ class TestThePapersTexts:
         [
             (
                 "teacher",
-                "As a teacher, guide your student through solving the question below. Provide a clear, simple explanation for someone unfamiliar with the problem. ",
+                "As a teacher, guide your student through solving the question below. Provide a clear, simple "
+                "explanation for someone unfamiliar with the problem. ",
             ),
             (
                 "ground_truth",
-                "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to understand and learn from without losing too much detail. ",
+                "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to "
+                "understand and learn from without losing too much detail. ",
             ),
             (
                 "confidence",
@@ -36,20 +38,20 @@ class TestThePapersTexts:
         primed = template.prime({"messages": [USER, ANSWER]})
         assert primed == [{"role": "user", "content": text + "Where is the cat?"}]
 
-    def test_the_reference_answer_is_shown(self):
-        template = resolve_priming("reference_answer")
-        for row in (
+    @pytest.mark.parametrize(
+        "row",
+        [
             {"messages": [USER, ANSWER]},
             {"prompt": [USER], "completion": [ANSWER]},
-            {
-                "prompt": [USER],
-                "completion": [{"role": "assistant", "content": [{"type": "text", "text": "On the mat."}]}],
-            },
-        ):
-            (message,) = template.prime(row)
-            assert "On the mat." in message["content"]
-            assert message["content"].endswith("Where is the cat?")
-        assert "On the mat." in template.prime({"prompt": "Where?", "completion": "On the mat."})
+            {"prompt": [USER], "completion": [{**ANSWER, "content": [{"type": "text", "text": "On the mat."}]}]},
+            {"prompt": "Where is the cat?", "completion": "On the mat."},
+        ],
+    )
+    def test_the_reference_answer_is_shown(self, row):
+        primed = resolve_priming("reference_answer").prime(row)
+        text = primed if isinstance(primed, str) else primed[0]["content"]
+        assert "On the mat." in text
+        assert text.endswith("Where is the cat?")
 
     def test_a_row_without_an_answer_cannot_show_one(self):
         with pytest.raises(ValueError, match="reference_answer"):
@@ -67,12 +69,7 @@ class TestPlacement:
         turns = [SYSTEM, USER, ANSWER, {"role": "user", "content": "And the dog?"}]
         for row in ({"messages": [*turns, ANSWER]}, {"prompt": turns}):
             primed = PrimingTemplate("Hint. ").prime(row)
-            assert [m["content"] for m in primed] == [
-                "Be brief.",
-                "Where is the cat?",
-                "On the mat.",
-                "Hint. And the dog?",
-            ]
+            assert primed == [*turns[:3], {"role": "user", "content": "Hint. And the dog?"}]
             primed = PrimingTemplate(" Hint.", "suffix").prime(row)
             assert primed[-1]["content"] == "And the dog? Hint."
 
@@ -84,10 +81,8 @@ class TestPlacement:
     def test_system_makes_or_extends_the_system_message(self):
         template = PrimingTemplate("Hint.", placement="system")
         assert template.prime({"prompt": [USER]}) == [{"role": "system", "content": "Hint."}, USER]
-        assert template.prime({"prompt": [SYSTEM, USER]}) == [
-            {"role": "system", "content": "Be brief.\n\nHint."},
-            USER,
-        ]
+        extended = {"role": "system", "content": "Be brief.\n\nHint."}
+        assert template.prime({"prompt": [SYSTEM, USER]}) == [extended, USER]
 
     def test_content_in_parts(self):
         parts = [{"type": "text", "text": "Where?"}]
@@ -99,14 +94,6 @@ class TestPlacement:
         PrimingTemplate("Hint. ").prime(row)
         assert row == {"messages": [USER, ANSWER]}
 
-    def test_what_cannot_be_placed_is_refused(self):
-        with pytest.raises(ValueError, match="needs conversations"):
-            PrimingTemplate("a", placement="system").prime({"prompt": "b"})
-        with pytest.raises(ValueError, match=r"no user message.*\['system'\]"):
-            PrimingTemplate("a").prime({"prompt": [SYSTEM]})
-        with pytest.raises(ValueError, match=r"`placement` is 'middle'.*'prefix', 'suffix', 'system'"):
-            PrimingTemplate("a", placement="middle")
-
 
 class TestTemplates:
     def test_columns_are_variables(self):
@@ -116,9 +103,8 @@ class TestTemplates:
     def test_white_space_is_kept(self, tmp_path):
         path = tmp_path / "priming.txt"
         path.write_bytes("Für dich:\r\n".encode())
-        assert (
-            PrimingTemplate.from_file(path).prime({"prompt": "b"}) == "Für dich:\nb"
-        )  # Jinja writes plain line breaks
+        text = PrimingTemplate.from_file(path).prime({"prompt": "b"})
+        assert text == "Für dich:\nb"  # Jinja writes plain line breaks
         assert PrimingTemplate("a\n").prime({"prompt": "b"}) == "a\nb"
 
     def test_what_a_row_says_is_not_a_template(self):
@@ -161,10 +147,6 @@ class TestTemplates:
         assert resolve_priming(None) is None
         own = PrimingTemplate("a")
         assert resolve_priming(own) is own
-        with pytest.raises(
-            ValueError, match=r"`priming` is 'techer'.*'teacher', 'ground_truth'.*PrimingTemplate\(text\)"
-        ):
-            resolve_priming("techer")
         with pytest.raises(TypeError, match="is a int"):
             resolve_priming(3)
         assert all(template.text for template in PRIMING_TEMPLATES.values())

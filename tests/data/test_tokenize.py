@@ -1,13 +1,15 @@
 """Token ids of rows, with tokenizers like SentencePiece's, GPT-2's and T5's that are built by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.data import _without_blank_tail, tokenize_row
-from trl_promptkd.data.primed import tokenize_primed_row
+from trl_promptkd.data.rows import check_ids
+from trl_promptkd.data.tokenize import _without_blank_tail, tokenize_primed_row, tokenize_row
 
 
 THE, CAT, SAT, ON, MAT, EOS, UNK = 12, 13, 15, 16, 17, 0, 1
@@ -54,27 +56,73 @@ def tokens(tokenizer, ids):
     return tokenizer.convert_ids_to_tokens(ids)
 
 
+def tokenized(tokenizer, prompt, completion):
+    """Both lists of ids of a row of texts."""
+    row = tokenize_row({"prompt": prompt, "completion": completion}, tokenizer)
+    return row["prompt_ids"], row["completion_ids"]
+
+
+class TestRows:
+    CHAT = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat on"}]
+
+    @pytest.mark.parametrize(
+        ("row", "prompt_ids", "completion_ids"),
+        [
+            ({"messages": CHAT}, [2, THE, CAT, 3], [SAT, ON, EOS]),
+            ({"prompt": CHAT[:1], "completion": CHAT[1:]}, [2, THE, CAT, 3], [SAT, ON, EOS]),
+            ({"prompt": CHAT[:1]}, [2, THE, CAT, 3], []),
+            ({"prompt": "the cat", "completion": " sat on"}, [THE, CAT], [SAT, ON, EOS]),
+            ({"prompt": "the cat"}, [THE, CAT], []),
+            ({"prompt_ids": [5], "completion_ids": [6, 7]}, [5], [6, 7]),
+        ],
+    )
+    def test_forms(self, row, prompt_ids, completion_ids, tokenizer):
+        assert tokenize_row(row, tokenizer) == {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+
+    def test_what_the_template_writes_after_the_end_is_dropped(self, tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<eos> . ")
+        assert tokenize_row({"messages": self.CHAT}, tokenizer)["completion_ids"] == [SAT, ON, EOS]
+
+    def test_white_space_after_a_turns_own_end_token_is_dropped(self):
+        special = SimpleNamespace(special=True)
+        gemma = SimpleNamespace(
+            added_tokens_decoder={7: special}, decode=lambda ids: "".join(" x"[i % 2] for i in ids)
+        )
+        assert _without_blank_tail([1, 7, 4], gemma) == [1, 7]  # 4 is a line break
+        assert _without_blank_tail([1, 7, 3], gemma) == [1, 7, 3]  # 3 is text
+        assert _without_blank_tail([1, 4], gemma) == [1, 4]
+
+    def test_tools_may_be_json(self, tokenizer):
+        tokenizer.chat_template = "{% if tools %}red {{ tools[0]['name'] }} {% endif %}" + tokenizer.chat_template
+        row = {"messages": self.CHAT, "tools": '[{"name": "cat"}]'}
+        assert tokenize_row(row, tokenizer)["prompt_ids"][1:] == [CAT, 2, THE, CAT, 3]
+        assert tokenize_row({**row, "tools": []}, tokenizer)["prompt_ids"] == [2, THE, CAT, 3]
+
+    def test_ids_may_have_gaps(self, tokenizer):
+        tokenizer.get_vocab = lambda: {"a": 5, "b": 500}
+        check_ids("prompt_ids", [5, 500], tokenizer)
+        with pytest.raises(ValueError, match="`prompt_ids` hold the id 499"):
+            check_ids("prompt_ids", [5, 499], tokenizer)
+
+
 class TestWhoseTokens:
     """The user's own special tokens stay; what the tokenizer adds after a text goes."""
 
-    def test_an_end_of_text_of_the_users_own_ends_a_prompt(self, tokenizer):
-        row = tokenize_row({"prompt": "the cat <eos>", "completion": " sat on"}, tokenizer)
-        assert row == {"prompt_ids": [THE, CAT, EOS], "completion_ids": [SAT, ON, EOS]}
-
-    def test_an_end_of_text_of_the_users_own_ends_a_prompt_alone(self, tokenizer):
-        assert tokenize_row({"prompt": "the cat <eos>"}, tokenizer)["prompt_ids"] == [THE, CAT, EOS]
-
-    def test_an_end_of_text_in_an_answer_does_not_cut_it(self, tokenizer):
-        row = tokenize_row({"prompt": "the", "completion": " sat <eos> on"}, tokenizer)
-        assert row["completion_ids"] == [SAT, EOS, ON, EOS]
-
-    def test_an_end_of_text_at_the_start_of_an_answer_stays(self, tokenizer):
-        row = tokenize_row({"prompt": "the", "completion": " <eos> sat on"}, tokenizer)
-        assert row["completion_ids"] == [EOS, SAT, ON, EOS]
-
-    def test_an_end_of_text_at_the_end_of_an_answer_is_not_doubled(self, tokenizer):
-        for completion in (" sat <eos>", " sat <eos> \n"):
-            assert tokenize_row({"prompt": "the", "completion": completion}, tokenizer)["completion_ids"] == [SAT, EOS]
+    @pytest.mark.parametrize(
+        ("prompt", "completion", "prompt_ids", "completion_ids"),
+        [
+            ("the cat <eos>", " sat on", [THE, CAT, EOS], [SAT, ON, EOS]),
+            ("the cat <eos>", None, [THE, CAT, EOS], []),
+            ("the", " sat <eos> on", [THE], [SAT, EOS, ON, EOS]),
+            ("the", " <eos> sat on", [THE], [EOS, SAT, ON, EOS]),
+            ("the", " sat <eos>", [THE], [SAT, EOS]),
+            ("the", " sat <eos> \n", [THE], [SAT, EOS]),
+        ],
+    )
+    def test_an_end_of_text_of_the_users_own_stays_and_is_not_doubled(
+        self, prompt, completion, prompt_ids, completion_ids, tokenizer
+    ):
+        assert tokenized(tokenizer, prompt, completion) == (prompt_ids, completion_ids)
 
     @pytest.mark.parametrize(
         ("template", "before"),
@@ -83,10 +131,9 @@ class TestWhoseTokens:
     def test_what_the_tokenizer_adds_after_a_text_is_not_in_a_prompt(self, template, before):
         tokenizer = with_suffix(template)
         assert tokenize_row({"prompt": "the cat"}, tokenizer)["prompt_ids"] == [*before, THE, CAT]
-        row = tokenize_row({"prompt": "the cat <eos>", "completion": " sat <eos> on"}, tokenizer)
-        assert row == {"prompt_ids": [*before, THE, CAT, EOS], "completion_ids": [SAT, EOS, ON, EOS]}
-        row = tokenize_row({"prompt": "<eos> the", "completion": " sat"}, tokenizer)
-        assert row == {"prompt_ids": [*before, EOS, THE], "completion_ids": [SAT, EOS]}
+        both = tokenized(tokenizer, "the cat <eos>", " sat <eos> on")
+        assert both == ([*before, THE, CAT, EOS], [SAT, EOS, ON, EOS])
+        assert tokenized(tokenizer, "<eos> the", " sat") == ([*before, EOS, THE], [SAT, EOS])
 
     def test_primed_prompts_keep_the_users_own_tokens(self):
         for tokenizer in (tiny_tokenizer(), with_suffix()):
@@ -107,13 +154,9 @@ class TestWhoseTokens:
         messages = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "sat <eos> on"}]
         assert tokenize_row({"messages": messages}, tokenizer)["completion_ids"] == [SAT, EOS, ON, 4]
 
-    def test_text_after_the_last_special_token_stays(self, tokenizer):
-        assert _without_blank_tail([SAT, EOS, ON], tokenizer) == [SAT, EOS, ON]
-
     def test_an_answer_that_the_tokenizer_does_not_know_at_all_is_refused(self):
-        tokenizer = pieces("bytes", unk_token=None)
         with pytest.raises(ValueError, match="The tokenizer writes nothing of the answer 'é'"):
-            tokenize_row({"prompt": "red", "completion": "é"}, tokenizer)
+            tokenized(pieces("bytes", unk_token=None), "red", "é")
 
 
 ALL_KINDS = ["metaspace-first", "metaspace-always", "normalizer", "unigram", "bytes"]
@@ -147,47 +190,40 @@ class TestBorder:
         assert completed.endswith((completion + "</s>").lstrip())  # all of the completion is trained on
         assert row["prompt_ids"]
 
-    def test_a_token_over_the_border_belongs_to_the_completion(self):
-        tokenizer = pieces("metaspace-first")
-        row = tokenize_row({"prompt": "std:", "completion": ":vector"}, tokenizer)
-        assert tokens(tokenizer, row["prompt_ids"]) == ["▁std"]
-        assert tokens(tokenizer, row["completion_ids"]) == ["::", "vector", "</s>"]
-
-    def test_a_completion_gets_no_space_of_the_tokenizers_own(self):
-        tokenizer = pieces("metaspace-first", [["▁", "s", "t", "d"], ["v", "e"]])  # "::" is not merged
-        row = tokenize_row({"prompt": "std:", "completion": ":ve"}, tokenizer)
-        assert tokens(tokenizer, row["prompt_ids"] + row["completion_ids"]) == ["▁std", ":", ":", "ve", "</s>"]
-
-    def test_no_prompt_is_swallowed(self):
-        tokenizer = pieces("metaspace-first")
-        row = tokenize_row({"prompt": "r", "completion": "ed"}, tokenizer)  # "▁red" is one token
-        assert tokenizer.decode(row["prompt_ids"]) == "r"
-        assert tokens(tokenizer, row["completion_ids"]) == ["e", "d", "</s>"]
-
-    def test_a_prompt_that_is_cut_otherwise_before_the_border_keeps_what_it_can(self):
-        tokenizer = pieces("bytes", [["c", "d"], ["b", "cd"], ["a", "b"]])
-        row = tokenize_row({"prompt": "xabc", "completion": "d"}, tokenizer)  # alone: x ab c, together: x a bcd
-        assert tokens(tokenizer, row["prompt_ids"]) == ["x", "a"]
-        assert tokens(tokenizer, row["completion_ids"]) == ["bcd", "</s>"]
+    @pytest.mark.parametrize(
+        ("kind", "words", "prompt", "completion", "prompt_tokens", "completion_tokens"),
+        [
+            # A token over the border belongs to the completion
+            ("metaspace-first", WORDS, "std:", ":vector", ["▁std"], ["::", "vector"]),
+            # A completion gets no space of the tokenizer's own ("::" is not merged)
+            ("metaspace-first", [["▁", "s", "t", "d"], ["v", "e"]], "std:", ":ve", ["▁std", ":"], [":", "ve"]),
+            # No prompt is swallowed ("▁red" is one token)
+            ("metaspace-first", WORDS, "r", "ed", ["▁r"], ["e", "d"]),
+            # A prompt keeps what it can; alone: x ab c, together: x a bcd
+            ("bytes", [["c", "d"], ["b", "cd"], ["a", "b"]], "xabc", "d", ["x", "a"], ["bcd"]),
+        ],
+    )
+    def test_where_the_border_is(self, kind, words, prompt, completion, prompt_tokens, completion_tokens):
+        tokenizer = pieces(kind, words)
+        found = [tokens(tokenizer, ids) for ids in tokenized(tokenizer, prompt, completion)]
+        assert found == [prompt_tokens, [*completion_tokens, "</s>"]]
 
     def test_white_space_that_a_special_token_takes_in_does_not_move_it(self):
         tokenizer = pieces("bytes")
         turn = AddedToken("<|turn|>", rstrip=True, special=True)  # as Phi-3's
         tokenizer.backend_tokenizer.add_special_tokens([turn])
-        row = tokenize_row({"prompt": "a<|turn|>", "completion": " red"}, tokenizer)
-        assert tokens(tokenizer, row["prompt_ids"]) == ["a", "<|turn|>"]
-        assert tokens(tokenizer, row["completion_ids"]) == ["red", "</s>"]
+        found = [tokens(tokenizer, ids) for ids in tokenized(tokenizer, "a<|turn|>", " red")]
+        assert found == [["a", "<|turn|>"], ["red", "</s>"]]
 
     def test_unknown_text_on_both_sides_is_kept(self):
         """One unknown token for both would hide the completion's in the prompt."""
-        tokenizer = pieces("unigram")
-        row = tokenize_row({"prompt": "red é", "completion": "é red"}, tokenizer)
-        assert (row["prompt_ids"] + row["completion_ids"]).count(UNK) == 2
-        assert row["completion_ids"][0] == UNK
+        prompt_ids, completion_ids = tokenized(pieces("unigram"), "red é", "é red")
+        assert (prompt_ids + completion_ids).count(UNK) == 2
+        assert completion_ids[0] == UNK
 
     def test_unknown_words_are_kept_apart(self, tokenizer):
-        row = tokenize_row({"prompt": "the wolf", "completion": "ling sat"}, tokenizer)
-        assert row == {"prompt_ids": [THE, UNK], "completion_ids": [UNK, SAT, EOS]}
+        assert tokenized(tokenizer, "the wolf", "ling sat") == ([THE, UNK], [UNK, SAT, EOS])
+        assert tokenized(tokenizer, "the cat", "sat on") == ([THE, CAT], [SAT, ON, EOS])
 
 
 class TestBorderInBothViews:
@@ -207,16 +243,11 @@ class TestBorderInBothViews:
         assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == prompt + completion + "</s>"
         assert tokenizer.decode(row["teacher_prompt_ids"] + row["completion_ids"]) == primed + completion + "</s>"
 
-    def test_a_shared_border_token_stays_whole(self):
-        tokenizer = pieces("metaspace-first")
-        row = tokenize_primed_row({"prompt": "std:", "completion": ":vector"}, tokenizer, PrimingTemplate("a "))
-        assert tokens(tokenizer, row["completion_ids"]) == ["::", "vector", "</s>"]
-        assert tokenizer.decode(row["teacher_prompt_ids"]) == "a std"
-
-    def test_another_end_of_the_prompt_keeps_them_apart(self):
-        tokenizer = pieces("metaspace-first")
-        row = tokenize_primed_row(
-            {"prompt": "std:", "completion": ":vector"}, tokenizer, PrimingTemplate(" a", "suffix")
-        )
-        assert tokens(tokenizer, row["completion_ids"]) == [":", "vector", "</s>"]
-        assert tokens(tokenizer, row["prompt_ids"]) == ["▁std", ":"]
+    def test_a_token_over_the_border_of_both_stays_whole(self):
+        tokenizer, row = pieces("metaspace-first"), {"prompt": "std:", "completion": ":vector"}
+        shared = tokenize_primed_row(row, tokenizer, PrimingTemplate("a "))
+        assert tokens(tokenizer, shared["completion_ids"]) == ["::", "vector", "</s>"]
+        assert tokenizer.decode(shared["teacher_prompt_ids"]) == "a std"
+        apart = tokenize_primed_row(row, tokenizer, PrimingTemplate(" a", "suffix"))
+        assert tokens(tokenizer, apart["completion_ids"]) == [":", "vector", "</s>"]
+        assert tokens(tokenizer, apart["prompt_ids"]) == ["▁std", ":"]

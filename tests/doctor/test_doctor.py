@@ -16,8 +16,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaMode
 from trl_promptkd import PrimedDistillConfig, PrimingTemplate, PromptKDConfig
 from trl_promptkd.cli import main, make_parser
 from trl_promptkd.cli.doctor import parse
-from trl_promptkd.data import pad_rows, tokenize_row
-from trl_promptkd.data.primed import tokenize_primed_row
+from trl_promptkd.data import pad_rows, tokenize_primed_row, tokenize_row
 from trl_promptkd.data.priming import resolve_priming
 from trl_promptkd.doctor import diagnose, passed
 from trl_promptkd.doctor import memory as memory_module

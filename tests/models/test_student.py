@@ -10,15 +10,13 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
-    PromptTuningConfig,
     VeraConfig,
     get_peft_model,
 )
-from tiny import answered_dataset, difference, tiny_model, tiny_tokenizer, weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tiny import difference, tiny_model, tiny_tokenizer, weights
+from transformers import AutoModelForCausalLM
 
-from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptEncoderConfig, PromptKDTrainer
-from trl_promptkd.models.init_kwargs import check_init_kwargs, from_pretrained_kwargs
+from trl_promptkd.models.init_kwargs import check_init_kwargs
 from trl_promptkd.models.student import adapter_config, check_trains
 
 
@@ -38,26 +36,6 @@ KINDS = {
 def adapted(kind="lora", seed=1):
     torch.manual_seed(0)
     return get_peft_model(tiny_model(seed=seed), KINDS[kind])
-
-
-@pytest.fixture(params=["promptkd", "primed"])
-def make_trainer(request, make_args, make_primed_args):
-    """A trainer of either kind."""
-
-    def make(model, teacher=None, processing_class=True, peft_config=None, **settings):
-        given = {
-            "model": model,
-            "teacher_model": teacher,
-            "train_dataset": answered_dataset(),
-            "processing_class": tiny_tokenizer() if processing_class is True else processing_class,
-            "peft_config": peft_config,
-        }
-        if request.param == "promptkd":
-            prompt = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
-            return PromptKDTrainer(args=make_args(**settings), prompt_encoder_config=prompt, **given)
-        return PrimedDistillTrainer(args=make_primed_args(**settings), priming=PrimingTemplate("red "), **given)
-
-    return make
 
 
 @pytest.fixture
@@ -94,9 +72,8 @@ class TestSomethingTrains:
 
     def test_what_is_left_of_a_merged_adapter(self):
         """`merge_and_unload` gives the model back, whose weights the adapter had frozen."""
-        with pytest.raises(
-            ValueError, match=r"a LlamaForCausalLM without trainable weights.*`model.requires_grad_\(True\)`"
-        ):
+        message = r"a LlamaForCausalLM without trainable weights.*`model.requires_grad_\(True\)`"
+        with pytest.raises(ValueError, match=message):
             check_trains(adapted().merge_and_unload())
 
     def test_an_active_adapter_that_is_frozen_beside_an_inactive_one(self):
@@ -149,13 +126,8 @@ class TestAdapterByName:
     def test_is_trained_further(self, make_trainer, folders, teacher, with_tokenizer):
         if with_tokenizer:
             tiny_tokenizer().save_pretrained(folders / "lora")
-        trainer = make_trainer(
-            str(folders / "lora"),
-            tiny_model(seed=2) if teacher else None,
-            processing_class=None,
-            max_steps=2,
-            learning_rate=0.05,
-        )
+        settings = {"processing_class": None, "max_steps": 2, "learning_rate": 0.05}
+        trainer = make_trainer(str(folders / "lora"), tiny_model(seed=2) if teacher else None, **settings)
         start = weights(PeftModel.from_pretrained(tiny_model(seed=1), folders / "lora"))
         assert isinstance(trainer.model, PeftModel)
         assert difference(weights(trainer.model), start) == 0
@@ -190,37 +162,21 @@ class TestAdapterByName:
         assert trainer.args.model_init_kwargs == settings["model_init_kwargs"]
         assert "will be ignored" not in caplog.text
 
-    def test_with_a_peft_config_is_refused_before_any_weights(self, make_trainer, folders, monkeypatch):
-        monkeypatch.setattr(PreTrainedModel, "from_pretrained", pytest.fail)
-        with pytest.raises(
-            ValueError, match=r"lora', an adapter, and `peft_config` is set too.*Leave `peft_config` out"
-        ):
-            make_trainer(str(folders / "lora"), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-        with pytest.raises(ValueError, match=r"`model` is an adapter, and `peft_config` is set too"):
-            make_trainer(adapted(), peft_config=LoraConfig(task_type="CAUSAL_LM"))
-
     def test_without_a_base_model_is_refused(self, make_trainer, folders):
         path = folders / "lora" / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
         with pytest.raises(ValueError, match="does not name the model below it"):
             make_trainer(str(folders / "lora"))
 
-    def test_a_soft_prompt_is_refused_as_an_object_is(self, make_trainer, folders):
-        base = AutoModelForCausalLM.from_pretrained(folders / "base")
-        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        get_peft_model(base, prompt).save_pretrained(folders / "prompt")
-        with pytest.raises(ValueError, match="prompt learning for the \\*student\\*"):
-            make_trainer(str(folders / "prompt"))
-
     def test_what_is_no_adapter(self, folders):
         for name in (str(folders / "base"), str(folders / "nowhere"), "", None, tiny_model()):
             assert adapter_config(name) is None
 
 
-class TestDtype:
+class TestInitKwargs:
     @pytest.mark.parametrize("given", ["bfloat16", torch.bfloat16, "auto"])
     @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-    def test_by_either_name_for_student_and_teacher(self, make_trainer, folders, key, given):
+    def test_a_dtype_by_either_name_for_student_and_teacher(self, make_trainer, folders, key, given):
         tiny_model(seed=1, dtype=torch.bfloat16).save_pretrained(folders / "base")
         settings = {name: {key: given} for name in ("model_init_kwargs", "teacher_model_init_kwargs")}
         trainer = make_trainer(str(folders / "base"), str(folders / "base"), **settings)
@@ -228,26 +184,24 @@ class TestDtype:
         assert trainer.teacher_model.dtype == torch.bfloat16
         assert trainer.args.model_init_kwargs == settings["model_init_kwargs"]
 
-    def test_two_that_differ_are_refused(self, make_trainer):
+    @pytest.mark.parametrize("field", ["model_init_kwargs", "teacher_model_init_kwargs"])
+    def test_two_dtypes_are_refused(self, make_trainer, field):
         kwargs = {"dtype": "float32", "torch_dtype": torch.bfloat16}
-        for field in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            with pytest.raises(
-                ValueError, match=rf"`{field}` holds 'dtype' 'float32' and 'torch_dtype' torch.bfloat16"
-            ):
-                make_trainer("no/student", "no/teacher", **{field: kwargs})
-        assert from_pretrained_kwargs("x", {"dtype": "bfloat16", "torch_dtype": torch.bfloat16}) == {
-            "dtype": torch.bfloat16
-        }
+        with pytest.raises(ValueError, match=rf"`{field}` holds 'dtype' 'float32' and 'torch_dtype' torch.bfloat16"):
+            make_trainer("no/student", "no/teacher", **{field: kwargs})
 
-    @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-    def test_one_that_there_is_not(self, key):
-        with pytest.raises(ValueError, match=rf"`x\['{key}'\]` is 'half precision'"):
-            check_init_kwargs("x", {key: "half precision"})
-
-    @pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
-    def test_quantization_as_older_versions_had_it(self, name):
-        with pytest.raises(ValueError, match=rf"'{name}'.*quantization_config': {{'{name}': True}}"):
-            check_init_kwargs("model_init_kwargs", {name: True})
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"dtype": "half precision"}, r"`x\['dtype'\]` is 'half precision'"),
+            ({"torch_dtype": "half precision"}, r"`x\['torch_dtype'\]` is 'half precision'"),
+            ({"load_in_4bit": True}, r"'load_in_4bit'.*quantization_config': {'load_in_4bit': True}"),
+            ({"load_in_8bit": True}, r"'load_in_8bit'.*quantization_config': {'load_in_8bit': True}"),
+        ],
+    )
+    def test_what_would_be_taken_wrongly_is_refused(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            check_init_kwargs("x", kwargs)
 
     def test_a_misspelt_argument_is_an_error(self, make_trainer, folders):
         with pytest.raises(TypeError, match="attn_implemention"):

@@ -1,14 +1,4 @@
-"""From a user's rows to token ids, and from token ids to padded batches.
-
-A row becomes two lists of ids, `prompt_ids` and `completion_ids`, once, before training.
-
-- `rows.py`: what a row says
-- `chat_template.py`: its text, if it is a conversation
-- `tokenize.py`: its token ids
-- `dataset.py`: a whole data set's, checked and counted
-- `priming.py`, `primed.py`: what the teacher sees instead, and both views of a row
-- `collate.py`: batches of them
-"""
+"""From a user's rows to token ids, once, before training, and from token ids to padded batches."""
 
 from .chat_template import RewrittenPromptError
 from .collate import (
@@ -19,43 +9,25 @@ from .collate import (
     pad_rows,
     without_repeats,
 )
-from .dataset import (
-    check_answers,
-    check_columns,
-    is_empty_answer,
-    map_rows,
-    name_columns,
-    plain_rows,
-    sift_overlong,
-    tokenize_dataset,
-)
-from .rows import NO_TOKENS, check_ids, check_text_only, is_blank, joined_text, split_row
-from .tokenize import _without_blank_tail as _without_blank_tail
-from .tokenize import tokenize_row, tokenize_views
+from .dataset import check_columns, name_columns, plain_rows, tokenize_dataset
+from .rows import check_text_only, split_row
+from .tokenize import tokenize_primed_row, tokenize_row
 
 
 __all__ = [
-    "NO_TOKENS",
     "DataCollatorForPromptCompletion",
     "RewrittenPromptError",
-    "check_answers",
     "check_columns",
-    "check_ids",
     "check_text_only",
     "count_trained_tokens",
     "grouped_by_length",
-    "is_blank",
-    "is_empty_answer",
-    "joined_text",
-    "map_rows",
     "masked_rows",
     "name_columns",
     "pad_rows",
     "plain_rows",
-    "sift_overlong",
     "split_row",
     "tokenize_dataset",
+    "tokenize_primed_row",
     "tokenize_row",
-    "tokenize_views",
     "without_repeats",
 ]

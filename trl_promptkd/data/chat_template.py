@@ -31,9 +31,8 @@ def conversation_texts(
     Args:
         prompts: The row's own prompt, and others of the same form, such as a primed one.
         completion: The answer; `None` for none. A text is the content of one assistant message.
-        row: Has `tools` and `chat_template_kwargs`, and says by its columns whether the answer continues the prompt's
-            last message: the last of `messages` is a turn of its own, but a `prompt` that ends with an assistant
-            message (a prefill) is continued.
+        row: Has `tools` and `chat_template_kwargs`. A `prompt` that ends with an assistant message (a prefill) is
+            continued by the answer; the last of `messages` is a turn of its own.
 
     Raises:
         RewrittenPromptError: if the template writes the prompt differently once the answer follows it.
@@ -63,21 +62,18 @@ def conversation_texts(
         before, turns = before[:-1], [{**before[-1], **completion[0], "content": content}, *completion[1:]]
     whole = template.render([*before, *turns])
     if not whole.startswith(texts[0]):
+        end = len(texts[0])
         raise RewrittenPromptError(
             "The chat template writes a prompt differently once an answer follows it, so that training on the data's "
             f"answers would not match generation. The prompt ends in {texts[0][-60:]!r}, the conversation has "
-            f"{whole[max(len(texts[0]) - 60, 0) : len(texts[0])]!r} there. Use a template that keeps prompts as they "
-            "are (TRL ships patched ones), or let a model write the answers (`lmbda=1.0`; `response_source='teacher'` "
-            "or 'student')."
+            f"{whole[max(end - 60, 0) : end]!r} there. Use a template that keeps prompts as they are (TRL ships "
+            "patched ones), or let a model write the answers (`lmbda=1.0`; `response_source='teacher'` or 'student')."
         )
     written = whole[len(texts[0]) :]
     _check_calls(template, before, turns, whole)
     if not is_blank(completion[-1:]) and not _says(completion[-1], written):
-        last = {
-            "role": "assistant",
-            "content": prompts[0][-1].get("content", "") if continues and len(turns) == 1 else "",
-        }
-        if template.writes_the_same([*before, *turns[:-1], last], whole):
+        prefill = prompts[0][-1].get("content", "") if continues and len(turns) == 1 else ""
+        if template.writes_the_same([*before, *turns[:-1], {"role": "assistant", "content": prefill}], whole):
             raise ValueError(
                 f"The chat template writes nothing of the answer {shortened(completion[-1])}, so that only the end of "
                 "text would be trained on. Use a template that writes it (`chat_template_path`), or change the data."
@@ -87,14 +83,10 @@ def conversation_texts(
 
 def _as_texts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose content is one text, or missing."""
-    return [
-        {**message, "content": joined_text(message["content"])} if "content" in message else message
-        for message in messages
-    ]
+    return [{**m, "content": joined_text(m["content"])} if "content" in m else m for m in messages]
 
 
 def _check_prefill(last: Mapping[str, Any], completion: list[dict[str, Any]] | None) -> None:
-    """Refuse what cannot be continued: a prompt's last message that is whole, or an answer of another role."""
     if last.get("tool_calls"):
         raise ValueError(
             "A row's `prompt` ends with an assistant message that calls a tool, and such a message cannot be "
@@ -116,9 +108,7 @@ class _Template:
         try:
             tools = json.loads(tools) if isinstance(tools, str) else tools  # data sets may keep them as JSON
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"A row's `tools` are the text {shortened(tools)}, which is not JSON: {error}."
-            ) from error
+            raise ValueError(f"A row's `tools` are {shortened(tools)}, which is not JSON: {error}.") from error
         if not isinstance(tools or [], list):
             raise ValueError(
                 f"A row's `tools` are {shortened(tools)}; they must be a list of JSON schemas, or JSON of one."
@@ -126,22 +116,20 @@ class _Template:
         if not isinstance(more, Mapping):
             raise ValueError(f"A row's `chat_template_kwargs` are {shortened(more)}; they must be a dict.")
         more = remove_none_values(dict(more))
-        ours = [name for name in _OURS if name in more]
-        if ours:
+        for name in more.keys() & _OURS:
             raise ValueError(
-                f"A row's `chat_template_kwargs` hold {ours[0]!r}, which follows from the row's other columns. Take "
-                "it out."
+                f"A row's `chat_template_kwargs` hold {name!r}, which follows from the row's other columns. Take it "
+                "out."
             )
         self.processing_class = processing_class
         self.kwargs = {**more, "tools": remove_none_values(tools) if tools else None, "tokenize": False}
 
     def render(self, messages: list[dict[str, Any]], **ending: bool) -> str:
-        """The conversation's text.
-
-        Raises:
-            ValueError: whatever goes wrong in the template, with its own words and the conversation's roles.
-        """
+        """The conversation's text, or an error with the roles and the template's own words."""
         filled = [{"content": "", **message} for message in messages]
+        last = max((i for i, message in enumerate(filled) if message["content"].strip()), default=len(filled) - 1)
+        last_text = filled[last]["content"].strip()
+        failure: Exception | None = None
         try:
             text = self.processing_class.apply_chat_template(messages, **self.kwargs, **ending)
         except jinja2.TemplateSyntaxError as error:
@@ -150,39 +138,33 @@ class _Template:
                 "`chat_template_path`, or `tokenizer.chat_template`."
             ) from error
         except Exception as error:  # whatever a template does with a row's values
-            # Some templates cannot do without a content, others write a header for an empty one
-            found = self._attempt(filled, **ending)
-            found = self._in_parts(filled, **ending) if found is None else found
-            if found is not None:
-                return found
-            roles = [message["role"] for message in messages]
-            said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"The chat template refuses a conversation with the roles {roles}: {said}. Change the data"
-                + (" (this template may have no system role)" if "system" in roles else "")
-                + ", or use another template (`chat_template_path`)."
-            ) from error
-        index = _last_text(filled)
-        if filled[index]["content"].strip() not in text:
-            other = {**filled[index], "content": "x"}
-            if text == self._attempt([*filled[:index], other, *filled[index + 1 :]], **ending):
-                return self._in_parts(filled, **ending) or text  # whatever a text says, it is not written
-        return text
+            failure, text = error, self._attempt(filled, **ending)  # some templates cannot do without a content
+            if text is not None:
+                return text
+        else:
+            changed = [*filled[:last], {**filled[last], "content": "x"}, *filled[last + 1 :]]
+            if last_text in text or text != self._attempt(changed, **ending):
+                return text
+        # Templates of multimodal models may know contents as lists of parts only, and write nothing of a text
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in filled]
+        in_parts = self._attempt(parts, **ending)
+        if in_parts is not None and last_text in in_parts and "'type': 'text'" not in in_parts:
+            return in_parts
+        if failure is None:
+            return text
+        roles = [message["role"] for message in messages]
+        said = str(failure) if isinstance(failure, jinja2.TemplateError) else f"{type(failure).__name__}: {failure}"
+        raise ValueError(
+            f"The chat template refuses a conversation with the roles {roles}: {said}. Change the data"
+            + (" (this template may have no system role)" if "system" in roles else "")
+            + ", or use another template (`chat_template_path`)."
+        ) from failure
 
     def _attempt(self, messages: list[dict[str, Any]], **ending: bool) -> str | None:
         try:
             return self.processing_class.apply_chat_template(messages, **self.kwargs, **ending)
         except Exception:  # is reported by `render`
             return None
-
-    def _in_parts(self, messages: list[dict[str, Any]], **ending: bool) -> str | None:
-        """The text from contents as lists of parts: templates of multimodal models may know nothing else, and write
-        nothing of a text."""
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        text = self._attempt(parts, **ending)
-        if text is None or "'type': 'text'" in text or messages[_last_text(messages)]["content"].strip() not in text:
-            return None
-        return text
 
     def writes_the_same(self, messages: list[dict[str, Any]], whole: str) -> bool:
         try:
@@ -191,13 +173,8 @@ class _Template:
             return False
 
 
-def _last_text(messages: list[dict[str, Any]]) -> int:
-    """Which is the last message with a text; the last one if there is none."""
-    return max((i for i, message in enumerate(messages) if message["content"].strip()), default=len(messages) - 1)
-
-
 def _check_calls(template: _Template, before: list[dict[str, Any]], turns: list[dict[str, Any]], whole: str) -> None:
-    """Refuse an answer with a call of a tool that the template leaves out: the student would learn to stop instead."""
+    """Reject an answer with a call of a tool that the template leaves out: the student would learn to stop instead."""
     for index, message in enumerate(turns):
         calls = list(message.get("tool_calls") or [])
         for which, call in enumerate(calls):
@@ -219,8 +196,7 @@ def _says(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _without_what_follows(text: str, last: Mapping[str, Any], eos_token: str | None) -> str:
-    """Without what the template writes after the end of text, which is never generated. An end of text that the
-    answer itself quotes ends nothing."""
+    """Without what the template writes after the end of text. One that the answer itself quotes ends nothing."""
     if eos_token is None or not _says(last, text):
         return text
     content = last["content"].strip()

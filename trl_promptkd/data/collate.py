@@ -1,7 +1,7 @@
 """From token ids to padded batches, and what is counted in them.
 
-A batch pads the prompts on the left and the completions on the right, so that both start at the same column in every
-row. What is padding is known from lengths and never from ids, as many models pad with their end-of-text token.
+Prompts are padded on the left and completions on the right, so that completions start at the same column in every
+row. Masks come from lengths and never from ids, as many models pad with their end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def pad_rows(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """Rows of ids to one batch: prompts padded on the left, completions on the right (there also up to a multiple).
+    """One batch of rows: prompts padded on the left, completions on the right (there also up to a multiple).
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label
@@ -61,19 +61,14 @@ def pad_rows(
 
 
 def grouped_by_length(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Which rows go into which micro-batch, the longest first, so that rows are padded to their likes.
-
-    Args:
-        lengths: Of all rows.
-        sizes: Rows a micro-batch, adding up to the number of rows.
-    """
+    """Which rows go into which micro-batch of the given `sizes`: the longest first, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     ends = list(accumulate(sizes))
     return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator, step: int) -> Tensor:
-    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar. None is a warning."""
+    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
     if total == 0:
@@ -82,8 +77,7 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Labels of an evaluation batch, -100 in the rows with which accelerate filled up the last batches of several
-    ranks."""
+    """Labels of an evaluation batch, -100 in the rows with which accelerate fills up the last batches of ranks."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return labels

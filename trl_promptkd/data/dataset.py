@@ -1,8 +1,8 @@
-"""From a data set to its rows' token ids: checked, counted and, where rows are unusable, refused with their number."""
+"""From a data set to its rows' token ids: once, checked and counted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -10,18 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .chat_template import RewrittenPromptError
-from .rows import NO_TOKENS, check_ids, check_text_only, is_blank, split_row
+from .rows import is_blank, split_row
 from .tokenize import tokenize_row
 
 
 __all__ = [
-    "check_answers",
+    "Limit",
     "check_columns",
     "is_empty_answer",
-    "map_rows",
     "name_columns",
     "plain_rows",
-    "sift_overlong",
+    "prepare_rows",
     "tokenize_dataset",
 ]
 
@@ -29,17 +28,15 @@ logger = logging.get_logger(__name__)
 
 
 def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed: str | None = None) -> None:
-    """Refuse a data set that cannot be trained on, before any weights are loaded.
+    """Reject a data set that cannot be trained on, before any weights are loaded.
 
     Args:
-        dataset: What the user passed.
         name: Argument it was passed as, for messages.
-        answers_needed: Why answers in the data are needed and what to do without them; `None` where they are not.
+        answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not.
 
     Raises:
-        TypeError: for what is no data set.
-        ValueError: for an empty data set, one without `messages` or `prompt`, and one without answers where they are
-            needed.
+        TypeError: if it is not a data set.
+        ValueError: if it is empty, or lacks `messages` and `prompt`, or answers that are needed.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -76,9 +73,6 @@ def name_columns(
 
     Args:
         conversational: Make conversations of texts, so that the chat template is used.
-
-    Raises:
-        ValueError: for a column that is not there, naming those that are.
     """
     for name, column in (("prompt", prompt_column), ("completion", completion_column)):
         if column not in (None, name):
@@ -100,128 +94,125 @@ def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     return dataset if is_transformed else dataset.with_format(None)
 
 
-def map_rows(
+class Limit(NamedTuple):
+    """A setting that bounds rows. The column `needs_<field>` holds how many tokens a row needs."""
+
+    field: str  # such as "max_length"
+    value: Any  # `None` for no limit
+    what: str  # is too long, for messages
+
+
+def prepare_rows(
     dataset: Dataset | IterableDataset,
     name: str,
-    function: Callable[..., dict],
+    function: Callable[..., dict[str, Any]],
     columns: Sequence[str],
+    limits: Sequence[Limit],
+    answers_needed: str | None,
+    overlong: str,
     num_proc: int | None,
-    **fn_kwargs,
+    **fn_kwargs: Any,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by what `function` makes of each row: once, cached; a stream's as they come.
+    """Replace a data set's columns by what `function` makes of each row: once and cached, or of a stream as it comes.
 
     Args:
-        columns: What `function` returns: lists of ids if they end in `_ids`, else whole numbers.
+        columns: What `function` returns besides `empty_answer` and the limits' columns: lists of ids if they end in
+            `_ids`, else whole numbers.
+        limits: Rows beyond them are left out and counted (`overlong="drop"`) or rejected (`"error"`).
+        answers_needed: As for [`check_columns`].
+
+    Raises:
+        ValueError: if rows are too long, with their number and the limit that would do; if no row is left; if an
+            answer is missing and needed, and if all are empty. A stream is checked row by row.
     """
-    fn_kwargs = {"function": function, "name": name, "fn_kwargs": fn_kwargs}
     dataset = plain_rows(dataset)
+    fn_kwargs = {"function": function, "name": name, "fn_kwargs": fn_kwargs}
+    measured = ["empty_answer", *(f"needs_{limit.field}" for limit in limits)]
+    limits = [limit for limit in limits if limit.value is not None]
     if isinstance(dataset, IterableDataset):
-        return dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
+        if limits and overlong == "drop":
+            logger.warning(f"`{name}` is streamed, so rows that are too long are left out uncounted.")
+        dataset = dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
+        keeps = partial(_keeps, name=name, limits=limits, overlong=overlong, answers_needed=answers_needed)
+        return dataset.filter(keeps).remove_columns(measured)
     number = Value("int64")
     with PartialState().main_process_first():
         dataset = dataset.map(
-            _numbered,
+            _named,
             with_indices=True,
             fn_kwargs=fn_kwargs,
             remove_columns=dataset.column_names,
             # Not guessed from the first rows, which may all have no answer
-            features=Features({name: List(number) if name.endswith("_ids") else number for name in columns}),
+            features=Features({c: List(number) if c.endswith("_ids") else number for c in (*columns, *measured)}),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
-    return dataset.with_format(None)  # a transform is for the user's rows
+    dataset = dataset.with_format(None)  # a transform is for the user's rows
+    for limit in limits:
+        dataset = _filter_overlong(dataset, name, limit, overlong)
+    _check_answers(dataset, name, answers_needed)
+    return dataset.remove_columns(measured)
 
 
 def _named(
-    row: dict, function: Callable[..., dict], name: str, fn_kwargs: dict[str, Any], which: str = "A row"
+    row: dict, index: int | None = None, *, function: Callable[..., dict], name: str, fn_kwargs: dict[str, Any]
 ) -> dict:
     try:
         return function(row, **fn_kwargs)
     except ValueError as error:
+        which = "A row" if index is None else f"Row {index}"
         raise ValueError(f"{which} of `{name}`: {error}") from error
 
 
-def _numbered(row: dict, index: int, **kwargs: Any) -> dict:
-    return _named(row, which=f"Row {index}", **kwargs)
+def _keeps(row: dict[str, Any], name: str, limits: Sequence[Limit], overlong: str, answers_needed: str | None) -> bool:
+    """Whether a stream keeps a row."""
+    for field, value, what in limits:
+        needed = row[f"needs_{field}"]
+        if needed > value and overlong == "drop":
+            return False
+        if needed > value:
+            raise ValueError(
+                f"One of the {what} does not fit into `{field}={value}`. Set `{field}` to at least {needed}, or set "
+                "`overlong='drop'` to leave such rows out."
+            )
+    if answers_needed is not None and not row["completion_ids"]:
+        raise ValueError(f"A row in `{name}` has no answer. {answers_needed} Or filter such rows out.")
+    return True
 
 
-def sift_overlong(
-    dataset: Dataset | IterableDataset, name: str, what: str, column: str, field: str, limit: int | None, overlong: str
-) -> Dataset | IterableDataset:
-    """Leave out (`overlong="drop"`) or refuse (`"error"`) rows that are too long, and drop the column that says so.
-
-    Args:
-        what: What is too long, for messages.
-        column: Holds the length that a row's limit would have to be raised to, or 0 where it fits.
-        field: The setting that bounds it, such as `"max_length"`.
-        limit: Its value; `None` for no limit.
-
-    Raises:
-        ValueError: with the number of rows and the limit that would do; also where no row would be left. Streamed
-            data is checked row by row as it comes.
-    """
-    if limit is None:
-        return dataset.remove_columns(column)
-    bound = f"{field}={limit}"
-    if isinstance(dataset, IterableDataset):
-        if overlong == "drop":
-            logger.warning(f"`{name}` is streamed: {what} that do not fit into `{bound}` are left out uncounted.")
-        fits = partial(_fits, column=column, what=what, field=field, bound=bound, raises=overlong == "error")
-        return dataset.filter(fits).remove_columns(column)
-    lengths = dataset[column]
-    too_long = [length for length in lengths if length]
-    if too_long:
-        found = f"{len(too_long)} of {len(dataset)} {what} in `{name}` do not fit into `{bound}`."
-        remedy = f"Set `{field}` to at least {max(too_long)}"
-        if overlong != "error" and len(too_long) == len(dataset):
-            raise ValueError(f"{found} They would be left out, so that no row remains. {remedy}, or pass other rows.")
-        if overlong == "error":
-            raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
-        logger.warning(f"{found} They are left out. {remedy} to keep them.")
-        dataset = dataset.select([index for index, length in enumerate(lengths) if not length])
-    return dataset.remove_columns(column)
+def _filter_overlong(dataset: Dataset, name: str, limit: Limit, overlong: str) -> Dataset:
+    lengths = dataset[f"needs_{limit.field}"]
+    kept = [index for index, length in enumerate(lengths) if length <= limit.value]
+    if len(kept) == len(dataset):
+        return dataset
+    found = (
+        f"{len(dataset) - len(kept)} of {len(dataset)} {limit.what} in `{name}` do not fit into "
+        f"`{limit.field}={limit.value}`."
+    )
+    remedy = f"Set `{limit.field}` to at least {max(lengths)}"
+    if overlong == "error":
+        raise ValueError(f"{found} {remedy}, or set `overlong='drop'` to leave such rows out (some must remain).")
+    if not kept:
+        raise ValueError(f"{found} They would be left out, so that no row remains. {remedy}, or pass other rows.")
+    logger.warning(f"{found} They are left out. {remedy} to keep them.")
+    return dataset.select(kept)
 
 
-def _fits(row: dict[str, Any], column: str, what: str, field: str, bound: str, raises: bool) -> bool:
-    if row[column] and raises:
-        raise ValueError(
-            f"One of the {what} does not fit into `{bound}`. Set `{field}` to at least {row[column]}, or set "
-            "`overlong='drop'` to leave such rows out."
-        )
-    return not row[column]
-
-
-def check_answers(
-    dataset: Dataset | IterableDataset, name: str, answers_needed: str | None
-) -> Dataset | IterableDataset:
-    """Refuse rows whose answer is missing, if answers are needed, and warn of empty ones; a stream's missing ones are
-    refused as they come. Drops the column `empty_answer`."""
-    if isinstance(dataset, IterableDataset):
-        dataset = dataset.remove_columns("empty_answer")
-        if answers_needed is None:
-            return dataset
-        return dataset.filter(partial(_has_answer, name=name, answers_needed=answers_needed))
+def _check_answers(dataset: Dataset, name: str, answers_needed: str | None) -> None:
+    """Reject rows without an answer that is needed, and warn of empty ones."""
     missing = sum(not ids for ids in dataset["completion_ids"])
     if missing and answers_needed is not None:
         raise ValueError(
             f"{missing} of {len(dataset)} rows in `{name}` have no answer. {answers_needed} Or filter these rows out."
         )
     empty, answers = sum(dataset["empty_answer"]), len(dataset) - missing
-    if empty:
-        effect = (
-            "only their end of text is compared" if answers_needed is None else "the student learns to stop at once"
-        )
-        found = f"{empty} of {answers} answers in `{name}` are empty: {effect}."
-        if empty == answers and answers_needed is not None:
-            raise ValueError(f"{found} Check how the data was made, and pass rows with answers. {answers_needed}")
-        logger.warning(f"{found} Filter them out with `dataset.filter`.")
-    return dataset.remove_columns("empty_answer")
-
-
-def _has_answer(row: dict[str, Any], name: str, answers_needed: str) -> bool:
-    if not row["completion_ids"]:
-        raise ValueError(f"A row in `{name}` has no answer. {answers_needed} Or filter such rows out.")
-    return True
+    if not empty:
+        return
+    effect = "the student learns to stop at once" if answers_needed else "only their end of text is compared"
+    found = f"{empty} of {answers} answers in `{name}` are empty: {effect}."
+    if empty == answers and answers_needed is not None:
+        raise ValueError(f"{found} Check how the data was made, and pass rows with answers. {answers_needed}")
+    logger.warning(f"{found} Filter them out with `dataset.filter`.")
 
 
 def tokenize_dataset(
@@ -236,40 +227,30 @@ def tokenize_dataset(
 ) -> Dataset | IterableDataset:
     """Replace a data set's columns by `prompt_ids`, `completion_ids` and `length`.
 
-    A prompt is never cut. Answers are cut where `max_length` is reached, and how many were is reported. Rows whose
-    prompt does not fit are refused (`overlong="error"`), or left out and counted (`"drop"`).
+    A prompt is never cut. Answers are cut at `max_length`, and how many were is reported. Rows whose prompt does not
+    fit are rejected (`overlong="error"`), or left out and counted (`"drop"`).
 
     Args:
-        answers_needed: Why answers in the data are needed and what to do without them; `None` if they are not. A row
-            then counts as one without an answer if the chat template writes its prompt differently once the answer
+        answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not. Then a
+            row counts as one without an answer if the chat template writes its prompt differently once the answer
             follows.
         with_answers: `False` takes the prompts alone, if no answer of the data is used.
 
-    Raises:
-        ValueError: where prompts leave no room in `max_length`, with their number and what length would do; where no
-            row is left; where an answer is missing and needed, and if all are empty. Streamed data is checked row by
-            row as it comes.
     """
-    dataset = map_rows(
+    dataset = prepare_rows(
         dataset,
         name,
         _tokenize_and_cut,
-        (
-            "prompt_ids",
-            "completion_ids",
-            "length",
-            "empty_answer",
-            "rewritten_prompt",
-            "cut_tokens",
-            "overlong_prompt",
-        ),
+        ("prompt_ids", "completion_ids", "length", "rewritten_prompt", "cut_tokens"),
+        [Limit("max_length", max_length, "prompts")],
+        answers_needed,
+        overlong,
         num_proc,
         processing_class=processing_class,
         max_length=max_length,
-        answers="none" if not with_answers else "any" if answers_needed is None else "needed",
+        with_answer=with_answers,
+        answer_needed=answers_needed is not None,
     )
-    dataset = sift_overlong(dataset, name, "prompts", "overlong_prompt", "max_length", max_length, overlong)
-    dataset = check_answers(dataset, name, answers_needed)
     if not isinstance(dataset, IterableDataset):
         cut, rewritten = (sum(n > 0 for n in dataset[column]) for column in ("cut_tokens", "rewritten_prompt"))
         if cut:
@@ -291,33 +272,26 @@ def _tokenize_and_cut(
     row: dict[str, Any],
     processing_class: PreTrainedTokenizerBase,
     max_length: int | None,
-    answers: str,
+    with_answer: bool,
+    answer_needed: bool,
 ) -> dict[str, Any]:
-    check_text_only(row)
-    if answers == "none":
-        row = {name: value for name, value in row.items() if name != "completion_ids"}
-    check_ids(row, processing_class)
     rewritten = False
     try:
-        ids = tokenize_row(row, processing_class, with_answer=answers != "none")
+        ids = tokenize_row(row, processing_class, with_answer)
     except RewrittenPromptError:
-        if answers == "needed":
+        if answer_needed:
             raise
         ids, rewritten = tokenize_row(row, processing_class, with_answer=False), True
-    if not ids["prompt_ids"]:
-        raise ValueError(NO_TOKENS)
-    length, room = len(ids["prompt_ids"]), len(ids["completion_ids"])
-    if max_length is not None:
-        room = max(max_length - length, 0)
-    overlong = max_length is not None and (length > max_length or (answers == "needed" and length == max_length))
+    prompt_ids, completion_ids = ids["prompt_ids"], ids["completion_ids"]
+    kept = completion_ids if max_length is None else completion_ids[: max(max_length - len(prompt_ids), 0)]
     return {
-        "prompt_ids": ids["prompt_ids"],
-        "completion_ids": ids["completion_ids"][:room],
-        "length": length + len(ids["completion_ids"][:room]),  # for `train_sampling_strategy="group_by_length"`
-        "empty_answer": int(is_empty_answer(row, ids["completion_ids"], processing_class)),
+        "prompt_ids": prompt_ids,
+        "completion_ids": kept,
+        "length": len(prompt_ids) + len(kept),  # for `train_sampling_strategy="group_by_length"`
+        "empty_answer": int(is_empty_answer(row, completion_ids, processing_class)),
         "rewritten_prompt": int(rewritten),
-        "cut_tokens": len(ids["completion_ids"][room:]),
-        "overlong_prompt": length + 1 if overlong else 0,
+        "cut_tokens": len(completion_ids) - len(kept),
+        "needs_max_length": len(prompt_ids) + (1 if with_answer and answer_needed else 0),
     }
 
 

@@ -1,9 +1,8 @@
-"""Priming: what the teacher sees instead of the plain prompt.
+"""Priming: a text that the teacher sees beside a row's question.
 
-A priming text stands before, after or above the question of a row. Only the teacher sees it; the student learns to answer
-the bare question from what the teacher says after it. Texts are Jinja templates over the row's columns, rendered in Jinja's own
-immutable sandbox, as transformers renders chat templates. A template is trusted as one of those is: it reaches no Python internals
-and changes no row, but nothing bounds the work that it does.
+The student learns to answer the bare question from what the teacher says after the text. Texts are Jinja templates
+over the row's columns, rendered in Jinja's own immutable sandbox, as transformers renders chat templates. A template
+is trusted as one of those is: it reaches no Python internals and changes no row, but nothing bounds its work.
 """
 
 import json
@@ -31,7 +30,8 @@ def _written(value: Any) -> Any:
     """What `{{ value }}` writes. Data sets fill missing values with None, which no text should say."""
     if value is None:
         raise ValueError(
-            "a value that it writes is None, with which data sets fill missing values; filter such rows out, or write {{ column or '' }}"
+            "a value that it writes is None, with which data sets fill missing values; filter such rows out, or write "
+            "{{ column or '' }}"
         )
     return value
 
@@ -50,9 +50,8 @@ _SANDBOX.filters["tojson"] = _to_json
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> tuple[jinja2.Template, frozenset[str]]:
     """A template, and the names of the columns that it uses."""
-    return _SANDBOX.from_string(text), frozenset(find_undeclared_variables(_SANDBOX.parse(text))) - set(
-        _SANDBOX.globals
-    )
+    variables = find_undeclared_variables(_SANDBOX.parse(text)) - set(_SANDBOX.globals)
+    return _SANDBOX.from_string(text), frozenset(variables)
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class PrimingTemplate:
 
     Args:
         text (`str`):
-            A Jinja template; a row's columns are its variables, and `reference_answer` is the row's answer as a text.
-            White space is kept as it is written, so a prefix needs a space or a line break at its end.
+            A Jinja template. A row's columns are its variables, and `reference_answer` is the row's answer as a text.
+            White space is kept, so a prefix needs a space or a line break at its end.
         placement (`str`, *optional*, defaults to `"prefix"`):
-            `"prefix"` puts the text directly before the question, `"suffix"` directly after it, `"system"` makes it the
-            system message (below one that the row has). In a conversation the question is the last user message; in a row of
-            plain texts it is the whole prompt, and `"system"` is not possible.
+            `"prefix"` puts the text directly before the question, `"suffix"` directly after it, `"system"` makes it
+            the system message (below one that the row has). In a conversation the question is the last user message.
+            In a row of plain texts it is the whole prompt, and `"system"` is not possible.
 
     Raises:
         ValueError: for another placement, or a text that is not a valid template.
@@ -93,64 +92,49 @@ class PrimingTemplate:
             )
         if not self.text.strip():
             raise ValueError(
-                f"`text` of a PrimingTemplate is {self.text!r}, which says nothing. For a teacher that sees what the student sees set "
-                "`priming=None`."
+                f"`text` of a PrimingTemplate is {self.text!r}, which says nothing. For a teacher that sees what the "
+                "student sees set `priming=None`."
             )
-        _check_characters(self.text, "The priming text")
         try:
             _compiled(self.text)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"The priming text is not a valid Jinja template: {error.message} (line {error.lineno}). Text that contains "
-                "'{{' or '{%' literally goes between {% raw %} and {% endraw %}."
+                f"The priming text is not a valid Jinja template: {error.message} (line {error.lineno}). Text that "
+                "contains '{{' or '{%' literally goes between {% raw %} and {% endraw %}."
             ) from error
 
     @classmethod
     def from_file(cls, path: str | Path, placement: str = "prefix") -> "PrimingTemplate":
-        """The template in a UTF-8 file, taken as it is: a line break at its end stays.
-
-        Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: where it is not UTF-8, empty, or no valid template.
-        """
+        """The template in a UTF-8 file. A line break at its end stays."""
         return cls(read_text(str(path), "the priming text"), placement)
 
     def check_columns(self, columns: Collection[str], name: str) -> None:
-        """Refuse a template that uses what a data set does not have, before anything is trained.
-
-        Args:
-            columns: The data set's columns.
-            name: The data set's name, for the message.
-
-        Raises:
-            ValueError: naming the unknown variables and the columns there are.
-        """
+        """Reject a template that uses columns which a data set, called `name` in messages, does not have."""
         known = set(columns)
         if known & {"messages", "completion"}:
             known.add("reference_answer")
         unknown = sorted(_compiled(self.text)[1] - known)
         if unknown:
+            answer = ", and `reference_answer` is the row's answer" if "reference_answer" in known else ""
             raise ValueError(
-                f"The priming template uses {', '.join(map(repr, unknown))}, which `{name}` does not have. Its columns are "
-                f"{sorted(columns)}"
-                + (", and `reference_answer` is the row's answer." if "reference_answer" in known else ".")
-                + " Rename or add a column, or change the template."
+                f"The priming template uses {', '.join(map(repr, unknown))}, which `{name}` does not have. Its "
+                f"columns are {sorted(columns)}{answer}. Rename or add a column, or change the template."
             )
 
     def render(self, row: Mapping[str, Any]) -> str:
         """The text for one row.
 
         Raises:
-            ValueError: for an unknown variable, naming it and the row's columns; for a template that reaches for Python
-                internals; and for anything else that goes wrong in it.
+            ValueError: for anything that goes wrong in the template, such as an unknown variable.
         """
         self.check_columns(list(row), "the row")
+        template, names = _compiled(self.text)
         variables = dict(row)
-        if "reference_answer" in _compiled(self.text)[1]:
+        if "reference_answer" in names:
             variables.setdefault("reference_answer", _reference_answer(row))
         text = ""
         try:
-            for part in _compiled(self.text)[0].generate(variables):
+            for part in template.generate(variables):
                 text += part
                 if len(text) > _MAX_LENGTH:
                     raise ValueError(f"it makes more than {_MAX_LENGTH} characters")
@@ -158,47 +142,43 @@ class PrimingTemplate:
             raise ValueError(f"The priming template does what its sandbox does not allow: {error}.") from error
         except Exception as error:  # whatever a template does with the values of a row
             raise ValueError(
-                f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: {str(error)[:500]}."
+                f"The priming template failed on a row with the columns {sorted(row)}: {type(error).__name__}: "
+                f"{str(error)[:500]}."
             ) from error
-        _check_characters(text, "The rendered priming text")
         return text
 
     def prime(self, row: Mapping[str, Any], with_answer: bool = True) -> str | list[dict[str, Any]]:
         """What the teacher sees as the prompt of a row, in the row's own form: a text, or a list of messages.
 
         Args:
-            row: With `messages`, or with `prompt` and perhaps `completion`; it is not changed.
+            row: With `messages`, or with `prompt` and perhaps `completion`. It is not changed.
             with_answer: `False` does not check the row's answer, for one that is not used.
 
         Raises:
-            ValueError: where the text cannot be placed: no user message, or a system message in a plain text.
+            ValueError: if there is no user message to prime, or no conversation for a system message.
         """
         text = self.render(row)
         prompt, _ = split_row(row, with_answer)
-        if prompt is None:
-            raise ValueError(
-                "A row has neither a prompt nor messages (both are missing or None). Filter such rows out."
-            )
         if isinstance(prompt, str):
             if self.placement == "system":
                 raise ValueError(
-                    "`placement='system'` needs conversations, but the row's prompt is a plain text. Use 'prefix' or 'suffix', or "
-                    "make the prompt a list of messages."
+                    "`placement='system'` needs conversations, but the row's prompt is a plain text. Use 'prefix' or "
+                    "'suffix', or make the prompt a list of messages."
                 )
             return text + prompt if self.placement == "prefix" else prompt + text
-        messages = [dict(message) for message in prompt]
+        messages = [dict(message) for message in prompt or []]
+        roles = [message["role"] for message in messages]
         if self.placement == "system":
-            if messages and messages[0]["role"] == "system":
+            if roles[:1] == ["system"]:
                 return [_with_text(messages[0], after=f"\n\n{text}"), *messages[1:]]
             return [{"role": "system", "content": text}, *messages]
-        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        if not users:
+        if "user" not in roles:
             raise ValueError(
-                "There is no user message to prime; the row's roles are "
-                f"{[message['role'] for message in messages]}. Use `placement='system'`."
+                f"There is no user message to prime; the row's roles are {roles}. Use `placement='system'`."
             )
+        question = len(roles) - 1 - roles[::-1].index("user")
         before, after = (text, "") if self.placement == "prefix" else ("", text)
-        messages[users[-1]] = _with_text(messages[users[-1]], before, after)
+        messages[question] = _with_text(messages[question], before, after)
         return messages
 
 
@@ -210,8 +190,8 @@ def _with_text(message: dict[str, Any], before: str = "", after: str = "") -> di
         )
     if isinstance(content, str):
         return {**message, "content": before + content + after}
-    parts = [{"type": "text", "text": text} for text in (before, after)]  # content as a list of parts
-    return {**message, "content": [*(parts[:1] if before else []), *content, *(parts[1:] if after else [])]}
+    parts = [{"type": "text", "text": before}, *content, {"type": "text", "text": after}]
+    return {**message, "content": [part for part in parts if part["text"]]}
 
 
 def _reference_answer(row: Mapping[str, Any]) -> str:
@@ -222,51 +202,36 @@ def _reference_answer(row: Mapping[str, Any]) -> str:
     return answer
 
 
-def _check_characters(text: str, what: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} holds {text[error.start]!r} at position {error.start}, half of a character that cannot be written. "
-            "Remove it from the template or the row."
-        ) from error
-
-
 PRIMING_TEMPLATES = {
     # The texts of the paper (arXiv 2412.17846), word for word; they stand before the question
     "teacher": PrimingTemplate(
-        "As a teacher, guide your student through solving the question below. Provide a clear, simple explanation for someone "
-        "unfamiliar with the problem. "
+        "As a teacher, guide your student through solving the question below. Provide a clear, simple explanation "
+        "for someone unfamiliar with the problem. "
     ),
     "ground_truth": PrimingTemplate(  # despite its name it holds no gold answer
-        "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to understand and "
-        "learn from without losing too much detail. "
+        "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to "
+        "understand and learn from without losing too much detail. "
     ),
     "confidence": PrimingTemplate(
         "(At the end of the question) Briefly double-check that your answer is correct once done. "
     ),
     # Ours: privileged context
     "reference_answer": PrimingTemplate(
-        "Here is a correct answer to the question below, for your eyes only:\n\n{{ reference_answer }}\n\nAnswer the question in "
-        "your own words, step by step, as if you had not seen it. Question: "
+        "Here is a correct answer to the question below, for your eyes only:\n\n{{ reference_answer }}\n\nAnswer "
+        "the question in your own words, step by step, as if you had not seen it. Question: "
     ),
 }
 
 
 def resolve_priming(priming: str | PrimingTemplate | None) -> PrimingTemplate | None:
-    """A name of [`PRIMING_TEMPLATES`], a template, or `None`, as a template or `None`.
-
-    Raises:
-        ValueError: for a name that there is not, with those that there are.
-        TypeError: for anything else.
-    """
+    """A name of [`PRIMING_TEMPLATES`], a template, or `None`, as a template or `None`."""
     if priming is None or isinstance(priming, PrimingTemplate):
         return priming
     if not isinstance(priming, str):
         raise TypeError(f"`priming` is a {type(priming).__name__}; it must be a name, a PrimingTemplate or None.")
     if priming not in PRIMING_TEMPLATES:
         raise ValueError(
-            f"`priming` is {priming!r}; the names are {', '.join(map(repr, PRIMING_TEMPLATES))}. For a text of your own pass "
-            "`PrimingTemplate(text)`, for one in a file `PrimingTemplate.from_file(path)`."
+            f"`priming` is {priming!r}; the names are {', '.join(map(repr, PRIMING_TEMPLATES))}. For a text of your "
+            "own pass `PrimingTemplate(text)`, for one in a file `PrimingTemplate.from_file(path)`."
         )
     return PRIMING_TEMPLATES[priming]

@@ -8,31 +8,22 @@ from transformers import PreTrainedTokenizerBase
 from .._trl import remove_none_values
 
 
-__all__ = ["NO_TOKENS", "check_ids", "check_text_only", "is_blank", "joined_text", "shortened", "split_row"]
-
-NO_TOKENS = "A row's prompt has no tokens, so that nothing comes before its answer's first one. Filter such rows out."
+__all__ = ["check_ids", "check_text_only", "is_blank", "joined_text", "shortened", "split_row"]
 
 _FORM = "{'role': 'user', 'content': 'a text'}"
-_MEDIA = (
-    "image",
-    "images",
-    "audio",
-    "audios",
-    "video",
-    "videos",
-)  # columns of TRL's and the Hub's multimodal data sets
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of multimodal data sets
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call an answer's thoughts
 
 
 def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, Any]:
-    """A row's prompt and its answer: texts or lists of messages; the answer is `None` if there is none.
+    """A row's prompt and its answer: texts or lists of messages, `None` if there is none.
 
     Args:
-        with_answer: `False` neither checks nor returns the answer, for rows of which only the prompt is used.
+        with_answer: `False` neither checks nor returns the answer.
 
     Raises:
-        ValueError: if either is something else, if it holds more than text, and if `messages` do not end with an
-            assistant message.
+        ValueError: if either is anything else or holds more than text, and if `messages` do not end with an assistant
+            message.
     """
     check_text_only(row)
     if row.get("messages") is not None:
@@ -41,31 +32,36 @@ def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, An
     for name, value in (("prompt", prompt), ("completion", completion)):
         if value is not None and not isinstance(value, str):
             _check_messages(name, value)
-    if isinstance(prompt, str) and completion is not None and not isinstance(completion, str):
-        raise ValueError(
-            "A row's `prompt` is a text, but its `completion` a list of messages. Make both texts or both messages."
-        )
-    if completion is not None and not isinstance(completion, str) and completion[-1]["role"] != "assistant":
-        raise ValueError(
-            "A row's `completion` must end with an assistant message, the answer. Its roles are "
-            f"{[message['role'] for message in completion]}. Filter such rows out, or leave away what follows the "
-            "answer."
-        )
+    if completion is not None and not isinstance(completion, str):
+        if isinstance(prompt, str):
+            raise ValueError(
+                "A row's `prompt` is a text, but its `completion` a list of messages. Make both texts or both "
+                "messages."
+            )
+        if completion[-1]["role"] != "assistant":
+            raise ValueError(
+                "A row's `completion` must end with an assistant message, the answer. Its roles are "
+                f"{_roles(completion)}. Filter such rows out, or omit what follows the answer."
+            )
     return _given(prompt), _given(completion)
 
 
-def _split_messages(messages: Any, with_answer: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+def _split_messages(messages: Any, with_answer: bool) -> tuple[Any, Any]:
     if messages or not isinstance(messages, list | tuple):
         _check_messages("messages", messages, last_counts=with_answer)
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(
             "A row's `messages` must end with an assistant message, the answer. Rows without an answer go into a "
-            f"`prompt` column. The row's roles are {[message['role'] for message in messages]}."
+            f"`prompt` column. The row's roles are {_roles(messages)}."
         )
     if len(messages) == 1:
         raise ValueError("A row's `messages` hold an answer only. A message that it answers must come before it.")
     messages = _given(messages)
     return messages[:-1], messages[-1:] if with_answer else None
+
+
+def _roles(messages: Any) -> list[str]:
+    return [message["role"] for message in messages]
 
 
 def _given(value: Any) -> Any:
@@ -74,7 +70,7 @@ def _given(value: Any) -> Any:
 
 
 def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
-    """Refuse anything that is not a list of messages; chat templates would write `None` for a missing text.
+    """Reject anything that is not a list of messages: chat templates would write `None` for a missing text.
 
     Args:
         last_counts: Whether the last message's content is checked, too.
@@ -88,14 +84,8 @@ def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
             "completion is None."
         )
     for index, message in enumerate(messages):
-        content = message.get("content")
-        # Calls of tools, thoughts: other keys may stand for the text
-        says_more = any(
-            value not in (None, "", []) for key, value in message.items() if key not in ("role", "content")
-        )
-        says = isinstance(content, str | list) or (content is None and says_more)
         counts = last_counts or index < len(messages) - 1
-        if not isinstance(message.get("role"), str) or not (says or not counts):
+        if not isinstance(message.get("role"), str) or (counts and not _says_something(message)):
             raise ValueError(
                 f"A row's `{name}` hold the message {shortened(dict(message))}; it must have a role and a content, "
                 f"such as {_FORM}."
@@ -106,8 +96,17 @@ def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
                 f"A row's `{name}` hold the `tool_calls` {shortened(calls)}; they must be a list of dicts, one for "
                 "each call."
             )
-        if counts and isinstance(content, list):
-            _check_parts(name, content)
+        if counts and isinstance(message.get("content"), list):
+            _check_parts(name, message["content"])
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a content, or another key in its place: calls of tools, thoughts."""
+    others = [value for key, value in message.items() if key not in ("role", "content")]
+    content = message.get("content")
+    return isinstance(content, str | list) or (
+        content is None and any(value not in (None, "", []) for value in others)
+    )
 
 
 def _check_parts(name: str, parts: list[Any]) -> None:
@@ -125,11 +124,7 @@ def _check_parts(name: str, parts: list[Any]) -> None:
 
 
 def check_text_only(row: Mapping[str, Any]) -> None:
-    """Refuse a row that comes with images, sound or videos, which would be left out silently.
-
-    Raises:
-        ValueError: naming the column.
-    """
+    """Reject a row that comes with images, sound or videos, which would be left out silently."""
     for name in _MEDIA:
         if _is_given(row.get(name)):
             raise ValueError(
@@ -140,11 +135,9 @@ def check_text_only(row: Mapping[str, Any]) -> None:
 
 
 def _is_given(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_is_given, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_is_given, value))
-    return not (value is None or (isinstance(value, str) and not value))
+    if isinstance(value, Mapping | list | tuple):
+        return any(map(_is_given, value.values() if isinstance(value, Mapping) else value))
+    return value is not None and not (isinstance(value, str) and not value)
 
 
 def joined_text(content: Any) -> str:
@@ -155,8 +148,7 @@ def joined_text(content: Any) -> str:
 
 
 def is_blank(completion: Any, eos_token: str | None = None) -> bool:
-    """Whether an answer (a text, or messages) says nothing: no text but white space and the end of text, no thoughts
-    and no call of a tool."""
+    """Whether an answer says nothing: no text but white space and the end of text, no thoughts, no call of a tool."""
     if isinstance(completion, str):
         return not (completion.replace(eos_token, "") if eos_token else completion).strip()
     return all(_is_blank(message, eos_token) for message in completion if message["role"] == "assistant")
@@ -164,11 +156,10 @@ def is_blank(completion: Any, eos_token: str | None = None) -> bool:
 
 def _is_blank(message: Mapping[str, Any], eos_token: str | None) -> bool:
     content = message.get("content")
-    if content is None:  # then another key speaks
+    if content is None:
         return not any(value for name, value in message.items() if name not in ("role", "content"))
-    return is_blank(joined_text(content), eos_token) and not any(
-        message.get(name) for name in ("tool_calls", *_THOUGHTS)
-    )
+    says_more = any(message.get(name) for name in ("tool_calls", *_THOUGHTS))
+    return is_blank(joined_text(content), eos_token) and not says_more
 
 
 def shortened(value: Any) -> str:
@@ -176,28 +167,18 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def check_ids(row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase) -> None:
-    """Refuse a row that is tokenized already if its ids are not the tokenizer's.
-
-    Raises:
-        ValueError: naming the column and what is wrong in it.
-    """
-    if row.get("prompt_ids") is None:
-        return
-    for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids"):
-        ids = row.get(name)
-        if ids is None:
-            continue
-        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+def check_ids(name: str, ids: Any, processing_class: PreTrainedTokenizerBase) -> None:
+    """Reject ids of a tokenized row that are not the tokenizer's."""
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+        raise ValueError(
+            f"A row's `{name}` are {shortened(ids)}; they must be a list of whole numbers, the token ids."
+        )
+    if ids and (min(ids) < 0 or max(ids) >= len(processing_class)):
+        known = set(processing_class.get_vocab().values())  # may have gaps
+        strange = next((token for token in ids if token not in known), None)
+        if strange is not None:
             raise ValueError(
-                f"A row's `{name}` are {shortened(ids)}; they must be a list of whole numbers, the token ids."
+                f"A row's `{name}` hold the id {strange}, which the tokenizer does not have (its ids go up to "
+                f"{max(known)}). Tokenize the data with the tokenizer that is passed as `processing_class`, or pass "
+                "texts or messages."
             )
-        if ids and (min(ids) < 0 or max(ids) >= len(processing_class)):
-            known = set(processing_class.get_vocab().values())  # ids may have gaps
-            strange = next((token for token in ids if token not in known), None)
-            if strange is not None:
-                raise ValueError(
-                    f"A row's `{name}` hold the id {strange}, which the tokenizer does not have (its ids go up to "
-                    f"{max(known)}). Tokenize the data with the tokenizer that is passed as `processing_class`, or "
-                    "pass texts or messages."
-                )

@@ -1,7 +1,7 @@
-"""From a row to its token ids.
+"""From a row to its token ids: of the prompt, of the primed prompt that only the teacher sees, and of the answer.
 
-Whose tokens are these? The user's own are always kept, special ones too. What a tokenizer puts before a text is part
-of a prompt, and what it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
+The user's own tokens are always kept, special ones too. What a tokenizer puts before a text is part of a prompt. What
+it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .chat_template import conversation_texts
-from .rows import is_blank, shortened, split_row
+from .priming import PrimingTemplate
+from .rows import check_ids, check_text_only, is_blank, shortened, split_row
 
 
-__all__ = ["tokenize_row", "tokenize_views"]
+__all__ = ["tokenize_primed_row", "tokenize_row"]
 
 
 def tokenize_row(
@@ -30,57 +31,102 @@ def tokenize_row(
         with_answer: `False` takes the prompt alone, for rows whose answer is not used.
 
     Returns:
-        `{"prompt_ids": [...], "completion_ids": [...]}`; the answer ends with an end-of-text token and is empty if
-        the row has none.
+        `{"prompt_ids": [...], "completion_ids": [...]}`. The answer ends with an end-of-text token. It is empty if the
+        row has none.
 
     Raises:
-        ValueError: if the row is none of these, if its chat template fails, and if nothing of its answer would be
-            trained on.
+        ValueError: if the row is none of these, if its chat template fails, if its prompt has no tokens, and if
+            nothing of its answer would be trained on.
     """
-    if row.get("prompt_ids") is not None:
-        completion_ids = (row.get("completion_ids") or []) if with_answer else []
-        return {"prompt_ids": row["prompt_ids"], "completion_ids": completion_ids}
-    (prompt_ids,), completion_ids = tokenize_views(row, processing_class, with_answer=with_answer)
-    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+    ids = tokenize_primed_row(row, processing_class, None, with_answer)
+    return {"prompt_ids": ids["prompt_ids"], "completion_ids": ids["completion_ids"]}
 
 
-def tokenize_views(
+def tokenize_primed_row(
     row: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase,
-    other_prompts: Sequence[Any] = (),
+    priming: PrimingTemplate | None,
     with_answer: bool = True,
-) -> tuple[list[list[int]], list[int]]:
-    """Token ids of a row's prompt, of other prompts in its place (such as a primed one), and of the answer that
-    follows each.
+) -> dict[str, list[int]]:
+    """The same with `teacher_prompt_ids`, the primed prompt, after which the answer has the same ids.
 
-    Returns:
-        The prompts' ids, the row's own first, and the answer's: the same after all prompts.
+    The template sees all columns of the row. A row that is tokenized already must hold `teacher_prompt_ids`.
     """
+    if row.get("prompt_ids") is not None:
+        ids = _tokenized_already(row, processing_class, priming, with_answer)
+    else:
+        ids = _tokenize(row, processing_class, priming, with_answer)
+    if not ids["prompt_ids"] or not ids["teacher_prompt_ids"]:
+        raise ValueError(
+            "A row's prompt has no tokens, so that nothing comes before its answer's first one. Filter such rows out."
+        )
+    return ids
+
+
+def _tokenized_already(
+    row: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    priming: PrimingTemplate | None,
+    with_answer: bool,
+) -> dict[str, list[int]]:
+    check_text_only(row)
+    ids: dict[str, Any] = {name: row.get(name) for name in ("prompt_ids", "teacher_prompt_ids", "completion_ids")}
+    if not with_answer or ids["completion_ids"] is None:
+        ids["completion_ids"] = []
+    if ids["teacher_prompt_ids"] is None:
+        ids["teacher_prompt_ids"] = ids["prompt_ids"]
+        if priming is not None:
+            raise ValueError(
+                "The rows hold `prompt_ids` but no `teacher_prompt_ids`: a priming text cannot be put into a prompt "
+                "that is tokenized already. Add `teacher_prompt_ids`, pass the rows as texts or messages, or set "
+                "`priming=None`."
+            )
+    for name, values in ids.items():
+        check_ids(name, values, processing_class)
+    return ids
+
+
+def _tokenize(
+    row: Mapping[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    priming: PrimingTemplate | None,
+    with_answer: bool,
+) -> dict[str, list[int]]:
     prompt, completion = split_row(row, with_answer)
     if prompt is None:
         raise ValueError("A row has neither a prompt nor messages (both are missing or None). Filter such rows out.")
-    prompts = [prompt, *other_prompts]
-    conversational = not isinstance(prompt, str)
-    completion_text: str | None = completion
-    if conversational:
-        prompts, completion_text = conversation_texts(prompts, completion, row, processing_class)
-    prompt_ids, completion_ids = _tokenize_texts(prompts, completion_text, processing_class)
-    if not conversational:  # a chat template writes the special tokens itself
-        before = _ids_before(prompts[0], processing_class)
-        prompt_ids = [[*before, *ids] for ids in prompt_ids]
-    if completion is None:
-        return prompt_ids, []
+    prompts = [prompt] if priming is None else [prompt, priming.prime(row, with_answer)]
+    if isinstance(prompt, str):
+        # A chat template writes the special tokens itself
+        before, text = _ids_before(prompt, processing_class), completion
+    else:
+        before = []
+        prompts, text = conversation_texts(prompts, completion, row, processing_class)
+    prompt_ids, completion_ids = _tokenize_texts(prompts, text, processing_class)
+    if completion is not None:
+        completion_ids = _with_one_end(completion_ids, completion, isinstance(prompt, str), processing_class)
+    views = [[*before, *ids] for ids in prompt_ids]
+    if priming is not None and views[0] == views[1] and priming.render(row).strip():
+        raise ValueError(
+            "The priming text does not reach the teacher: its prompt is the student's. The chat template seems to "
+            f"drop a text at placement {priming.placement!r}. Use another placement."
+        )
+    return {"prompt_ids": views[0], "teacher_prompt_ids": views[-1], "completion_ids": completion_ids}
 
+
+def _with_one_end(
+    completion_ids: list[int], completion: Any, is_text: bool, processing_class: PreTrainedTokenizerBase
+) -> list[int]:
     eos = processing_class.eos_token_id
-    completion_ids = _without_blank_tail(completion_ids, processing_class, None if conversational else {eos})
-    if not conversational and eos is not None and completion_ids[-1:] != [eos]:
+    completion_ids = _without_blank_tail(completion_ids, processing_class, {eos} if is_text else None)
+    if is_text and eos is not None and completion_ids[-1:] != [eos]:
         completion_ids = [*completion_ids, eos]
     if set(completion_ids) <= {eos} and not is_blank(completion, processing_class.eos_token):
         raise ValueError(
             f"The tokenizer writes nothing of the answer {shortened(completion)}, so that only the end of text would "
             "be trained on. Filter such rows out, or use the tokenizer that the data was made for."
         )
-    return prompt_ids, completion_ids
+    return completion_ids
 
 
 def _ids(text: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
@@ -92,8 +138,7 @@ def _decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text, such as a beginning-of-text token. What it puts after one is not
-    told by the last id, which may be the user's own."""
+    """What the tokenizer itself puts before a text, such as a beginning-of-text token."""
     if not processing_class.num_special_tokens_to_add():
         return []
     for text in ("a", prompt):  # most tokenizers know the first, and it holds no special token
@@ -109,17 +154,16 @@ def _tokenize_texts(
 ) -> tuple[list[list[int]], list[int]]:
     """Ids of the prompts and of the completion that follows each, without special tokens of the tokenizer's own.
 
-    A prompt and its completion are tokenized together, so that no border of tokens is forced between them. A token
-    that straddles the border belongs to the completion. They are kept apart if text would be lost, if no prompt would
-    remain, and if the completion's ids would differ between the prompts.
+    Both are tokenized together, so that no border of tokens is forced between them. A token that straddles the border
+    belongs to the completion. They are kept apart if text would be lost, if no prompt would remain, and if the
+    completion's ids would differ between the prompts.
     """
     alone = [_ids(prompt, processing_class) for prompt in prompts]
     if completion is None:
         return alone, []
-    together = [
-        _cut_at_border(ids, _ids(prompt + completion, processing_class), processing_class)
-        for ids, prompt in zip(alone, prompts, strict=True)
-    ]
+    together = []
+    for ids, prompt in zip(alone, prompts, strict=True):
+        together.append(_cut_at_border(ids, _ids(prompt + completion, processing_class), processing_class))
     first = together[0]
     if first is not None and all(pair is not None and pair[1] == first[1] for pair in together):
         return [pair[0] for pair in together if pair is not None], first[1]
@@ -130,10 +174,7 @@ def _cut_at_border(
     prompt_ids: list[int], whole: list[int], processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]] | None:
     """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if
-    they must be kept apart.
-
-    Texts are compared, not offsets: some tokenizers leave white space out of those.
-    """
+    they must be kept apart. Texts are compared, as some tokenizers leave white space out of offsets."""
     unknown = processing_class.unk_token_id
     if unknown is not None and prompt_ids[-1:] == [unknown]:
         return None  # what follows may have become part of it
@@ -167,10 +208,8 @@ def _ids_after(
             text = _decode(whole, processing_class)[len(_decode(before, processing_class)) :]
             candidates.append((whole[len(before) :], text))
     for candidate, text in candidates:
-        if all(
-            _decode([*ids, *candidate], processing_class) == _decode(ids, processing_class) + text
-            for ids in prompts_ids
-        ):
+        joined = [_decode([*ids, *candidate], processing_class) for ids in prompts_ids]
+        if joined == [_decode(ids, processing_class) + text for ids in prompts_ids]:
             return candidate
     return alone  # texts cannot be compared, as with tokenizers that do not write white space
 
@@ -178,11 +217,10 @@ def _ids_after(
 def _without_blank_tail(
     ids: list[int], processing_class: PreTrainedTokenizerBase, ends: set[int | None] | None = None
 ) -> list[int]:
-    """Without white space after the last token that ends a turn: it is never generated.
+    """Without white space after the last token that ends a turn, which is never generated.
 
     Args:
-        ends: The ids of such tokens; `None` for all special ones, as turns may end with one that is not the end of
-            text (Gemma).
+        ends: The ids of such tokens; `None` for all special ones, as some turns end with another (Gemma).
     """
     if not ids or processing_class.decode(ids[-1:]).strip():
         return ids

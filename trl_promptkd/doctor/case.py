@@ -9,8 +9,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..data import RewrittenPromptError, pad_rows, tokenize_dataset
-from ..data.primed import tokenize_primed_dataset, tokenize_primed_row
+from ..data import RewrittenPromptError, pad_rows, tokenize_dataset, tokenize_primed_row
+from ..data.primed import tokenize_primed_dataset
 from ..data.priming import PrimingTemplate
 from ..generation.rollouts import generate_completions, own_random_state, rollout_config
 from ..models.forward import completion_states

@@ -10,8 +10,9 @@ from datasets import Dataset
 from pandas import DataFrame
 from torch import Tensor
 
-from ..data import DataCollatorForPromptCompletion, check_columns, is_blank, masked_rows, split_row
+from ..data import DataCollatorForPromptCompletion, check_columns, masked_rows, split_row
 from ..data.primed import DataCollatorForPrimedDistillation
+from ..data.rows import is_blank
 from ..generation.rollouts import stop_ids
 from ..models.limits import check_positions
 from ..models.tokenizer import check_same_tokenizer

@@ -1,8 +1,8 @@
 """The passes that losses are taken from, compared with a model's own forward pass.
 
-Trainers compute hidden states, then logits, in padded batches and behind a soft prompt. A model may do something else there: its
-state may ignore the attention mask, or it may need more than input embeddings. `check_forward` finds that on two short rows before
-training starts. The doctor makes the same comparison on rows of the user's own.
+Trainers compute hidden states, then logits, in padded batches and after a soft prompt. There a model may compute
+something else: it may ignore the attention mask, or need more than input embeddings. `check_forward` finds that on two
+short rows before training starts. The doctor makes the same comparison on rows of the user's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,8 @@ PADDED, WHOLE, ALONE = "of the loss, padded", "of whole rows, padded", "of the l
 class Distance(NamedTuple):
     """How far two sets of logits `(num_tokens, vocab)` are apart."""
 
-    log_probs: float
-    """The largest difference of log-probabilities."""
-    kl: float
-    """The mean KL divergence, in nats per token."""
+    log_probs: float  # the largest difference of log-probabilities
+    kl: float  # the mean KL divergence, in nats per token
 
 
 def is_exact(model: Any) -> bool:
@@ -64,6 +62,7 @@ def distances_from_own_forward(
     pad_token_id: int,
     soft_prompt: Tensor | None = None,
     vocab_size: int | None = None,
+    own: Tensor | None = None,
 ) -> dict[str, Distance]:
     """How far the logits at the rows' completions are from those of the model's own forward on each row alone.
 
@@ -72,18 +71,31 @@ def distances_from_own_forward(
         rows: With `prompt_ids` and `completion_ids`.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row.
         vocab_size (`int`, *optional*): Only the first entries count.
+        own: The model's own logits, if they are known.
 
     Returns:
         `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one.
     """
-    own = _own_logits(model, rows, soft_prompt, vocab_size)
-    return _distances(model, rows, pad_token_id, own, soft_prompt, vocab_size)
+    own = _own_logits(model, rows, soft_prompt, vocab_size) if own is None else own
+
+    def batch(rows: Sequence[Mapping[str, list[int]]], more: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and labels, with `more` columns of padding on both sides."""
+        padded = pad_rows([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad_token_id)
+        fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
+        ids, mask, labels = (nn.functional.pad(padded[name], more, value=fill[name]).to(model.device) for name in fill)
+        return ids, mask, labels
+
+    alone = [completion_states(model, *batch([row], (0, 0)), soft_prompt, vocab_size).logits() for row in rows]
+    ids, mask, labels = batch(rows, (7, 3))
+    padded = completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits()
+    whole = forward_logits(model, ids, mask, soft_prompt)[:, :-1][labels[:, 1:] != -100][:, :vocab_size]
+    return {ALONE: distance(torch.cat(alone), own), PADDED: distance(padded, own), WHOLE: distance(whole, own)}
 
 
 def _own_logits(
     model: Any, rows: Sequence[Mapping[str, list[int]]], soft_prompt: Tensor | None, vocab_size: int | None
 ) -> Tensor:
-    """The model's own logits at the completions of rows, each alone, from nothing but its ids (after the soft prompt's embeddings)."""
+    """The model's own logits at the completions of rows, each alone, from its ids only."""
     parts = []
     for row in rows:
         ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]], device=model.device)
@@ -97,37 +109,6 @@ def _own_logits(
     return torch.cat(parts)
 
 
-def _distances(
-    model: Any,
-    rows: Sequence[Mapping[str, list[int]]],
-    pad_token_id: int,
-    own: Tensor,
-    soft_prompt: Tensor | None,
-    vocab_size: int | None,
-) -> dict[str, Distance]:
-    alone = []
-    for row in rows:
-        single = {name: value.to(model.device) for name, value in _batch([row], pad_token_id).items()}
-        inputs = (single["input_ids"], single["attention_mask"], single["labels"])
-        alone.append(completion_states(model, *inputs, soft_prompt, vocab_size).logits())
-    batch = _padded(rows, pad_token_id, model.device)
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    padded = completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits()
-    whole = forward_logits(model, ids, mask, soft_prompt)[:, :-1][labels[:, 1:] != -100][:, :vocab_size]
-    return {ALONE: distance(torch.cat(alone), own), PADDED: distance(padded, own), WHOLE: distance(whole, own)}
-
-
-def _batch(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int) -> dict[str, Tensor]:
-    return pad_rows([row["prompt_ids"] for row in rows], [row["completion_ids"] for row in rows], pad_token_id)
-
-
-def _padded(rows: Sequence[Mapping[str, list[int]]], pad_token_id: int, device: Any) -> dict[str, Tensor]:
-    """The rows with columns of nothing but padding on both sides."""
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "labels": -100}
-    batch = _batch(rows, pad_token_id)
-    return {name: nn.functional.pad(batch[name], (7, 3), value=value).to(device) for name, value in fill.items()}
-
-
 @torch.no_grad()
 def check_forward(
     role: str,
@@ -139,15 +120,12 @@ def check_forward(
 ) -> None:
     """Stop before training if losses would be taken from logits that are not the model's.
 
-    Two short rows of ordinary tokens are compared, in evaluation mode. Weights that are sharded, or not yet on their device, are left
-    to `trl-promptkd doctor`.
+    Two short rows of ordinary tokens are compared, in evaluation mode. Weights that are sharded, or not yet on their
+    device, are left to `trl-promptkd doctor`.
 
     Args:
         role: For messages: `"student"`, `"teacher"` or `"prompted teacher"`.
         soft_prompt, vocab_size: As for [`distances_from_own_forward`].
-
-    Raises:
-        ValueError: saying what is off by how much, and what to do.
     """
     devices = {parameter.device.type for parameter in model.parameters()}
     if is_sharded(model) or devices != {accelerator.device.type}:
@@ -160,36 +138,33 @@ def check_forward(
         model.eval()
         try:
             own = _own_logits(model, rows, soft_prompt, vocab_size)
-            found = _distances(model, rows, processing_class.pad_token_id or 0, own, soft_prompt, vocab_size)
+            pad_token_id = processing_class.pad_token_id or 0
+            found = distances_from_own_forward(model, rows, pad_token_id, soft_prompt, vocab_size, own)
         except Exception as error:  # a model's code may raise anything
             if own is None and soft_prompt is None:
                 return  # it cannot be run at all, and says so itself at the first step
-            needs = (
-                " A soft prompt needs a model that computes everything from `inputs_embeds`."
-                if soft_prompt is not None
-                else ""
-            )
+            needs = " A soft prompt needs a model that computes everything from `inputs_embeds`."
             raise ValueError(
-                f"The {name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}.{needs} Choose another model."
+                f"The {name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}."
+                f"{'' if soft_prompt is None else needs} Choose another model."
             ) from error
     if not torch.isfinite(own).all():
         return  # the loss of the first step says what is not finite
     exact = is_exact(model) and accelerator.mixed_precision == "no"
-    wrong = [way for way, off in found.items() if not is_same(off, exact, _SLACK)]
-    if not wrong:
-        return
-    off = found[wrong[0]]
-    about = f"{off.log_probs:.2g} in log-probabilities, {off.kl:.2g} nats per token"
-    if wrong[0] == ALONE:
+    for way, off in found.items():
+        if is_same(off, exact, _SLACK):
+            continue
+        about = f"{off.log_probs:.2g} in log-probabilities, {off.kl:.2g} nats per token"
+        if way == ALONE:
+            raise ValueError(
+                f"The logits of the {name} are not its output head applied to its last hidden state: they are off by "
+                f"{about}. Losses would be wrong. Choose another model, or use transformers' own class for this one."
+            )
         raise ValueError(
-            f"The logits of the {name} are not its output head applied to its last hidden state: they are off by "
-            f"{about}. Losses would be wrong. Choose another model, or use transformers' own class for this one."
+            f"The {name} gives a padded row other logits than the row alone: they are off by {about}. Its forward "
+            "pass ignores the attention mask or the positions, so losses and samples would depend on the padding. "
+            "Choose a model whose forward pass uses both, or use transformers' own class for this one."
         )
-    raise ValueError(
-        f"The {name} gives a padded row other logits than the row alone: they are off by {about}. Its forward pass ignores the attention "
-        "mask or the positions, so losses and samples would depend on the padding. Choose a model whose forward pass uses both, or use "
-        "transformers' own class for this one."
-    )
 
 
 def _probe_rows(processing_class: PreTrainedTokenizerBase, vocab_size: int | None) -> list[dict[str, list[int]]]:

@@ -15,29 +15,26 @@ _HUB_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only"
 
 
 def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse arguments of `from_pretrained` that it would take wrongly, or ignore.
-
-    Raises:
-        ValueError: for a dtype that is none, for two that differ, and for a quantization that quantizes nothing.
-    """
+    """Reject arguments of `from_pretrained` that it would take wrongly, or ignore: a `dtype` that is none, or
+    two, and a quantization that quantizes nothing."""
     kwargs = init_kwargs or {}
     for name in ("dtype", "torch_dtype"):
         dtype = kwargs.get(name)
         if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(
-                f"`{field}[{name!r}]` is {dtype!r}; it must be the name of a torch dtype, such as 'bfloat16' or 'float32', or 'auto'."
+                f"`{field}[{name!r}]` is {dtype!r}; it must be the name of a torch dtype, such as 'bfloat16' or "
+                "'float32', or 'auto'."
             )
-    if {"dtype", "torch_dtype"} <= kwargs.keys() and _as_dtype(kwargs["dtype"]) != _as_dtype(kwargs["torch_dtype"]):
+    if {"dtype", "torch_dtype"} <= kwargs.keys():
         raise ValueError(
-            f"`{field}` holds 'dtype' {kwargs['dtype']!r} and 'torch_dtype' {kwargs['torch_dtype']!r}, which are two names of one "
-            "setting. Leave 'torch_dtype' out."
+            f"`{field}` holds 'dtype' {kwargs['dtype']!r} and 'torch_dtype' {kwargs['torch_dtype']!r}, which are two "
+            "names of one setting. Leave 'torch_dtype' out."
         )
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if name in kwargs:
-            raise ValueError(
-                f"`{field}` holds {name!r}, which transformers no longer takes there. Write "
-                f"`{field}={{'quantization_config': {{{name!r}: True}}}}`."
-            )
+    for name in kwargs.keys() & {"load_in_4bit", "load_in_8bit"}:
+        raise ValueError(
+            f"`{field}` holds {name!r}, which transformers no longer takes there. Write "
+            f"`{field}={{'quantization_config': {{{name!r}: True}}}}`."
+        )
     quantization = kwargs.get("quantization_config")
     if not isinstance(quantization, Mapping) or quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return
@@ -46,30 +43,20 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
     if unknown or not (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         problem = f"holds {unknown[0]!r}, which bitsandbytes does not know" if unknown else "quantizes nothing"
         raise ValueError(
-            f"`{field}['quantization_config']` {problem}. Set 'load_in_4bit' or 'load_in_8bit' to True, and besides them only arguments of "
-            "transformers' BitsAndBytesConfig."
+            f"`{field}['quantization_config']` {problem}. Set 'load_in_4bit' or 'load_in_8bit' to True, and besides "
+            "them only arguments of transformers' BitsAndBytesConfig."
         )
 
 
 def from_pretrained_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A user's arguments as `from_pretrained` takes them: `dtype` by this name, as a torch dtype or "auto".
-
-    Raises:
-        ValueError: as [`check_init_kwargs`].
-    """
+    """A user's arguments, checked, and with `torch_dtype` by its new name: TRL knows no other."""
     check_init_kwargs(field, init_kwargs)
     kwargs = dict(init_kwargs or {})
     if "torch_dtype" in kwargs:
         kwargs["dtype"] = kwargs.pop("torch_dtype")
-    if "dtype" in kwargs:
-        kwargs["dtype"] = _as_dtype(kwargs["dtype"])
     return kwargs
 
 
 def hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Those that say where files are."""
     return {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
-
-
-def _as_dtype(dtype: Any) -> Any:
-    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype

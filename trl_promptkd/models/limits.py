@@ -1,4 +1,4 @@
-"""What a model can take: tokens that it embeds, as tokenizers are extended and a model is forgotten, and positions."""
+"""What a model can take: tokens that it embeds, as people extend a tokenizer and forget a model, and positions."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,15 +18,12 @@ Embedded = Mapping[str, tuple[int, Sequence[str]]]
 def embedded_by(
     models: Mapping[str, tuple[PreTrainedModel, Sequence[str]]], processing_class: PreTrainedTokenizerBase
 ) -> Embedded:
-    """What each of some models embeds.
-
-    Args:
-        models: A role -> its model, and the columns of rows that it sees.
-
-    Raises:
-        ValueError: if a model has no embedding for what every batch is padded with, or for the end-of-text token.
-    """
-    embedded = {role: (_num_embeddings(model), columns) for role, (model, columns) in models.items()}
+    """What each model of a role embeds, at least the pad token and the end-of-text token."""
+    embedded = {}
+    for role, (model, columns) in models.items():
+        embeddings: Any = model.get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
+        embedded[role] = (size, columns)
     for kind in ("pad", "eos"):
         index = getattr(processing_class, f"{kind}_token_id")
         for role, (size, _) in embedded.items():
@@ -38,15 +35,12 @@ def embedded_by(
 
 
 def check_rows_embedded(dataset: Any, name: str, processing_class: PreTrainedTokenizerBase, embedded: Embedded) -> Any:
-    """Refuse tokenized rows with a token that a model has no embedding for; those of a stream as they come.
+    """Reject tokenized rows with a token that a model has no embedding for, naming both.
 
     The tokenizer may know more tokens than a model, such as those of images, as long as they do not occur.
 
     Returns:
-        The data set, or a stream that checks its rows.
-
-    Raises:
-        ValueError: naming the token, and the model.
+        The data set, or a stream that checks its rows as they come.
     """
     if isinstance(dataset, dict):
         return {
@@ -67,24 +61,19 @@ def check_rows_embedded(dataset: Any, name: str, processing_class: PreTrainedTok
 
 def _check_row(row: Mapping[str, Any], name: str, tokens: Mapping[int, str], embedded: Embedded) -> dict[str, Any]:
     for role, (size, columns) in embedded.items():
-        for column in columns:
-            index = max(row[column], default=0)
-            if index >= size:
-                raise ValueError(f"A row of `{name}` holds the token {tokens[index]!r}{_missing(index, role, size)}")
+        index = max(max(row[column], default=0) for column in columns)
+        if index >= size:
+            raise ValueError(f"A row of `{name}` holds the token {tokens[index]!r}{_missing(index, role, size)}")
     return {}
 
 
 def _missing(index: int, role: str, size: int) -> str:
     model = "model" if role == "student" else "teacher_model"
     return (
-        f" with id {index}, but the {role} has embeddings for the ids below {size} only. A token was added to the tokenizer, and the {role} "
-        f"was not resized: call `{model}.resize_token_embeddings(len(tokenizer))` on the loaded {role}, and on the other model too."
+        f" with id {index}, but the {role} has embeddings for the ids below {size} only. A token was added to the "
+        f"tokenizer, and the {role} was not resized: call `{model}.resize_token_embeddings(len(tokenizer))` on the "
+        f"loaded {role}, and on the other model too."
     )
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
-    return getattr(embeddings, "num_embeddings", model.config.get_text_config().vocab_size)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
@@ -95,16 +84,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
 
 
 def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
-    """Refuse rows that would run out of learned positions (GPT-2, OPT) in the middle of a run.
-
-    Args:
-        role: "student" or "teacher", for the message.
-        longest: Positions that the longest row needs.
-        remedy: What to do about it.
-
-    Raises:
-        ValueError: with the number of positions there are and that are needed.
-    """
+    """Reject rows, of which the longest needs `longest` positions, before they run out of learned ones in a run."""
     limit = position_limit(model)
     if limit is not None and longest > limit:
         raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

@@ -1,4 +1,4 @@
-"""What a pass over a model must leave as it was: random states, gradient flags, training modes."""
+"""What a pass over a model must leave unchanged: random states, gradient flags, training modes."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ __all__ = ["flags_restored", "nothing_changed", "random_state_restored"]
 def flags_restored(model: nn.Module) -> Iterator[None]:
     """Afterwards, every parameter has the `requires_grad` that it had before, and every module its training mode.
 
-    PEFT sets `requires_grad` of all adapter weights when an adapter is switched on again or loaded, also of those that the user froze.
+    When PEFT switches an adapter on again, it sets `requires_grad` of all its weights, also of those the user froze.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
@@ -33,10 +33,10 @@ def flags_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def nothing_changed(trainer: Any) -> Iterator[None]:
-    """Around an evaluation, after which training goes on as it would have without it.
+    """Around an evaluation, so that training continues as it would have without it.
 
-    Not only the model draws random numbers: a data loader takes a seed from torch's global state each time it starts. And an evaluation in
-    the middle of a step, from a callback, logs its metrics, after which transformers takes the step for logged.
+    A data loader, too, takes a seed from torch's global state each time it starts. And when a callback evaluates in
+    the middle of a step, the metrics are logged, after which transformers takes the step for logged.
     """
     should_log = trainer.control.should_log
     with random_state_restored(trainer.accelerator.device), flags_restored(trainer.model):
@@ -46,7 +46,7 @@ def nothing_changed(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
-    """Afterwards, the random states of torch (on the CPU and on `device`), numpy and Python are what they were before."""
+    """Afterwards, torch (on the CPU and on `device`), numpy and Python have the random states they had before."""
     states = random.getstate(), np.random.get_state()
     forked = device.type in ("cuda", "xpu")
     try:

@@ -1,14 +1,12 @@
-"""The soft prompt: its configuration, its parameters on PEFT's encoders, and its file format.
+"""The soft prompt: its configuration, its parameters in one of PEFT's encoders, and its files.
 
-The encoder is one of PEFT's, but the teacher is not wrapped: it may be quantized, already a PEFT model, or the student
-itself with its adapter switched off. What is saved is a standard PEFT adapter all the same, which
-`PeftModel.from_pretrained(teacher, ...)` loads.
+The teacher is not wrapped: it may be quantized, already a PEFT model, or the student itself with its adapter switched
+off. What is saved is a standard PEFT adapter all the same, which `PeftModel.from_pretrained(teacher, ...)` loads.
 """
 
 import copy
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import SchedulerType
 
-from .._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder, fill_prompt_learning_config
-from ..field_checks import check_at_least_zero, check_kinds
+from .._trl import PromptEmbedding, PromptTuningInit, PTuningEncoder
+from ..field_checks import check_at_least_zero, check_choice, check_kinds
 from ..files import read_safetensors, whole_file
 from .forward import input_embeddings
 
@@ -47,15 +45,15 @@ class PromptEncoderConfig:
         prompt_init (`str`, *optional*, defaults to `"text"`):
             What they start from: `"text"`, the embeddings of `prompt_init_text`, repeated or cut to
             `num_virtual_tokens`; `"vocab"`, those of randomly drawn tokens; `"random"`, normal noise with the standard
-            deviation of what the teacher's embedding module puts out.
+            deviation of the teacher's embeddings.
         prompt_init_text (`str`, *optional*, defaults to `"Suppose you are a student."`):
             Text for `prompt_init="text"`.
         encoder (`str`, *optional*, defaults to `"embedding"`):
-            `"embedding"` trains the embeddings themselves (PEFT prompt tuning); `"mlp"` and `"lstm"` train a small network
-            that produces them (PEFT P-tuning) and starts at the same embeddings.
+            `"embedding"` trains the embeddings themselves (PEFT prompt tuning). `"mlp"` and `"lstm"` train a small
+            network that produces them (PEFT P-tuning) and starts at the same embeddings.
         prompt_learning_rate (`float`, *optional*):
-            Learning rate of the prompt. `None` takes the student's, as the paper does. A prompt that learns much faster
-            than its student follows it instead of leading it.
+            Learning rate of the prompt. `None` takes the student's, as the paper does. A prompt that learns much
+            faster than its student follows it instead of leading it.
         prompt_weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of the prompt's AdamW.
         prompt_lr_scheduler_type (`str`, *optional*):
@@ -70,8 +68,7 @@ class PromptEncoderConfig:
         default=7, metadata={"help": "Number of trainable embeddings before the teacher's input."}
     )
     prompt_init: str = field(
-        default="text",
-        metadata={"help": "What the soft prompt starts from.", "choices": list(_INITS)},
+        default="text", metadata={"help": "What the soft prompt starts from.", "choices": list(_INITS)}
     )
     prompt_init_text: str = field(
         default="Suppose you are a student.", metadata={"help": "Text for `prompt_init='text'`."}
@@ -98,11 +95,11 @@ class PromptEncoderConfig:
         check_kinds(self, PromptEncoderConfig)
         if self.num_virtual_tokens < 1:
             raise ValueError(
-                f"`num_virtual_tokens` is {self.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper uses "
-                "7). For distillation without a soft prompt use TRL's `GKDTrainer` or `DistillationTrainer`."
+                f"`num_virtual_tokens` is {self.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper "
+                "uses 7). For distillation without a soft prompt use TRL's `GKDTrainer` or `DistillationTrainer`."
             )
-        _check_choice("prompt_init", self.prompt_init, list(_INITS))
-        _check_choice("encoder", self.encoder, _ENCODERS)
+        check_choice(self, "prompt_init", list(_INITS))
+        check_choice(self, "encoder", _ENCODERS)
         if self.prompt_init == "text" and not self.prompt_init_text.strip():
             raise ValueError(
                 f"`prompt_init_text` is {self.prompt_init_text!r}, which holds no text. Give a text, or set "
@@ -112,22 +109,17 @@ class PromptEncoderConfig:
             self, "prompt_learning_rate", "prompt_weight_decay", "prompt_warmup_steps", "prompt_max_grad_norm"
         )
         if self.prompt_lr_scheduler_type is not None:
-            _check_choice("prompt_lr_scheduler_type", self.prompt_lr_scheduler_type, _SCHEDULES)
+            check_choice(self, "prompt_lr_scheduler_type", _SCHEDULES)
 
     def to_peft(
-        self,
-        teacher: PreTrainedModel | None = None,
-        processing_class: PreTrainedTokenizerBase | str | None = None,
+        self, teacher: PreTrainedModel | None = None, processing_class: PreTrainedTokenizerBase | str | None = None
     ) -> PromptTuningConfig | peft.PromptEncoderConfig:
-        """PEFT's configuration of the same prompt.
+        """PEFT's configuration of the same prompt: `PromptTuningConfig` for `encoder="embedding"`, else
+        `peft.PromptEncoderConfig`.
 
         Args:
-            teacher: Fills in hidden size, heads and layers. Without it they stay `None`, as in a PEFT configuration that
-                has not met its model yet.
+            teacher: Fills in hidden size, heads and layers; without it they stay `None`.
             processing_class: The teacher's tokenizer or its name, which PEFT records for `prompt_init="text"`.
-
-        Returns:
-            `peft.PromptTuningConfig` for `encoder="embedding"`, else `peft.PromptEncoderConfig`.
         """
         name = None if teacher is None else teacher.config._name_or_path
         common: dict[str, Any] = {
@@ -137,44 +129,43 @@ class PromptEncoderConfig:
             "base_model_name_or_path": name,
         }
         config: PromptTuningConfig | peft.PromptEncoderConfig
-        if self.encoder == "embedding":
+        if self.encoder != "embedding":
+            config = peft.PromptEncoderConfig(encoder_reparameterization_type=self.encoder.upper(), **common)
+        else:
             if self.prompt_init == "text":
                 tokenizer_name = getattr(processing_class, "name_or_path", processing_class)
                 common["prompt_tuning_init_text"] = self.prompt_init_text
                 common["tokenizer_name_or_path"] = tokenizer_name or name or "the teacher's tokenizer"
             config = PromptTuningConfig(prompt_tuning_init=_INITS[self.prompt_init], **common)
-        else:
-            config = peft.PromptEncoderConfig(encoder_reparameterization_type=self.encoder.upper(), **common)
         return config if teacher is None else _filled(config, teacher)
 
 
 def _filled(config: Any, teacher: PreTrainedModel) -> Any:
-    """A PEFT configuration with what PEFT takes from a model: the width of its embeddings, its layers and its heads.
+    """A PEFT configuration with the width of a model's embeddings, its layers and its heads.
 
-    A soft prompt before the input has a width alone. PEFT asks for the others when the adapter is loaded, too, but reads neither: in their
-    place stands 1 if the model has none (Mamba, RWKV).
+    PEFT wants those two when it loads the adapter, but uses neither: 1 stands for what a model lacks (Mamba, RWKV).
     """
     about = teacher.config.get_text_config()
-    config.token_dim = config.token_dim or embedding_width(input_embeddings(teacher))
-    for wanted, name in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
-        number = getattr(about, name, None)
-        if getattr(config, wanted) is None:
-            setattr(config, wanted, number if isinstance(number, int) else 1)
-    return fill_prompt_learning_config(config, teacher.config)
-
-
-def _check_choice(name: str, value: str, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(repr(choice) for choice in allowed)}.")
+    width = embedding_width(input_embeddings(teacher))
+    if config.token_dim not in (None, width):
+        raise ValueError(
+            f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have {width} "
+            "numbers a token. Leave it at None, which takes the teacher's."
+        )
+    config.num_transformer_submodules = 1
+    for name, value in (
+        ("token_dim", width),
+        ("encoder_hidden_size", width),
+        ("num_layers", getattr(about, "num_hidden_layers", 1)),
+        ("num_attention_heads", getattr(about, "num_attention_heads", 1)),
+    ):
+        if getattr(config, name, value) is None:
+            setattr(config, name, value if isinstance(value, int) else 1)
+    return config
 
 
 def check_peft_config(config: Any) -> None:
-    """Refuse a PEFT configuration that is not a prompt before the input.
-
-    Raises:
-        TypeError: for anything but PEFT's `PromptTuningConfig` and `PromptEncoderConfig` (LoRA, prefix tuning, ...).
-        ValueError: for no virtual tokens.
-    """
+    """Reject a PEFT configuration that is not a prompt before the input (LoRA, prefix tuning, ...)."""
     if type(config) not in (PromptTuningConfig, peft.PromptEncoderConfig):
         raise TypeError(
             f"`prompt_encoder_config` is a {type(config).__name__}, which does not describe a soft prompt before the "
@@ -183,7 +174,8 @@ def check_peft_config(config: Any) -> None:
         )
     if not config.num_virtual_tokens or config.num_virtual_tokens < 1:
         raise ValueError(
-            f"`num_virtual_tokens` is {config.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper uses 7)."
+            f"`num_virtual_tokens` is {config.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper uses "
+            "7)."
         )
 
 
@@ -205,27 +197,18 @@ class SoftPrompt(nn.Module):
     def __init__(self, config, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase):
         super().__init__()
         embeddings: Any = input_embeddings(teacher)
-        init: str
-        init_text: str | None
-        if isinstance(config, PromptEncoderConfig):
+        is_ours = isinstance(config, PromptEncoderConfig)
+        if is_ours:
             self.peft_config = config.to_peft(teacher, processing_class)
             init, init_text = _INITS[config.prompt_init], config.prompt_init_text
         else:
             check_peft_config(config)
-            width = embedding_width(embeddings)
-            if config.token_dim not in (None, width):
-                raise ValueError(
-                    f"`token_dim` of `prompt_encoder_config` is {config.token_dim}, but the teacher's embeddings have {width} numbers a token. "
-                    "Leave it at None, which takes the teacher's."
-                )
             self.peft_config = _filled(copy.deepcopy(config), teacher)
-            self.peft_config.num_transformer_submodules = 1
             init = getattr(config, "prompt_tuning_init", PromptTuningInit.RANDOM)
             init_text = getattr(config, "prompt_tuning_init_text", None)
 
-        start = initial_embeddings(
-            PromptTuningInit(init), init_text, self.peft_config.num_virtual_tokens, embeddings, processing_class
-        )
+        number = self.peft_config.num_virtual_tokens
+        start = _initial_embeddings(PromptTuningInit(init), init_text, number, embeddings, processing_class)
         if isinstance(self.peft_config, PromptTuningConfig):
             # Without PEFT's own initialization, which would fetch a tokenizer by name
             blank = copy.copy(self.peft_config)
@@ -235,7 +218,7 @@ class SoftPrompt(nn.Module):
         else:
             self.peft_config.encoder_dropout = 0.0  # the prompt must be the same in every pass
             self.encoder = PTuningEncoder(self.peft_config).float()
-            if isinstance(config, PromptEncoderConfig):  # PEFT's own configuration says nothing of where to start
+            if is_ours:  # PEFT's own configuration says nothing of where to start
                 self._start_encoder_at(start)
         self.to(start.device)
         self.initial: Tensor
@@ -255,7 +238,7 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def _start_encoder_at(self, target: Tensor) -> None:
-        """Make the network's output equal `target` `(num_virtual_tokens, hidden)` by the smallest change of its last layer."""
+        """Make the network's output equal `target` by the smallest change of its last layer."""
         last: Any = self.encoder.mlp_head[-1]
         features: list[Tensor] = []
         hook = last.register_forward_hook(lambda module, args, output: features.append(args[0].double()))
@@ -265,8 +248,8 @@ class SoftPrompt(nn.Module):
         last.weight += change.solution.T.to(last.weight.dtype)
 
     def save_adapter(self, folder: str) -> None:
-        """Write a standard PEFT adapter, `adapter_config.json` and `adapter_model.safetensors`, and `prompt_encoder.safetensors`:
-        the parameters that training goes on from, of which the adapter holds the outcome."""
+        """Write a standard PEFT adapter, `adapter_config.json` and `adapter_model.safetensors`, and
+        `prompt_encoder.safetensors`, the parameters from which training resumes."""
         os.makedirs(folder, exist_ok=True)
         config = copy.copy(self.peft_config)
         config.inference_mode = True
@@ -279,31 +262,27 @@ class SoftPrompt(nn.Module):
         """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`.
 
         Raises:
-            FileNotFoundError: where there is nothing.
-            ValueError: where there is a prompt of another shape or type, one that is not finite, or no prompt at all.
+            FileNotFoundError: if there is nothing.
+            ValueError: if it is not a finite prompt of this shape and type.
         """
         path = os.path.join(folder, PARAMETERS_FILE)
+        advice = "Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely. Resume from another "
-                "checkpoint, or start afresh without `resume_from_checkpoint`."
+                f"{path} is missing: this checkpoint was not written by PromptKDTrainer, or not completely. {advice}"
             )
-        state, _ = read_safetensors(
-            path, "Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
+        state, _ = read_safetensors(path, advice)
+        expected, found = (
+            {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(tensors.items())}
+            for tensors in (self.state_dict(), state)
         )
-        have = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if have != found:
+        if found != expected:
             raise ValueError(
-                f"{path} holds another soft prompt than this run's: found {found}, expected {have}. Resume with the "
-                "`PromptEncoderConfig` the run was started with."
+                f"{path} holds another soft prompt than this run's: found {found}, expected {expected}. Resume with "
+                "the `PromptEncoderConfig` the run was started with."
             )
-        for name, tensor in state.items():
-            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
-                raise ValueError(
-                    f"{path} holds a soft prompt whose {name!r} is {tensor.dtype} or not finite; it must be finite and torch.float32. Resume from "
-                    "another checkpoint."
-                )
+        if not all(tensor.isfinite().all() for tensor in state.values()):
+            raise ValueError(f"{path} holds a soft prompt that is not finite. {advice}")
         self.load_state_dict(state)
 
 
@@ -314,62 +293,41 @@ def write_safetensors(tensors: dict[str, Tensor], path: str, metadata: dict[str,
 
 
 @torch.no_grad()
-def initial_embeddings(
+def _initial_embeddings(
     init: PromptTuningInit,
     init_text: str | None,
     num_virtual_tokens: int,
     embeddings: Any,
     processing_class: PreTrainedTokenizerBase,
 ) -> Tensor:
-    """The embeddings a soft prompt starts from, `(num_virtual_tokens, hidden)` in float32.
-
-    Raises:
-        ValueError: where the initial text has no tokens.
-    """
+    """The embeddings a soft prompt starts from, `(num_virtual_tokens, hidden)` in float32."""
     device = next(embeddings.parameters()).device
     num_embeddings = getattr(embeddings, "num_embeddings", math.inf)
     # The rows beyond the tokenizer's ids are padding, and mean nothing
-    real = sorted(index for index in processing_class.get_vocab().values() if index < num_embeddings)
-    if init == PromptTuningInit.RANDOM:
-        noise = torch.randn(num_virtual_tokens, embedding_width(embeddings), device=device)
-        return noise * embedding_std(embeddings, real)
-    if init == PromptTuningInit.SAMPLE_VOCAB:
-        ids = torch.tensor(real, device=device)[torch.randint(0, len(real), (num_virtual_tokens,), device=device)]
-    else:
+    real = torch.tensor([i for i in processing_class.get_vocab().values() if i < num_embeddings], device=device)
+    if init == PromptTuningInit.TEXT:
         text_ids = text_token_ids(init_text, processing_class)
         repeats = -(-num_virtual_tokens // len(text_ids))
-        ids = torch.tensor((text_ids * repeats)[:num_virtual_tokens], device=device)
-    return embeddings(ids).float()
+        return embeddings(torch.tensor((text_ids * repeats)[:num_virtual_tokens], device=device)).float()
+    if init == PromptTuningInit.SAMPLE_VOCAB:
+        return embeddings(real[torch.randint(len(real), (num_virtual_tokens,), device=device)]).float()
+    # Of what the module puts out, which is not its weight in models that scale it (Gemma)
+    scale = embeddings(real[:: max(len(real) // 4096, 1)]).float().std()
+    return scale * torch.randn(num_virtual_tokens, embedding_width(embeddings), device=device)
 
 
 def embedding_width(embeddings: Any) -> int:
-    """Numbers a token has after the embedding module. Its weight may have another shape, where it is quantized."""
+    """Numbers a token has after the embedding module. Its weight has another shape if it is quantized."""
     device = next(embeddings.parameters()).device
     return embeddings(torch.zeros(1, dtype=torch.long, device=device)).size(-1)
 
 
-def embedding_std(embeddings: Any, ids: Sequence[int], num_at_once: int = 1024) -> float:
-    """The standard deviation of what the module puts out for `ids`, which is not its weight's in models that scale it (Gemma)."""
-    device = next(embeddings.parameters()).device
-    count, total, squares = 0, 0.0, 0.0
-    for part in torch.tensor(ids, device=device).split(num_at_once):
-        values = embeddings(part).double()
-        count += values.numel()
-        total += values.sum().item()
-        squares += values.square().sum().item()
-    return math.sqrt((squares - total**2 / count) / (count - 1))
-
-
 def text_token_ids(init_text: str | None, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of the initial text, without special tokens.
-
-    Raises:
-        ValueError: where there are none.
-    """
+    """The token ids of the initial text, without special tokens."""
     ids = processing_class(init_text or "", add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(
-            f"`prompt_init_text` is {init_text!r}, which the tokenizer turns into no tokens at all. Give another text, or set "
-            "`prompt_init` to 'vocab' or 'random'."
+            f"`prompt_init_text` is {init_text!r}, which the tokenizer turns into no tokens at all. Give another "
+            "text, or set `prompt_init` to 'vocab' or 'random'."
         )
     return ids

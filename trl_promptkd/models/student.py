@@ -1,4 +1,4 @@
-"""The student: an adapter's folder as its name, and the proof that there is something to train."""
+"""The student: loading an adapter by name, and the proof that there is something to train."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +30,10 @@ def adapter_config(name: Any, init_kwargs: Mapping[str, Any] | None = None) -> P
 
 @contextmanager
 def student_by_name(model: Any, args: Any, quantization_config: Any = None) -> Iterator[tuple[Any, Any]]:
-    """What TRL's `__init__` gets as `model` and `quantization_config`; meanwhile, `args.model_init_kwargs` are as it understands them.
+    """What TRL's `__init__` gets as `model` and `quantization_config`; inside, `args` hold what TRL understands.
 
-    TRL loads a model by its name, but no adapter, and knows `dtype` alone. An adapter is loaded here, trainable, with the model below it,
-    for which `model_init_kwargs` are then meant.
+    TRL loads a model by its name, but not an adapter, and knows `dtype` only. An adapter is loaded here, trainable,
+    with its base model, for which `model_init_kwargs` are then meant.
     """
     given = args.model_init_kwargs
     config = adapter_config(model, given)
@@ -65,30 +65,26 @@ def _load_adapter(name: str, config: PeftConfig, args: Any, quantization_config:
 
 
 def check_trains(model: nn.Module) -> None:
-    """Refuse a student that would stay as it is: a run without trainable weights ends, and its losses are logged.
-
-    Raises:
-        ValueError: if no parameter that takes part in the forward pass is trainable.
-    """
+    """Reject a student that no training would change: such a run ends, and its losses are logged all the same."""
     idle = _idle_parameters(model)
     if any(parameter.requires_grad and id(parameter) not in idle for parameter in model.parameters()):
         return
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"`model`, the student, is a {type(model).__name__} without trainable weights: all of them have `requires_grad=False`. Call "
-            "`model.requires_grad_(True)`, or pass a `peft_config` to train an adapter."
+            f"`model`, the student, is a {type(model).__name__} without trainable weights: all of them have "
+            "`requires_grad=False`. Call `model.requires_grad_(True)`, or pass a `peft_config` to train an adapter."
         )
     config = model.active_peft_config
     raise ValueError(
-        f"`model`, the student, has no trainable weights: its active adapter {model.active_adapter!r} is frozen (`PeftModel.from_pretrained` "
-        f"does so; `inference_mode={config.inference_mode}`), merged, switched off, or reaches no layer. Load it with "
-        "`PeftModel.from_pretrained(model, folder, is_trainable=True)`, set `inference_mode=False` in a new one, or choose the adapter to "
-        "train by `model.set_adapter(name)`."
+        f"`model`, the student, has no trainable weights: its active adapter {model.active_adapter!r} is frozen "
+        f"(`PeftModel.from_pretrained` does so; `inference_mode={config.inference_mode}`), merged, switched off, or "
+        "reaches no layer. Load it with `PeftModel.from_pretrained(model, folder, is_trainable=True)`, set "
+        "`inference_mode=False` in a new one, or choose the adapter to train by `model.set_adapter(name)`."
     )
 
 
 def _idle_parameters(model: nn.Module) -> set[int]:
-    """The `id`s of adapter weights that a forward pass does not use: of adapters that are inactive, merged or switched off."""
+    """The `id`s of adapter weights that a forward pass does not use: those inactive, merged or switched off."""
     idle: set[int] = set()
     for module in model.modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):

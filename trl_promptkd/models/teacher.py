@@ -1,4 +1,4 @@
-"""The frozen teacher: loading, the proof that both vocabularies are one, and its place beside the student."""
+"""The frozen teacher: how it is loaded, where it comes from without a name, and its place beside the student."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,14 +14,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
-from .._trl import BaseTunerLayer, fsdp2_prepare_model, keep_four_bit_weights_differentiable, prepare_deepspeed
+from .._trl import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    fsdp2_prepare_model,
+    keep_four_bit_weights_differentiable,
+    prepare_deepspeed,
+)
 from .init_kwargs import from_pretrained_kwargs
 from .side_effects import flags_restored
 
@@ -36,48 +40,35 @@ __all__ = [
     "run_teacher",
 ]
 
-logger = logging.get_logger(__name__)
-
 
 def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False):
     """Load a causal language model to be the teacher.
 
     Args:
         name_or_path (`str`): Hub id or folder.
-        init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such as
-            `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
+        init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such
+            as `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
         trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
-
-    Raises:
-        OSError: where it cannot be loaded, naming it.
-        ValueError: for `init_kwargs` that would be taken wrongly, or ignored.
     """
     kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
-    quantization = kwargs.get("quantization_config")
-    if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
-        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)
     try:
-        return _from_pretrained(name_or_path, kwargs)
+        try:
+            return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            # A model of images and texts, used for texts only (Mistral 3, Llava)
+            return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have access to it, and that "
-            f"its files are whole. ({str(error).splitlines()[0]})"
+            f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have "
+            f"access to it, and that its files are whole. ({str(error).splitlines()[0]})"
         ) from error
 
 
-def _from_pretrained(name_or_path: str, kwargs: dict[str, Any]):
-    try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-    # Models of images and texts, of which only text is asked (Mistral 3, Llava)
-    return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
-
-
 def freeze(model: nn.Module) -> nn.Module:
-    """Make `model` a teacher: evaluation mode, no gradient for any weight, gradients through 4-bit weights kept right."""
+    """Make `model` a teacher: evaluation mode, no gradient for any weight, right gradients through 4-bit weights."""
     keep_four_bit_weights_differentiable(model)
     model.requires_grad_(False)
     return model.eval()
@@ -92,15 +83,11 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
         args: Has `teacher_model_init_kwargs` and `trust_remote_code`.
 
     Returns:
-        The teacher. For `None`, a PEFT student itself (its teacher is what is below the adapter, see [`run_teacher`], and no
-        second copy is held), else a frozen copy of the student.
-
-    Raises:
-        ValueError: for an adapter that changes what is below it, so that switching it off does not bring the start back.
+        The teacher. For `None`, a frozen copy of the student, or a PEFT student itself: with its adapter switched off
+        it is its own teacher (see [`run_teacher`]).
     """
     if teacher_model is None and isinstance(student, PeftModel):
-        _check_base_stays(student.active_peft_config)
-        _check_head_stays(student)
+        _check_comes_back(student)
         return student  # frozen by PEFT below its adapter; must not be frozen as a whole
     if teacher_model is None:
         teacher_model = copy.deepcopy(student)
@@ -112,37 +99,35 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
     return freeze(teacher_model)
 
 
-def _check_base_stays(config: Any) -> None:
+def _check_comes_back(student: PeftModel) -> None:
+    """Reject an adapter that switching it off does not undo."""
+    config: Any = student.active_peft_config
     bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
     remedy = "Pass `teacher_model`, for example the student's name, so that the teacher has weights of its own."
     if bias != "none":
         raise ValueError(
-            f"The student's adapter has `bias={bias!r}` and so trains weights of the model below it, which is to be the teacher and "
-            f"must not change. Set `bias='none'`. Or: {remedy}"
+            f"The student's adapter has `bias={bias!r}` and so trains weights of the model below it, which is to be "
+            f"the teacher and must not change. Set `bias='none'`. Or: {remedy}"
         )
     if not isinstance(init, bool) and init not in ("gaussian", "eva", "orthogonal"):
         raise ValueError(
-            f"The student's adapter has `init_lora_weights={init!r}`, which rewrites the model below it, so that switching the "
-            f"adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: {remedy}"
+            f"The student's adapter has `init_lora_weights={init!r}`, which rewrites the model below it, so that "
+            "switching the adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: "
+            f"{remedy}"
         )
-
-
-def _check_head_stays(student: PeftModel) -> None:
-    """The head is asked apart from the decoder, when it no longer shows whose states it gets."""
+    # The head runs apart from the decoder, when the adapter is on again
     base = student.get_base_model()
-    names = {type(module).__name__ for module in (base.get_output_embeddings(), base.get_input_embeddings())}
-    if names & {"ModulesToSaveWrapper", "TrainableTokensWrapper"} or isinstance(
-        base.get_output_embeddings(), BaseTunerLayer
-    ):
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) or isinstance(embeddings, AuxiliaryTrainingWrapper):
         raise ValueError(
-            "The student's adapter trains its embeddings or its output head (`modules_to_save`, `trainable_token_indices` or a LoRA layer "
-            "there), so that it cannot be its own teacher with the adapter switched off. Leave them out of the adapter, or pass "
-            "`teacher_model`, for example the student's name, so that the teacher has weights of its own."
+            "The student's adapter trains its embeddings or its output head (`modules_to_save`, "
+            "`trainable_token_indices` or a LoRA layer there), so that it cannot be its own teacher with the adapter "
+            f"switched off. Leave them out of the adapter. Or: {remedy}"
         )
 
 
 def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
-    """The teacher on its device, sharded as the student is (FSDP2, ZeRO-3); `None` where it is the student below its adapter.
+    """The teacher on its device, sharded as the student is (FSDP2, ZeRO-3); `None` if it is the student's base model.
 
     A quantized teacher is whole on every rank under FSDP2, which cannot shard integers.
     """
@@ -178,13 +163,10 @@ def run_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
 
 @contextmanager
 def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
-    """Inside, the teacher keeps only the inputs of its layers for a backward pass, which computes the rest anew.
+    """Inside, the teacher keeps only the inputs of its layers for a backward pass, which must be inside, too.
 
-    transformers checkpoints the layers of a model in training mode alone; here only the layers themselves are in it, so that
-    what is inside them goes on as in evaluation. The backward pass must be inside, too.
-
-    Raises:
-        ValueError: where the model has no layers that can be checkpointed.
+    transformers checkpoints layers in training mode only. Here the layers themselves are in it, but not what is inside
+    them, so that they compute as in evaluation.
     """
     if not enabled:
         yield
@@ -192,8 +174,8 @@ def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
     layers = [module for module in teacher.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
-            f"`teacher_gradient_checkpointing` is True, but {type(teacher).__name__} has no layers that transformers can checkpoint. "
-            "Set it to False."
+            f"`teacher_gradient_checkpointing` is True, but {type(teacher).__name__} has no layers that transformers "
+            "can checkpoint. Set it to False."
         )
     names = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
     before = [{name: layer.__dict__[name] for name in names if name in layer.__dict__} for layer in layers]
@@ -210,10 +192,8 @@ def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
-    """Set every dropout probability to 0, wherever the model keeps it.
-
-    That is in modules, in numbers for functional calls (OPT), and in the configuration that layers read at each call (Falcon). Layers
-    then get a copy of it. The model's own configuration, which is saved with it, stays as it is.
+    """Set every dropout probability to 0: in modules, in numbers for functional calls (OPT), and in the configuration
+    that layers read at each call (Falcon). Layers get a copy of that: the model's own is saved with it.
 
     Args:
         adapters (`bool`): Whether a PEFT adapter's own dropout (`lora_dropout`) is switched off too.

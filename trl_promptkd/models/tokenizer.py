@@ -26,11 +26,7 @@ _FILES = ("revision", "subfolder")
 def load_tokenizer(
     name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. If an adapter has none, that of the model below it.
-
-    Raises:
-        OSError, ValueError: as transformers, if there is none.
-    """
+    """The tokenizer beside a model. If an adapter has none, that of its base model."""
     known = (*_FILES, "gguf_file", "trust_remote_code")
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known and value is not None}
@@ -41,9 +37,8 @@ def load_tokenizer(
         if adapter is None or not adapter.base_model_name_or_path:
             raise
     kwargs = {key: value for key, value in kwargs.items() if key not in _FILES}  # are the adapter's
-    return AutoTokenizer.from_pretrained(
-        adapter.base_model_name_or_path, revision=adapter.revision or "main", **kwargs
-    )
+    name_or_path, revision = adapter.base_model_name_or_path, adapter.revision or "main"
+    return AutoTokenizer.from_pretrained(name_or_path, revision=revision, **kwargs)
 
 
 def load_teacher_tokenizer(
@@ -59,11 +54,7 @@ def load_teacher_tokenizer(
 def check_same_tokenizer(
     student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse a teacher whose token ids mean something else.
-
-    Raises:
-        ValueError: naming the first id at which the vocabularies differ.
-    """
+    """Reject a teacher whose token ids mean something else, naming the first that does."""
     student_tokens = {index: token for token, index in student_tokenizer.get_vocab().items()}
     teacher_tokens = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
     for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
@@ -80,17 +71,13 @@ def check_same_tokenizer(
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """How many token ids both models are compared on, and sample from.
+    """The number of real ids: both models are compared on them, and sample from them.
 
-    Models pad their vocabularies, those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The padding stands for no
-    token, so both models are compared, and normalised, on the tokenizer's real ids only. If the teacher itself is not at hand, the size
-    of its vocabulary is enough.
+    Models pad their vocabularies, even those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The
+    padding stands for no token, so both are compared, and normalised, on the tokenizer's ids only.
 
-    Returns:
-        `int`: the number of real ids.
-
-    Raises:
-        ValueError: if a model has fewer entries than the tokenizer has tokens.
+    Args:
+        teacher: The model, or the size of its vocabulary.
     """
     student_size = student.config.get_text_config().vocab_size
     teacher_size = teacher if isinstance(teacher, int) else teacher.config.get_text_config().vocab_size
@@ -102,7 +89,8 @@ def shared_vocab_size(
         if missing:
             raise ValueError(
                 f"The {role}'s vocabulary has {size} entries, but the tokenizer has {real_size} tokens, such as "
-                f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share one tokenizer."
+                f"{tokens[min(missing)]!r} with id {min(missing)}. Student, teacher and `processing_class` must share "
+                "one tokenizer."
             )
     # Special tokens beyond both vocabularies (images in Gemma 3's text models) cannot occur in text
     return min(real_size, student_size, teacher_size)
@@ -117,10 +105,9 @@ def prepare_tokenizer(
     """The tokenizer of both models, with a pad token and what `args` say about it.
 
     Raises:
-        TypeError: for a processor of images or sound.
-        OSError: where the student's cannot be loaded.
-        ValueError: where there is none, it has nothing to pad with, or the teacher's tokenizer is another one; for special tokens
-            that it does not have.
+        TypeError: if it is a processor of images or sound.
+        OSError: if it cannot be loaded.
+        ValueError: if it has nothing to pad with, or lacks a special token of `args`, and if the teacher's is another.
     """
     if processing_class is None:
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -130,8 +117,8 @@ def prepare_tokenizer(
             processing_class = load_tokenizer(name, args.model_init_kwargs, args.trust_remote_code)
         except (OSError, ValueError) as error:
             raise OSError(
-                f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as `processing_class`. "
-                f"({str(error).splitlines()[0]})"
+                f"No tokenizer could be loaded for the student {name!r}. Check the name, or pass the tokenizer as "
+                f"`processing_class`. ({str(error).splitlines()[0]})"
             ) from error
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
@@ -162,7 +149,7 @@ def prepare_tokenizer(
             check_same_tokenizer(processing_class, teacher_tokenizer)
         elif isinstance(teacher_model, str):
             logger.warning(
-                f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both models "
-                "share one. If they do not, training compares unrelated tokens."
+                f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both "
+                "models share one. If they do not, training compares unrelated tokens."
             )
     return processing_class

@@ -84,6 +84,10 @@ class TestRecipes:
         launcher = re.search(r"--config_file (\S+)", command)
         assert launcher is None or (ROOT / launcher[1]).is_file()
 
+    def test_each_is_in_the_docs(self):
+        page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+        assert sorted(set(re.findall(r"--config examples/configs/([\w.]+)\.yaml", page))) == RECIPES
+
     def test_the_teacher_cache_is_built_for_what_is_trained(self):
         script, args, _ = parse("primed_teacher_cache")
         (command,) = re.findall(r"^#   trl-promptkd (.*)$", (CONFIGS / "primed_teacher_cache.yaml").read_text(), re.M)

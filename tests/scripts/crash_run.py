@@ -1,6 +1,6 @@
 """Run by test_crashes.py: a training that is killed at random moments and resumes, again and again.
 
-The only argument is JSON: `folder`, `method` (promptkd, primed), `kills`, `signal` (9, 15), `seed`. Prints what happened as
+The only argument is JSON: `folder`, `method` (promptkd, primed), `kills`, `signal` (9, 15), `seed`. Prints a report as
 JSON. Everything is imported once; the trainings are forks of this process.
 """
 

@@ -1,4 +1,4 @@
-"""Run by test_distributed.py, alone and under torchrun for each way of sharding: short trainings, a result folder each.
+"""Run by test_distributed.py, alone and under torchrun for each way of sharding: short trainings, a folder each.
 
 The only argument is JSON: `sharding` and `runs`, a list of settings (see `SETTINGS`).
 """

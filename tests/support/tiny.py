@@ -125,8 +125,8 @@ HEADS = {
     "capped (Gemma 2)": (Gemma2Config, {**_GLU, "final_logit_softcapping": 0.5, "head_dim": 8}),
 }
 # Of other kinds: a state instead of attention (RWKV's ignores the attention mask), dropout that is read from the
-# configuration (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its head
-# as its decoder (ModernBERT)
+# configuration (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its
+# head as its decoder (ModernBERT)
 OTHERS = {
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "rwkv": (RwkvConfig, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),

@@ -17,11 +17,11 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from paths import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
-from runs import short_run
+from runs import short_trainer
 from tiny import WORDS, answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
+from trl_promptkd import PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.cli import make_parser
 
 
@@ -340,16 +340,10 @@ class TestSearch:
 
         def make_trainer(settings, number):
             made.append(settings)
-            args = short_run(PromptKDConfig, folder / str(number), {name: float(v) for name, v in settings.items()})
-            return PromptKDTrainer(
-                tiny_model(seed=1),
-                tiny_model(seed=2),
-                args,
-                train_dataset=prompt_dataset(2),
-                eval_dataset=answered_dataset(2),
-                processing_class=tiny_tokenizer(),
-                prompt_encoder_config=PromptEncoderConfig(prompt_init_text="suppose you"),
-            )
+            args = {name: float(value) for name, value in settings.items()}
+            prompt = PromptEncoderConfig(prompt_init_text="suppose you")
+            data = {"train_dataset": prompt_dataset(2), "eval_dataset": answered_dataset(2)}
+            return short_trainer(PromptKDTrainer, folder / str(number), args, prompt_encoder_config=prompt, **data)
 
         return load_script("search").search(make_trainer, self.SPACE, "eval_forward_kl", trials, storage), made
 

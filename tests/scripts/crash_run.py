@@ -18,17 +18,15 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "sup
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from runs import short_run
+from runs import short_trainer
 from safetensors.torch import load_file, save_file
-from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import answered_dataset, prompt_dataset
 from transformers.utils import logging
 
 from trl_promptkd import (
-    PrimedDistillConfig,
     PrimedDistillTrainer,
     PrimingTemplate,
     PromptEncoderConfig,
-    PromptKDConfig,
     PromptKDTrainer,
 )
 from trl_promptkd.trainer.checkpoints import checkpoint_to_resume
@@ -55,21 +53,13 @@ def train() -> None:
         "save_total_limit": 2,
         "save_on_interrupt": settings["signal"] == 15,
     }
-    models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": tiny_tokenizer()}
     if method == "promptkd":
-        trainer = PromptKDTrainer(
-            **models,
-            args=short_run(PromptKDConfig, Path(folder), common),
-            train_dataset=prompt_dataset(16),
-            prompt_encoder_config=PromptEncoderConfig(prompt_init_text="suppose you are a student ."),
-        )
+        prompt = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
+        more = {"train_dataset": prompt_dataset(16), "prompt_encoder_config": prompt}
+        trainer = short_trainer(PromptKDTrainer, folder, common, **more)
     else:
-        trainer = PrimedDistillTrainer(
-            **models,
-            args=short_run(PrimedDistillConfig, Path(folder), {**common, "response_source": "student"}),
-            train_dataset=answered_dataset(16),
-            priming=PrimingTemplate("red blue "),
-        )
+        more = {"train_dataset": answered_dataset(16), "priming": PrimingTemplate("red blue ")}
+        trainer = short_trainer(PrimedDistillTrainer, folder, {**common, "response_source": "student"}, **more)
     trainer.train(resume_from_checkpoint=bool(steps_begun()))  # as a script would that is started again and again
     if trainer.state.global_step == STEPS:
         tensors = {name: value.clone() for name, value in trainer.model.state_dict().items()}

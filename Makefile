@@ -71,7 +71,7 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-errors: $(STAMP) ## Write docs/errors.md anew from tests/refusals/bad_inputs.py
+errors: $(STAMP) ## Write docs/errors.md anew from the cases in tests/refusals/
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python tests/refusals/bad_inputs.py
 
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores

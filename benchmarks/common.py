@@ -23,7 +23,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-from quickstart import PROMPTS, cut_layers, load_smollm2
+from smollm2 import PROMPTS, cut_layers, load_smollm2
 
 
 @dataclass

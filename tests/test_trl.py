@@ -22,18 +22,25 @@ from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PromptKDConf
 
 
 PACKAGE = Path(trl_promptkd.__file__).parent
+SOURCES = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 
 def parameters(function):
     return list(inspect.signature(function).parameters)
 
 
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
 class TestWhatWeRelyOn:
     def test_names_of_the_compatibility_module(self):
         assert all(hasattr(_trl, name) for name in _trl.__all__)
 
-    def test_the_tested_version(self):
+    def test_the_tested_versions(self):
         assert Version("1.15") <= Version(trl.__version__) < Version("1.17")
+        assert Version(torch.__version__.split("+")[0]) >= Version("2.9")
 
     def test_base_classes(self):
         assert issubclass(PromptKDTrainer, _trl.GKDTrainer)
@@ -48,15 +55,9 @@ class TestWhatWeRelyOn:
         """We call SFTTrainer.__init__ past it; whatever it sets on itself, our __init__ must set too."""
 
         def attributes(cls):
-            tree = ast.parse(textwrap.dedent(inspect.getsource(cls.__init__)))
-            targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AnnAssign) for t in ast.walk(n)]
-            return {
-                t.attr
-                for t in targets
-                if isinstance(t, ast.Attribute)
-                and isinstance(t.ctx, ast.Store)
-                and getattr(t.value, "id", "") == "self"
-            }
+            nodes = ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls.__init__))))
+            stored = [n for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+            return {node.attr for node in stored if ast.unparse(node.value) == "self"}
 
         assert attributes(_trl.GKDTrainer) <= attributes(PromptKDTrainer)
 
@@ -112,35 +113,25 @@ PRIVATE_ATTRIBUTES = {
     "_total_train_tokens": (SFTTrainer, "SFTTrainer's count of tokens"),
 }
 # What our classes replace of their base classes' private parts: parameters, or `None` where it is no method
+OF_BOTH_TRAINERS = {
+    "_load_best_model": ["self"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_name": None,
+    "_paper": None,
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_tag_names": None,
+}
 PRIVATE_OVERRIDES = {
     PromptKDTrainer: {
-        "_load_best_model": ["self"],
-        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        **OF_BOTH_TRAINERS,
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-        "_name": None,
-        "_paper": None,
-        "_push_from_checkpoint": ["self", "checkpoint_folder"],
-        "_save_checkpoint": ["self", "model", "trial"],
         "_save_optimizer_and_scheduler": ["self", "output_dir"],
-        "_tag_names": None,
     },
-    PrimedDistillTrainer: {
-        "_load_best_model": ["self"],
-        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-        "_name": None,
-        "_paper": None,
-        "_push_from_checkpoint": ["self", "checkpoint_folder"],
-        "_save_checkpoint": ["self", "model", "trial"],
-        "_set_signature_columns_if_needed": ["self"],
-        "_tag_names": None,
-    },
+    PrimedDistillTrainer: {**OF_BOTH_TRAINERS, "_set_signature_columns_if_needed": ["self"]},
     PromptKDConfig: {"_VALID_DICT_FIELDS": None},
     PrimedDistillConfig: {"_VALID_DICT_FIELDS": None},
 }
-
-
-def is_private(name):
-    return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
 class TestWhatIsPrivate:
@@ -149,19 +140,18 @@ class TestWhatIsPrivate:
         assert re.search(rf"\b{name}\b", inspect.getsource(PRIVATE_ATTRIBUTES[name][0]))
 
     def test_no_other_attributes_are_used(self):
-        trees = [ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")]
-        nodes = [node for tree in trees for node in ast.walk(tree)]
+        nodes = [node for tree in TREES.values() for node in ast.walk(tree)]
+        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
         own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        own |= {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}
         own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and is_private(node.attr)}
         # `getattr(model, "_name")`, `model.__dict__.pop("_name")`
-        called = [argument for node in nodes if isinstance(node, ast.Call) for argument in node.args[:2]]
-        used |= {
-            a.value for a in called if isinstance(a, ast.Constant) and isinstance(a.value, str) and is_private(a.value)
+        arguments = [argument for node in nodes if isinstance(node, ast.Call) for argument in node.args[:2]]
+        texts = {x.value for x in arguments if isinstance(x, ast.Constant) and isinstance(x.value, str)}
+        used = {
+            name for name in {node.attr for node in attributes} | texts if is_private(name) and name.isidentifier()
         }
-        of_others = {name for name in used - own if name.isidentifier()} - {"_runtime", "_init_kwargs", "_fields"}
-        assert of_others <= set(PRIVATE_ATTRIBUTES)
+        assert used - own - {"_runtime", "_init_kwargs", "_fields"} <= set(PRIVATE_ATTRIBUTES)
 
     @pytest.mark.parametrize("cls", PRIVATE_OVERRIDES)
     def test_what_is_overridden_is_listed_and_as_it_was(self, cls):
@@ -179,31 +169,21 @@ class TestWhatIsPrivate:
 
 class TestImports:
     def test_only_one_module_imports_what_is_private(self):
-        for path in PACKAGE.rglob("*.py"):
-            if path.name == "_trl.py":
-                continue
-            for node in ast.walk(ast.parse(path.read_text())):
+        private = ("trl.", "peft.tuners", "peft.utils", "bitsandbytes.", "accelerate.utils.")
+        for file in SOURCES.keys() - {"_trl.py"}:
+            for node in ast.walk(TREES[file]):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and node.level == 0:
-                    assert not any(is_private(alias.name) for alias in node.names), f"{path.name}: {ast.unparse(node)}"
+                    assert not any(is_private(alias.name) for alias in node.names), f"{file}: {ast.unparse(node)}"
                 for name in names:
-                    private = ("trl.", "peft.tuners", "peft.utils", "bitsandbytes.", "accelerate.utils.")
-                    assert not name.startswith(private), f"{path.name} imports {name}"
-                    if name != "_trl":
-                        assert not any(map(is_private, name.split("."))), f"{path.name} imports {name}"
+                    parts = name.split(".") if name != "_trl" else []
+                    assert not name.startswith(private), f"{file} imports {name}"
+                    assert not any(map(is_private, parts)), f"{file} imports {name}"
 
     def test_tensor_code_imports_neither_trl_nor_trainers(self):
-        for path in (PACKAGE / "divergences.py", *(PACKAGE / "losses").glob("*.py")):
-            assert "_trl" not in path.read_text()
+        assert all("_trl" not in SOURCES[file] for file in SOURCES if file.startswith(("divergences.py", "losses/")))
 
-    def test_no_pickle(self):
-        for path in PACKAGE.rglob("*.py"):
-            text = path.read_text()
-            assert "pickle" not in text, path
-            assert "torch.load" not in text, path
-            assert "torch.save" not in text, path
-
-
-def test_torch_is_the_tested_one_or_newer():
-    assert Version(torch.__version__.split("+")[0]) >= Version("2.9")
+    @pytest.mark.parametrize("word", ["pickle", "torch.load", "torch.save"])
+    def test_no_pickle(self, word):
+        assert [file for file, source in SOURCES.items() if word in source] == []

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from heads import HEADS, ROWS, head_model, pad
+from padding import ROWS, pad
 from peft import LoraConfig, get_peft_model
-from tiny import VOCAB_SIZE, tiny_model
+from tiny import HEADS, VOCAB_SIZE, tiny_model
 
 from trl_promptkd.divergences import entropy, generalized_jsd, kl_divergence
 from trl_promptkd.losses import chunked as chunked_loss
@@ -19,7 +19,7 @@ LABELS[:, :4] = -100
 
 def model_of(family, seed=0):
     if family in HEADS:
-        model = head_model(family)
+        model = tiny_model(family)
         if seed:
             with torch.no_grad():
                 for parameter in model.parameters():

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from heads import HEADS, ROWS, head_model, pad
+from padding import ROWS, pad
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import CONFIGS, VOCAB_SIZE, dequantized, tiny_model
+from tiny import CONFIGS, HEADS, VOCAB_SIZE, dequantized, tiny_model
 
 from trl_promptkd.models.forward import TokenStates, completion_states, forward_logits, inside_forward
 from trl_promptkd.models.teacher import freeze, load_teacher
@@ -130,7 +130,7 @@ class TestCompletionStates:
     @pytest.mark.parametrize("family", [*FAMILIES, *HEADS])
     def test_logits_are_those_of_the_models_own_forward(self, family, side, prompted):
         """Bias, scaling and soft-capping of the output included."""
-        model = head_model(family) if family in HEADS else tiny_model(family)
+        model = tiny_model(family)
         soft_prompt = torch.randn(5, 32) * 0.3 if prompted else None
         ids, mask, _ = pad(ROWS, side)
         labels = torch.where(mask == 1, ids, -100)
@@ -144,7 +144,7 @@ class TestCompletionStates:
     def test_a_scaled_head_is_told_from_a_bare_one(self):
         """Else the test above could pass on models whose scale happens to be 1."""
         for family in HEADS:
-            model = head_model(family)
+            model = tiny_model(family)
             known = completion_states(model, *pad(ROWS, "left")[:2], torch.ones(3, 9, dtype=torch.long))
             bare = model.get_output_embeddings()(known.states)
             assert (known.logits() - bare).abs().max() > 0.01, family

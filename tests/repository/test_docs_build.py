@@ -1,11 +1,10 @@
 """What the documentation site makes of pages and docstrings beyond what mkdocs does."""
 
-import importlib.util
 import inspect
 from types import SimpleNamespace
 
 import pytest
-from paths import ROOT
+from paths import ROOT, load_module
 
 import trl_promptkd
 
@@ -15,16 +14,9 @@ pytest.importorskip("latex2mathml", reason="the extra `docs` is not installed")
 DOCS = ROOT / "docs"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def hooks():
-    return load("hooks")
+    return load_module("docs/hooks.py")
 
 
 def page(source):
@@ -69,7 +61,7 @@ class TestFormulas:
 class TestDocstrings:
     @pytest.fixture(scope="class")
     def package(self):
-        extensions = griffe.load_extensions(load("hf_docstrings").HuggingFaceDocstrings)
+        extensions = griffe.load_extensions(load_module("docs/hf_docstrings.py").HuggingFaceDocstrings)
         return griffe.load("trl_promptkd", search_paths=[DOCS.parent], extensions=extensions)
 
     def test_every_public_name_is_in_the_api(self):

@@ -1,20 +1,12 @@
 """The memory table of docs/scaling.md is what its script computes."""
 
-import importlib.util
-
 import pytest
-from paths import ROOT
-
-
-SCRIPT = ROOT / "benchmarks" / "memory_table.py"
+from paths import load_module
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("memory_table", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("benchmarks/memory_table.py")
 
 
 def test_the_page_holds_the_table(script):

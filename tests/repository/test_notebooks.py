@@ -9,7 +9,6 @@ import pytest
 from paths import ROOT
 
 
-ROOT = ROOT
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
@@ -18,15 +17,11 @@ def code(path):
 
 
 class TestCommitted:
-    def test_both_are_there(self):
-        assert [path.stem for path in NOTEBOOKS] == ["primed_cache", "promptkd_in_five_minutes"]
-
     @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
     def test_no_local_path_no_noise_and_small(self, path):
         text = path.read_text(encoding="utf-8")
-        assert not re.search(
-            r"(?<![\w./])/(home|root|tmp|work|Users|usr|opt|mnt)/|[A-Z]:\\\\|file://|127\.0\.0\.1", text
-        )
+        local = r"(?<![\w./])/(home|root|tmp|work|Users|usr|opt|mnt)/|[A-Z]:\\\\|file://|127\.0\.0\.1"
+        assert not re.search(local, text)
         assert len(text) < 200_000
         outputs = [output for cell in code(path) for output in cell["outputs"]]
         assert "Warning" not in json.dumps(outputs)
@@ -66,7 +61,7 @@ def found_from_any_folder(monkeypatch):
 
 @pytest.mark.slow
 def test_promptkd_in_five_minutes(tmp_path):
-    """Both KLs fall on held-out prompts, the student says something else, and what is loaded again is what was saved."""
+    """Both KLs fall on held-out prompts, the student's answers change, and what is loaded is what was saved."""
     before, after, said, student_difference, prompt_difference = executed(
         "promptkd_in_five_minutes", tmp_path, "[before, after, said, student_difference, prompt_difference]"
     )
@@ -81,7 +76,7 @@ def test_promptkd_in_five_minutes(tmp_path):
 
 @pytest.mark.slow
 def test_primed_cache(tmp_path):
-    """The cached teacher's loss is the live one's, but for what the receipt says; without the teacher the student gets closer to it."""
+    """The cached teacher's loss is the live one's within the receipt, and training from the cache lowers it."""
     receipt, live, before, after, models, row = executed(
         "primed_cache", tmp_path, "[receipt, live, before, after, len(models), row]"
     )

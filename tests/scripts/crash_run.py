@@ -1,7 +1,7 @@
-"""Run by test_crashes.py: a training that is killed at random moments and goes on, again and again.
+"""Run by test_crashes.py: a training that is killed at random moments and resumes, again and again.
 
-The only argument is JSON: `folder`, `method` (promptkd, primed), `kills`, `signal` (9, 15), `seed`. Prints what happened as JSON. Everything
-is imported once; the trainings are forks of this process.
+The only argument is JSON: `folder`, `method` (promptkd, primed), `kills`, `signal` (9, 15), `seed`. Prints a report as
+JSON. Everything is imported once; the trainings are forks of this process.
 """
 
 import json
@@ -11,22 +11,22 @@ import shutil
 import sys
 import time
 import traceback
+from pathlib import Path
 
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(__file__)), "support"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from runs import short_trainer
 from safetensors.torch import load_file, save_file
-from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import answered_dataset, prompt_dataset
 from transformers.utils import logging
 
 from trl_promptkd import (
-    PrimedDistillConfig,
     PrimedDistillTrainer,
     PrimingTemplate,
     PromptEncoderConfig,
-    PromptKDConfig,
     PromptKDTrainer,
 )
 from trl_promptkd.trainer.checkpoints import checkpoint_to_resume
@@ -43,36 +43,23 @@ logging.set_verbosity_error()
 def train() -> None:
     """One process's life: go on from the newest whole checkpoint, if there is one, to the end."""
     common = {
-        "output_dir": run_dir,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
         "learning_rate": 1e-2,
         "max_new_tokens": 5,
         "logging_steps": 5,
+        "save_strategy": "steps",
         "save_steps": 1,
         "save_total_limit": 2,
         "save_on_interrupt": settings["signal"] == 15,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
-    models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": tiny_tokenizer()}
     if method == "promptkd":
-        trainer = PromptKDTrainer(
-            **models,
-            args=PromptKDConfig(**common),
-            train_dataset=prompt_dataset(16),
-            prompt_encoder_config=PromptEncoderConfig(prompt_init_text="suppose you are a student ."),
-        )
+        prompt = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
+        more = {"train_dataset": prompt_dataset(16), "prompt_encoder_config": prompt}
+        trainer = short_trainer(PromptKDTrainer, folder, common, **more)
     else:
-        trainer = PrimedDistillTrainer(
-            **models,
-            args=PrimedDistillConfig(**common, response_source="student"),
-            train_dataset=answered_dataset(16),
-            priming=PrimingTemplate("red blue "),
-        )
+        more = {"train_dataset": answered_dataset(16), "priming": PrimingTemplate("red blue ")}
+        trainer = short_trainer(PrimedDistillTrainer, folder, {**common, "response_source": "student"}, **more)
     trainer.train(resume_from_checkpoint=bool(steps_begun()))  # as a script would that is started again and again
     if trainer.state.global_step == STEPS:
         tensors = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -96,20 +83,17 @@ def fork() -> int:
 
 
 def log() -> str:
-    with open(f"{folder}/log") as file:
-        return file.read()
+    return Path(folder, "log").read_text()
 
 
 def new_life() -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
-    if os.path.exists(result):
-        os.remove(result)
+    Path(result).unlink(missing_ok=True)
 
 
 def steps_begun() -> list[int]:
     """Steps whose checkpoints are there, whole or not."""
-    there = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    return [int(name.split("-")[1]) for name in there if name.startswith("checkpoint-")]
+    return [int(path.name.split("-")[1]) for path in Path(run_dir).glob("checkpoint-*")]
 
 
 def half_written() -> int:

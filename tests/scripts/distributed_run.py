@@ -1,4 +1,4 @@
-"""Run by test_distributed.py, once alone and once under torchrun for each way of sharding: short trainings, each one's result in a folder.
+"""Run by test_distributed.py, alone and under torchrun for each way of sharding: short trainings, a folder each.
 
 The only argument is JSON: `sharding` and `runs`, a list of settings (see `SETTINGS`).
 """
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 SETTINGS = {
@@ -37,7 +38,7 @@ import torch
 
 
 if sharding:
-    # accelerate shards on GPUs only; what it does there works on CPU ranks, too, where they are taken for GPUs
+    # accelerate shards on GPUs only; what it does there works on CPU ranks too, if they are taken for GPUs
     import accelerate.state
     import transformers.training_args
     from accelerate.utils import DistributedType
@@ -54,6 +55,7 @@ if sharding:
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig
+from runs import short_run
 from safetensors.torch import save_file
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
@@ -88,7 +90,6 @@ class Interrupt(TrainerCallback):
 
 def trainer_settings(settings):
     common = {
-        "output_dir": f"{settings['folder']}/run",
         "per_device_train_batch_size": settings["rows"],
         "per_device_eval_batch_size": 2,
         "gradient_accumulation_steps": 2,
@@ -96,14 +97,8 @@ def trainer_settings(settings):
         "learning_rate": 0.05,
         "optim": "sgd",
         "lr_scheduler_type": "constant",
-        "max_new_tokens": 6,
-        "logging_steps": 1,
-        "save_strategy": "no",
         "save_on_interrupt": settings["interrupted_rank"] >= 0,
-        "report_to": "none",
-        "bf16": False,
         "use_cpu": not sharding,
-        "disable_tqdm": True,
         "gradient_checkpointing": False,
         "generation_kwargs": {"do_sample": settings["sampled"]},
         "train_sampling_strategy": "sequential",
@@ -149,7 +144,7 @@ def make_trainer(settings):
     if settings["method"] == "promptkd":
         return PromptKDTrainer(
             **models,
-            args=PromptKDConfig(**{"prompt_update": "simultaneous", **common}),
+            args=short_run(PromptKDConfig, Path(folder), {"prompt_update": "simultaneous", **common}),
             train_dataset=(answered_dataset if common.get("lmbda", 1.0) < 1 else prompt_dataset)(settings["size"]),
             eval_dataset=answered_dataset(5),
             prompt_encoder_config=PromptEncoderConfig(prompt_learning_rate=0.01, prompt_init="vocab"),
@@ -168,7 +163,9 @@ def make_trainer(settings):
         source = "dataset"
     return PrimedDistillTrainer(
         **models,
-        args=PrimedDistillConfig(**{"response_source": source, "rollout_batch_size": 2, **common}),
+        args=short_run(
+            PrimedDistillConfig, Path(folder), {"response_source": source, "rollout_batch_size": 2, **common}
+        ),
         train_dataset=answered_dataset(settings["size"]),
         eval_dataset=answered_dataset(5),
         priming=PrimingTemplate("red blue "),

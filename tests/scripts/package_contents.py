@@ -1,4 +1,4 @@
-"""What is in the wheel and in the source distribution: `python tests/scripts/package_contents.py dist`; used by `make test-package`."""
+"""What is in the wheel and in the source distribution, for `make test-package`: `python package_contents.py dist`."""
 
 import subprocess
 import sys
@@ -35,12 +35,8 @@ def check(dist: Path) -> None:
 
     with tarfile.open(sdist_path) as archive, tempfile.TemporaryDirectory() as folder:
         files = {name.partition("/")[2] for name in archive.getnames()}
-        wanted = tracked("trl_promptkd", "tests", "docs", "examples") | {
-            "CHANGELOG.md",
-            "LICENSE",
-            "README.md",
-            "pyproject.toml",
-        }
+        wanted = tracked("trl_promptkd", "tests", "docs", "examples")
+        wanted |= {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"}
         assert wanted <= files, f"the source distribution lacks {sorted(wanted - files)}"
         assert not any(name.startswith(("dist/", "build/", ".venv", "quickstart/")) for name in files)
         archive.extractall(folder, filter="data")

@@ -1,8 +1,9 @@
-"""The part of the Hugging Face Hub's HTTP protocol that pushing and loading models and data sets needs, on loopback, in memory.
+"""The Hugging Face Hub's HTTP protocol, as far as pushing and loading models and data sets needs it, in memory.
 
-For tests with the real `huggingface_hub` client, which is what the routes were read from (2.4.0). Uploads go the way they went before Xet:
-pre-upload, LFS batch, LFS upload, commit. A commit is atomic: until it is made, nothing of it can be seen. `Hub.uploads_left` and
-`Hub.takes_commits` let the server die in the middle of an upload: from then on, it drops every connection until `revive()`.
+For tests with the real `huggingface_hub` client, which the routes were read from (2.4.0). Uploads go the way they went
+before Xet: pre-upload, LFS batch, LFS upload, commit. A commit is atomic: until it is made, nothing of it can be seen.
+`Hub.uploads_left` and `Hub.takes_commits` let the server die in the middle of an upload: from then on, it drops every
+connection until `revive()`.
 """
 
 import base64

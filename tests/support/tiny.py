@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Cohere2Config,
+    CohereConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
@@ -16,7 +18,9 @@ from transformers import (
     Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     GraniteMoeSharedConfig,
+    HyperCLOVAXConfig,
     Llama4TextConfig,
     LlamaConfig,
     LlavaConfig,
@@ -62,8 +66,8 @@ WORDS = [
     "four",
 ]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 VOCAB_SIZE = 40
 
@@ -113,8 +117,17 @@ EXPERTS = {
     "granite_shared": (GraniteMoeSharedConfig, {**_EXPERTS, "num_local_experts": 4, "shared_intermediate_size": 24}),
     "olmoe": (OlmoeConfig, {**_EXPERTS, "num_experts": 4}),
 }
-# Of other kinds: a state instead of attention (RWKV's ignores the attention mask), dropout that is read from the configuration
-# (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its head as its decoder (ModernBERT)
+# Models whose logits are more than a matrix times the states
+HEADS = {
+    "scaled (Cohere)": (CohereConfig, {**_GLU, "logit_scale": 0.5}),
+    "scaled (Cohere 2)": (Cohere2Config, {**_GLU, "logit_scale": 3.0, "sliding_window": 6}),
+    "divided (Granite)": (GraniteConfig, {**_GLU, "logits_scaling": 4.0}),
+    "multiplied (HyperCLOVA X)": (HyperCLOVAXConfig, {**_GLU, "logits_scaling": 4.0}),
+    "capped (Gemma 2)": (Gemma2Config, {**_GLU, "final_logit_softcapping": 0.5, "head_dim": 8}),
+}
+# Of other kinds: a state instead of attention (RWKV's ignores the attention mask), dropout that is read from the
+# configuration (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its
+# head as its decoder (ModernBERT)
 OTHERS = {
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "rwkv": (RwkvConfig, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
@@ -130,7 +143,7 @@ OTHERS = {
 
 def tiny_model(family="llama", seed=0, vocab_size=VOCAB_SIZE, dtype=torch.float32, **overrides):
     """A random model whose logits are far from uniform, so that divergences are not all nearly zero."""
-    config_class, settings = {**CONFIGS, **EXPERTS, **OTHERS}[family]
+    config_class, settings = (CONFIGS | EXPERTS | HEADS | OTHERS)[family]
     config = config_class(
         vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **{**settings, **overrides}
     )
@@ -190,32 +203,25 @@ def difference(a, b):
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
+def words(start, count):
+    return " ".join(WORDS[start : start + count])
+
+
 def prompt_dataset(size=8) -> Dataset:
     """Prompts of different lengths."""
-    return Dataset.from_list([{"prompt": " ".join(WORDS[i : i + 2 + i % 4])} for i in range(size)])
+    return Dataset.from_list([{"prompt": words(i, 2 + i % 4)} for i in range(size)])
 
 
 def answered_dataset(size=8) -> Dataset:
-    return Dataset.from_list(
-        [
-            {"prompt": " ".join(WORDS[i : i + 2 + i % 4]), "completion": " " + " ".join(WORDS[i + 3 : i + 5 + i % 3])}
-            for i in range(size)
-        ]
-    )
+    rows = [{"prompt": words(i, 2 + i % 4), "completion": f" {words(i + 3, 2 + i % 3)}"} for i in range(size)]
+    return Dataset.from_list(rows)
 
 
 def chat_dataset(size=8) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": " ".join(WORDS[i : i + 2 + i % 3])},
-                    {"role": "assistant", "content": " ".join(WORDS[i + 3 : i + 5])},
-                ]
-            }
-            for i in range(size)
-        ]
-    )
+    turns = [(words(i, 2 + i % 3), words(i + 3, 2)) for i in range(size)]
+    roles = ("user", "assistant")
+    messages = [[{"role": r, "content": t} for r, t in zip(roles, turn, strict=True)] for turn in turns]
+    return Dataset.from_dict({"messages": messages})
 
 
 def save_models(folder, **models):

@@ -1,0 +1,103 @@
+"""Command lines."""
+
+from bad_models import LORA, spoiled
+from case import ANSWERED_ROW, command, saved, soft_prompt, written
+from peft import get_peft_model
+from tiny import WORDS, tiny_model, tiny_tokenizer
+
+
+ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --models"
+PROMPT = "analyze prompt --output_dir out --prompt run --teacher teacher"
+EXPOSURE = "analyze exposure --student student --dataset rows.jsonl"
+BUILD = "cache build --teacher no/such-teacher --output_dir cache"
+EVAL = "eval instruct --model student --dataset"
+
+
+def other_tokenizer():
+    tiny_tokenizer(WORDS[::-1]).save_pretrained("teacher")
+
+
+def long_rows():
+    written("rows.jsonl", ANSWERED_ROW.replace("sat", "sat " * 200))
+    saved(tiny_model("gpt2"), "student")
+
+
+def lora_adapter():
+    get_peft_model(tiny_model(), LORA).save_pretrained("run")
+
+
+def prompts_of_two_runs():
+    for step, size in ((1, 3), (2, 7)):
+        soft_prompt(size).save_adapter(f"two_runs/checkpoint-{step}/teacher_prompt")
+
+
+def prompt_for(teacher):
+    def prepare():
+        soft_prompt().save_adapter("run/teacher_prompt")
+        saved(teacher)
+
+    return prepare
+
+
+CASES = [
+    command("cache build --output_dir cache", "arguments are required | --teacher"),
+    command(f"{BUILD} --priming teacher --priming_file x", "are both given | choose one"),
+    command(f"{BUILD} --teacher_init_kwargs '{{dtype: float32}}'", "--teacher_init_kwargs | JSON of a dict, such as"),
+    command(
+        f"{BUILD} --data_files rows.jsonl --prompt_column quest",
+        "`prompt_column` is 'quest' | the columns are ['completion', 'prompt']",
+    ),
+    command("cache info student", "no manifest.json | Build one with"),
+    command(f"{ATTENTION} student --prompt teacher_prompt", "`--prompt` is 'teacher_prompt' | Pass `--teacher`, too"),
+    command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--models` | Give each once"),
+    command(
+        f"{ATTENTION.replace('rows', 'prompts')} student",
+        "`--dataset` holds prompts without answers | pass `--queries all`",
+    ),
+    command(
+        f"{ATTENTION} student teacher",
+        "id 6, which is 'suppose' | Choose two models of one family",
+        other_tokenizer,
+    ),
+    command(f"{ATTENTION} student", "128 positions | 203 | Lower `--max_length`", long_rows, needs_weights=True),
+    command(f"{EXPOSURE} --teacher teacher --rows 0", "--rows: '0' is not allowed | 1 or more"),
+    command(f"{EXPOSURE} --teacher no/such-teacher", "`--teacher` is 'no/such-teacher' | Save one there"),
+    command(f"{EXPOSURE} --teacher teacher --prompt student", "holds no soft prompt | Pass the folder"),
+    command(
+        f"{PROMPT} --responses student",
+        "there is no `--student` | Pass one, or set `--responses dataset`",
+    ),
+    command(f"{PROMPT} --responses student --student student", "there is no `--dataset` | Pass one"),
+    command(f"{PROMPT} --dataset prompts.jsonl", "`--dataset` holds prompts without answers | `--responses student`"),
+    command(
+        f"{PROMPT} --dataset prompts.jsonl --max_length 1 --responses student --student student",
+        "1 of 1 prompts in `--dataset` do not fit into `max_length=1` | Set `max_length` to at least",
+    ),
+    command(PROMPT, "holds a LORA adapter | Pass the folder of a soft prompt", lora_adapter),
+    command(
+        PROMPT.replace("run", "two_runs"),
+        "(7, 32) and (3, 32) | Pass the folder of one run",
+        prompts_of_two_runs,
+    ),
+    command(
+        f"{PROMPT} --dataset rows.jsonl",
+        "32 numbers a token | 64 | Pass the teacher that it was trained with",
+        prompt_for(tiny_model(hidden_size=64)),
+        needs_weights=True,
+    ),
+    command(
+        f"{PROMPT} --dataset prompts.jsonl --responses student --student teacher",
+        "hold NaN or infinities | Check its weights",
+        prompt_for(spoiled(tiny_model())),
+        needs_weights=True,
+    ),
+    command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
+    command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
+    command(f"{EVAL} openai/gsm8k", "`--dataset` is 'openai/gsm8k' | Pass `--dataset_split`"),
+    command(f"{EVAL} instructions.jsonl --batch_size 0", "`batch_size` is 0 | above 0"),
+    command(
+        f"{EVAL} instructions.jsonl --prompt_column text",
+        "`--prompt_column` is 'text'; the columns are ['instruction', 'output'] | Name one of them",
+    ),
+    command(f"{EVAL} none.jsonl", "none.jsonl' | Check the path"),
+]

@@ -1,0 +1,66 @@
+"""Fields of the three configurations."""
+
+from case import NAN, call
+
+from trl_promptkd import PrimedDistillConfig, PromptEncoderConfig, PromptKDConfig
+
+
+def wrong(config, allowed, error=ValueError, **setting):
+    """One field, whose value is named with what is allowed."""
+    ((name, value),) = setting.items()
+    return call(config, f"`{name}` is {value!r} | {allowed}", error, **setting)
+
+
+CASES = [
+    wrong(PromptKDConfig, "between 0 and 1", lmbda=1.5),
+    wrong(PromptKDConfig, "a number. Write it without quotes", TypeError, lmbda="1.0"),
+    wrong(PromptKDConfig, "a number", TypeError, lmbda=None),
+    wrong(PromptKDConfig, "finite, and between 0 and 1", beta=NAN),
+    wrong(PromptKDConfig, "above 0. For greedy decoding", temperature=0.0),
+    wrong(PromptKDConfig, "a number", TypeError, temperature="warm"),
+    wrong(PromptKDConfig, "finite, and above 0", loss_temperature=NAN),
+    wrong(PromptKDConfig, "at least 0", regularization_coef=-0.1),
+    wrong(PromptKDConfig, "'reverse' or 'forward'", prompt_divergence="jsd"),
+    wrong(PromptKDConfig, "'sequential' or 'simultaneous'", prompt_update=None),
+    wrong(PromptKDConfig, "'error' or 'drop'", overlong="cut"),
+    wrong(PromptKDConfig, "True or False", TypeError, seq_kd="no"),
+    wrong(PromptKDConfig, "above 0 and at most 1", top_p=1.5),
+    wrong(PromptKDConfig, "a whole number", TypeError, top_k=0.5),
+    wrong(PromptKDConfig, "a whole number", TypeError, max_new_tokens="16"),
+    wrong(PromptKDConfig, "above 0", max_new_tokens=0),
+    wrong(PromptKDConfig, "a whole number or None", TypeError, rollout_batch_size=1.5),
+    wrong(PromptKDConfig, "above 0", loss_chunk_size=-1),
+    wrong(PromptKDConfig, "above 0", max_length=-5),
+    wrong(PromptKDConfig, "finite, and at least 0", learning_rate=NAN),
+    wrong(PromptKDConfig, "above 0", gradient_accumulation_steps=0),
+    wrong(PromptKDConfig, "at least 0", seed=-1),
+    wrong(PromptKDConfig, "'colocate' or 'server'", vllm_mode="remote"),
+    wrong(PromptKDConfig, "above 0 and at most 1", vllm_gpu_memory_utilization=3.0),
+    wrong(PromptKDConfig, "a dict or None", TypeError, teacher_model_init_kwargs=[1]),
+    call(PromptKDConfig, "`packing=True` | False", packing=True),
+    call(PromptKDConfig, "`completion_only_loss=False` | only completions", completion_only_loss=False),
+    call(PromptKDConfig, "'do_smaple' | Did you mean 'do_sample'?", generation_kwargs={"do_smaple": False}),
+    call(PromptKDConfig, "'max_new_tokens' | Set that", generation_kwargs={"max_new_tokens": 9}),
+    call(PromptKDConfig, "'num_return_sequences' | one completion", generation_kwargs={"num_return_sequences": 2}),
+    call(
+        PromptKDConfig, "`generation_kwargs` | a dict, or one written as JSON", generation_kwargs="{do_sample: false}"
+    ),
+    wrong(PrimedDistillConfig, "between 0 and 1", alpha=1.5),
+    call(PrimedDistillConfig, "`alpha` is 0.5 | Set `alpha=0`", alpha=0.5, response_source="student"),
+    wrong(PrimedDistillConfig, "a number", TypeError, kd_beta="0"),
+    wrong(PrimedDistillConfig, "finite, and above 0", kd_temperature=float("inf")),
+    wrong(PrimedDistillConfig, "a number", TypeError, kd_temperature=None),
+    wrong(PrimedDistillConfig, "at least 0 and below 1", skew=1.0),
+    call(PrimedDistillConfig, "`skew` is 0.1 with `kd_beta=0.5` | Set `skew=0`", skew=0.1, kd_beta=0.5),
+    wrong(PrimedDistillConfig, "'dataset' or 'teacher' or 'student'", response_source="gold"),
+    wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
+    wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
+    wrong(PromptEncoderConfig, "at least 1", num_virtual_tokens=0),
+    wrong(PromptEncoderConfig, "a whole number", TypeError, num_virtual_tokens="7"),
+    wrong(PromptEncoderConfig, "'text', 'random', 'vocab'", prompt_init="zeros"),
+    wrong(PromptEncoderConfig, "Give a text, or set `prompt_init`", prompt_init_text="  "),
+    wrong(PromptEncoderConfig, "a text", TypeError, prompt_init_text=None),
+    wrong(PromptEncoderConfig, "'embedding', 'mlp', 'lstm'", encoder="gru"),
+    wrong(PromptEncoderConfig, "a number or None. Write it without quotes", TypeError, prompt_learning_rate="1e-3"),
+    wrong(PromptEncoderConfig, "at least 0", prompt_max_grad_norm=-1.0),
+]

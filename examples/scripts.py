@@ -3,6 +3,7 @@
 TRL's parser reads flags and YAML files. Here it gets a help that can be read, and errors of one line.
 """
 
+import logging
 import sys
 import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -12,6 +13,9 @@ import yaml
 from datasets import load_dataset
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
+
+
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
 
 
 # What many runs set, of TRL's and transformers' fields and of others

@@ -30,3 +30,21 @@ def test_all_public_names_can_be_imported():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
         trl_promptkd.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["doktor"], ["analyze", "--help"]])
+def test_the_command_loads_no_heavy_module_before_a_tool_is_named(words):
+    code = (
+        "import sys; from trl_promptkd.cli import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'pandas'} & set(sys.modules)))"
+    )
+    assert run(code).splitlines()[-1] == "[]"
+
+
+def test_a_tools_help_has_no_foreign_noise():
+    code = "from trl_promptkd.cli import main; main(['eval', '--help'])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("usage: trl-promptkd eval")
+    assert not shown.stderr

@@ -14,7 +14,7 @@ from torch.nn.functional import dropout
 from transformers import GenerationConfig, GPT2LMHeadModel, GPT2Model, LlamaModel
 
 from trl_promptkd import PrimedDistillConfig, PrimingTemplate, PromptKDConfig
-from trl_promptkd.cli import main, make_parser
+from trl_promptkd.cli import main, parse_args
 from trl_promptkd.cli.doctor import parse
 from trl_promptkd.data import pad_rows, tokenize_primed_row, tokenize_row
 from trl_promptkd.data.priming import resolve_priming
@@ -565,7 +565,7 @@ class TestCommand:
 
     @pytest.mark.parametrize("path", sorted((ROOT / "examples/configs").glob("*.yaml")), ids=lambda path: path.stem)
     def test_every_recipe_is_understood_or_refused_with_a_remedy(self, path):
-        given = make_parser().parse_args(["doctor", "--config", str(path), "--use_cpu"])
+        given = parse_args(["doctor", "--config", str(path), "--use_cpu"])
         known = yaml.safe_load(path.read_text())
         if known.get("instruction_template") or "teacher_cache" in known:
             with pytest.raises(ValueError, match=r"Pass .* by `--(dataset|teacher)`"):

@@ -10,7 +10,7 @@ from tiny import WORDS, answered_dataset, chat_dataset, tiny_model, tiny_tokeniz
 from transformers import PreTrainedTokenizerFast
 
 from trl_promptkd import evaluation
-from trl_promptkd.cli import main, make_parser
+from trl_promptkd.cli import main, parse_args
 from trl_promptkd.cli.eval import _load_set
 from trl_promptkd.data import tokenize_row
 from trl_promptkd.evaluation import evaluate_model, evaluation_rows
@@ -585,7 +585,7 @@ class TestCommand:
         capsys.readouterr()
         seen = []
         for more in (columns[:2], columns[2:], ()):
-            args = make_parser().parse_args(flags(folder, "gsm8k", "model", ("wide.json",), *more))
+            args = parse_args(flags(folder, "gsm8k", "model", ("wide.json",), *more))
             found = evaluation_rows(_load_set(args, args.dataset[0]), "a", "gsm8k", tiny_tokenizer(), "plain")
             seen.append((tiny_tokenizer().decode(found.prompt_ids[0]), found.references[0]))
         assert seen == [("red", [2.0]), ("the cat", [3.0]), ("the cat", [2.0])]

@@ -22,7 +22,7 @@ from paths import ROOT, load_module
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 import trl_promptkd
-from trl_promptkd.cli import make_parser
+from trl_promptkd.cli import parse_args
 
 
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -185,7 +185,7 @@ def check_command(words):
             return
     if program == "trl-promptkd":
         if "--help" not in rest:
-            make_parser().parse_args(rest)
+            parse_args(rest)
     elif program == "accelerate" and rest[:1] == ["launch"]:
         launch = launch_command_parser().parse_args(rest[1:])
         assert launch.config_file is None or (ROOT / launch.config_file).is_file(), launch.config_file

@@ -22,7 +22,7 @@ from tiny import WORDS, answered_dataset, prompt_dataset, tiny_model, tiny_token
 from transformers import AutoModelForCausalLM
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer
-from trl_promptkd.cli import make_parser
+from trl_promptkd.cli import parse_args
 
 
 LAUNCHERS = {"deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED", "fsdp2": "FSDP", "multi_gpu": "MULTI_GPU"}
@@ -91,7 +91,7 @@ class TestRecipes:
     def test_the_teacher_cache_is_built_for_what_is_trained(self):
         script, args, _ = parse("primed_teacher_cache")
         (command,) = re.findall(r"^#   trl-promptkd (.*)$", (CONFIGS / "primed_teacher_cache.yaml").read_text(), re.M)
-        built = make_parser().parse_args(shlex.split(command))
+        built = parse_args(shlex.split(command))
         columns = ("prompt_column", "completion_column", "conversational")
         for name in ("dataset_name", "dataset_config", "priming", *columns):
             assert getattr(built, name) == getattr(script, name), name

@@ -1,37 +1,58 @@
-"""The command `trl-promptkd`."""
+"""The command `trl-promptkd`. A tool's module is imported when the tool is named: `--help` and a typo need neither torch
+nor transformers."""
 
 import argparse
+import logging
 import sys
-
-from datasets.exceptions import DatasetsError
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from .. import __version__
-from .analyze_attention import add_attention
-from .analyze_exposure import add_exposure
-from .analyze_prompt import add_prompt
-from .cache import add_cache
-from .doctor import add_doctor
-from .eval import add_eval
 
 
-__all__ = ["main"]
+__all__ = ["main", "parse_args"]
+
+# A tool's name -> what it is for. Its module has `add_arguments`, which says what to run
+_TOOLS = {
+    "doctor": "look at models and rows for what goes wrong silently; exits with 1 if a check fails",
+    "cache": "the offline teacher",
+    "eval": "let a model answer, and score its answers",
+}
+_ANALYSES = {
+    "exposure": "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)",
+    "prompt": "what a soft prompt has become, and what it does to the teacher",
+    "attention": "where several models look, layer by layer, and the heads in which they differ most",
+}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a tool; `run` among them is the function that takes them and returns an exit code."""
+    # It warns of a kernel that this package does not use
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    named = [word for word in argv if not word.startswith("-")][:2]
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     tools = parser.add_subparsers(dest="command", required=True)
-    for add_tool in (add_doctor, add_cache, add_eval):
-        add_tool(tools)
+    for name, text in _TOOLS.items():
+        _add(tools, name, text, name, named[:1])
     analyze = tools.add_parser("analyze", help="measure what students, teachers and soft prompts do on your rows")
-    commands = analyze.add_subparsers(dest="analysis", required=True)
-    for add_analysis in (add_exposure, add_prompt, add_attention):
-        add_analysis(commands)
-    return parser
+    analyses = analyze.add_subparsers(dest="analysis", required=True)
+    for name, text in _ANALYSES.items():
+        _add(analyses, name, text, f"analyze_{name}", named[1:] if named[:1] == ["analyze"] else [])
+    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+def _add(tools: Any, name: str, text: str, module: str, named: Sequence[str]) -> None:
+    parser = tools.add_parser(name, help=text)
+    if list(named) == [name]:
+        import_module(f".{module}", __name__).add_arguments(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    from datasets.exceptions import DatasetsError
+
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, DatasetsError) as error:  # they say what to do

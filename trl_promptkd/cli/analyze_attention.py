@@ -16,18 +16,16 @@ from .common import add_flags, at_least_one, print_table
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
 
 
-def add_attention(commands: Any) -> None:
-    told = "where several models look, layer by layer, and the heads in which they differ most"
-    attention = commands.add_parser("attention", help=told)
-    add = attention.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--models", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
     add("--prompt", help="folder of the teacher's soft prompt, or of its run: adds the prompted teacher")
     add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
-    add_flags(attention, "dataset", "output_dir", required=True)
-    add_flags(attention, "teacher", "model_init_kwargs")
-    common.add_analysis_arguments(attention, rows=16)
-    attention.set_defaults(run=common.reporting(run_attention))
+    add_flags(parser, "dataset", "output_dir", required=True)
+    add_flags(parser, "teacher", "model_init_kwargs")
+    common.add_analysis_arguments(parser, rows=16)
+    parser.set_defaults(run=common.reporting(run_attention))
 
 
 def run_attention(args: argparse.Namespace) -> Any:

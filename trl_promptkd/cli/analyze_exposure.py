@@ -18,15 +18,13 @@ from .common import number, print_table
 _COLUMNS = 5  # that fit on a screen beside each other
 
 
-def add_exposure(commands: Any) -> None:
-    told = "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)"
-    exposure = commands.add_parser("exposure", help=told)
-    exposure.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
-    common.add_flags(exposure, "dataset", required=True)
-    exposure.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
-    common.add_analysis_arguments(exposure, rows=64)
-    common.add_sampling_arguments(exposure, output_dir="exposure", max_new_tokens=50)
-    exposure.set_defaults(run=common.reporting(run_exposure))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
+    common.add_flags(parser, "dataset", required=True)
+    parser.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
+    common.add_analysis_arguments(parser, rows=64)
+    common.add_sampling_arguments(parser, output_dir="exposure", max_new_tokens=50)
+    parser.set_defaults(run=common.reporting(run_exposure))
 
 
 def run_exposure(args: argparse.Namespace) -> Any:

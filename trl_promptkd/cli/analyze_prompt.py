@@ -21,18 +21,17 @@ from .common import at_least_one, load_model, number, print_table
 _ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
 
 
-def add_prompt(commands: Any) -> None:
-    prompt = commands.add_parser("prompt", help="what a soft prompt has become, and what it does to the teacher")
-    add = prompt.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
     add("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
     add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
     add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
     add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
-    common.add_flags(prompt, "dataset")  # without it, the prompt alone is shown
-    common.add_analysis_arguments(prompt, rows=32)
-    common.add_sampling_arguments(prompt, output_dir="prompt_analysis", max_new_tokens=64)
-    prompt.set_defaults(run=common.reporting(run_prompt))
+    common.add_flags(parser, "dataset")  # without it, the prompt alone is shown
+    common.add_analysis_arguments(parser, rows=32)
+    common.add_sampling_arguments(parser, output_dir="prompt_analysis", max_new_tokens=64)
+    parser.set_defaults(run=common.reporting(run_prompt))
 
 
 def run_prompt(args: argparse.Namespace) -> Any:

@@ -15,8 +15,8 @@ from ..teacher_cache.codec import PRESETS
 from .common import ROW_FLAGS, add_flags, needed_tokenizer, priming_of
 
 
-def add_cache(tools: Any) -> None:
-    commands = tools.add_parser("cache", help="the offline teacher").add_subparsers(dest="action", required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="action", required=True)
 
     told = "run a teacher once and keep what it says; resumes, also under `accelerate launch -m trl_promptkd.cli`"
     build = commands.add_parser("build", help=told)

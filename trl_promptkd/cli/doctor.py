@@ -46,21 +46,17 @@ _ALIASES = {
 _AS_GIVEN: dict[str, Any] = {"metavar": "VALUE", "nargs": "*", "default": argparse.SUPPRESS}  # for `TrlParser`
 
 
-def add_doctor(tools: Any) -> None:
-    doctor = tools.add_parser(
-        "doctor",
-        help="look at models and rows for what goes wrong silently; exits with 1 if a check fails",
-        usage="%(prog)s --model MODEL --dataset DATASET [--teacher TEACHER] [--config FILE] [flags]",
-        epilog="All other fields of the trainers' configurations and of TRL's ModelConfig are flags, too.",
-    )
-    doctor.add_argument("--config", help="a recipe's YAML file; flags win over it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s --model MODEL --dataset DATASET [--teacher TEACHER] [--config FILE] [flags]"
+    parser.epilog = "All other fields of the trainers' configurations and of TRL's ModelConfig are flags, too."
+    parser.add_argument("--config", help="a recipe's YAML file; flags win over it")
     for name, (alias, text) in _ALIASES.items():
-        doctor.add_argument(alias, f"--{name}", dest=name, help=text, **_AS_GIVEN)
+        parser.add_argument(alias, f"--{name}", dest=name, help=text, **_AS_GIVEN)
     ours = {*PromptKDConfig.__annotations__, *PrimedDistillConfig.__annotations__, *DoctorArguments.__annotations__}
     for name in sorted(_FIELDS.keys() - _ALIASES.keys()):
         told = str(_FIELDS[name].metadata.get("help", "")).replace("%", "%%") if name in ours else argparse.SUPPRESS
-        doctor.add_argument(f"--{name}", help=told, **_AS_GIVEN)
-    doctor.set_defaults(run=reporting(run_doctor))
+        parser.add_argument(f"--{name}", help=told, **_AS_GIVEN)
+    parser.set_defaults(run=reporting(run_doctor))
 
 
 def parse(given: argparse.Namespace) -> tuple[Any, ...]:

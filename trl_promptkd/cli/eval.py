@@ -18,9 +18,8 @@ _TASKS = {
 }
 
 
-def add_eval(tools: Any) -> None:
-    evaluation = tools.add_parser("eval", help="let a model answer, and score its answers")
-    tasks = evaluation.add_subparsers(dest="task", required=True)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", required=True)
     for task, told in _TASKS.items():
         command = tasks.add_parser(task, help=told)
         add = command.add_argument

@@ -9,13 +9,13 @@ import textwrap
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
+
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
+
 import yaml
 from datasets import load_dataset
 from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
-
-
-logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
 
 
 # What many runs set, of TRL's and transformers' fields and of others

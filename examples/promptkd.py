@@ -14,7 +14,7 @@ from scripts import DataArguments, ScriptParser, load_splits, student_init_kwarg
 from trl import ModelConfig, get_peft_config
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
-from trl_promptkd.evaluation import instruction_text
+from trl_promptkd.evaluation.rows import instruction_text
 
 
 @dataclass

@@ -35,12 +35,14 @@ def check_kinds(config: Any, *classes: type) -> None:
     """Reject values of another kind than the annotations of the fields of `classes` say, such as a text for a number.
 
     Must come before anything compares the values. Texts for `dict` fields are JSON, which the base class reads later.
-    Fields with choices, and annotations that say more than kinds, are not checked.
+    A field with choices in its metadata must be one of them. Annotations that say more than kinds are not checked.
     """
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = type(config).__dataclass_fields__
     for name in dict.fromkeys(name for cls in classes for name in cls.__annotations__ if name in fields):
-        if "choices" not in fields[name].metadata:  # their message names the choices
+        if "choices" in fields[name].metadata:
+            check_choice(config, name, fields[name].metadata["choices"])
+        else:
             _check_kind(name, getattr(config, name), hints[name])
 
 

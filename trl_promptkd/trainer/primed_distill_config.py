@@ -6,7 +6,6 @@ from typing import Any
 from trl import SFTConfig
 
 from ..field_checks import (
-    check_choice,
     check_ignored,
     check_kinds,
     check_number,
@@ -168,8 +167,6 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         """Refuse values out of range or that do not go together, and fields of the base classes that would have no
         effect."""
         check_training(self)
-        check_choice(self, "response_source", ("dataset", "teacher", "student"))
-        check_choice(self, "overlong", ("drop", "error"))
         check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)

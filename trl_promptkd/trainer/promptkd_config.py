@@ -9,7 +9,6 @@ from trl import SFTConfig
 from .._trl import GKDConfig
 from ..field_checks import (
     check_at_least_zero,
-    check_choice,
     check_ignored,
     check_kinds,
     check_positive,
@@ -169,10 +168,6 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         """Refuse values out of range, and fields of the base classes that would be ignored."""
         check_training(self)
         check_share(self, "lmbda", "beta")
-        check_choice(self, "prompt_divergence", ("reverse", "forward"))
-        check_choice(self, "regularization_schedule", ("linear", "constant"))
-        check_choice(self, "prompt_update", ("sequential", "simultaneous"))
-        check_choice(self, "overlong", ("error", "drop"))
         check_positive(self, "loss_temperature", "loss_chunk_size")
         check_at_least_zero(self, "regularization_coef")
         self.check_sampling()

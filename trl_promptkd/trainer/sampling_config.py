@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from ..field_checks import check_at_least_zero, check_choice, check_number, check_positive
+from ..field_checks import check_at_least_zero, check_number, check_positive
 
 
 __all__ = ["SamplingConfig"]
@@ -108,7 +108,13 @@ class SamplingConfig:
     vllm_enable_sleep_mode: bool = field(
         default=False, metadata={"help": "Let a colocated engine give memory back while the student is trained."}
     )
-    vllm_model_impl: str = field(default="auto", metadata={"help": "vllm, transformers, or whichever there is."})
+    vllm_model_impl: str = field(
+        default="auto",
+        metadata={
+            "help": "Whose model code vLLM runs; auto: its own if there is any.",
+            "choices": ["auto", "vllm", "transformers"],
+        },
+    )
 
     def check_sampling(self) -> None:
         """Refuse settings that nothing can be sampled with.
@@ -122,8 +128,6 @@ class SamplingConfig:
         check_number(self, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
         check_number(self, "top_k", lambda value: value >= 0, "0 (all tokens) or above")
         check_at_least_zero(self, "num_completions_to_print")
-        check_choice(self, "vllm_mode", ("colocate", "server"))
-        check_choice(self, "vllm_model_impl", ("auto", "vllm", "transformers"))
         check_positive(self, "vllm_server_port", "vllm_group_port", "vllm_server_timeout")
         check_positive(self, "vllm_max_model_length", "vllm_tensor_parallel_size")
         check_number(self, "vllm_gpu_memory_utilization", lambda value: 0 < value <= 1, "above 0 and at most 1")

@@ -39,10 +39,11 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
         ValueError: if it is empty, or lacks `messages` and `prompt`, or answers that are needed.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
+        splits = f" with the keys {sorted(dataset)}" if isinstance(dataset, dict) else ""
         raise TypeError(
-            f"`{name}` is a {type(dataset).__name__}; it must be a `datasets.Dataset` or `datasets.IterableDataset`. "
-            "Use `load_dataset(name, split=...)` for one that is on the Hub or in files, `Dataset.from_list(rows)` "
-            "for rows in memory."
+            f"`{name}` is a {type(dataset).__name__}{splits}; it must be a `datasets.Dataset` or "
+            "`datasets.IterableDataset`. Pass one split (`dataset['train']`). Use `load_dataset(name, split=...)` for "
+            "rows on the Hub or in files, `Dataset.from_list(rows)` for rows in memory."
         )
     first = next(iter(dataset), None)
     if first is None:

@@ -56,6 +56,10 @@ def check_arguments(
             "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt "
             "ends. Build `prompt` and `completion` columns with `dataset.map` instead."
         )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(peft_config).__name__}; it must be one of PEFT's, such as `peft.LoraConfig()`."
+        )
     if peft_config is not None and peft_config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
             f"`peft_config` has `task_type={str(peft_config.task_type)!r}`; the student is a language model. Set "

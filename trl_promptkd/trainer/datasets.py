@@ -79,11 +79,11 @@ def _check_row_positions(dataset: Any, name: str, views: Sequence[View], max_new
         longest = max(
             prompt + max(completion, max_new_tokens) for prompt, completion in zip(prompts, completions, strict=True)
         )
-        of_prompt = f"{view.num_virtual_tokens} of them virtual tokens; " if view.num_virtual_tokens else ""
-        remedy = (
-            f"({of_prompt}`max_new_tokens` is {max_new_tokens}.) Lower `max_new_tokens` or the longest length of "
-            f"rows, or filter the longest rows of `{name}` out."
-        )
+        also = [f"a soft prompt of {view.num_virtual_tokens}"] if view.num_virtual_tokens else []
+        also += [f"`max_new_tokens={max_new_tokens}`"] if max_new_tokens else []
+        with_them = f"That is with {' and '.join(also)}. " if also else ""
+        lower = "Lower `max_new_tokens`" if max_new_tokens else "Lower `max_length` or `teacher_max_length`"
+        remedy = f"{with_them}{lower}, or filter the longest rows of `{name}` out."
         check_positions(view.role, view.model, longest + view.num_virtual_tokens, remedy)
 
 

@@ -12,7 +12,6 @@ def log(*probabilities):
 
 
 HALF, QUARTERS = (0.5, 0.5), (0.75, 0.25)
-KINDS = [(1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1)]
 
 
 def kl(a, b):
@@ -65,15 +64,7 @@ class TestByHand:
 
 
 class TestProperties:
-    @pytest.mark.parametrize(("beta", "skew"), KINDS)
-    def test_is_zero_on_equal_models_and_positive_on_others(self, beta, skew):
-        torch.manual_seed(0)
-        q, p, tokens = torch.randn(5, 11), torch.randn(5, 11), torch.arange(5)
-        kwargs = {"alpha": 0.0, "temperature": 5.942, "beta": beta, "skew": skew}
-        assert primed_loss_sums(q, q.clone(), tokens, **kwargs).loss.abs() < 1e-4
-        assert primed_loss_sums(q, p, tokens, **kwargs).loss > 0.1
-
-    @pytest.mark.parametrize(("beta", "skew"), KINDS)
+    @pytest.mark.parametrize(("beta", "skew"), [(1.0, 0.0), (0.0, 0.0), (0.5, 0.0), (1.0, 0.1), (0.0, 0.1)])
     def test_gradient_goes_to_the_student_and_is_right(self, beta, skew):
         torch.manual_seed(0)
         q = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)

@@ -100,7 +100,10 @@ def logged(trainer, name):
 
 
 def keep_windows(trainer):
-    """Records what is trained on: of each step the micro-batches, of each row its prompt, the teacher's if primed, and the completion."""
+    """Records what is trained on: for each step its micro-batches of rows.
+
+    A row is its prompt, the teacher's prompt (with priming), and its completion, all token ids.
+    """
     windows, original = [], trainer.get_batch_samples
 
     def record(*args):

@@ -59,7 +59,7 @@ def make_trainer(kind, folder, **overrides):
 
 
 def add_callback(trainer, rows=ROWS, answers=None, **settings):
-    """A callback that prints nothing, and whose model answers `answers`, if they are given, evaluation by evaluation."""
+    """A callback that prints nothing. `answers`: those of each evaluation, in place of the model's."""
     callback = GenerationMetricsCallback(trainer, rows, **{"num_completions_to_print": 0, **settings})
     trainer.add_callback(callback)
     if answers is not None:
@@ -109,7 +109,7 @@ class TestGenerationMetricsCallback:
         assert difference(weights(trainer.model), keeps.weights[3]) > 0
 
     def test_real_answers_choose_the_best_checkpoint_and_its_weights_come_back(self, tmp_path):
-        """After step 1 the head knows two words, of which it repeats one; after the others it says nothing but the end of text."""
+        """After step 1 the head knows two words and repeats one of them; after the others it ends at once."""
         settings = {"metric_for_best_model": "eval_rougeL", "load_best_model_at_end": True, "learning_rate": 0.0}
         trainer = make_trainer("sft", tmp_path, **settings)
         rows = Dataset.from_list([{"prompt": "you are a", "references": ["the the the the", "cat cat cat cat"]}])

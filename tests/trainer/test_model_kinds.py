@@ -1,4 +1,4 @@
-"""Both trainers with kinds of models that need care: mixtures of experts, models of images and texts, padded vocabularies."""
+"""Both trainers with models that need care: mixtures of experts, images and texts, padded vocabularies."""
 
 import copy
 

@@ -93,7 +93,7 @@ class TestOneStep:
 
     @pytest.mark.parametrize("itself", [False, True])
     def test_mixed_precision_is_close(self, primed, itself):
-        """bfloat16 is TRL's default; the self-teacher of a LoRA student goes through the same autocast as the student."""
+        """bfloat16 is TRL's default. A LoRA student that is its own teacher has one autocast for both."""
         parts = {"teacher_model": None, "peft_config": lora()} if itself else {}
         losses = []
         for bf16 in (False, True):

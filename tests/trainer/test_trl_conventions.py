@@ -1,5 +1,6 @@
-"""What TRL and transformers document for every trainer, against both trainers here. More of it is in test_both_trainers.py,
-and in test_bad_inputs.py what is refused.
+"""What TRL and transformers document for every trainer, against both trainers here.
+
+More of it is in test_both_trainers.py. What is refused is in test_bad_inputs.py.
 """
 
 import contextlib

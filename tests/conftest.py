@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import short_run
 from tiny import tiny_tokenizer
+from trainers import METHODS, Maker
 
 from trl_promptkd import PrimedDistillConfig, PromptKDConfig
 
@@ -31,6 +32,24 @@ def make_args(tmp_path):
 def make_primed_args(tmp_path):
     """Response priming's settings for a short run on tiny models."""
     return lambda **overrides: short_run(PrimedDistillConfig, tmp_path, overrides)
+
+
+@pytest.fixture
+def promptkd(tmp_path):
+    """Makes a `PromptKDTrainer` of tiny parts."""
+    return Maker("promptkd", tmp_path)
+
+
+@pytest.fixture
+def primed(tmp_path):
+    """Makes a `PrimedDistillTrainer` of tiny parts."""
+    return Maker("primed", tmp_path)
+
+
+@pytest.fixture(params=METHODS)
+def make(request, tmp_path):
+    """Makes either trainer: the test runs for both."""
+    return Maker(request.param, tmp_path)
 
 
 @pytest.fixture

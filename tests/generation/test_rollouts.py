@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from reference import greedy
@@ -16,9 +18,12 @@ def config(**settings):
     return GenerationConfig(**{**defaults, **settings})
 
 
-def sample(model, seed=0, **settings):
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def sample(model, seed=0, vocab_size=None, **settings):
     with own_random_state(seed, torch.device("cpu")):
-        return generate_completions(model, PROMPTS, config(**settings))
+        return generate_completions(model, PROMPTS, config(**settings), vocab_size=vocab_size)
 
 
 class TestGenerateCompletions:
@@ -26,14 +31,14 @@ class TestGenerateCompletions:
     @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
     def test_greedy_equals_each_prompt_alone_without_cache(self, family, batch_size):
         model = tiny_model(family)
-        got = generate_completions(model, PROMPTS, config(do_sample=False), batch_size)
+        got = generate_completions(model, PROMPTS, config(**GREEDY), batch_size)
         assert got == [greedy(model, prompt, 8, EOS) for prompt in PROMPTS]
 
     @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
     def test_greedy_behind_a_soft_prompt_equals_each_prompt_alone(self, family):
         model = tiny_model(family)
         soft_prompt = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
-        got = generate_completions(model, PROMPTS, config(do_sample=False), soft_prompt=soft_prompt)
+        got = generate_completions(model, PROMPTS, config(**GREEDY), soft_prompt=soft_prompt)
         assert got == [greedy(model, prompt, 8, EOS, soft_prompt) for prompt in PROMPTS]
         assert got != [greedy(model, prompt, 8, EOS) for prompt in PROMPTS]
 
@@ -75,13 +80,11 @@ class TestGenerateCompletions:
 
     def test_ids_beyond_the_vocabulary_are_never_sampled(self):
         model = tiny_model()
-        free = {token for seed in range(5) for ids in sample(model, seed) for token in ids}
-        assert max(free) >= 30
-        bound = set()
-        for seed in range(5):
-            with own_random_state(seed, torch.device("cpu")):
-                bound |= {t for ids in generate_completions(model, PROMPTS, config(), vocab_size=30) for t in ids}
-        assert max(bound) < 30
+        highest = {
+            size: max(token for seed in range(5) for ids in sample(model, seed, size) for token in ids)
+            for size in (None, 30)
+        }
+        assert highest[30] < 30 <= highest[None]
 
 
 class TestStopStrings:
@@ -134,30 +137,19 @@ class TestDrawing:
             assert _Draw()(None, logits).argmax().item() == token
 
     def test_top_k_and_temperature_come_first(self):
-        model = tiny_model()
-        settings = config()
-        settings.top_k, settings.temperature = 1, 0.5
-        greedy = config()
-        greedy.do_sample, greedy.temperature, greedy.top_p = False, None, None
-        with own_random_state(3, torch.device("cpu")):
-            drawn = generate_completions(model, PROMPTS, settings)
-        assert drawn == generate_completions(model, PROMPTS, greedy)
+        model, settings = tiny_model(), config(top_k=1, temperature=0.5)
+        drawn = generate_completions(model, PROMPTS, settings)
+        assert drawn == generate_completions(model, PROMPTS, config(**GREEDY))
         assert settings.do_sample  # the caller's own stays
 
 
-class TestBatches:
-    def test_rows_are_sampled_beside_those_of_their_length_and_returned_in_order(self):
-        model, settings = tiny_model(), config()
-        settings.do_sample, settings.temperature, settings.top_p = False, None, None
-        prompts = [[7, 8, 9, 10], [11], [12, 13, 14], [15, 16]]
-        widths = []
-        model.register_forward_pre_hook(
-            lambda _, __, kwargs: widths.append(kwargs["input_ids"].shape), with_kwargs=True
-        )
-        together = generate_completions(model, prompts, settings)
-        widths.clear()
-        assert generate_completions(model, prompts, settings, batch_size=2) == together
-        assert [shape for shape in widths if shape[1] > 1] == [(2, 4), (2, 2)]
+def test_rows_are_sampled_beside_those_of_their_length_and_returned_in_order():
+    model, settings = tiny_model(), config(**GREEDY)
+    prompts = [[7, 8, 9, 10], [11], [12, 13, 14], [15, 16]]
+    together, shapes = generate_completions(model, prompts, settings), []
+    model.register_forward_pre_hook(lambda _, __, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True)
+    assert generate_completions(model, prompts, settings, batch_size=2) == together
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 4), (2, 2)]
 
 
 class TestOwnRandomState:
@@ -180,11 +172,7 @@ class TestOwnRandomState:
 
     def test_seeds_differ_in_every_part(self):
         seeds = {
-            rollout_seed(s, p, t, r)
-            for s in (0, 1)
-            for p in ("student", "teacher")
-            for t in (-1, 0, 1)
-            for r in (0, 1)
+            rollout_seed(*parts) for parts in itertools.product((0, 1), ("student", "teacher"), (-1, 0, 1), (0, 1))
         }
         assert len(seeds) == 24
         assert all(0 <= seed < 2**63 for seed in seeds)

@@ -5,11 +5,11 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from trainers import logged, lora
 from transformers import AutoModelForCausalLM
 
-from trl_promptkd import PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd._trl import is_vllm_available
 from trl_promptkd.generation.rollouts import generate_completions, rollout_config
 from trl_promptkd.generation.vllm import VLLMRollouts
@@ -44,11 +44,11 @@ def disturb(model, seed):
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_samples_are_those_of_the_weights_as_they_are(folder, make_args, lora):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_samples_are_those_of_the_weights_as_they_are(folder, make_args, adapter):
     student = AutoModelForCausalLM.from_pretrained(folder)
-    if lora:
-        student = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    if adapter:
+        student = get_peft_model(student, lora(r=8, target_modules="all-linear"))
     base = {name: p.detach().clone() for name, p in student.named_parameters() if not p.requires_grad}
     args = make_args(use_vllm=True, max_new_tokens=12, generation_kwargs=GREEDY, vllm_max_model_length=64)
     greedy = rollout_config(student, student, tiny_tokenizer(), args)
@@ -66,22 +66,22 @@ def test_samples_are_those_of_the_weights_as_they_are(folder, make_args, lora):
     assert all(torch.equal(student.get_parameter(name), value) for name, value in base.items())
 
 
-def test_a_run_is_the_run_with_transformers(folder, make_args):
+def test_a_run_is_the_run_with_transformers(folder, promptkd):
     """Greedy, so that both sample the same: losses and weights agree."""
+    settings = {"generation_kwargs": GREEDY, "max_steps": 3, "gradient_accumulation_steps": 2, "learning_rate": 1e-2}
+    settings["vllm_max_model_length"] = 64
     runs = []
     for use_vllm in (False, True):
-        kwargs = {"use_vllm": use_vllm, "generation_kwargs": GREEDY, "max_steps": 3, "gradient_accumulation_steps": 2}
-        trainer = PromptKDTrainer(
+        trainer = promptkd(
             AutoModelForCausalLM.from_pretrained(folder),
             tiny_model(seed=1, hidden_size=64, num_attention_heads=2, num_key_value_heads=1),
-            make_args(**kwargs, learning_rate=1e-2, vllm_max_model_length=64),
             train_dataset=prompt_dataset(12),
             eval_dataset=answered_dataset(2),
-            processing_class=tiny_tokenizer(),
-            prompt_encoder_config=PromptEncoderConfig(prompt_init_text="you are a student ."),
+            use_vllm=use_vllm,
+            **settings,
         )
         trainer.train()
         metrics = trainer.evaluate()
-        runs.append([log["loss"] for log in trainer.state.log_history if "loss" in log] + [metrics["eval_reverse_kl"]])
+        runs.append([*logged(trainer, "loss"), metrics["eval_reverse_kl"]])
     assert runs[1] == pytest.approx(runs[0], rel=1e-3)
     assert len(set(runs[0])) == 4

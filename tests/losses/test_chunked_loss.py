@@ -3,6 +3,7 @@ import torch
 from padding import ROWS, pad
 from peft import LoraConfig, get_peft_model
 from tiny import HEADS, VOCAB_SIZE, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_promptkd.divergences import entropy, generalized_jsd, kl_divergence
 from trl_promptkd.losses import chunked as chunked_loss
@@ -33,6 +34,28 @@ def whole_logits(model, soft_prompt=None):
     return forward_logits(model, IDS, MASK, soft_prompt)[:, :-1][LABELS[:, 1:] != -100].float()
 
 
+def states(model, soft_prompt=None, labels=LABELS, vocab_size=None):
+    return completion_states(model, IDS, MASK, labels, soft_prompt, vocab_size)
+
+
+def losses_of(function, chunk_size, *parts):
+    """The values of `function`, and for each trained part a loss, which is the first of them and has its gradient."""
+    values, gradients = chunked_sums(function, chunk_size, *parts)
+    return values, [gradient.attach(values[0]) for gradient in gradients]
+
+
+def logsumexp(logits):
+    return (logits.logsumexp(-1).sum(),)
+
+
+def assert_gradients(parameters, expected):
+    for parameter, want in zip(parameters, expected, strict=True):
+        if want is None:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
+
+
 def sums(student, teacher, beta=1.0):
     student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     return generalized_jsd(student, teacher, beta).sum(), entropy(student).sum(), kl_divergence(teacher, student).sum()
@@ -51,24 +74,15 @@ class TestAgainstThePlainPath:
     def test_of_the_student(self, family, chunk_size):
         student, teacher = model_of(family), model_of(family, seed=1)
         expected = sums(whole_logits(student), whole_logits(teacher).detach())
-        names, parameters = zip(*student.named_parameters(), strict=True)
+        parameters = list(student.parameters())
         expected_gradients = torch.autograd.grad(3 * expected[0], parameters, allow_unused=True)
-
-        known = completion_states(student, IDS, MASK, LABELS)
         with torch.no_grad():
-            judge = completion_states(teacher, IDS, MASK, LABELS).detach()
-        values, (gradient,) = chunked_sums(sums, chunk_size, known, judge)
+            judge = states(teacher).detach()
+        values, (loss,) = losses_of(sums, chunk_size, states(student), judge)
         torch.testing.assert_close(values, tuple(v.detach() for v in expected), rtol=1e-5, atol=1e-5)
-        loss = 3 * gradient.attach(values[0])
-        assert loss.item() == pytest.approx(3 * expected[0].item(), rel=1e-5)
-        loss.backward()
-        for name, parameter, want in zip(names, parameters, expected_gradients, strict=True):
-            if want is None:
-                assert parameter.grad is None, name
-            else:
-                torch.testing.assert_close(
-                    parameter.grad, want, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-                )
+        assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+        (3 * loss).backward()
+        assert_gradients(parameters, expected_gradients)
         assert all(p.grad is None for p in teacher.parameters())
 
     @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -77,16 +91,13 @@ class TestAgainstThePlainPath:
         student, teacher = model_of(family), model_of(family, seed=1).requires_grad_(False)
         soft_prompt = (torch.randn(5, 32, generator=torch.manual_seed(0)) * 0.3).requires_grad_(True)
         value, *_ = sums(whole_logits(teacher, soft_prompt), whole_logits(student).detach(), beta)
-        (expected,) = torch.autograd.grad(value, soft_prompt)
-
-        prompted = completion_states(teacher, IDS, MASK, LABELS, soft_prompt)
-        known = completion_states(student, IDS, MASK, LABELS).detach()
-        (got, *_), (gradient,) = chunked_sums(lambda a, b: sums(a, b, beta), 3, prompted, known)
+        expected = torch.autograd.grad(value, [soft_prompt])
+        parts = states(teacher, soft_prompt), states(student).detach()
+        (got, *_), (loss,) = losses_of(lambda a, b: sums(a, b, beta), 3, *parts)
         assert got.item() == pytest.approx(value.item(), rel=1e-5)
-        assert len(gradient.tensors) == 1  # the teacher's head is frozen
-        gradient.attach(got).backward()
-        torch.testing.assert_close(soft_prompt.grad, expected, rtol=1e-4, atol=1e-4)
-        assert all(p.grad is None for p in student.parameters())
+        loss.backward()
+        assert_gradients([soft_prompt], expected)
+        assert all(p.grad is None for model in (student, teacher) for p in model.parameters())
 
     def test_two_trained_parts_get_each_its_own(self):
         """PromptKD's step: both losses from the same logits."""
@@ -99,80 +110,61 @@ class TestAgainstThePlainPath:
         a, b = whole_logits(student), whole_logits(teacher, soft_prompt)
         parameters = list(student.parameters())
         expected = torch.autograd.grad(sums(a, b.detach())[0], parameters)
-        (expected_prompt,) = torch.autograd.grad(sums(b, a.detach())[0], soft_prompt)
-        known = completion_states(student, IDS, MASK, LABELS)
-        prompted = completion_states(teacher, IDS, MASK, LABELS, soft_prompt)
-        values, (of_student, of_prompt) = chunked_sums(both, 4, known, prompted)
-        of_student.attach(values[0]).backward()
+        expected_prompt = torch.autograd.grad(sums(b, a.detach())[0], [soft_prompt])
+        _, (of_student, of_prompt) = losses_of(both, 4, states(student), states(teacher, soft_prompt))
+        of_student.backward()
         assert soft_prompt.grad is None
-        of_prompt.attach(values[0]).backward()
-        torch.testing.assert_close(soft_prompt.grad, expected_prompt, rtol=1e-4, atol=1e-4)
-        for parameter, want in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
+        of_prompt.backward()
+        assert_gradients([soft_prompt], expected_prompt)
+        assert_gradients(parameters, expected)
+
+
+def head_above_a_frozen_decoder():
+    model = tiny_model().requires_grad_(False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    return model
+
+
+def lora_on_the_head():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    return get_peft_model(tiny_model(), config).eval()
 
 
 class TestWhatIsTrained:
-    def test_a_shared_part_of_the_vocabulary(self):
-        model = tiny_model("llama")
-        expected = torch.autograd.grad(whole_logits(model)[:, :30].logsumexp(-1).sum(), list(model.parameters()))
-        known = completion_states(model, IDS, MASK, LABELS, vocab_size=30)
-        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 4, known)
-        gradient.attach(values[0]).backward()
-        for parameter, want in zip(model.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
+    @pytest.mark.parametrize(
+        ("make", "vocab_size"), [(tiny_model, 30), (head_above_a_frozen_decoder, None), (lora_on_the_head, None)]
+    )
+    def test_weights_that_require_a_gradient_get_theirs(self, make, vocab_size):
+        """`vocab_size`: a part of the vocabulary that both models share."""
+        model = make()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        expected = torch.autograd.grad(logsumexp(whole_logits(model)[:, :vocab_size])[0], parameters)
+        _, (loss,) = losses_of(logsumexp, 4, states(model, vocab_size=vocab_size))
+        loss.backward()
+        assert_gradients(parameters, expected)
 
     def test_a_gradient_is_handed_on_once(self):
-        values, (gradient,) = chunked_sums(
-            lambda logits: (logits.sum(),), 4, completion_states(tiny_model(), IDS, MASK, LABELS)
-        )
-        loss = gradient.attach(values[0])
+        _, (loss,) = losses_of(logsumexp, 4, states(tiny_model()))
         loss.backward(retain_graph=True)
         with pytest.raises(RuntimeError, match="handed on already"):
             loss.backward()
 
-    def test_a_head_above_a_frozen_decoder(self):
-        model = tiny_model("llama")
-        model.requires_grad_(False)
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-        known = completion_states(model, IDS, MASK, LABELS)
-        assert not known.states.requires_grad
-        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 4, known)
-        gradient.attach(values[0]).backward()
-        (expected,) = torch.autograd.grad(whole_logits(model).logsumexp(-1).sum(), model.lm_head.weight)
-        torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-4, atol=1e-4)
-
-    def test_lora_on_the_head(self):
-        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-        model = get_peft_model(tiny_model("llama"), config).eval()
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        expected = torch.autograd.grad(whole_logits(model).logsumexp(-1).sum(), parameters)
-        known = completion_states(model, IDS, MASK, LABELS)
-        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 4, known)
-        gradient.attach(values[0]).backward()
-        for parameter, want in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(parameter.grad, want, rtol=1e-4, atol=1e-4)
-
     def test_nothing_without_gradients(self):
         with torch.no_grad():
-            known = completion_states(tiny_model(), IDS, MASK, LABELS)
-            values, gradients = chunked_sums(lambda logits: (logits.sum(),), 4, known)
-        assert gradients == []
+            values, losses = losses_of(logsumexp, 4, states(tiny_model()))
+        assert losses == []
         assert not values[0].requires_grad
 
     def test_no_tokens_give_zero_with_a_gradient_path(self):
         model = tiny_model()
-        known = completion_states(model, IDS, MASK, torch.full_like(IDS, -100))
-        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 4, known)
-        loss = gradient.attach(values[0])
+        _, (loss,) = losses_of(logsumexp, 4, states(model, labels=torch.full_like(IDS, -100)))
         loss.backward()
         assert loss.item() == 0
         assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
     def test_half_precision_gradients_are_added_up_in_float32(self):
-        torch.manual_seed(0)
-        model = tiny_model("llama", dtype=torch.bfloat16)
-        known = completion_states(model, IDS, MASK, LABELS)
-        values, (gradient,) = chunked_sums(lambda logits: (logits.logsumexp(-1).sum(),), 1, known)
+        model = tiny_model(dtype=torch.bfloat16)
+        values, (gradient,) = chunked_sums(logsumexp, 1, states(model))
         assert {g.dtype for g in gradient.gradients} == {torch.float32}
         gradient.attach(values[0]).backward()
         assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -181,7 +173,6 @@ class TestWhatIsTrained:
 class TestChunks:
     def test_no_tensor_of_tokens_times_vocabulary(self):
         """The largest tensor that is made, forward and backward, has a chunk's rows and not the batch's."""
-        from torch.utils._python_dispatch import TorchDispatchMode
 
         class Largest(TorchDispatchMode):
             rows = 0
@@ -189,35 +180,30 @@ class TestChunks:
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 output = function(*args, **(kwargs or {}))
                 for tensor in output if isinstance(output, (tuple, list)) else [output]:
-                    if (
-                        isinstance(tensor, torch.Tensor)
-                        and tensor.ndim
-                        and tensor.size(-1) == 257
-                        and len(tensor) != 32
-                    ):
+                    shape = getattr(tensor, "shape", ())
+                    if shape and shape[-1] == 257 and shape[0] != 32:  # not the head's weights
                         self.rows = max(self.rows, tensor.numel() // 257)
                 return output
 
         student, teacher = (tiny_model(vocab_size=257, seed=seed, tie_word_embeddings=False) for seed in (0, 1))
-        known = completion_states(student, IDS, MASK, LABELS)
-        prompted = completion_states(teacher, IDS, MASK, LABELS, torch.randn(5, 32, requires_grad=True))
+        known = states(student)
+        prompted = states(teacher, torch.randn(5, 32, requires_grad=True))
         with Largest() as largest:
-            values, (gradient, _) = chunked_sums(sums, 3, known, prompted)
-            gradient.attach(values[0]).backward()
+            _, (loss, _) = losses_of(sums, 3, known, prompted)
+            loss.backward()
         assert largest.rows == 3
         assert len(known) > 9
 
     def test_tensors_are_sliced_and_none_is_passed_on(self):
-        known = completion_states(tiny_model(), IDS, MASK, LABELS)
+        known = states(tiny_model())
         weights = torch.arange(len(known)).float()
         seen = []
 
         def weighted(logits, weight, nothing):
-            seen.append((len(logits), weight.tolist(), nothing))
+            seen.extend(weight.tolist())
+            assert nothing is None
             return ((weight * logits.logsumexp(-1)).sum(),)
 
-        values, _ = chunked_sums(weighted, 4, known, weights, None)
-        expected = (weights * known.logits().logsumexp(-1)).sum()
-        assert values[0].item() == pytest.approx(expected.item(), rel=1e-5)
-        assert [w for _, weight, _ in seen for w in weight] == weights.tolist()
-        assert all(nothing is None for *_, nothing in seen)
+        (value,), _ = losses_of(weighted, 4, known, weights, None)
+        assert value.item() == pytest.approx((weights * known.logits().logsumexp(-1)).sum().item(), rel=1e-5)
+        assert seen == weights.tolist()

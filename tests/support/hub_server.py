@@ -17,10 +17,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import httpx2
 import yaml
 
 
 USER, TOKEN = "me", "hf_token"
+DIED = (
+    httpx2.TransportError,
+    RuntimeError,
+)  # what the client raises then; the latter says which of several files it was
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
 _REPO = r"/(?P<id>[\w.-]+/[\w.-]+)"
 _API = r"/api/(?P<kind>models|datasets)" + _REPO

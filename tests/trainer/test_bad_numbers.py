@@ -2,15 +2,13 @@
 
 import logging
 import math
-from functools import partial
 
 import pytest
 import torch
-from tiny import answered_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
+from tiny import answered_dataset, difference, tiny_model, weights
+from trainers import Maker, answers_always, equal, logged
 
-from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptEncoderConfig, PromptKDTrainer
-from trl_promptkd.losses.primed_distill import primed_loss_sums
-from trl_promptkd.losses.promptkd import promptkd_loss_sums
+from trl_promptkd.data import DataCollatorForPromptCompletion
 
 
 class Masking(torch.nn.Linear):
@@ -22,39 +20,18 @@ class Masking(torch.nn.Linear):
         return super().forward(states).index_fill(-1, torch.tensor([7, 30]), self.lowest)
 
 
-def masking(model, lowest=-math.inf):
-    model.lm_head.__class__ = Masking
-    model.lm_head.lowest = lowest
-    return model
-
-
-def make_trainer(method, make_args, make_primed_args, student=None, teacher=None, **settings):
-    models = {
-        "model": student or tiny_model(seed=1),
-        "teacher_model": teacher or tiny_model(seed=2),
-        "processing_class": tiny_tokenizer(),
-    }
-    if method == "promptkd":
-        config = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
-        return PromptKDTrainer(
-            **models, args=make_args(**settings), train_dataset=prompt_dataset(), prompt_encoder_config=config
-        )
-    return PrimedDistillTrainer(
-        **models,
-        args=make_primed_args(**settings),
-        train_dataset=answered_dataset(),
-        priming=PrimingTemplate("red blue "),
-    )
-
-
 @pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("method", ["promptkd", "primed"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("promptkd", {"beta": beta}) for beta in (0.0, 0.5, 1.0)]
+    + [("primed", {"kd_beta": beta, "alpha": 0.0}) for beta in (0.0, 0.5, 1.0)],
+)
 class TestRuledOutTokens:
-    def test_the_student_learns_the_others(self, method, beta, lowest, make_args, make_primed_args):
-        settings = {"beta": beta} if method == "promptkd" else {"kd_beta": beta, "alpha": 0.0}
-        teacher = masking(tiny_model(seed=2), lowest)
-        trainer = make_trainer(method, make_args, make_primed_args, teacher=teacher, max_steps=3, **settings)
+    def test_the_student_learns_the_others(self, method, settings, lowest, tmp_path):
+        teacher = tiny_model(seed=2)
+        teacher.lm_head.__class__ = Masking
+        teacher.lm_head.lowest = lowest
+        trainer = Maker(method, tmp_path)(teacher_model=teacher, max_steps=3, **settings)
         before = weights(trainer.model)
         trainer.train()
         for entry in trainer.state.log_history[:3]:
@@ -65,65 +42,35 @@ class TestRuledOutTokens:
         assert difference(after, before) > 0
 
 
-class TestLossOnWhatIsLeft:
-    """Six tokens, two of which the teacher rules out: the loss is that of the other four."""
-
-    def test_promptkd(self):
-        torch.manual_seed(0)
-        student, prompted, plain = torch.randn(3, 5, 6)
-        left = [0, 1, 3, 5]
-        masked = [part.index_fill(-1, torch.tensor([2, 4]), -math.inf) for part in (prompted, plain)]
-        sums = partial(promptkd_loss_sums, temperature=1.7)
-        expected = sums(*(part[:, left] for part in (student, prompted, plain)))
-        for found, value in zip(sums(student, *masked), expected, strict=True):
-            torch.testing.assert_close(found, value)
-
-    @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-    def test_primed(self, beta):
-        torch.manual_seed(0)
-        student, teacher = torch.randn(2, 5, 6)
-        left, tokens = [0, 1, 3, 5], torch.tensor([0, 1, 1, 0, 1])
-        masked = teacher.index_fill(-1, torch.tensor([2, 4]), -math.inf)
-        found = primed_loss_sums(student, masked, tokens, alpha=0.4, temperature=2.0, beta=beta)
-        expected = primed_loss_sums(student[:, left], teacher[:, left], tokens, alpha=0.4, temperature=2.0, beta=beta)
-        torch.testing.assert_close(found.divergence, expected.divergence)
-        torch.testing.assert_close(found.student_teacher, expected.student_teacher)
-        torch.testing.assert_close(found.teacher_log_prob, expected.teacher_log_prob)
-        # The hard labels are scored by all of the student's distribution
-        all_tokens = -student.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum()
-        torch.testing.assert_close(found.cross_entropy, all_tokens)
-
-
 class TestNamedErrors:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("role", ["teacher", "student"])
-    @pytest.mark.parametrize("method", ["promptkd", "primed"])
-    def test_states_that_are_not_finite_name_the_model(self, method, role, value, make_args, make_primed_args):
+    def test_states_that_are_not_finite_name_the_model(self, make, role, value):
         models = {"student": tiny_model(seed=1), "teacher": tiny_model(seed=2)}
-        trainer = make_trainer(method, make_args, make_primed_args, **models)
+        trainer = make(*models.values())
         models[role].model.norm.weight.data[3] = value
-        trainer.rollouts.sample = lambda model, prompts, *args: [[10, 0] for _ in prompts]
+        answers_always(trainer.model, [10, 0])
+        before = weights(models["student"])
         with pytest.raises(
             FloatingPointError, match=r"The loss is nan at step 1\. Not finite already: the hidden"
         ) as error:
             trainer.train()
         assert role in str(error.value).split("Check")[0]
         assert ("student" in str(error.value)) == (role == "student")
+        assert role == "student" or equal(weights(models["student"]), before)
 
-    @pytest.mark.parametrize("method", ["promptkd", "primed"])
-    def test_evaluation_too(self, method, make_args, make_primed_args):
+    def test_evaluation_too(self, make):
         teacher = tiny_model(seed=2)
-        trainer = make_trainer(method, make_args, make_primed_args, teacher=teacher)
+        trainer = make(teacher_model=teacher)
         teacher.lm_head.weight.data.fill_(math.nan)
         with pytest.raises(FloatingPointError, match="The loss is nan in the evaluation"):
             trainer.evaluate(answered_dataset(2))
 
 
 class TestEmptyCompletions:
-    def test_a_student_that_ends_at_once_is_trained_on_its_end(self, make_args):
-        student = tiny_model(seed=1)
-        trainer = make_trainer("promptkd", make_args, None, student=student, max_steps=2)
-        trainer.rollouts.sample = lambda model, prompts, *args: [[0] for _ in prompts]
+    def test_a_student_that_ends_at_once_is_trained_on_its_end(self, promptkd):
+        trainer = promptkd(max_steps=2)
+        answers_always(trainer.model, [0])
         trainer.train()
         first = trainer.state.log_history[0]
         assert first["rollout/mean_length"] == 1
@@ -131,27 +78,22 @@ class TestEmptyCompletions:
         assert math.isfinite(first["loss"])
         assert first["loss"] > 0
 
-    @pytest.mark.parametrize("method", ["promptkd", "primed"])
-    def test_no_token_at_all_is_a_warning_and_a_zero_loss(
-        self, method, make_args, make_primed_args, caplog, propagate
-    ):
-        source = {} if method == "promptkd" else {"response_source": "student"}
-        settings = {"optim": "sgd", "weight_decay": 0.0, **source}
-        trainer = make_trainer(method, make_args, make_primed_args, **settings)
-        trainer.rollouts.sample = lambda model, prompts, *args: [[] for _ in prompts]
+    def test_no_token_at_all_is_a_warning_and_a_zero_loss(self, make, caplog, propagate):
+        source = {} if make.method == "promptkd" else {"response_source": "student"}
+        trainer = make(optim="sgd", weight_decay=0.0, **source)
+        answers_always(trainer.model, [])
         before = weights(trainer.model)
         with caplog.at_level(logging.WARNING):
             trainer.train()
         assert "Step 1 has nothing to train on" in caplog.text
-        assert trainer.state.log_history[0]["loss"] == 0
+        assert logged(trainer, "loss")[0] == 0
         assert difference(weights(trainer.model), before) == 0
 
-    def test_some_rows_without_a_token_do_not_count(self, make_args):
-        losses = []
+    def test_some_rows_without_a_token_do_not_count(self, promptkd):
+        pad, losses = DataCollatorForPromptCompletion(0), []
         for answers in ([[10, 11, 0], []], [[10, 11, 0]]):
-            trainer = make_trainer("promptkd", make_args, None, per_device_train_batch_size=len(answers), seed=1)
-            trainer.train_dataset = trainer.train_dataset.select([0] * len(answers))
-            trainer.rollouts.sample = lambda model, prompts, *args, answers=answers: answers[: len(prompts)]
+            rows = [{"prompt_ids": [12, 13], "completion_ids": ids} for ids in answers]
+            trainer = promptkd(lmbda=0.0, data_collator=lambda _, rows=rows: pad(rows))
             trainer.train()
-            losses.append(trainer.state.log_history[0]["loss"])
+            losses.append(logged(trainer, "loss")[0])
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -8,19 +8,12 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from runs import short_run
-from tiny import answered_dataset, difference, tiny_model, tiny_tokenizer, weights
+from tiny import answered_dataset, chat_dataset, difference, tiny_model, tiny_tokenizer, weights
+from trainers import EVALUATES, METHODS, SAVES, Maker, logged
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from trl_promptkd import (
-    GenerationMetricsCallback,
-    PrimedDistillConfig,
-    PrimedDistillTrainer,
-    PrimingTemplate,
-    PromptKDConfig,
-    PromptKDTrainer,
-)
+from trl_promptkd import GenerationMetricsCallback
 from trl_promptkd._trl import GKDConfig, GKDTrainer
 from trl_promptkd.evaluation import evaluate_model
 from trl_promptkd.metrics import instruction_scores
@@ -40,57 +33,47 @@ class Keeps(TrainerCallback):
         self.weights[state.global_step] = weights(model)
 
 
-class Records(TrainerCallback):
-    """What the trainer's integrations get."""
-
-    def __init__(self):
-        self.logs = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.logs.append(dict(logs))
+SETTINGS = {**EVALUATES, **SAVES, "max_steps": 3}
+# As in `short_run`, for TRL's configurations, which have no `max_new_tokens`
+RUN = {"per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-3, "report_to": "none"}
+RUN |= {"bf16": False, "use_cpu": True, "disable_tqdm": True}
 
 
-def settings(config, folder, **overrides):
-    each_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    common = {"max_steps": 3, **each_step, **overrides}
-    if not hasattr(config, "max_new_tokens"):  # what `short_run` gives TRL's own configuration is not all known to it
-        run = {"output_dir": str(folder / "run"), "per_device_train_batch_size": 2, "logging_steps": 1}
-        run |= {"learning_rate": 1e-3, "report_to": "none", "bf16": False, "use_cpu": True, "disable_tqdm": True}
-        return config(**{**run, **common})
-    return short_run(config, folder, common)
-
-
-def make(kind, folder, **overrides):
-    more = {"model": tiny_model(seed=1), "train_dataset": answered_dataset(), "processing_class": tiny_tokenizer()}
-    more["eval_dataset"] = overrides.pop("eval_dataset", answered_dataset(4))
-    if kind == "sft":
-        if trl.trainer.utils._ChunkedLogProbFunction is None:
-            pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
-        return SFTTrainer(args=settings(SFTConfig, folder, **overrides), **more)
+def make_trainer(kind, folder, **overrides):
+    """Of this package, or of TRL."""
+    more = {"eval_dataset": overrides.pop("eval_dataset", answered_dataset(4))}
+    settings = {**SETTINGS, **overrides}
+    if kind in METHODS:
+        return Maker(kind, folder)(**more, **settings)
+    more |= {"model": tiny_model(seed=1), "processing_class": tiny_tokenizer()}
+    settings = {**RUN, "output_dir": str(folder / "run"), **settings}
     if kind == "gkd":
-        rows = Dataset.from_list(
-            [
-                {
-                    "messages": [
-                        {"role": "user", "content": row["prompt"]},
-                        {"role": "assistant", "content": row["completion"]},
-                    ]
-                }
-                for row in answered_dataset()
-            ]
-        )
-        args = settings(GKDConfig, folder, lmbda=0.0, **overrides)
+        rows = chat_dataset()
+        args = GKDConfig(**settings, lmbda=0.0, max_new_tokens=6)
         return GKDTrainer(
             teacher_model=tiny_model(seed=2), args=args, **{**more, "train_dataset": rows, "eval_dataset": rows}
         )
-    teacher = tiny_model(seed=2)
-    if kind == "primed":
-        args = settings(PrimedDistillConfig, folder, **overrides)
-        return PrimedDistillTrainer(teacher_model=teacher, args=args, priming=PrimingTemplate("red "), **more)
-    return PromptKDTrainer(teacher_model=teacher, args=settings(PromptKDConfig, folder, **overrides), **more)
+    if trl.trainer.utils._ChunkedLogProbFunction is None:
+        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
+    return SFTTrainer(args=SFTConfig(**settings), train_dataset=answered_dataset(), **more)
 
 
-KINDS = ("promptkd", "primed", "sft", "gkd")
+def add_callback(trainer, rows=ROWS, answers=None, **settings):
+    """A callback that prints nothing. `answers`: those of each evaluation, in place of the model's."""
+    callback = GenerationMetricsCallback(trainer, rows, **{"num_completions_to_print": 0, **settings})
+    trainer.add_callback(callback)
+    if answers is not None:
+        replies = iter(answers)
+        callback._answers = lambda: next(replies)
+    return callback
+
+
+def right(number):
+    """Answers to `ROWS`, of which `number` are right."""
+    return [row["completion"] if i < number else "nothing" for i, row in enumerate(ROWS)]
+
+
+KINDS = (*METHODS, "sft", "gkd")
 
 
 class TestGenerationMetricsCallback:
@@ -99,50 +82,36 @@ class TestGenerationMetricsCallback:
         runs = {}
         for name in ("without", "with"):
             torch.manual_seed(0)
-            trainer = make(kind, tmp_path / name, save_strategy="no")
+            trainer = make_trainer(kind, tmp_path / name, save_strategy="no")
             if name == "with":
-                trainer.add_callback(
-                    GenerationMetricsCallback(trainer, ROWS, seed=3, max_new_tokens=5, num_completions_to_print=1)
-                )
+                add_callback(trainer, seed=3, max_new_tokens=5, num_completions_to_print=1)
             trainer.train()
             states = (torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()))
-            runs[name] = (weights(trainer.model), states, trainer.state.log_history)
+            runs[name] = (weights(trainer.model), states, logged(trainer, "eval_loss"), logged(trainer, "eval_rougeL"))
         assert difference(runs["with"][0], runs["without"][0]) == 0
         assert difference(runs["with"][0], weights(tiny_model(seed=1))) > 0
-        assert runs["with"][1] == runs["without"][1]
-        logged = [entry["eval_rougeL"] for entry in runs["with"][2] if "eval_rougeL" in entry]
-        assert len(logged) == 3
-        losses = [[entry["eval_loss"] for entry in runs[name][2] if "eval_loss" in entry] for name in runs]
-        assert losses[0] == losses[1]
+        assert runs["with"][1:3] == runs["without"][1:3]
+        assert len(runs["with"][3]) == 3
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_best_checkpoint_by_rouge_is_loaded_though_it_is_not_the_last(self, kind, tmp_path):
-        """Real generation and real training; then answers of which 1, 3 and 2 of 6 are right stand in for those of steps 1, 2 and 3."""
-        trainer = make(kind, tmp_path, metric_for_best_model="rougeL", load_best_model_at_end=True)
-        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=5, num_completions_to_print=0)
-        keeps, original, right = Keeps(), callback._answers, iter([1, 3, 2])
-
-        def answers():
-            assert len(original()) == len(ROWS)
-            number = next(right)
-            return [row["completion"] if i < number else "nothing" for i, row in enumerate(ROWS)]
-
-        callback._answers = answers
-        trainer.add_callback(callback)
+        """Real training, and answers of which 1, 3 and 2 of 6 are right after steps 1, 2 and 3."""
+        trainer = make_trainer(kind, tmp_path, metric_for_best_model="rougeL", load_best_model_at_end=True)
+        keeps = Keeps()
+        add_callback(trainer, answers=map(right, [1, 3, 2]))
         trainer.add_callback(keeps)
         trainer.train()
-        logged = [entry["eval_rougeL"] for entry in trainer.state.log_history if "eval_rougeL" in entry]
-        assert logged == pytest.approx([100 / 6, 300 / 6, 200 / 6])
+        scores = logged(trainer, "eval_rougeL")
+        assert scores == pytest.approx([100 / 6, 300 / 6, 200 / 6])
         assert trainer.state.best_global_step == 2
-        assert trainer.state.best_metric == logged[1]
+        assert trainer.state.best_metric == scores[1]
         assert difference(weights(trainer.model), keeps.weights[2]) == 0
         assert difference(weights(trainer.model), keeps.weights[3]) > 0
 
     def test_real_answers_choose_the_best_checkpoint_and_its_weights_come_back(self, tmp_path):
-        """After step 1 the head knows two words, of which it repeats one; after the others it says nothing but the end of text."""
-        trainer = make(
-            "sft", tmp_path, metric_for_best_model="eval_rougeL", load_best_model_at_end=True, learning_rate=0.0
-        )
+        """After step 1 the head knows two words and repeats one of them; after the others it ends at once."""
+        settings = {"metric_for_best_model": "eval_rougeL", "load_best_model_at_end": True, "learning_rate": 0.0}
+        trainer = make_trainer("sft", tmp_path, **settings)
         rows = Dataset.from_list([{"prompt": "you are a", "references": ["the the the the", "cat cat cat cat"]}])
         word = tiny_tokenizer().convert_tokens_to_ids("the")
         keeps = Keeps()
@@ -157,9 +126,9 @@ class TestGenerationMetricsCallback:
 
         trainer.add_callback(Sets())
         trainer.add_callback(keeps)
-        trainer.add_callback(GenerationMetricsCallback(trainer, rows, max_new_tokens=4, num_completions_to_print=0))
+        add_callback(trainer, rows, max_new_tokens=4)
         trainer.train()
-        scores = [entry["eval_rougeL"] for entry in trainer.state.log_history if "eval_rougeL" in entry]
+        scores = logged(trainer, "eval_rougeL")
         assert scores[0] >= 50  # of the two references, one holds at least half of the answer
         assert scores[1:] == [0, 0]
         assert trainer.state.best_global_step == 1
@@ -167,56 +136,39 @@ class TestGenerationMetricsCallback:
         assert difference(weights(trainer.model), keeps.weights[3]) > 0
 
     def test_metrics_are_those_of_evaluate_model(self, tmp_path):
-        trainer = make("promptkd", tmp_path, save_strategy="no")
-        records = Records()
-        trainer.add_callback(GenerationMetricsCallback(trainer, ROWS, seed=7, max_new_tokens=5, batch_size=4))
-        trainer.add_callback(records)
+        trainer = make_trainer("promptkd", tmp_path)
+        add_callback(trainer, seed=7, max_new_tokens=5, batch_size=4)
         found = trainer.evaluate()
-        expected = evaluate_model(
-            trainer.model, tiny_tokenizer(), {"rows": ROWS}, seeds=[7], max_new_tokens=5, batch_size=2
-        )
-        expected = expected["sets"]["rows"]["mean"]
+        settings = {"seeds": [7], "max_new_tokens": 5, "batch_size": 2}
+        expected = evaluate_model(trainer.model, tiny_tokenizer(), {"rows": ROWS}, **settings)["sets"]["rows"]["mean"]
         assert expected["rougeL"] > 0
         assert found["eval_rougeL"] == pytest.approx(expected["rougeL"])
         assert found["eval_exact_match"] == expected["exact_match"]
-        assert [log["eval_rougeL"] for log in records.logs if "eval_rougeL" in log] == [found["eval_rougeL"]]
+        assert logged(trainer, "eval_rougeL") == [found["eval_rougeL"]]
 
     @pytest.mark.parametrize("passed", ["before", "after"])
     def test_early_stopping_sees_the_metrics_wherever_it_was_passed(self, passed, tmp_path):
         """Answers of which 3, 2 and 1 of 6 are right: after the second evaluation without a better one it stops."""
-        trainer = make(
-            "sft",
-            tmp_path,
-            max_steps=6,
-            metric_for_best_model="rougeL",
-            load_best_model_at_end=True,
-            save_only_model=True,
-        )
-        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3, num_completions_to_print=0)
-        right = iter([3, 2, 1])
-
-        def answers():
-            number = next(right)
-            return [row["completion"] if i < number else "nothing" for i, row in enumerate(ROWS)]
-
-        callback._answers = answers
-        both = [callback, EarlyStoppingCallback(early_stopping_patience=2)]
-        for one in reversed(both) if passed == "before" else both:
-            trainer.add_callback(one)
+        settings = {"metric_for_best_model": "rougeL", "load_best_model_at_end": True, "save_only_model": True}
+        trainer = make_trainer("sft", tmp_path, max_steps=6, **settings)
+        stop = EarlyStoppingCallback(early_stopping_patience=2)
+        if passed == "before":
+            trainer.add_callback(stop)
+        add_callback(trainer, answers=map(right, [3, 2, 1]))
+        if passed == "after":
+            trainer.add_callback(stop)
         trainer.train()
         assert trainer.state.global_step == 3
         assert trainer.state.best_global_step == 1
 
     def test_rows_are_scored_once_and_only_shown_prompts_are_decoded(self, tmp_path, monkeypatch):
-        trainer = make("sft", tmp_path, save_strategy="no")
-        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3, num_completions_to_print=0)
-        trainer.add_callback(callback)
-        scored, decoded = [], []
-        original = callbacks.row_scores
-        monkeypatch.setattr(callbacks, "row_scores", lambda *args: scored.append(1) or original(*args))
-        decode = type(callback.tokenizer).batch_decode
+        trainer = make_trainer("sft", tmp_path)
+        callback = add_callback(trainer, max_new_tokens=3)
+        scored, decoded, tokenizer_class = [], [], type(callback.tokenizer)
+        score, decode = callbacks.row_scores, tokenizer_class.batch_decode
+        monkeypatch.setattr(callbacks, "row_scores", lambda *args: scored.append(1) or score(*args))
         monkeypatch.setattr(
-            type(callback.tokenizer),
+            tokenizer_class,
             "batch_decode",
             lambda self, rows, **kwargs: decoded.append(len(rows)) or decode(self, rows, **kwargs),
         )
@@ -227,63 +179,46 @@ class TestGenerationMetricsCallback:
         assert decoded[1:] == [len(ROWS), 2]
 
     def test_processors_give_their_tokenizer_and_nothing_else_will_do(self, tmp_path):
-        trainer = make("sft", tmp_path, save_strategy="no")
+        trainer = make_trainer("sft", tmp_path)
         trainer.processing_class = SimpleNamespace(tokenizer=tiny_tokenizer())
-        trainer.add_callback(GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3))
-        assert GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3)._answers()
-        for nothing, found in ((None, "none"), (SimpleNamespace(), "a SimpleNamespace")):
-            trainer.processing_class = nothing
-            with pytest.raises(ValueError, match=f"`processing_class` is {found}; it must be a tokenizer"):
-                GenerationMetricsCallback(trainer, ROWS)
+        add_callback(trainer, max_new_tokens=3)
+        assert "eval_rougeL" in trainer.evaluate()
+        trainer.processing_class = SimpleNamespace()
+        with pytest.raises(ValueError, match="`processing_class` is a SimpleNamespace; it must be a tokenizer"):
+            GenerationMetricsCallback(trainer, ROWS)
 
     def test_gsm8k(self, tmp_path):
-        trainer = make("sft", tmp_path, save_strategy="no")
-        rows = Dataset.from_list(
-            [{"question": "the cat sat", "answer": "3 + 4\n#### 7"}, {"question": "red", "answer": "#### 5"}]
-        )
-        callback = GenerationMetricsCallback(trainer, rows, task="gsm8k", max_new_tokens=3)
-        trainer.add_callback(callback)
-        callback._answers = lambda: ["It is 7", "It is 7"]
-        metrics = trainer.evaluate()
-        found = {name: value for name, value in metrics.items() if "gsm8k" in name}
+        trainer = make_trainer("sft", tmp_path)
+        rows = [{"question": "the cat sat", "answer": "3 + 4\n#### 7"}, {"question": "red", "answer": "#### 5"}]
+        add_callback(trainer, Dataset.from_list(rows), task="gsm8k", answers=[["It is 7", "It is 7"]])
+        found = {name: value for name, value in trainer.evaluate().items() if "gsm8k" in name}
         assert found == {
             "eval_gsm8k_strict": 0.0,
             "eval_gsm8k_flexible": 50.0,
             "eval_gsm8k_paper": 50.0,
             "eval_gsm8k": 50.0,
         }
-        logged = [entry for entry in trainer.state.log_history if "eval_gsm8k" in entry]
-        assert [{name: entry[name] for name in found} for entry in logged] == [found]
+        assert {name: logged(trainer, name) for name in found} == {name: [value] for name, value in found.items()}
 
     def test_thoughts_do_not_count(self, tmp_path):
-        trainer = make("sft", tmp_path, save_strategy="no")
+        trainer = make_trainer("sft", tmp_path)
         rows = Dataset.from_list([{"instruction": "who", "output": "the cat"}] * 2)
-        callback = GenerationMetricsCallback(trainer, rows, max_new_tokens=3)
-        trainer.add_callback(callback)
-        callback._answers = lambda: ["<think>a dog</think>the cat", "<think>the cat"]
+        add_callback(trainer, rows, answers=[["<think>a dog</think>the cat", "<think>the cat"]])
         assert trainer.evaluate()["eval_exact_match"] == 50.0
 
     def test_a_dict_of_eval_sets_is_answered_once(self, tmp_path):
         sets = {"first": answered_dataset(3), "second": answered_dataset(4)}
-        trainer = make("sft", tmp_path, save_strategy="no", eval_dataset=sets)
-        callback = GenerationMetricsCallback(trainer, ROWS, max_new_tokens=3, num_completions_to_print=0)
-        trainer.add_callback(callback)
-        calls, original = [], callback._answers
-        callback._answers = lambda: calls.append(1) or original()
+        trainer = make_trainer("sft", tmp_path, eval_dataset=sets)
+        add_callback(trainer, answers=[right(3)])  # a second time fails
         metrics = trainer.evaluate()
-        assert len(calls) == 1
         assert {"eval_rougeL", "eval_first_loss", "eval_second_loss"} <= metrics.keys()
         assert "eval_rougeL" not in trainer.evaluate(answered_dataset(2), metric_key_prefix="test")
 
     def test_answers_are_printed_kept_and_logged_as_a_table(self, tmp_path, monkeypatch, capsys):
         tables = []
         fake = SimpleNamespace(run=object(), Table=lambda dataframe: dataframe, log=tables.append)
-        trainer = make("sft", tmp_path, save_strategy="no")
-        trainer.add_callback(
-            GenerationMetricsCallback(
-                trainer, ROWS, max_new_tokens=3, num_completions_to_print=2, log_completions=True
-            )
-        )
+        trainer = make_trainer("sft", tmp_path)
+        add_callback(trainer, max_new_tokens=3, num_completions_to_print=2, log_completions=True)
         trainer.args.report_to = ["wandb"]
         monkeypatch.setitem(sys.modules, "wandb", fake)
         metrics = trainer.evaluate()
@@ -293,23 +228,16 @@ class TestGenerationMetricsCallback:
         table = pandas.read_parquet(tmp_path / "run" / "eval_completions" / "completions_00000.parquet")
         assert list(table.columns) == ["step", "prompt", "completion", "rougeL", "exact_match"]
         assert table["rougeL"].mean() == pytest.approx(metrics["eval_rougeL"])
-        references = [[row["completion"]] for row in ROWS]
-        assert instruction_scores(list(table["completion"]), references)["rougeL"] == pytest.approx(
-            metrics["eval_rougeL"]
-        )
+        scores = instruction_scores(list(table["completion"]), [[row["completion"]] for row in ROWS])
+        assert scores["rougeL"] == pytest.approx(metrics["eval_rougeL"])
         assert tables[0]["eval_completions"].equals(table)
 
     def test_bad_arguments_are_refused_before_training(self, tmp_path):
-        trainer = make("sft", tmp_path)
-        with pytest.raises(TypeError, match="`trainer` is a Dataset; it must be a Trainer"):
-            GenerationMetricsCallback(ROWS, ROWS)
-        with pytest.raises(ValueError, match="`task` is 'mmlu'"):
-            GenerationMetricsCallback(trainer, ROWS, task="mmlu")
+        trainer = make_trainer("sft", tmp_path)
         with pytest.raises(ValueError, match="Row 0 of `eval_dataset`: its right answer is None"):
-            GenerationMetricsCallback(trainer, ROWS.remove_columns("completion"))
+            add_callback(trainer, ROWS.remove_columns("completion"))
         with pytest.raises(ValueError, match="`max_new_tokens` is 0"):
-            GenerationMetricsCallback(trainer, ROWS, max_new_tokens=0)
-        trainer = make("sft", tmp_path)
+            add_callback(trainer, max_new_tokens=0)
         trainer.model = tiny_model("gpt2")
         with pytest.raises(ValueError, match="The model has 128 positions, but the longest row needs"):
-            GenerationMetricsCallback(trainer, ROWS, max_new_tokens=200)
+            add_callback(trainer, max_new_tokens=200)

@@ -5,40 +5,20 @@ import shutil
 import signal
 
 import pytest
-import torch
-from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer, weights
+from trainers import SAVES, equal, trained, trained_parts
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from trl_promptkd import PrimedDistillTrainer, PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.trainer.checkpoints import checkpoint_to_resume
 
 
 LIST = "whole_checkpoint.json"
 
 
-def make_trainer(method, make_args, make_primed_args, **settings):
-    models = {"model": tiny_model(seed=1), "teacher_model": tiny_model(seed=2), "processing_class": tiny_tokenizer()}
-    models["eval_dataset"] = answered_dataset(4)
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, **settings}
-    if method == "promptkd":
-        config = PromptEncoderConfig(prompt_init_text="suppose you are a student .")
-        return PromptKDTrainer(
-            **models,
-            args=make_args(**settings),
-            train_dataset=prompt_dataset(),
-            prompt_encoder_config=config,
-        )
-    return PrimedDistillTrainer(**models, args=make_primed_args(**settings), train_dataset=answered_dataset())
-
-
-def final(trainer):
-    tensors = weights(trainer.model)
-    return tensors | ({"prompt": trainer.prompt_embeddings()} if hasattr(trainer, "soft_prompt") else {})
-
-
-def equal(a, b):
-    return all(torch.equal(value, b[name]) for name, value in a.items())
+@pytest.fixture
+def run(make):
+    """Makes a trainer of three steps with a checkpoint after each."""
+    return lambda **settings: make(**{**SAVES, "max_steps": 3, **settings})
 
 
 def fake_checkpoint(run_dir, step, whole=True):
@@ -47,6 +27,11 @@ def fake_checkpoint(run_dir, step, whole=True):
     (folder / "weights").write_text("abc")
     if whole:
         (folder / LIST).write_text(json.dumps({"files": {"weights": 3}}))
+    return folder
+
+
+def unfinished(folder):
+    (folder / "checkpoint_is_being_written").touch()
     return folder
 
 
@@ -61,34 +46,20 @@ class TestCheckpointToResume:
         (tmp_path / "checkpoint-99x").mkdir()
         assert checkpoint_to_resume(True, str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
-    def damage_by_an_unfinished_save(self, folder):
-        (folder / "checkpoint_is_being_written").touch()
-
-    def damage_by_list_that_is_no_list(self, folder):
-        (folder / LIST).write_text("[]")
-
-    def damage_by_half_a_list(self, folder):
-        (folder / LIST).write_text('{"files": {"wei')
-
-    def damage_by_missing_file(self, folder):
-        (folder / "weights").unlink()
-
-    def damage_by_shorter_file(self, folder):
-        (folder / "weights").write_text("a")
-
     @pytest.mark.parametrize(
         ("damage", "why"),
         [
-            ("an_unfinished_save", "it was being written when its run ended"),
-            ("list_that_is_no_list", f"its {LIST} cannot be read"),
-            ("half_a_list", f"its {LIST} cannot be read"),
-            ("missing_file", "weights is missing"),
-            ("shorter_file", "weights has 1 bytes instead of 3"),
+            (unfinished, "it was being written when its run ended"),
+            (lambda folder: (folder / LIST).write_text("[]"), f"its {LIST} cannot be read"),
+            (lambda folder: (folder / LIST).write_text('{"files": {"wei'), f"its {LIST} cannot be read"),
+            (lambda folder: (folder / "weights").unlink(), "weights is missing"),
+            (lambda folder: (folder / "weights").write_text("a"), "weights has 1 bytes instead of 3"),
         ],
+        ids=["unfinished", "no_list", "half_a_list", "missing_file", "shorter_file"],
     )
     def test_what_is_not_whole_is_skipped_with_a_word(self, damage, why, tmp_path, caplog, propagate):
         whole, broken = fake_checkpoint(tmp_path, 3), fake_checkpoint(tmp_path, 4)
-        getattr(self, f"damage_by_{damage}")(broken)
+        damage(broken)
         with caplog.at_level(logging.WARNING):
             assert checkpoint_to_resume(True, str(tmp_path)) == str(whole)
         assert f"{broken} is not whole and is skipped: {why}" in caplog.text
@@ -110,7 +81,7 @@ class TestCheckpointToResume:
     ):
         """Also where `transformers.trainer_utils.get_last_checkpoint` named the folder."""
         for step in (1, 2):
-            self.damage_by_an_unfinished_save(fake_checkpoint(tmp_path, step, whole=False))
+            unfinished(fake_checkpoint(tmp_path, step, whole=False))
         (tmp_path / "checkpoint-3").mkdir()
         resume = get_last_checkpoint(str(tmp_path)) if by_name else True
         with caplog.at_level(logging.WARNING):
@@ -120,7 +91,7 @@ class TestCheckpointToResume:
 
     def test_an_unfinished_one_of_this_run_is_skipped_by_name_too(self, tmp_path):
         whole = fake_checkpoint(tmp_path, 3)
-        self.damage_by_an_unfinished_save(fake_checkpoint(tmp_path, 4, whole=False))
+        unfinished(fake_checkpoint(tmp_path, 4, whole=False))
         assert checkpoint_to_resume(get_last_checkpoint(str(tmp_path)), str(tmp_path)) == str(whole)
 
     def test_none_is_whole(self, tmp_path):
@@ -133,44 +104,29 @@ class TestCheckpointToResume:
             checkpoint_to_resume(str(tmp_path / "checkpoint-7"), str(tmp_path))
 
 
-@pytest.mark.parametrize("method", ["promptkd", "primed"])
-class TestWeightsAlone:
-    @pytest.mark.parametrize("by_name", [True, False])
-    def test_cannot_be_resumed_from(self, method, by_name, make_args, make_primed_args, tmp_path):
-        """Not with a new optimizer either, which transformers would take without a word."""
-        make_trainer(method, make_args, make_primed_args, save_only_model=True).train()
-        resumed = make_trainer(method, make_args, make_primed_args, max_steps=4)
-        resume = str(tmp_path / "run" / "checkpoint-2") if by_name else True
-        with pytest.raises(
-            ValueError, match=r"checkpoint-[23] was saved with `save_only_model=True`, which leaves out the"
-        ):
-            resumed.train(resume_from_checkpoint=resume)
-
-    def test_may_be_the_best(self, method, make_args, make_primed_args):
-        settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-        trainer = make_trainer(method, make_args, make_primed_args, save_only_model=True, **settings)
-        trainer.train()
-        assert trainer.state.best_model_checkpoint
+@pytest.mark.parametrize("by_name", [True, False])
+def test_weights_alone_cannot_be_resumed_from(run, by_name, tmp_path):
+    """Not with a new optimizer either, which transformers would take without a word."""
+    run(save_only_model=True).train()
+    resume = str(tmp_path / "run" / "checkpoint-2") if by_name else True
+    message = r"checkpoint-[23] was saved with `save_only_model=True`, which leaves out the"
+    with pytest.raises(ValueError, match=message):
+        run(max_steps=4).train(resume_from_checkpoint=resume)
 
 
-@pytest.mark.parametrize("method", ["promptkd", "primed"])
 class TestKilledWhileSaving:
     """The process dies within the saving of step 2; deaths at random moments are in test_crashes.py."""
 
     @pytest.mark.parametrize("moment", ["_save", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"])
-    def test_the_one_before_resumes_to_the_same_weights(
-        self, method, moment, make_args, make_primed_args, monkeypatch, caplog, propagate
-    ):
-        fixtures = (method, make_args, make_primed_args)
-        straight = make_trainer(*fixtures)
-        straight.train()
-        run_dir = straight.args.output_dir
+    def test_the_one_before_resumes_to_the_same_weights(self, run, moment, monkeypatch, caplog, propagate):
+        straight = run()
+        expected, run_dir = trained(straight), straight.args.output_dir
         shutil.rmtree(run_dir)
 
         class Killed(BaseException):
             pass
 
-        trainer = make_trainer(*fixtures)
+        trainer = run()
         original = getattr(trainer, moment)
 
         def killed(*args, **kwargs):
@@ -182,19 +138,17 @@ class TestKilledWhileSaving:
         with pytest.raises(Killed):
             trainer.train()
         assert os.path.isdir(f"{run_dir}/checkpoint-2")
-        trainer = make_trainer(*fixtures)
+        trainer = run()
         with caplog.at_level(logging.WARNING):
             trainer.train(resume_from_checkpoint=True)
         assert "checkpoint-2 is not whole and is skipped" in caplog.text
-        assert equal(final(trainer), final(straight))
+        assert equal(trained_parts(trainer), expected)
 
-    def test_old_ones_go_only_when_the_new_one_is_whole(self, method, make_args, make_primed_args, monkeypatch):
-        trainer = make_trainer(method, make_args, make_primed_args, save_total_limit=1)
+    def test_old_ones_go_only_when_the_new_one_is_whole(self, run, tmp_path, monkeypatch):
+        trainer = run(save_total_limit=1)
         run_dir = trainer.args.output_dir
-        left_behind = os.path.join(run_dir, "checkpoint-8")  # by a killed run, and of a higher number
-        os.makedirs(left_behind)
-        with open(os.path.join(left_behind, "checkpoint_is_being_written"), "w"):
-            pass
+        # What a killed run left behind, and of a higher number
+        unfinished(fake_checkpoint(tmp_path / "run", 8, whole=False))
         there = []
         original = trainer._save_rng_state
 
@@ -213,10 +167,10 @@ class TestKilledWhileSaving:
         assert checkpoint_to_resume(True, run_dir).endswith("checkpoint-3")
         assert trainer.args.save_total_limit == 1
 
-    def test_writing_anew_over_a_whole_one(self, method, make_args, make_primed_args, monkeypatch):
+    def test_writing_anew_over_a_whole_one(self, run, monkeypatch):
         """From an older checkpoint on, the newer ones are written over: half of both is not whole."""
-        make_trainer(method, make_args, make_primed_args).train()
-        trainer = make_trainer(method, make_args, make_primed_args)
+        run().train()
+        trainer = run()
         run_dir = trainer.args.output_dir
 
         def killed(folder):
@@ -228,16 +182,13 @@ class TestKilledWhileSaving:
         assert checkpoint_to_resume(f"{run_dir}/checkpoint-2", run_dir) == f"{run_dir}/checkpoint-1"
 
 
-@pytest.mark.parametrize("method", ["promptkd", "primed"])
-def test_a_run_that_was_killed_after_its_last_step_trains_no_further(method, make_args, make_primed_args):
+def test_a_run_that_was_killed_after_its_last_step_trains_no_further(run):
     """transformers would take one step more wherever the last epoch is not whole."""
-    fixtures, settings = (method, make_args, make_primed_args), {"lr_scheduler_type": "constant"}
-    straight = make_trainer(*fixtures, **settings)
-    straight.train()
-    trainer = make_trainer(*fixtures, **settings)
+    expected = trained(run(lr_scheduler_type="constant"))
+    trainer = run(lr_scheduler_type="constant")
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
-    assert equal(final(trainer), final(straight))
+    assert equal(trained_parts(trainer), expected)
 
 
 class Signal(TrainerCallback):
@@ -248,30 +199,24 @@ class Signal(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("method", ["promptkd", "primed"])
 class TestSaveOnInterrupt:
-    def test_the_step_is_finished_and_saved_and_the_run_goes_on(
-        self, method, make_args, make_primed_args, caplog, propagate
-    ):
-        fixtures = (method, make_args, make_primed_args)
-        straight = make_trainer(*fixtures, save_strategy="no")
-        straight.train()
+    def test_the_step_is_finished_and_saved_and_the_run_goes_on(self, run, caplog, propagate):
+        expected = trained(run(save_strategy="no"))
         before = signal.getsignal(signal.SIGTERM)
-        trainer = make_trainer(*fixtures, save_strategy="no", save_on_interrupt=True)
-        trainer.add_callback(Signal())
+        trainer = run(save_strategy="no", save_on_interrupt=True, callbacks=[Signal()])
         with caplog.at_level(logging.WARNING):
             trainer.train()
         assert "SIGTERM: a checkpoint is saved after step 2" in caplog.text
         assert trainer.state.global_step == 2
         assert signal.getsignal(signal.SIGTERM) == before
-        trainer = make_trainer(*fixtures, save_strategy="no")
+        trainer = run(save_strategy="no")
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 3
-        assert equal(final(trainer), final(straight))
+        assert equal(trained_parts(trainer), expected)
 
-    def test_a_training_that_fails_gives_the_signal_back(self, method, make_args, make_primed_args, monkeypatch):
+    def test_a_training_that_fails_gives_the_signal_back(self, run, monkeypatch):
         before = signal.getsignal(signal.SIGTERM)
-        trainer = make_trainer(method, make_args, make_primed_args, save_strategy="no", save_on_interrupt=True)
+        trainer = run(save_on_interrupt=True)
         callbacks = len(trainer.callback_handler.callbacks)
 
         def fail(*args, **kwargs):
@@ -284,7 +229,7 @@ class TestSaveOnInterrupt:
         assert signal.getsignal(signal.SIGTERM) == before
         assert len(trainer.callback_handler.callbacks) == callbacks
 
-    def test_a_signal_after_the_last_step_is_not_lost(self, method, make_args, make_primed_args):
+    def test_a_signal_after_the_last_step_is_not_lost(self, run):
         class AtTheEnd(TrainerCallback):
             def on_train_end(self, args, state, control, **kwargs):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -292,14 +237,7 @@ class TestSaveOnInterrupt:
         caught = []
         before = signal.signal(signal.SIGTERM, lambda *args: caught.append(args))
         try:
-            trainer = make_trainer(method, make_args, make_primed_args, save_strategy="no", save_on_interrupt=True)
-            trainer.add_callback(AtTheEnd())
-            trainer.train()
+            run(save_on_interrupt=True, callbacks=[AtTheEnd()]).train()
         finally:
             signal.signal(signal.SIGTERM, before)
         assert len(caught) == 1
-
-    def test_transformers_own_way_is_refused(self, method, make_args, make_primed_args):
-        make = make_args if method == "promptkd" else make_primed_args
-        with pytest.raises(ValueError, match=r"`enable_jit_checkpoint=True` has no meaning.*save_on_interrupt=True"):
-            make(enable_jit_checkpoint=True)

@@ -1,8 +1,8 @@
 """Two real ranks (gloo) on the CPU. `accelerate launch --cpu --num_processes 2` would start one (trap 16).
 
-FSDP2 and DeepSpeed run here as they do on GPUs, in float32: see how distributed_run.py makes accelerate use them. DeepSpeed is looked for
-in the environment and in `.venv/deepspeed`, where `make test-slow` puts it so that nothing else meets it. All runs of one way of
-sharding share a launch.
+FSDP2 and DeepSpeed run here as they do on GPUs, in float32: see how distributed_run.py makes accelerate use them.
+DeepSpeed is looked for in the environment and in `.venv/deepspeed`, where `make test-slow` puts it apart from all else.
+All runs of one way of sharding share a launch.
 """
 
 import functools
@@ -136,7 +136,7 @@ def test_two_ranks_of_two_rows_equal_one_of_four(results, way, name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_prompt_is_bitwise_equal_on_all_ranks_after_many_sampled_steps(results, way):
-    """Ranks stop generating at different lengths here, and draw different numbers of rows to be sampled; they do not hang."""
+    """Ranks stop generating at different lengths here, and sample different numbers of rows. They do not hang."""
     assert_ranks_agree(results(way, "many_steps"), results(way, "many_steps", 1))
 
 
@@ -152,7 +152,7 @@ def test_a_rank_with_nothing_to_train_on_takes_part(results, way, name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupted_run_resumes(results, way):
-    """One rank's SIGTERM stopped both after the same step, with a whole checkpoint, which the next run went on from."""
+    """One rank's SIGTERM stopped both after the same step, with a whole checkpoint that the next run resumed from."""
     straight, parted = results(way, "straight"), results(way, "interrupted")
     for name, value in straight.items():
         assert torch.equal(parted[name], value) or (way != "ddp" and torch.allclose(parted[name], value)), name

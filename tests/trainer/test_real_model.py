@@ -9,18 +9,12 @@ import pytest
 import torch
 from datasets import Dataset
 from paths import ROOT
-from peft import LoraConfig
+from peft import PromptTuningConfig, get_peft_model
 from reference import log_probs
 from tiny import dequantized
+from trainers import GREEDY, lora
 
-from trl_promptkd import (
-    DataCollatorForPrimedDistillation,
-    PrimedDistillConfig,
-    PrimedDistillTrainer,
-    PrimingTemplate,
-    PromptEncoderConfig,
-    SoftPrompt,
-)
+from trl_promptkd import DataCollatorForPrimedDistillation, PrimingTemplate, PromptEncoderConfig, SoftPrompt
 from trl_promptkd.cli import main
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.data.priming import PRIMING_TEMPLATES
@@ -99,8 +93,6 @@ class TestPadding:
     @pytest.mark.parametrize("init", ["text", "random"])
     def test_pefts_own_forward_is_off(self, smollm2, rows, init):
         """The figures that the README gives."""
-        from peft import PromptTuningConfig, get_peft_model
-
         model, tokenizer, _ = smollm2
         prompted = get_peft_model(
             copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
@@ -151,44 +143,37 @@ class TestPriming:
             trained = batch[view + "input_ids"][0][batch[view + "labels"][0] != -100]
             assert tokenizer.decode(trained) == ANSWERS[2] + "<|im_end|>"
 
-    def test_an_instruction_moves_into_an_adapter(self, smollm2, tmp_path):
+    def test_an_instruction_moves_into_an_adapter(self, smollm2, primed):
         """Prompt internalisation on held-out questions: the teacher is the student below its adapter."""
         model, tokenizer, _ = smollm2
         lines = (ROOT / "examples/data/quickstart_prompts.jsonl").read_text().splitlines()
         prompts = [{"prompt": json.loads(line)["prompt"]} for line in lines[:40]]
-        trainer = PrimedDistillTrainer(
-            model=copy.deepcopy(model).requires_grad_(True),
-            args=PrimedDistillConfig(
-                output_dir=str(tmp_path),
-                response_source="teacher",
-                generation_kwargs={"do_sample": False},
-                max_new_tokens=20,
-                alpha=0.0,
-                kd_temperature=1.0,
-                learning_rate=1e-3,
-                lr_scheduler_type="constant",
-                max_steps=12,
-                per_device_train_batch_size=4,
-                rollout_batch_size=32,
-                gradient_checkpointing=False,
-                report_to="none",
-                save_strategy="no",
-                use_cpu=True,
-                disable_tqdm=True,
-            ),
+        trainer = primed(
+            copy.deepcopy(model).requires_grad_(True),
+            None,
+            processing_class=tokenizer,
+            peft_config=lora(r=8, target_modules="all-linear"),
             priming=PrimingTemplate("Answer like a pirate.", placement="system"),
             train_dataset=Dataset.from_list(prompts[:32]),
             eval_dataset=Dataset.from_list(prompts[32:]),
-            processing_class=tokenizer,
-            peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"),
+            response_source="teacher",
+            generation_kwargs=GREEDY,
+            max_new_tokens=20,
+            alpha=0.0,
+            kd_temperature=1.0,
+            lr_scheduler_type="constant",
+            max_steps=12,
+            per_device_train_batch_size=4,
+            rollout_batch_size=32,
+            gradient_checkpointing=False,
         )
         assert trainer.teacher_model is None
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
         print(
-            f"KL(student || primed start) on held-out questions: {before['eval_loss']:.3f} -> {after['eval_loss']:.3f} nats a token; "
-            f"priming gain {before['eval_priming/gain_nats']:.3f} nats a token"
+            f"KL(student || primed start) on held-out questions: {before['eval_loss']:.3f} -> "
+            f"{after['eval_loss']:.3f} nats per token; priming gain {before['eval_priming/gain_nats']:.3f}"
         )
         assert before["eval_priming/gain_nats"] > 0.03  # the text does something
         assert after["eval_loss"] < 0.8 * before["eval_loss"]
@@ -207,7 +192,7 @@ class TestQuantizedTeachers:
 
     @staticmethod
     def gradient_and_update(teacher, tokenizer, rows, student_logits, soft_prompt):
-        """The gradient of the prompt's loss, and AdamW's first step with it; the plain pass comes first, as in training."""
+        """The gradient of the prompt's loss, and AdamW's first step. The plain pass comes first, as in training."""
         parameter = soft_prompt.clone().requires_grad_(True)
         batch = pad_rows(*rows, tokenizer.pad_token_id)
         inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -233,9 +218,7 @@ class TestQuantizedTeachers:
         cosine = torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0)
         update_cosine = torch.cosine_similarity(update.flatten(), expected_update.flatten(), dim=0)
         ratio = got.norm() / expected.norm()
-        print(
-            f"{bits} bit: cosine of the gradient {cosine:.3f}, of the update {update_cosine:.3f}, norm ratio {ratio:.3f}"
-        )
+        print(f"{bits} bit: cosine of gradient {cosine:.3f}, of update {update_cosine:.3f}, norm ratio {ratio:.3f}")
         assert cosine > limit
         assert update_cosine > limit
         assert 0.5 < ratio < 2

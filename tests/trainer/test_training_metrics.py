@@ -38,12 +38,8 @@ class TestMeans:
 
 
 def entry(gain, moved, plain, entropy=2.0):
-    return {
-        "kl/prompt_gain": gain,
-        "kl/prompted_plain": moved,
-        "kl/student_plain": plain,
-        "entropy/student": entropy,
-    }
+    names = ("kl/prompt_gain", "kl/prompted_plain", "kl/student_plain", "entropy/student")
+    return dict(zip(names, (gain, moved, plain, entropy), strict=True))
 
 
 class TestCollusionCallback:
@@ -67,12 +63,8 @@ class TestCollusionCallback:
 
     def test_warns_where_the_entropy_rises(self, caplog, propagate):
         """As it did in the study's real model: steps 1, 7 and 17."""
-        history = [
-            entry(0.018, 0.081, 1.759, 4.81),
-            entry(0.236, 0.095, 1.215, 4.29),
-            entry(0.628, 0.395, 1.158, 5.41),
-        ]
-        (message,) = self.warnings(caplog, history)
+        numbers = [(0.018, 0.081, 1.759, 4.81), (0.236, 0.095, 1.215, 4.29), (0.628, 0.395, 1.158, 5.41)]
+        (message,) = self.warnings(caplog, [entry(*step) for step in numbers])
         assert "Step 3" in message
 
     def test_says_that_the_forward_kl_rose(self, caplog, propagate):
@@ -85,12 +77,8 @@ class TestCollusionCallback:
         [
             [entry(0.22, 0.02, 0.67), entry(0.31, 0.04, 0.72)],  # a large gain from a teacher that has hardly moved
             [entry(0.02, 0.1, 1.2), entry(-0.1, 0.5, 1.2)],  # a teacher that has moved, but not to the student
-            [
-                entry(0.0, 0.1, 1.0),
-                {"eval_forward_kl": 9.8},
-                {"eval_forward_kl": 9.7},
-                entry(0.6, 0.6, 0.9),
-            ],  # cleared
+            # cleared
+            [entry(0.0, 0.1, 1.0), {"eval_forward_kl": 9.8}, {"eval_forward_kl": 9.7}, entry(0.6, 0.6, 0.9)],
             [entry(0.67, 0.8, 0.85)],
         ],
     )

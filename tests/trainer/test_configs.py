@@ -1,0 +1,86 @@
+"""Both trainers' settings. More that is refused is in test_bad_inputs.py."""
+
+import pytest
+from trainers import Maker
+
+from trl_promptkd import PrimedDistillConfig
+
+
+def test_promptkds_defaults_are_the_papers(promptkd):
+    args = promptkd.args()
+    assert (args.lmbda, args.beta, args.temperature, args.loss_temperature) == (1.0, 1.0, 1.0, 1.0)
+    assert (args.prompt_divergence, args.prompt_update) == ("reverse", "sequential")
+    assert (args.regularization_coef, args.regularization_schedule) == (1.0, "linear")
+    assert (args.top_k, args.top_p) == (0, 1.0)
+
+
+def test_primings_defaults_are_the_papers(tmp_path):
+    args = PrimedDistillConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True)
+    assert args.alpha == 0.6093348343631224
+    assert args.kd_temperature == 5.942267335064758
+    assert (args.kd_beta, args.skew, args.response_source, args.overlong) == (1.0, 0.0, "dataset", "drop")
+    assert args.teacher_max_length is None
+
+
+def test_student_samples_have_no_hard_labels(primed):
+    assert primed.args(response_source="student").alpha == 0.0
+    assert primed.args(response_source="teacher", alpha=0.2).alpha == 0.2
+
+
+def test_columns_are_kept_and_rows_are_ours_to_prepare(make):
+    args = make.args(dataset_kwargs={"x": 1})
+    assert args.remove_unused_columns is False
+    assert args.dataset_kwargs == {"x": 1, "skip_prepare_dataset": True}
+
+
+def test_dicts_may_come_as_json(make):
+    args = make.args(generation_kwargs='{"do_sample": false}', teacher_model_init_kwargs='{"dtype": "bfloat16"}')
+    assert args.generation_kwargs == {"do_sample": False}
+    assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+
+
+def test_every_new_field_has_help(make):
+    own = [name for name in make.config_class.__annotations__ if not name.startswith("_")]
+    assert all(make.config_class.__dataclass_fields__[name].metadata.get("help") for name in own)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "`max_new_tokens` is 0"),
+        ({"rollout_batch_size": 0}, "`rollout_batch_size` is 0"),
+        ({"loss_chunk_size": 0}, "`loss_chunk_size` is 0"),
+        ({"temperature": 0.0}, "`temperature` is 0.0; it must be above 0.*do_sample"),
+        ({"top_p": 0.0}, "`top_p` is 0.0"),
+        ({"top_k": -1}, "`top_k` is -1"),
+        ({"overlong": "cut"}, "`overlong` is 'cut'"),
+        ({"packing": True}, "`packing=True` has no meaning in (PromptKD|primed distillation): rows are"),
+        ({"padding_free": True}, "`padding_free=True` has no meaning"),
+        ({"assistant_only_loss": True}, "`assistant_only_loss=True` has no meaning"),
+        ({"completion_only_loss": False}, "`completion_only_loss=False` has no meaning"),
+        ({"loss_type": "dft"}, "`loss_type='dft'` has no meaning"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` has no meaning"),
+        ({"activation_offloading": True}, "`activation_offloading=True` has no meaning"),
+        ({"enable_jit_checkpoint": True}, r"`enable_jit_checkpoint=True` has no meaning.*save_on_interrupt=True"),
+    ],
+)
+def test_bad_values_of_both_are_refused(make, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make.args(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("promptkd", {"regularization_schedule": "cosine"}, "`regularization_schedule` is 'cosine'"),
+        ("promptkd", {"loss_temperature": -1.0}, "`loss_temperature` is -1.0"),
+        ("promptkd", {"beta": -0.5}, "beta"),
+        ("primed", {"kd_beta": -0.1}, "`kd_beta` is -0.1"),
+        ("primed", {"kd_temperature": 0.0}, "`kd_temperature` is 0.0; it must be above 0"),
+        ("primed", {"teacher_max_length": 0}, "`teacher_max_length` is 0"),
+        ("primed", {"router_aux_loss_coef": 0.1}, "`router_aux_loss_coef=0.1` has no meaning"),
+    ],
+)
+def test_bad_values_of_one_are_refused(tmp_path, method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Maker(method, tmp_path).args(**settings)

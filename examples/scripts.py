@@ -18,13 +18,12 @@ from transformers import Trainer, TrainingArguments
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
 
-# What many runs set, of TRL's and transformers' fields and of others
+# What many runs set
 USUAL = (
-    *("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "output_dir", "learning_rate"),
-    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("max_length", "max_new_tokens", "use_peft", "use_cpu", "bf16", "gradient_checkpointing", "seed"),
-    *("lr_scheduler_type", "warmup_steps", "eval_strategy", "eval_steps", "logging_steps", "report_to"),
-    *("save_strategy", "save_steps", "resume_from_checkpoint", "push_to_hub", "hub_model_id"),
+    "model_name_or_path teacher_model_name_or_path dataset_name output_dir learning_rate num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps max_length max_new_tokens use_peft use_cpu bf16 "
+    "gradient_checkpointing seed lr_scheduler_type warmup_steps eval_strategy eval_steps logging_steps report_to "
+    "save_strategy save_steps resume_from_checkpoint push_to_hub hub_model_id"
 )
 # Where upstream's words do not hold here
 HELP = {
@@ -39,26 +38,28 @@ HELP = {
 class ScriptParser(TrlParser):
     """
     [`~trl.TrlParser`] whose `--help` shows the usual flags and this package's. `--help_all` adds those of TRL's
-    `SFTConfig` and transformers' `TrainingArguments`. What is wrong with a flag or a value ends the script with one line.
+    `SFTConfig` and transformers' `TrainingArguments`. A wrong flag or value ends the script with one line.
     """
 
     def format_usage(self) -> str:
         return f"usage: accelerate launch {self.prog} [--config FILE.yaml] [--flag VALUE ...]\n"
 
     def format_help(self, everything: bool = False) -> str:
-        all_fields = {x.name: x for group in self.dataclass_types for x in fields(group) if x.init}
-        upstream = set() if everything else {x.name for x in fields(SFTConfig)}
-        sections = {"the usual flags": list(USUAL)}
+        flags = {x.name: x for group in self.dataclass_types for x in fields(group) if x.init}
+        usual = USUAL.split()
+        left_out = set(usual) if everything else {*usual, *(x.name for x in fields(SFTConfig))}
+        sections = {"the usual flags": usual}
         for group in self.dataclass_types:
-            names = {x.name for x in fields(group) if x.init} - upstream - set(USUAL)
-            sections[f"flags of {group.__name__}"] = [name for name in all_fields if name in names]
-        lines = [self.format_usage(), self.description]
-        lines.append(
-            "--config reads flags, without their dashes, from a YAML file. Flags on the command line win over it."
-        )
-        lines.append("--help shows the usual flags and this package's, --help_all also the rest of SFTConfig's.")
+            names = [x.name for x in fields(group) if x.init and x.name not in left_out]
+            sections[f"flags of {group.__name__}"] = names
+        lines = [
+            self.format_usage(),
+            self.description,
+            "--config: a YAML file of flags without their dashes. Flags on the command line win over it.",
+            "--help: the usual flags and this package's. --help_all: also the rest of SFTConfig's.",
+        ]
         for title, names in sections.items():
-            lines += ["", f"{title}:", *(_entry(all_fields[name]) for name in names)]
+            lines += ["", f"{title}:", *(_entry(flags[name]) for name in names)]
         return "\n".join(lines) + "\n"
 
     def parse_args_and_config(self, args: list[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
@@ -101,17 +102,9 @@ def load_splits(args: DataArguments, wants_eval: bool) -> list[Any]:
     if args.data_files is not None:
         files = {"train": args.data_files} | ({"test": args.eval_data_files} if args.eval_data_files else {})
         wants_eval = wants_eval and args.eval_data_files is not None
-    return [
-        split
-        and load_dataset(
-            args.dataset_name or "json",
-            name=args.dataset_config,
-            data_files=files,
-            split=split,
-            streaming=args.dataset_streaming,
-        )
-        for split in (args.dataset_train_split, args.dataset_test_split if wants_eval else None)
-    ]
+    settings = {"name": args.dataset_config, "data_files": files, "streaming": args.dataset_streaming}
+    splits = [args.dataset_train_split, args.dataset_test_split if wants_eval else None]
+    return [split and load_dataset(args.dataset_name or "json", split=split, **settings) for split in splits]
 
 
 def student_init_kwargs(training_args: TrainingArguments, model_args: ModelConfig) -> dict[str, Any]:

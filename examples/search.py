@@ -4,8 +4,9 @@
         --search learning_rate=1e-6:1e-4 prompt_learning_rate=1e-6:1e-3 beta=0,0.5,1 \\
         --config examples/configs/promptkd_qlora_single_gpu.yaml --eval_strategy epoch --output_dir search
 
-`name=low:high` draws from a range, evenly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other flags are those of
-examples/promptkd.py or examples/primed_distill.py. A search that was stopped goes on when it is started again with the same storage.
+`name=low:high` draws from a range, evenly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other
+flags are those of examples/promptkd.py or examples/primed_distill.py. A search that was stopped resumes if it is
+started again with the same storage.
 """
 
 import argparse

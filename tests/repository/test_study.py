@@ -61,6 +61,12 @@ def test_differences_are_between_runs_of_the_same_seed(report):
     assert found == pytest.approx([40.0, 20.0])
 
 
+def right_steps(answer):
+    """Of each step of an answer, whether it is right."""
+    steps = re.findall(r"(\d+) ([+-]) (\d+) (?:=|makes) (\d+)", answer)
+    return [int(a) + int(sign + b) == int(result) for a, sign, b, result in steps]
+
+
 class TestWorld:
     def test_a_problems_text_holds_what_it_asks(self, world):
         """Worked out again from the sentences, as a reader would."""
@@ -81,18 +87,12 @@ class TestWorld:
             problem = world.make_problem(rng)
             answer = world.write_answer(problem, writer, rng)
             assert world.said_result(answer) == problem.result
-            for a, sign, b, result in re.findall(r"(\d+) ([+-]) (\d+) (?:=|makes) (\d+)", answer):
-                assert int(a) + int(sign + b) == int(result)
+            assert all(right_steps(answer))
 
     def test_a_pupils_steps_are_wrong_as_often_as_the_page_says(self, world):
         rng = random.Random(2)
-        steps = [
-            int(a) + int(sign + b) == int(result)
-            for _ in range(2000)
-            for a, sign, b, result in re.findall(
-                r"(\d+) ([+-]) (\d+) (?:=|makes) (\d+)", world.write_answer(world.make_problem(rng), "pupil", rng)
-            )
-        ]
+        answers = [world.write_answer(world.make_problem(rng), "pupil", rng) for _ in range(2000)]
+        steps = [step for answer in answers for step in right_steps(answer)]
         assert 1 - sum(steps) / len(steps) == pytest.approx(0.3, abs=0.02)
 
     def test_answers_survive_the_tokenizer(self, world):

@@ -18,24 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import trl_promptkd
 
 
-WORDS = [
-    "suppose",
-    "you",
-    "are",
-    "a",
-    "student",
-    ".",
-    "the",
-    "cat",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "who",
-    "is",
-    "what",
-    "where",
-]
+TEXT = "suppose you are a student . the cat dog sat on mat who is what where"
+WORDS = TEXT.split()
 COMMANDS = ("--help", "doctor --help", "cache build --help", "eval --help", "analyze --help")
 
 

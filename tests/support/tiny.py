@@ -39,32 +39,8 @@ from transformers import (
 )
 
 
-WORDS = [
-    "suppose",
-    "you",
-    "are",
-    "a",
-    "student",
-    ".",
-    "the",
-    "cat",
-    "dog",
-    "sat",
-    "on",
-    "mat",
-    "who",
-    "is",
-    "what",
-    "where",
-    "when",
-    "red",
-    "blue",
-    "green",
-    "one",
-    "two",
-    "three",
-    "four",
-]
+TEXT = "suppose you are a student . the cat dog sat on mat who is what where when red blue green one two three four"
+WORDS = TEXT.split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<eos>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"

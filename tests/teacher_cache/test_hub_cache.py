@@ -18,7 +18,7 @@ from tiny import answered_dataset, tiny_model, tiny_tokenizer
 from trainers import PRIMING
 
 from trl_promptkd import TeacherCache, build_teacher_cache
-from trl_promptkd.teacher_cache import writer
+from trl_promptkd.generation import store
 
 
 pytest_plugins = ["hub_client"]
@@ -26,7 +26,7 @@ pytest_plugins = ["hub_client"]
 
 @pytest.fixture
 def build(tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "_BYTES_A_SHARD", 0)  # a shard for each batch
+    monkeypatch.setattr(store, "BYTES_A_PART", 0)  # a shard for each batch
 
     def build(rows=6, teacher=None, preset="exact"):
         return build_teacher_cache(

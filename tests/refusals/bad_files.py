@@ -189,9 +189,13 @@ CACHES = [
     Case(
         "a cache of another tokenizer",
         partial(from_cache, processing_class=tiny_tokenizer(["imagine", "a"])),
-        "40 there, 8 here | Use the tokenizer it was made with",
+        "40 there, 8 here | Pass the `processing_class` it was made with",
     ),
-    Case("a cache of another priming text", partial(from_cache, priming=None), "another priming | the same `priming`"),
+    Case(
+        "a cache of another priming text",
+        partial(from_cache, priming=None),
+        "another priming | Pass the `priming` it was made with",
+    ),
     Case(
         "a `kd_temperature` that the cache does not serve",
         partial(from_cache, args={"kd_temperature": 2.0}),

@@ -94,7 +94,7 @@ KINDS = [
         "`teacher_model` is a Linear | a name",
         TypeError,
     ),
-    Case("one object as `model` and `teacher_model`", one_object, "`teacher_model` | leave `teacher_model=None`"),
+    Case("one object as `model` and `teacher_model`", one_object, "`teacher_model` | set `teacher_model=None`"),
     Case("an encoder-decoder model as `model`", lambda: primed(model=t5()), f"`model` is an {DECODERS_ONLY}"),
     Case(
         "the folder of an encoder-decoder model as `teacher_model`",

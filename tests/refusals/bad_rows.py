@@ -49,7 +49,7 @@ DATASETS = [
     ),
     data(
         "all splits at once (`DatasetDict`)",
-        "`train_dataset` is a DatasetDict with the keys ['train'] | Pass one of them",
+        "`train_dataset` is a DatasetDict with the keys ['train'] | Pass one split",
         error=TypeError,
         train_dataset=DatasetDict(train=answered_dataset(2)),
     ),
@@ -77,7 +77,7 @@ DATASETS = [
     ),
     data(
         "prompts longer than `max_length`",
-        "1 of 1 prompts in `train_dataset` do not fit into `max_length=20` | Set `max_length` to at least 51",
+        "1 of 1 prompts in `train_dataset` do not fit into `max_length=20` | Set `max_length` to at least 50",
         promptkd,
         rows=[{"prompt": "the " * 50}],
         args={"max_length": 20},

@@ -57,10 +57,10 @@ CASES = [
     wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
     wrong(PromptEncoderConfig, "at least 1", num_virtual_tokens=0),
     wrong(PromptEncoderConfig, "a whole number", TypeError, num_virtual_tokens="7"),
-    wrong(PromptEncoderConfig, "'text', 'random', 'vocab'", prompt_init="zeros"),
+    wrong(PromptEncoderConfig, "'text' or 'random' or 'vocab'", prompt_init="zeros"),
     wrong(PromptEncoderConfig, "Give a text, or set `prompt_init`", prompt_init_text="  "),
     wrong(PromptEncoderConfig, "a text", TypeError, prompt_init_text=None),
-    wrong(PromptEncoderConfig, "'embedding', 'mlp', 'lstm'", encoder="gru"),
+    wrong(PromptEncoderConfig, "'embedding' or 'mlp' or 'lstm'", encoder="gru"),
     wrong(PromptEncoderConfig, "a number or None. Write it without quotes", TypeError, prompt_learning_rate="1e-3"),
     wrong(PromptEncoderConfig, "at least 0", prompt_max_grad_norm=-1.0),
 ]

@@ -152,15 +152,15 @@ class Manifest:
         """
         here = {**describe_tokenizer(processing_class), "priming": describe_priming(priming)}
         named = {
-            "real_vocab_size": "number of tokens",
-            "tokenizer": "vocabulary (its hash)",
-            "chat_template": "chat template (its hash)",
-            "priming": "priming",
+            "real_vocab_size": ("number of tokens", "processing_class"),
+            "tokenizer": ("vocabulary (its hash)", "processing_class"),
+            "chat_template": ("chat template (its hash)", "processing_class"),
+            "priming": ("priming", "priming"),
         }
-        for name, what in named.items():
+        for name, (what, argument) in named.items():
             there = getattr(self, name)
             if there != here[name]:
                 raise ValueError(
-                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Use the "
-                    "one it was made with, or build the cache again."
+                    f"The teacher cache was made with another {what}: {there!r} there, {here[name]!r} here. Pass the "
+                    f"`{argument}` it was made with, or build the cache again."
                 )

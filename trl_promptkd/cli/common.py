@@ -136,15 +136,8 @@ def print_table(
     console.print(table)
 
 
-def load_rows(
-    path: str,
-    config: str | None = None,
-    split: str | None = None,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    conversational: bool = False,
-) -> Any:
-    """The data set of `--dataset`: a file by its ending, or a Hub id."""
+def load_rows(path: str, config: str | None, split: str | None, *columns: Any) -> Any:
+    """The data set of `--dataset`: a file by its ending, or a Hub id; `columns` are those of `name_columns`."""
     kind = _FILES.get(os.path.splitext(path)[1])
     if kind is not None and not os.path.isfile(path):
         raise ValueError(
@@ -156,7 +149,7 @@ def load_rows(
         dataset = load_dataset(kind or path, name=config, data_files=path if kind else None, split=split or FILE_SPLIT)
     except DatasetsError as error:
         raise ValueError(f"`--dataset` is {path!r}, which cannot be read: {error}") from error
-    return name_columns(dataset, prompt_column, completion_column, conversational)
+    return name_columns(dataset, *columns)
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:

@@ -79,7 +79,8 @@ def shards(folder):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_on_two_ranks(folder):
-    """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a while."""
+    """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a
+    while."""
     (folder / "build.py").write_text(
         "import sys, time\n"
         "from trl_promptkd.teacher_cache import writer\n"

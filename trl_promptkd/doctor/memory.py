@@ -31,8 +31,8 @@ def memory(case: Case) -> Finding:
         return passing(found, **parts, available=there)
     return warning(
         found,
-        "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
-        "`gradient_checkpointing` and `teacher_gradient_checkpointing`.",
+        "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the "
+        "teacher, or set `gradient_checkpointing` and `teacher_gradient_checkpointing`.",
         **parts,
         available=there,
     )
@@ -90,8 +90,8 @@ def _features(model: Any) -> int:
 
 
 def _activations(model: Any, tokens: int, checkpointing: bool) -> float:
-    """Bytes kept for a backward pass: what goes into and comes out of linear layers stands for all of it. Under checkpointing, a
-    layer's input each, and one layer."""
+    """Bytes kept for a backward pass: what goes into and comes out of linear layers stands for all of it. Under
+    checkpointing, a layer's input each, and one layer."""
     config = model.config.get_text_config()
     features, layers = _features(model), config.num_hidden_layers
     kept = layers * config.hidden_size + features / layers if checkpointing else features

@@ -56,7 +56,8 @@ def text_attention(
         embeds = input_embeddings(model)(ids)
         inputs = {"inputs_embeds": torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)}
     with eager_attention(model):
-        weights = model(**inputs, output_attentions=True, use_cache=False).get("attentions")
+        output = model(**inputs, output_attentions=True, use_cache=False)
+    weights = [layer for layer in output.get("attentions") or () if layer is not None]
     if not weights:
         raise ValueError(
             f"The layers of {model.name_or_path or type(model).__name__} give no attention weights, not even with "

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..divergences import kl_divergence
 from ..generation.rollouts import generate_completions, rollout_seed
-from .asking import log_probs_together
+from .log_probs import log_probs_together
 
 
 __all__ = ["exposure_bias", "prefix_kl", "sample_prefixes"]
@@ -78,8 +78,8 @@ def prefix_kl(
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         completions = completion_ids[start : start + batch_size]
-        asked, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
-        chunks = log_probs_together(asked, prompts, completions, pad_token_id, vocab_size)
+        models, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
+        chunks = log_probs_together(models, prompts, completions, pad_token_id, vocab_size)
         values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
         rows += values.split([len(ids) for ids in completions])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..divergences import kl_divergence
 from ..models.forward import input_embeddings
-from .asking import log_probs_together
+from .log_probs import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 

@@ -56,7 +56,7 @@ def estimate_memory(case: Case) -> dict[str, float]:
     chunk = args.loss_chunk_size or rows * answer
     loss = _LOSS_TENSORS * 4 * min(chunk, rows * answer) * config.vocab_size
     activations = _activations(student, rows * tokens, args.gradient_checkpointing)
-    if case.soft_prompt is not None:  # a primed teacher is asked without a gradient
+    if case.soft_prompt is not None:  # a primed teacher runs without a gradient
         activations += _activations(teacher, rows * teacher_tokens, args.teacher_gradient_checkpointing)
 
     adapter = _LORA_RANK * _features(student)

@@ -18,7 +18,7 @@ _TOKENS = 256  # whose distributions exist at once
 
 @torch.no_grad()
 def log_probs_together(
-    asked: Sequence[tuple[nn.Module, Tensor | None]],
+    models: Sequence[tuple[nn.Module, Tensor | None]],
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     pad_token_id: int,
@@ -27,7 +27,7 @@ def log_probs_together(
     """The log-probabilities that each model gives to the next token, at every token of some completions.
 
     Args:
-        asked: Models in evaluation mode, each with a soft prompt of shape `(num_virtual_tokens, hidden)` before its
+        models: Models in evaluation mode, each with a soft prompt of shape `(num_virtual_tokens, hidden)` before its
             input, or `None`.
         prompt_ids, completion_ids: Rows that go through the models at once; every prompt has a token.
         vocab_size (`int`, *optional*): Distributions are over the first `vocab_size` ids.
@@ -39,7 +39,7 @@ def log_probs_together(
     """
     batch = pad_rows(prompt_ids, completion_ids, pad_token_id)
     known: list[Any] = []
-    for model, soft_prompt in asked:
+    for model, soft_prompt in models:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         known.append(completion_states(model, ids, mask, labels, soft_prompt, vocab_size))
@@ -47,7 +47,7 @@ def log_probs_together(
         logits = [part.logits(part.states[start : start + _TOKENS]) for part in known]
         logits = [part.to(logits[0].device) for part in logits]
         log_probs = tuple(part.log_softmax(dim=-1) for part in on_shared_support(*logits))
-        for (model, _), part in zip(asked, log_probs, strict=True):
+        for (model, _), part in zip(models, log_probs, strict=True):
             if part[:, 0].isnan().any():  # one of them in a row makes all of it so
                 raise ValueError(
                     f"The logits of {model.name_or_path or type(model).__name__} hold NaN or infinities. Check its "

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_promptkd.analysis.asking import log_probs_together
+from trl_promptkd.analysis.log_probs import log_probs_together
 from trl_promptkd.analysis.saved_prompt import read_prompt
 from trl_promptkd.divergences import entropy, kl_divergence
 from trl_promptkd.evaluation import evaluate_model, evaluation_config, evaluation_rows

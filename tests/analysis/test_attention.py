@@ -36,7 +36,8 @@ PROMPT = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
 
 def alone(model, row) -> list[np.ndarray]:
-    """A row's attention in float64, `(heads, tokens, tokens)` a layer, by transformers' own way and without padding."""
+    """A row's attention in float64, `(heads, tokens, tokens)` a layer, by transformers' own way and without
+    padding."""
     ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])
     with eager_attention(model), torch.no_grad():
         return [w[0].double().numpy() for w in model(ids, output_attentions=True).attentions]

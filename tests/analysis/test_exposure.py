@@ -31,7 +31,8 @@ def some_prompt(seed=1):
 
 
 def by_hand(student, teacher, rows, soft_prompt=None):
-    """R or eps: sums over positions of means over the rows that have them, from one row, one prefix and no padding at a time."""
+    """R or eps: sums over positions of means over the rows that have them, from one row, one prefix and no padding at
+    a time."""
     total, sums = 0.0, []
     for place in range(max(len(completion) for _, completion in rows)):
         values = []
@@ -136,7 +137,8 @@ class TestSampling:
 
     @pytest.mark.parametrize("soft_prompt", [None, some_prompt()])
     def test_other_models_draw_the_same_numbers_whatever_the_batch(self, soft_prompt):
-        """Two models of other weights, whose head is blind: both then say what the same numbers draw from equal shares."""
+        """Two models of other weights, whose head is blind: both then say what the same numbers draw from equal
+        shares."""
         found = []
         for seed, batch_size in ((5, 1), (6, 2), (6, 3)):
             model = tiny_model(seed=seed)

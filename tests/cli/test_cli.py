@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import signal
@@ -7,7 +6,7 @@ import sys
 import time
 
 import pytest
-from tiny import WORDS, tiny_model, tiny_tokenizer
+from tiny import WORDS, save_models, save_rows, tiny_model
 
 from trl_promptkd import TeacherCache, verify_teacher_cache
 from trl_promptkd.cli import main
@@ -15,18 +14,16 @@ from trl_promptkd.cli import main
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_model(seed=2).save_pretrained(tmp_path / "teacher")
-    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    save_models(tmp_path, teacher=tiny_model(seed=2))
     rows = [{"question": " ".join(WORDS[i : i + 3]), "answer": WORDS[i]} for i in range(16)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    save_rows(tmp_path / "rows.jsonl", rows)
     return tmp_path
 
 
 def build_flags(folder, name="cache", preset="exact"):
     return [
-        "cache",
-        "build",
-        *("--teacher", str(folder / "teacher"), "--output_dir", str(folder / name), "--preset", preset),
+        *("cache", "build", "--teacher", str(folder / "teacher")),
+        *("--output_dir", str(folder / name), "--preset", preset),
         *("--data_files", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer"),
         *("--conversational", "--priming", "teacher", "--batch_size", "2"),
     ]
@@ -79,7 +76,8 @@ def shards(folder):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_and_on_two_ranks(folder):
-    """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a while."""
+    """SIGKILL at a random moment after each start's first shard or two; every batch is a shard here, and takes a
+    while."""
     (folder / "build.py").write_text(
         "import sys, time\n"
         "from trl_promptkd.generation import store\n"

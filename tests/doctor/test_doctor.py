@@ -205,7 +205,7 @@ def unanswered(case):
     case["lmbda"] = 0.5
 
 
-# (the check that must find it, its status, what it must say, how to break a healthy case), of models with learned positions
+# (the check that must find it, its status, what it must say, how to break a healthy case); of learned positions first
 LEARNED = [
     ("padding_teacher", "fail", "whole rows, padded", lambda c: of_class(c["teacher"], BlindGPT2)),
     ("padding_student", "fail", "whole rows, padded", lambda c: of_class(c["model"], BlindGPT2)),

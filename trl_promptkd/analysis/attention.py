@@ -42,12 +42,13 @@ def text_attention(
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's attention among the tokens of a row's text.
 
-    A soft prompt, or a sink outside of the text, is neither query nor key: attention to it is taken out, and the rest is scaled to add
-    up to 1. Rows are then distributions over the same tokens in all models.
+    A soft prompt, or a sink outside of the text, is neither query nor key: attention to it is taken out, and the rest
+    is scaled to add up to 1. Rows are then distributions over the same tokens in all models.
 
     Returns:
-        For each layer a `Tensor` of shape `(heads, num_queries, tokens)` in float32, whose queries are the row's last tokens. And a
-        `Tensor` of shape `(layers)`: the share of attention that was not on the text, summed over queries, mean over heads.
+        For each layer a `Tensor` of shape `(heads, num_queries, tokens)` in float32, whose queries are the row's last
+        tokens. And a `Tensor` of shape `(layers)`: the share of attention that was not on the text, summed over
+        queries, mean over heads.
     """
     ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]], device=model.device)
     inputs: dict[str, Tensor] = {"input_ids": ids}
@@ -55,7 +56,8 @@ def text_attention(
         embeds = input_embeddings(model)(ids)
         inputs = {"inputs_embeds": torch.cat([soft_prompt.to(embeds).unsqueeze(0), embeds], dim=1)}
     with eager_attention(model):
-        weights = model(**inputs, output_attentions=True, use_cache=False).get("attentions")
+        output = model(**inputs, output_attentions=True, use_cache=False)
+    weights = [layer for layer in output.get("attentions") or () if layer is not None]
     if not weights:
         raise ValueError(
             f"The layers of {model.name_or_path or type(model).__name__} give no attention weights, not even with "
@@ -97,7 +99,8 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
         - entropy: of each query's attention, `-sum_j a_j log a_j`, in nats;
         - self_focus: the entries on the diagonal;
         - sparsity: the number of entries above 0.1;
-        - similarity: the cosine between a head's matrix and that of the same head in the layer before; NaN without one.
+        - similarity: the cosine between a head's matrix and that of the same head in the layer before; NaN without
+            one.
     """
     similarity = torch.tensor(torch.nan)
     if before is not None:
@@ -112,8 +115,8 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
 
 
 def same_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
-    """The layer of a model with `other_num_layers` that is as deep as `layer` of one with `num_layers`: the first for the first, the
-    last for the last, the nearest for those between."""
+    """The layer of a model with `other_num_layers` that is as deep as `layer` of one with `num_layers`: the first for
+    the first, the last for the last, the nearest for those between."""
     return round(layer * (other_num_layers - 1) / max(num_layers - 1, 1))
 
 
@@ -123,30 +126,34 @@ def measure_attention(
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
 ) -> tuple[DataFrame, DataFrame]:
-    """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in them.
+    """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in
+    them.
 
-    Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the share of
-    the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
+    Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the
+    share of the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
 
-    The variance of a head is that of each entry of its matrix over the models, and the mean of that over a row's visible entries and then
-    over rows. Models of different depth are compared at the same relative depth, those of different numbers of heads in the first ones.
-    It means something if the models come from one: heads of unrelated models have nothing in common.
+    The variance of a head is that of each entry of its matrix over the models, and the mean of that over a row's
+    visible entries and then over rows. Models of different depth are compared at the same relative depth, those of
+    different numbers of heads in the first ones. It means something if the models come from one: heads of unrelated
+    models have nothing in common.
 
     Args:
         models: By name, plain or PEFT. One may come twice, with and without a soft prompt. All are in memory at once.
         rows: With `prompt_ids` and `completion_ids`, of `tokenize_dataset`.
         soft_prompts: By the name of the model that they stand before, each `(num_virtual_tokens, hidden)`.
-        queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of the text
-            before them. `"all"`: that of the prompt's tokens, too.
+        queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of
+            the text before them. `"all"`: that of the prompt's tokens, too.
 
     Returns:
-        Two `DataFrame`s. One holds the measures, a column each, for each `model` and `layer` (its index), and `soft_prompt_share`: how much
-        attention goes to the soft prompt, NaN for models without one. `similarity` is NaN in the first layer, which has none before it.
-        The other one holds the heads that the models have in common, by falling `variance`: the number of the `head` in its layer, and
-        `layers`, the layer of each model as a `dict`. It is empty for one model.
+        Two `DataFrame`s. One holds the measures, a column each, for each `model` and `layer` (its index), and
+        `soft_prompt_share`: how much attention goes to the soft prompt, NaN for models without one. `similarity` is
+            NaN in the first layer, which has none before it.
+        The other one holds the heads that the models have in common, by falling `variance`: the number of the `head`
+        in its layer, and `layers`, the layer of each model as a `dict`. It is empty for one model.
 
     Raises:
-        ValueError: for rows without what is to be measured, models that give no weights, and weights that are not finite.
+        ValueError: for rows without what is to be measured, models that give no weights, and weights that are not
+            finite.
     """
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
@@ -199,7 +206,8 @@ def head_matrices(
 
 
 def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The variance of a head's entries over the models, summed over one row's, `(layers, heads)` of what all models have."""
+    """The variance of a head's entries over the models, summed over one row's, `(layers, heads)` of what all models
+    have."""
     depth, heads = min(map(len, models)), min(layer.size(0) for layers in models for layer in layers)
     sums = torch.zeros(depth, heads, dtype=torch.float64)
     for layer in range(depth):
@@ -213,8 +221,8 @@ def _means(name: str, means: Tensor, is_prompted: bool) -> DataFrame:
     broken = (~means[:, 0].isfinite()).nonzero()
     if len(broken):
         raise ValueError(
-            f"The attention of {name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN. If they are "
-            "float16, load them in float32."
+            f"The attention of {name!r} is not finite from layer {int(broken[0])} on. Check the weights for NaN. If "
+            "they are float16, load them in float32."
         )
     found = DataFrame(means.numpy(), columns=[*MEASURES, "soft_prompt_share"])
     return found if is_prompted else found.assign(soft_prompt_share=float("nan"))
@@ -226,6 +234,6 @@ def _check_rows(rows: Sequence[Mapping[str, Any]], queries: str) -> None:
     for index, row in enumerate(rows):
         if queries == "completion" and not row["completion_ids"]:
             raise ValueError(
-                f"Row {index} of `rows` has no completion, whose attention is to be measured. Filter such rows out, or set "
-                "`queries='all'` to measure that of the prompt's tokens, too."
+                f"Row {index} of `rows` has no completion, whose attention is to be measured. Filter such rows out, "
+                "or set `queries='all'` to measure that of the prompt's tokens, too."
             )

@@ -1,8 +1,8 @@
 """Exposure bias: how much faster a student's errors add up on its own prefixes than on its teacher's.
 
-A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher and `q` the
-student, KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and after prefixes that the
-teacher has.
+A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher
+and `q` the student, KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and
+after prefixes that the teacher has.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..divergences import kl_divergence
 from ..generation.rollouts import generate_completions, rollout_seed
-from .asking import log_probs_together
+from .log_probs import log_probs_together
 
 
 __all__ = ["exposure_bias", "prefix_kl", "sample_prefixes"]
@@ -35,8 +35,8 @@ def sample_prefixes(
 ) -> list[list[int]]:
     """One completion for each prompt, whose beginnings are the prefixes.
 
-    All models draw the same random numbers, so that two that are close write much the same, and differ less by chance. A row's numbers
-    depend on `seed` and its place alone; the global random state stays as it was.
+    All models draw the same random numbers, so that two that are close write much the same, and differ less by chance.
+    A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
 
     Args:
         generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
@@ -72,41 +72,44 @@ def prefix_kl(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before the teacher's input.
 
     Returns:
-        `Tensor` of shape `(rows, longest completion)` in float64, nats: column `l - 1` belongs to position `l`, whose prefix has `l - 1`
-        tokens. NaN where a row has ended: after its end-of-text token there is no next position.
+        `Tensor` of shape `(rows, longest completion)` in float64, nats: column `l - 1` belongs to position `l`, whose
+        prefix has `l - 1` tokens. NaN where a row has ended: after its end-of-text token there is no next position.
     """
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
         completions = completion_ids[start : start + batch_size]
-        asked, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
-        chunks = log_probs_together(asked, prompts, completions, pad_token_id, vocab_size)
+        models, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
+        chunks = log_probs_together(models, prompts, completions, pad_token_id, vocab_size)
         values = torch.cat([kl_divergence(p, q).double().cpu() for p, q in chunks])
         rows += values.split([len(ids) for ids in completions])
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float("nan"))
 
 
 def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> DataFrame:
-    """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean KL(p || q) on prefixes
-    sampled from the student and from the teacher.
+    """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean
+    KL(p || q) on prefixes sampled from the student and from the teacher.
 
-    The mean at a position is over the rows that still have it: those that have ended count no more. At position 1 there is no prefix,
-    and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats per token: the student is the teacher) it is NaN.
-    The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the rows, with replacement; both sides of a row are
-    drawn together, as they share the prompt. Draws in which no row has a position are left out from there on, and without at least two
-    rows there is no interval.
+    The mean at a position is over the rows that still have it: those that have ended count no more. At position 1
+    there is no prefix, and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats per token: the student is
+    the teacher) it is NaN. The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the
+    rows, with replacement; both sides of a row are drawn together, as they share the prompt. Draws in which no row has
+    a position are left out from there on, and without at least two rows there is no interval.
 
     Args:
-        on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the teacher's
-            prefixes after the same prompts; their widths may differ.
+        on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the
+            teacher's prefixes after the same prompts; their widths may differ.
         resamples (`int`): Draws for the interval.
         seed (`int`): Of the draws.
 
     Returns:
-        `DataFrame`: a row for each position, from 1 up to the last one that a row of the data has on both sides. Its columns:
+        `DataFrame`: a row for each position, from 1 up to the last one that a row of the data has on both sides. Its
+            columns:
 
-        - `kl_on_student`, `kl_on_teacher`: mean KL(p || q) at the position, on the student's and the teacher's prefixes, in nats;
+        - `kl_on_student`, `kl_on_teacher`: mean KL(p || q) at the position, on the student's and the teacher's
+            prefixes, in nats;
         - `regret`, `expected`: R(l) and eps(l), their sums up to the position;
-        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent; NaN where it is not defined;
+        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent; NaN where it is not
+            defined;
         - `rows_on_student`, `rows_on_teacher`: how many rows have the position.
 
     Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.

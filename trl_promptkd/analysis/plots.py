@@ -1,4 +1,5 @@
-"""The analyses for a reader: plots of one look, readable by colour-blind readers and in print, and a page of examples."""
+"""The analyses for a reader: plots of one look, readable by colour-blind readers and in print, and a page of
+examples."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,8 @@ def check_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            'The plots need matplotlib, which is not installed. Install it with `pip install "trl_promptkd[analysis]"`.'
+            "The plots need matplotlib, which is not installed. Install it with "
+            '`pip install "trl_promptkd[analysis]"`.'
         ) from error
 
 
@@ -54,7 +56,8 @@ def _new_figure(width: float, height: float) -> Any:
 
 
 def _line_colors(number: int) -> Sequence[Any]:
-    """As many colours, all different: of a colour-blind-safe palette, or from dark to light if it has too few (viridis)."""
+    """As many colours, all different: of a colour-blind-safe palette, or from dark to light if it has too few
+    (viridis)."""
     if number <= len(_COLORS):
         return _COLORS[:number]
     import matplotlib
@@ -78,7 +81,8 @@ def _save_figure(figure: Any, path: str) -> None:
 
 
 def well_covered(found: DataFrame) -> DataFrame:
-    """Up to the last position that a tenth of the rows, and at least two, have on both sides: what comes after is mostly chance."""
+    """Up to the last position that a tenth of the rows, and at least two, have on both sides: what comes after is
+    mostly chance."""
     rows = found[["rows_on_student", "rows_on_teacher"]]
     enough = rows.min(axis=1) >= max(0.1 * rows.max(axis=None), 2)
     return found[: enough.sum()] if enough.any() else found
@@ -116,7 +120,8 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
 
 
 def plot_measures(measures: DataFrame, path: str) -> None:
-    """The four measures, a line per model, over the layers; over relative depth if models have different numbers of them."""
+    """The four measures, a line per model, over the layers; over relative depth if models have different numbers of
+    them."""
     models = dict(list(measures.groupby(level="model", sort=False)))
     same = len(set(map(len, models.values()))) == 1
     figure = _new_figure(9, 6)
@@ -136,7 +141,8 @@ def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, token
     """Heat maps of some heads on one row: a line of maps per model, a column per head.
 
     Args:
-        matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last tokens.
+        matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last
+            tokens.
         tokens: The row's, as texts; up to 36 of them are written at the axes, of longer rows their numbers.
     """
     figure = _new_figure(1 + 3.4 * len(heads), 0.9 + 3.2 * len(matrices))
@@ -178,8 +184,8 @@ def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -
     """How far each virtual token has come, over checkpoints.
 
     Args:
-        drifts: Of [`~trl_promptkd.analysis.prompt.prompt_drift`], with the `step` of each checkpoint, the oldest first. A prompt that was
-            saved after its run has the step `None` and stands last.
+        drifts: Of [`~trl_promptkd.analysis.prompt.prompt_drift`], with the `step` of each checkpoint, the oldest
+            first. A prompt that was saved after its run has the step `None` and stands last.
         start (`int`): The step of what the drift is taken from.
     """
     figure = _new_figure(9, 4)
@@ -213,7 +219,8 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
 
 
 def changes_page(changes: DataFrame, title: str, summary: str) -> str:
-    """An HTML page of the places where the teacher's likeliest next token changed, of [`~trl_promptkd.analysis.prompt.prompt_effect`].
+    """An HTML page of the places where the teacher's likeliest next token changed, of
+    [`~trl_promptkd.analysis.prompt.prompt_effect`].
 
     All text is escaped: it comes from data and models. Line breaks and tabs are written as `\\n` and `\\t`.
     """

@@ -1,5 +1,5 @@
-"""What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens of an answer the
-prompted teacher differs from the plain one and from the student.
+"""What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens
+of an answer the prompted teacher differs from the plain one and from the student.
 
 Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
 """
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..divergences import kl_divergence
 from ..models.forward import input_embeddings
-from .asking import log_probs_together
+from .log_probs import log_probs_together
 from .token_classes import TOKEN_CLASSES, token_classes, token_text
 
 
@@ -36,9 +36,9 @@ def nearest_tokens(
         number (`int`): Tokens per virtual token.
 
     Returns:
-        For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those with the smallest
-        Euclidean distance, each as `{"id": ..., "cosine": ..., "distance": ...}`. Distances are shares of the typical norm, the median norm of the
-        vocabulary's embeddings.
+        For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those
+        with the smallest Euclidean distance, each as `{"id": ..., "cosine": ..., "distance": ...}`. Distances are
+        shares of the typical norm, the median norm of the vocabulary's embeddings.
     """
     embeddings: Any = input_embeddings(teacher)
     device = embeddings.weight.device
@@ -64,7 +64,8 @@ def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> dict[str, Any]:
     """How far a soft prompt P has come from its start S, both of shape `(num_virtual_tokens, hidden)`.
 
     Returns:
-        `relative`: |P_i - S_i| / |S_i| of each virtual token; `cosine`: between P_i and S_i; and `overall`: |P - S| / |S| of all of them
+        `relative`: |P_i - S_i| / |S_i| of each virtual token; `cosine`: between P_i and S_i; and `overall`: |P - S| /
+            |S| of all of them
         together, which is what is logged as `prompt/drift`.
     """
     away = soft_prompt - initial
@@ -106,11 +107,13 @@ def prompt_effect(
         max_changes (`int`): Places to return, at most.
 
     Returns:
-        Two `DataFrame`s. One has a row per token: its `class` ([`~trl_promptkd.analysis.token_classes.token_classes`]), `prompted_plain`,
-        which is KL(pP || p) in nats, with a student `prompted_student`, KL(pP || q), and `changed`: whether the teacher's likeliest next
-        token is another one. The other one has a row per changed token, those of the largest KL(pP || p) first: `row` and `place`, which row
-        and which token of its answer, from 0; `kl`, KL(pP || p); `context`, the end of the text before it; `token`, the answer's own; and
-        `plain`, `prompted` and, with one, `student`: the three likeliest tokens of each model with their probabilities.
+        Two `DataFrame`s. One has a row per token: its `class`
+        ([`~trl_promptkd.analysis.token_classes.token_classes`]), `prompted_plain`, which is KL(pP || p) in nats, with
+        a student `prompted_student`, KL(pP || q), and `changed`: whether the teacher's likeliest next token is another
+        one. The other one has a row per changed token, those of the largest KL(pP || p) first: `row` and `place`,
+        which row and which token of its answer, from 0; `kl`, KL(pP || p); `context`, the end of the text before it;
+        `token`, the answer's own; and `plain`, `prompted` and, with one, `student`: the three likeliest tokens of each
+        model with their probabilities.
 
     Raises:
         ValueError: if a model's logits are not numbers.
@@ -146,8 +149,9 @@ def prompt_effect(
 
 
 def by_class(tokens: DataFrame) -> DataFrame:
-    """For each class of [`prompt_effect`]'s tokens that occurs, and last `all tokens`: how many `tokens`, the means `prompted_plain` and, with a
-    student, `prompted_student` in nats per token, and `share`, the part of the sum of KL(pP || p)."""
+    """For each class of [`prompt_effect`]'s tokens that occurs, and last `all tokens`: how many `tokens`, the means
+    `prompted_plain` and, with a student, `prompted_student` in nats per token, and `share`, the part of the sum of
+    KL(pP || p)."""
     kls = tokens.drop(columns="changed")
     kls = concat([kls, kls.assign(**{"class": "all tokens"})]).groupby("class")
     table = kls.mean()

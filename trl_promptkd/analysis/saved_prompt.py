@@ -27,7 +27,8 @@ class SavedPrompt:
 
     Args:
         name: For tables: the checkpoint's or the folder's name.
-        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32; `initial` is its start, if that was saved.
+        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32; `initial` is its start, if
+            that was saved.
         config: The adapter's configuration.
         step: Of the checkpoint; `None` for a prompt that was saved when its run was over.
     """
@@ -41,7 +42,8 @@ class SavedPrompt:
 
 
 def read_prompt(folder: str, name: str | None = None, step: int | None = None) -> SavedPrompt:
-    """The soft prompt of a PEFT adapter's folder, such as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT itself writes it.
+    """The soft prompt of a PEFT adapter's folder, such as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT itself
+    writes it.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -62,10 +64,11 @@ def read_prompt(folder: str, name: str | None = None, step: int | None = None) -
 
 
 def find_prompts(path: str) -> list[SavedPrompt]:
-    """The soft prompts at `path`, the oldest first: an adapter's own folder, or those of a run's checkpoints and its last one.
+    """The soft prompts at `path`, the oldest first: an adapter's own folder, or those of a run's checkpoints and its
+    last one.
 
-    Checkpoints without a prompt, as a killed run may leave them, are left out. So is the run's last prompt if it is the last
-    checkpoint's.
+    Checkpoints without a prompt, as a killed run may leave them, are left out. So is the run's last prompt if it is
+    the last checkpoint's.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -85,15 +88,18 @@ def find_prompts(path: str) -> list[SavedPrompt]:
             prompts.append(last)
     if not prompts:
         raise FileNotFoundError(
-            f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor checkpoint-*/{ADAPTER_FOLDER}/. Pass the "
+            f"{path} holds no soft prompt: neither {_CONFIG} nor {ADAPTER_FOLDER}/ nor "
+            f"checkpoint-*/{ADAPTER_FOLDER}/. Pass the "
             "folder that PromptKDTrainer wrote to, or the one of the adapter itself."
         )
     first = prompts[0]
     for prompt in prompts:
         if prompt.embeddings.shape != first.embeddings.shape:
             raise ValueError(
-                f"The soft prompts in {prompt.folder} and {first.folder} have the shapes {tuple(prompt.embeddings.shape)} and "
-                f"{tuple(first.embeddings.shape)}: they are not of one run. Pass the folder of one run, or of one prompt."
+                f"The soft prompts in {prompt.folder} and {first.folder} have the shapes "
+                f"{tuple(prompt.embeddings.shape)} and "
+                f"{tuple(first.embeddings.shape)}: they are not of one run. Pass the folder of one run, or of one "
+                "prompt."
             )
     return prompts
 
@@ -103,8 +109,10 @@ def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
     width, expected = prompt.embeddings.size(1), teacher.get_input_embeddings().weight.size(1)
     if width != expected:
         raise ValueError(
-            f"The soft prompt in {prompt.folder} has {width} numbers a token, but the teacher's embeddings have {expected}. Pass "
-            f"the teacher that it was trained with ({prompt.config.get('base_model_name_or_path') or 'its name is not recorded'})."
+            f"The soft prompt in {prompt.folder} has {width} numbers a token, but the teacher's embeddings have "
+            f"{expected}. Pass "
+            "the teacher that it was trained with "
+            f"({prompt.config.get('base_model_name_or_path') or 'its name is not recorded'})."
         )
 
 
@@ -114,8 +122,9 @@ def initial_prompt(
 ) -> tuple[Tensor | None, str]:
     """What the last of some soft prompts of one run started from, and how that is known.
 
-    PromptKDTrainer saves the start beside the prompt. Of a prompt that PEFT wrote, an initial text is embedded again (by the teacher's
-    embeddings, which never change); of a random one, the first checkpoint is taken where there are several, and there is nothing otherwise.
+    PromptKDTrainer saves the start beside the prompt. Of a prompt that PEFT wrote, an initial text is embedded again
+    (by the teacher's embeddings, which never change); of a random one, the first checkpoint is taken where there are
+    several, and there is nothing otherwise.
     """
     last = prompts[-1]
     if last.initial is not None:

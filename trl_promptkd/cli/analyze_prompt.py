@@ -18,7 +18,10 @@ from . import common
 from .common import at_least_one, load_model, number, print_table
 
 
-_ANSWERS_NEEDED = "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the student's samples."
+_ANSWERS_NEEDED = (
+    "`--responses` is 'dataset', so that the data's own answers are looked at. Set `--responses student` for the "
+    "student's samples."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +60,8 @@ def run_prompt(args: argparse.Namespace) -> Any:
         classes, changed = by_class(tokens), int(tokens.changed.sum())
         whose = "the data's answers" if args.responses == "dataset" else "the student's samples"
         summary = (
-            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of {len(tokens):,} tokens "
-            f"({100 * changed / len(tokens):.1f} %) of {whose}."
+            f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of "
+            f"{len(tokens):,} tokens ({100 * changed / len(tokens):.1f} %) of {whose}."
         )
         plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
         title = "Where the soft prompt changed the teacher's next token"

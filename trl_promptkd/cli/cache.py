@@ -82,7 +82,7 @@ def show(cache: TeacherCache) -> None:
     teacher, priming = manifest.teacher, manifest.priming
     lines: dict[str, Any] = {
         "folder": cache.path,
-        "teacher": f"{teacher['name'] or 'without a name'} ({teacher['dtype']}, quantization {teacher['quantization']})",
+        "teacher": f"{teacher['name'] or 'no name'} ({teacher['dtype']}, quantization {teacher['quantization']})",
         "priming": "none" if priming is None else f"{priming['placement']}: {priming['text']!r}",
         "answers": "the data's" if manifest.response_source == "dataset" else "the teacher's",
         "preset": manifest.preset,
@@ -109,7 +109,8 @@ def verify_cache(args: argparse.Namespace) -> int:
     kwargs = {"dtype": made["dtype"]} | ({"revision": made["revision"]} if made["revision"] else {})
     if made["quantization"] != "none" and "quantization_config" not in args.teacher_init_kwargs:
         print(
-            f"The cache's teacher was quantized ({made['quantization']}); pass the same `--teacher_init_kwargs` to replay it."
+            f"The cache's teacher was quantized ({made['quantization']}); pass the same `--teacher_init_kwargs` to "
+            "replay it."
         )
     teacher = load_teacher(name, kwargs | args.teacher_init_kwargs, args.trust_remote_code)
     result = verify_teacher_cache(cache, teacher, args.rows)

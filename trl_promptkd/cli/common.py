@@ -66,13 +66,15 @@ ROW_FLAGS = ("dataset_config", "dataset_split", "prompt_column", "completion_col
 
 
 def add_flags(command: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
-    """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as `required=True`."""
+    """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as
+    `required=True`."""
     for name in names:
         command.add_argument(f"--{name}", **{**_FLAGS[name], **settings})
 
 
 def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:
-    """A command that prints its result, as JSON with `--json`, else by a function of its own, and returns an exit code.
+    """A command that prints its result, as JSON with `--json`, else by a function of its own, and returns an exit
+    code.
 
     Standard output is for the result alone; what is printed before goes to standard error.
     """
@@ -108,7 +110,8 @@ def json_text(values: dict[str, Any]) -> str:
 
 
 def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
-    """Names for tables: the last part of each path, of files without their endings; the paths themselves if two would be the same.
+    """Names for tables: the last part of each path, of files without their endings; the paths themselves if two would
+    be the same.
 
     `flags` are those that the paths were given by, for the message.
     """
@@ -123,7 +126,8 @@ def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
 def print_table(
     title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1, digits: int = 3
 ) -> None:
-    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the right."""
+    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the
+    right."""
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
@@ -136,19 +140,13 @@ def print_table(
     console.print(table)
 
 
-def load_rows(
-    path: str,
-    config: str | None = None,
-    split: str | None = None,
-    prompt_column: str | None = None,
-    completion_column: str | None = None,
-    conversational: bool = False,
-) -> Any:
-    """The data set of `--dataset`: a file by its ending, or a Hub id."""
+def load_rows(path: str, config: str | None, split: str | None, *columns: Any) -> Any:
+    """The data set of `--dataset`: a file by its ending, or a Hub id; `columns` are those of `name_columns`."""
     kind = _FILES.get(os.path.splitext(path)[1])
     if kind is not None and not os.path.isfile(path):
         raise ValueError(
-            f"`--dataset` is {path!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
+            f"`--dataset` is {path!r}, and there is no such file. Check the path (relative ones start at "
+            f"{os.getcwd()})."
         )
     if kind is None and split is None:
         raise ValueError(f"`--dataset` is {path!r}, whose split is not said. Pass `--dataset_split` (such as test).")
@@ -156,7 +154,7 @@ def load_rows(
         dataset = load_dataset(kind or path, name=config, data_files=path if kind else None, split=split or FILE_SPLIT)
     except DatasetsError as error:
         raise ValueError(f"`--dataset` is {path!r}, which cannot be read: {error}") from error
-    return name_columns(dataset, prompt_column, completion_column, conversational)
+    return name_columns(dataset, *columns)
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
@@ -243,8 +241,8 @@ def tokenized_rows(
 
 
 def sampling_of(args: Any, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Sampling at temperature 1 from the whole distribution, until an end-of-text token of the teacher's or the tokenizer's: all
-    models end at the same ones."""
+    """Sampling at temperature 1 from the whole distribution, until an end-of-text token of the teacher's or the
+    tokenizer's: all models end at the same ones."""
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generation_kwargs": None}
     settings = SimpleNamespace(max_new_tokens=args.max_new_tokens, **whole)
     return rollout_config(teacher, teacher, tokenizer, settings)

@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(given: argparse.Namespace) -> tuple[Any, ...]:
-    """Flags and recipe as the doctor's arguments, TRL's model and script arguments, the soft prompt's and the trainer's."""
+    """Flags and recipe as the doctor's arguments, TRL's model and script arguments, the soft prompt's and the
+    trainer's."""
     flags = {name: values for name, values in vars(given).items() if name in _FIELDS}
     recipe: Any = {}
     if given.config is not None:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_flags(command, "dataset", required=True, action="append", help=told)
         add_flags(command, "dataset_split", default=None, help="such as test[:100]; must be given for a Hub id")
         add_flags(command, "dataset_config", "prompt_column", "completion_column")
-        told = "around instructions and questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)"
+        told = "around questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)"
         add("--template", choices=TEMPLATES, help=told)
         add("--rows", type=int, help="the first rows of each set only")
         add("--max_prompt_length", type=int, help="leave rows with longer prompts out (they are counted)")
@@ -74,13 +74,15 @@ def _seeds(args: argparse.Namespace) -> list[int] | None:
         return args.seeds
     if args.greedy and args.seeds is not None:
         raise ValueError(
-            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Leave one of them away."
+            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Leave one of "
+            "them away."
         )
     return None if args.greedy else args.seeds or list(PAPER_SEEDS)
 
 
 def _load_set(args: argparse.Namespace, dataset: str) -> Any:
-    """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the same."""
+    """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the
+    same."""
     rows = load_rows(dataset, args.dataset_config, args.dataset_split)
     given = (
         ("completion_column", args.completion_column, "references", ()),
@@ -103,7 +105,8 @@ def _load_set(args: argparse.Namespace, dataset: str) -> Any:
 def _print_tables(result: dict[str, Any]) -> None:
     settings = result["settings"]
     how = "greedy" if settings["seeds"] is None else f"sampled, seeds {' '.join(map(str, settings['seeds']))}"
-    title = f"{result['model']}: {result['task']}, template {result['template']}, {how}, at most {settings['max_new_tokens']} tokens"
+    title = f"{result['model']}: {result['task']}, template {result['template']}, {how}"
+    title += f", at most {settings['max_new_tokens']} tokens"
     sets = result["sets"]
     metrics = list(next(iter(sets.values()))["mean"])
     lines: list[list[Any]] = []

@@ -26,8 +26,8 @@ _PROBES = 4  # rows that go through the models
 _PROMPT, _PRIMED_PROMPT, _ANSWER = 128, 256, 48  # tokens of a probe at most
 _SAMPLE = 16  # tokens of a sample
 _ANSWERS_NEEDED = (
-    "Set `lmbda=1.0` (PromptKD: the student's samples only) or `response_source` to 'student' or 'teacher' (response priming: a "
-    "model writes the answers)."
+    "Set `lmbda=1.0` (PromptKD: the student's samples only) or `response_source` to 'student' or 'teacher' (response "
+    "priming: a model writes the answers)."
 )
 
 
@@ -38,8 +38,8 @@ class Finding:
 
     Args:
         name: Of the check.
-        status: `"pass"`, `"warn"` (probably not what you want), `"fail"` (a run would be wrong or stop), or `"skip"` (a check
-            failed that it needs).
+        status: `"pass"`, `"warn"` (probably not what you want), `"fail"` (a run would be wrong or stop), or `"skip"`
+            (a check failed that it needs).
         found: What was found.
         advice: What to do about it; empty if there is nothing to do.
         values: The figures in it, for machines.
@@ -140,15 +140,16 @@ class Case:
     def prepared(self) -> list[dict[str, list[int]]]:
         """The rows as the trainers prepare them: cut (PromptKD) or dropped where they are too long."""
         rows = Dataset.from_list(self.raw, on_mixed_types="use_json")
-        args, limits = self.args, {"answers_needed": self.answers_needed, "overlong": self.args.overlong}
+        args, how = self.args, ("dataset", self.tokenizer)
         if isinstance(args, PromptKDConfig):
-            return list(tokenize_dataset(rows, "dataset", self.tokenizer, args.max_length, **limits))  # type: ignore[arg-type]
-        lengths = (args.max_length, args.teacher_max_length)
-        return list(tokenize_primed_dataset(rows, "dataset", self.tokenizer, self.priming, *lengths, **limits))  # type: ignore[arg-type]
+            return list(tokenize_dataset(rows, *how, args.max_length, self.answers_needed, args.overlong))
+        limits: Any = (args.max_length, args.teacher_max_length, self.answers_needed, args.overlong)
+        return list(tokenize_primed_dataset(rows, *how, self.priming, *limits))
 
     @cached_property
     def soft_prompt(self) -> Tensor | None:
-        """Where PromptKD's soft prompt would start, `(num_virtual_tokens, hidden)` in float32; response priming has none."""
+        """Where PromptKD's soft prompt would start, `(num_virtual_tokens, hidden)` in float32; response priming has
+        none."""
         if isinstance(self.args, PrimedDistillConfig):
             return None
         with own_random_state(0, self.student.device):
@@ -183,7 +184,8 @@ class Case:
         return [{**row, "completion_ids": row["completion_ids"] or self.samples[i]} for i, row in enumerate(rows)]
 
     def batch(self, view: str, rows: Sequence[dict[str, list[int]]] | None = None) -> dict[str, Tensor]:
-        """Rows (the probes, unless others are given) as a padded batch, with the prompts of the `"student"` or the `"teacher"`."""
+        """Rows (the probes, unless others are given) as a padded batch, with the prompts of the `"student"` or the
+        `"teacher"`."""
         rows = self.probes if rows is None else rows
         prompts = [row["prompt_ids" if view == "student" else "teacher_prompt_ids"] for row in rows]
         batch = pad_rows(prompts, [row["completion_ids"] for row in rows], self.tokenizer.pad_token_id)

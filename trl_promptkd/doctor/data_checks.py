@@ -1,6 +1,7 @@
 """Checks of tokenizers and rows, which run no model.
 
-Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
+Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see
+`diagnosis.py`.
 """
 
 from typing import Any
@@ -56,8 +57,8 @@ def special_tokens(case: Case) -> Finding:
         if others and eos not in others:
             return warning(
                 f"{found}; the {role} was published to stop at {others} instead",
-                "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and the student's "
-                "`generation_config.eos_token_id`) to the token that ends a turn.",
+                "Samples stop at any of them, but answers in the data end with the tokenizer's. Set `eos_token` (and "
+                "the student's `generation_config.eos_token_id`) to the token that ends a turn.",
             )
     return passing(found)
 
@@ -97,8 +98,8 @@ def chat_template(case: Case) -> Finding:
     if doubled:
         return warning(
             f"{doubled} of {total} prompts begin with {case.tokenizer.bos_token!r} twice",
-            "A text that has been through the chat template already gets another from the tokenizer. Pass conversations (lists of "
-            "messages) instead, or take the token out of the texts.",
+            "A text that has been through the chat template already gets another from the tokenizer. Pass "
+            "conversations (lists of messages) instead, or take the token out of the texts.",
         )
     if not case.is_conversational:
         return passing("not used: the prompts are plain texts")
@@ -121,7 +122,8 @@ def priming(case: Case) -> Finding | None:
     plain = sum(row["teacher_prompt_ids"] == row["prompt_ids"] for row in case.views)
     if plain:
         return warning(
-            f"in {plain} of {len(case.views)} rows the priming text is empty, and the teacher sees the student's prompt",
+            f"in {plain} of {len(case.views)} rows the priming text is empty, and the teacher sees the student's "
+            "prompt",
             "Check the template's conditions and the columns that it writes.",
         )
     mean = sum(len(row["teacher_prompt_ids"]) - len(row["prompt_ids"]) for row in case.views) / len(case.views)
@@ -164,7 +166,8 @@ def positions(case: Case) -> Finding:
 
 
 def trained_tokens(case: Case) -> Finding | None:
-    """If the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first token."""
+    """If the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first
+    token."""
     if case.data_collator is not None:
         batch, rows = case.data_collator(case.raw), case.views
     elif isinstance(case.args, PromptKDConfig):
@@ -183,10 +186,10 @@ def trained_tokens(case: Case) -> Finding | None:
     no_end = sum(got[-1:] != answer[-1:] for got, answer in short)
     if no_first or no_end:
         return failing(
-            f"of {len(answered)} answers, {no_first} are not trained on from their first token on, {no_end} not up to their "
-            "end-of-text token",
-            "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` drops the end "
-            "of text if it also pads), or omit `data_collator`.",
+            f"of {len(answered)} answers, {no_first} are not trained on from their first token on, {no_end} not up to "
+            "their end-of-text token",
+            "Let the collator make labels from lengths, not by comparing ids (`labels[labels == pad_token_id] = -100` "
+            "drops the end of text if it also pads), or omit `data_collator`.",
             first_token_missing=no_first,
             end_missing=no_end,
         )
@@ -201,13 +204,16 @@ def trained_tokens(case: Case) -> Finding | None:
         never = endless == len(lasts) and case.answers_needed is not None
         return (failing if never else warning)(
             f"{endless} of {len(lasts)} answers do not end with a token that generation stops at",
-            "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer with.",
+            "The student would not learn to stop. Set `eos_token` to the token that the chat template ends an answer "
+            "with.",
             endless=endless,
         )
     if other:
         return warning(
-            f"{len(other)} of {len(answered)} rows are trained on other tokens than those of their answer ({share:.0%} of all tokens)",
-            "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer not?",
+            f"{len(other)} of {len(answered)} rows are trained on other tokens than those of their answer "
+            f"({share:.0%} of all tokens)",
+            "Check what `data_collator` makes of a row: is a part of the prompt trained on, or a part of the answer "
+            "not?",
         )
     return passing(f"{share:.0%} of all tokens, in every row from the answer's first token to its last", share=share)
 

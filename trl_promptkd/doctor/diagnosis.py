@@ -68,8 +68,8 @@ def diagnose(
 ) -> list[Finding]:
     """Check two models and a few rows for what goes wrong silently in distillation, with the functions that train.
 
-    The teacher is frozen, as the trainers do it; nothing else is changed. The models run in their own dtype, without mixed
-    precision, on the device they are on, which must be one.
+    The teacher is frozen, as the trainers do it; nothing else is changed. The models run in their own dtype, without
+    mixed precision, on the device they are on, which must be one.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student.
@@ -77,8 +77,9 @@ def diagnose(
         dataset: As for the trainers; the first `rows` rows are looked at.
         processing_class: The tokenizer of both models; without a pad token, its end-of-text token pads.
         teacher_processing_class: The teacher's own; by default the one found beside the teacher.
-        args ([`PromptKDConfig`] or [`PrimedDistillConfig`], *optional*): The run's. Its class says which trainer is checked for. By
-            default that trainer's defaults, of [`PrimedDistillTrainer`] with `priming`, else of [`PromptKDTrainer`].
+        args ([`PromptKDConfig`] or [`PrimedDistillConfig`], *optional*): The run's. Its class says which trainer is
+            checked for. By default that trainer's defaults, of [`PrimedDistillTrainer`] with `priming`, else of
+            [`PromptKDTrainer`].
         prompt_encoder_config: The soft prompt of [`PromptKDTrainer`]; by default the paper's.
         priming: The text of [`PrimedDistillTrainer`].
         data_collator: One of your own, which gets the rows as they are.
@@ -86,7 +87,8 @@ def diagnose(
         rows (`int`): How many rows to look at.
 
     Returns:
-        `list` of [`Finding`], in the order of the checks; those that have nothing to look at (no priming text, ...) are not in it.
+        `list` of [`Finding`], in the order of the checks; those that have nothing to look at (no priming text, ...)
+        are not in it.
 
     Raises:
         ValueError: if there are no rows, or `priming` and `args` are of different trainers.

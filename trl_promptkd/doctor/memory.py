@@ -31,8 +31,8 @@ def memory(case: Case) -> Finding:
         return passing(found, **parts, available=there)
     return warning(
         found,
-        "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the teacher, or set "
-        "`gradient_checkpointing` and `teacher_gradient_checkpointing`.",
+        "Lower `per_device_train_batch_size` or `max_new_tokens`, train an adapter (`peft_config`), quantize the "
+        "teacher, or set `gradient_checkpointing` and `teacher_gradient_checkpointing`.",
         **parts,
         available=there,
     )
@@ -56,7 +56,7 @@ def estimate_memory(case: Case) -> dict[str, float]:
     chunk = args.loss_chunk_size or rows * answer
     loss = _LOSS_TENSORS * 4 * min(chunk, rows * answer) * config.vocab_size
     activations = _activations(student, rows * tokens, args.gradient_checkpointing)
-    if case.soft_prompt is not None:  # a primed teacher is asked without a gradient
+    if case.soft_prompt is not None:  # a primed teacher runs without a gradient
         activations += _activations(teacher, rows * teacher_tokens, args.teacher_gradient_checkpointing)
 
     adapter = _LORA_RANK * _features(student)
@@ -90,8 +90,8 @@ def _features(model: Any) -> int:
 
 
 def _activations(model: Any, tokens: int, checkpointing: bool) -> float:
-    """Bytes kept for a backward pass: what goes into and comes out of linear layers stands for all of it. Under checkpointing, a
-    layer's input each, and one layer."""
+    """Bytes kept for a backward pass: what goes into and comes out of linear layers stands for all of it. Under
+    checkpointing, a layer's input each, and one layer."""
     config = model.config.get_text_config()
     features, layers = _features(model), config.num_hidden_layers
     kept = layers * config.hidden_size + features / layers if checkpointing else features

@@ -1,6 +1,7 @@
 """Checks that run the models, on a few rows.
 
-Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see `diagnosis.py`.
+Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see
+`diagnosis.py`.
 """
 
 import torch
@@ -21,7 +22,8 @@ _FAR, _SAME = 3.0, 1e-4  # nats per token
 
 @torch.no_grad()
 def finite_logits(case: Case) -> Finding:
-    """NaN or infinite logits make every loss NaN; float16 overflows are a common cause. Tokens that a model rules out are left out."""
+    """NaN or infinite logits make every loss NaN; float16 overflows are a common cause. Tokens that a model rules out
+    are left out."""
     ruled_out: dict[str, int] = {}
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         logits = case.logits(model, role)
@@ -53,7 +55,8 @@ def repeatability(case: Case) -> Finding:
 
 @torch.no_grad()
 def padding_student(case: Case) -> Finding:
-    """Absolute positions counted through padding, or rows that see each other: rows then get other logits than alone."""
+    """Absolute positions counted through padding, or rows that see each other: rows then get other logits than
+    alone."""
     batch = case.batch("student")
     logits = case.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     without = logits[batch["labels"][:, 1:] != -100][:, : case.vocab_size]
@@ -86,8 +89,8 @@ def _padding(case: Case, view: str, soft_prompt: Tensor | None, told: str = "", 
         return passing(f"padded rows are as alone, to {about}", **values)
     return failing(
         f"the pass {worst}, is off the model's own call on the row alone by {about}",
-        "The forward pass must take `position_ids` and the attention mask, and rows must not see each other. Use transformers' "
-        "own class for this model, or one that does.",
+        "The forward pass must take `position_ids` and the attention mask, and rows must not see each other. Use "
+        "transformers' own class for this model, or one that does.",
         **values,
     )
 
@@ -142,10 +145,10 @@ def window_split(case: Case) -> Finding:
         told = f"one micro-batch and {number} give the same loss ({whole:.3g} nats per token) to {off:.1e}{also}"
         return passing(told, **values)
     return failing(
-        f"{number} micro-batches of one row give a loss of {parts:.4g} nats per token, one of all rows {whole:.4g}; the "
-        f"gradients differ by {gradient_off:.1%}",
-        "Rows see each other, or their padding (a batch norm, a mixture of experts with a capacity), or the loss is not finite. "
-        "Use another model, or micro-batches of one row.",
+        f"{number} micro-batches of one row give a loss of {parts:.4g} nats per token, one of all rows {whole:.4g}; "
+        f"the gradients differ by {gradient_off:.1%}",
+        "Rows see each other, or their padding (a batch norm, a mixture of experts with a capacity), or the loss is "
+        "not finite. Use another model, or micro-batches of one row.",
         **values,
     )
 
@@ -153,7 +156,8 @@ def window_split(case: Case) -> Finding:
 def _window(
     case: Case, batches: list[list[dict[str, list[int]]]], watched: list[torch.nn.Parameter]
 ) -> tuple[float, Tensor]:
-    """The student's loss over all probes, in nats per token, and its gradient with respect to `watched`, in one vector."""
+    """The student's loss over all probes, in nats per token, and its gradient with respect to `watched`, in one
+    vector."""
     num_tokens = sum(len(row["completion_ids"]) for row in case.probes)
     total, gradient = 0.0, torch.zeros(sum(parameter.numel() for parameter in watched), device=case.student.device)
     for rows in batches:
@@ -191,7 +195,8 @@ def sampling(case: Case) -> Finding:
 
 @torch.no_grad()
 def quality(case: Case) -> Finding | None:
-    """A teacher that knows no better has nothing to teach, and a student that knows nothing collapses on its own samples."""
+    """A teacher that knows no better has nothing to teach, and a student that knows nothing collapses on its own
+    samples."""
     rows = [cut(row) for row in case.views if row["completion_ids"]]
     if not rows:
         return None
@@ -212,14 +217,14 @@ def quality(case: Case) -> Finding | None:
     advice = ""
     if not kl <= _FAR:
         advice = (
-            "Warm the student up by supervised fine-tuning on answers first: on-policy distillation of a student that is far "
-            "off collapses."
+            "Warm the student up by supervised fine-tuning on answers first: on-policy distillation of a student that "
+            "is far off collapses."
         )
     elif kl < _SAME and not case.is_self_distillation:
         advice = "The student already is the teacher: there is nothing to learn."
     elif nll_primed >= nll_student and not (case.is_self_distillation and case.priming is None):
         advice = (
-            "The teacher has nothing to teach on these answers. Take another teacher, priming text or data, or let the teacher "
-            "write the answers."
+            "The teacher has nothing to teach on these answers. Take another teacher, priming text or data, or let "
+            "the teacher write the answers."
         )
     return (warning if advice else passing)(found, advice, **values)

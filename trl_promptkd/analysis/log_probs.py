@@ -18,7 +18,7 @@ _TOKENS = 256  # whose distributions exist at once
 
 @torch.no_grad()
 def log_probs_together(
-    asked: Sequence[tuple[nn.Module, Tensor | None]],
+    models: Sequence[tuple[nn.Module, Tensor | None]],
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
     pad_token_id: int,
@@ -27,17 +27,19 @@ def log_probs_together(
     """The log-probabilities that each model gives to the next token, at every token of some completions.
 
     Args:
-        asked: Models in evaluation mode, each with a soft prompt of shape `(num_virtual_tokens, hidden)` before its input, or `None`.
+        models: Models in evaluation mode, each with a soft prompt of shape `(num_virtual_tokens, hidden)` before its
+            input, or `None`.
         prompt_ids, completion_ids: Rows that go through the models at once; every prompt has a token.
         vocab_size (`int`, *optional*): Distributions are over the first `vocab_size` ids.
 
     Yields:
-        For some tokens at a time, in the order of the rows and of the tokens in them, a `Tensor` of shape `(num_tokens, vocab)` a model, in
-        float32, on the first model's device. Tokens that one of the models rules out are ruled out for all ([`on_shared_support`]).
+        For some tokens at a time, in the order of the rows and of the tokens in them, a `Tensor` of shape
+        `(num_tokens, vocab)` a model, in float32, on the first model's device. Tokens that one of the models rules out
+        are ruled out for all ([`on_shared_support`]).
     """
     batch = pad_rows(prompt_ids, completion_ids, pad_token_id)
     known: list[Any] = []
-    for model, soft_prompt in asked:
+    for model, soft_prompt in models:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         known.append(completion_states(model, ids, mask, labels, soft_prompt, vocab_size))
@@ -45,10 +47,10 @@ def log_probs_together(
         logits = [part.logits(start, start + _TOKENS) for part in known]
         logits = [part.to(logits[0].device) for part in logits]
         log_probs = tuple(part.log_softmax(dim=-1) for part in on_shared_support(*logits))
-        for (model, _), part in zip(asked, log_probs, strict=True):
+        for (model, _), part in zip(models, log_probs, strict=True):
             if part[:, 0].isnan().any():  # one of them in a row makes all of it so
                 raise ValueError(
-                    f"The logits of {model.name_or_path or type(model).__name__} hold NaN or infinities. Check its weights; load it in bfloat16 or "
-                    "float32 if it is in float16."
+                    f"The logits of {model.name_or_path or type(model).__name__} hold NaN or infinities. Check its "
+                    "weights; load it in bfloat16 or float32 if it is in float16."
                 )
         yield log_probs

@@ -91,6 +91,15 @@ class TestInitialization:
         prompt = SoftPrompt(config, teacher, tiny_tokenizer(WORDS))
         assert prompt().std().item() == pytest.approx(scale * weight[:30].std().item(), rel=0.03)
 
+    @pytest.mark.parametrize("init", ["vocab", "random"])
+    def test_one_seed_gives_one_start(self, init):
+        """On all ranks, and in a run that is started again. A new tokenizer may name its tokens in another order."""
+        starts = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            starts.append(build(prompt_init=init)[0]())
+        assert torch.equal(*starts)
+
     def test_a_network_starts_at_random_embeddings_too(self):
         torch.manual_seed(0)
         prompt, teacher = build(prompt_init="random", num_virtual_tokens=24, encoder="mlp")

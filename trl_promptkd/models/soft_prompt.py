@@ -303,8 +303,9 @@ def _initial_embeddings(
     """The embeddings a soft prompt starts from, `(num_virtual_tokens, hidden)` in float32."""
     device = next(embeddings.parameters()).device
     num_embeddings = getattr(embeddings, "num_embeddings", math.inf)
-    # The rows beyond the tokenizer's ids are padding, and mean nothing
-    real = torch.tensor([i for i in processing_class.get_vocab().values() if i < num_embeddings], device=device)
+    # Rows beyond the tokenizer's ids are padding, and mean nothing. Sorted: `get_vocab` has another order each time
+    ids = sorted(index for index in processing_class.get_vocab().values() if index < num_embeddings)
+    real = torch.tensor(ids, device=device)
     if init == PromptTuningInit.TEXT:
         text_ids = text_token_ids(init_text, processing_class)
         repeats = -(-num_virtual_tokens // len(text_ids))

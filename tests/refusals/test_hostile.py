@@ -25,6 +25,7 @@ from tiny import answered_dataset, tiny_model, tiny_tokenizer
 
 from trl_promptkd import PrimingTemplate, PromptEncoderConfig, TeacherCache, build_teacher_cache
 from trl_promptkd.files import sha256_of
+from trl_promptkd.generation.teacher_answers import _read_answers
 from trl_promptkd.teacher_cache.manifest import Manifest, row_key
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
 
@@ -85,10 +86,6 @@ ANY_JSON = st.recursive(
 
 
 class TestTemplates:
-    def test_half_a_character_in_the_template_is_refused(self):
-        with pytest.raises(ValueError, match=r"holds '\\ud800' at position 1.*Remove it"):
-            PrimingTemplate("a\ud800")
-
     @fuzz(200)
     @given(ANY_JSON)
     def test_any_row(self, value):
@@ -196,7 +193,7 @@ DRAWS = {
 class TestShards:
     @pytest.mark.parametrize("change", SHARDS.values(), ids=SHARDS)
     def test_what_a_build_does_not_write_is_refused_and_named(self, opened, change):
-        with pytest.raises(ValueError, match=r"shard-\w+\.parquet is damaged, or no shard|Row 0 of the teacher cache"):
+        with pytest.raises(ValueError, match=r"shard-\w+\.parquet is damaged|Row 0 of the teacher cache"):
             opened("exact", lambda cache: change(cache.shard))
 
     @pytest.mark.parametrize("change", DRAWS.values(), ids=DRAWS)
@@ -356,14 +353,14 @@ class TestManifests:
     @pytest.mark.parametrize(
         ("preset", "field", "value", "message"),
         [
-            ("exact", "shards", [{}], "holds `shards` .* must be a list of objects"),
-            ("exact", "vocab_size", 10**12, "holds `vocab_size` .* must be an integer from 1 to 4194304"),
-            ("exact", "files", {"basis.safetensors": 3}, "holds `files` .* must be an object of SHA-256 sums"),
-            ("exact", "temperature", math.nan, "holds `temperature` .* must be a positive number"),
-            ("exact", "tokenizer", 3, "holds `tokenizer` .* must be a hash of 32 hexadecimal digits"),
-            ("exact", "teacher", {"name": "x"}, "holds `teacher` .* must be an object of the texts `name`"),
-            ("exact", "response_source", ["dataset"], "holds `response_source` .* 'dataset' or 'teacher'"),
-            ("exact", "preset", "best", "preset 'best' is unknown"),
+            ("exact", "shards", [{}], "`shards` has the entry {}; it must be of"),
+            ("exact", "vocab_size", 10**12, "`vocab_size` is 1000000000000; it must be from 1 to 4194304"),
+            ("exact", "files", {"basis.safetensors": 3}, "Invalid key or value in dict 'files'"),
+            ("exact", "temperature", math.nan, "`temperature` is nan"),
+            ("exact", "tokenizer", 3, "'tokenizer' expected str, got int"),
+            ("exact", "teacher", {"name": "x"}, r"`teacher` or `priming` has \['name'\]; it must have"),
+            ("exact", "response_source", ["dataset"], "'response_source' expected str, got list"),
+            ("exact", "preset", "best", "`preset` is 'best'"),
             ("exact", "preset", "standard", "shard"),
             ("exact", "files", {}, "has checksums of .*, but the preset .* Build the cache again"),
             ("tiny", "files", {"basis.safetensors": "0" * 64}, "has checksums of .*, but the preset"),
@@ -374,7 +371,7 @@ class TestManifests:
             opened(preset, lambda cache: cache.manifest.update({field: value}), sign=False)
 
     def test_a_file_may_not_be_named_twice(self, opened):
-        with pytest.raises(ValueError, match="names a file twice"):
+        with pytest.raises(ValueError, match="or one twice"):
             opened("exact", lambda cache: cache.manifest["shards"].append(cache.manifest["shards"][0].copy()))
 
 
@@ -401,24 +398,11 @@ class TestSoftPrompts:
         assert torch.equal(prompt(), before)
 
 
-def schedule(**changes):
-    return edited({"scheduler": lambda old: json.dumps({**json.loads(old), **changes})})
-
-
 STATES = {
     **FILES,
     "a tensor less": edited(**{"0__step": None}),
     "another shape": edited(**{"0__exp_avg": full(1.0, 3, 32)}),
-    "half precision": edited(**{"0__exp_avg": full(1.0, dtype=torch.float16)}),
-    "NaN": edited(**{"0__exp_avg": full(math.nan)}),
-    "a negative square": edited(**{"0__exp_avg_sq": full(-1.0)}),
-    "no scale": edited({"loss_scale": None}),
-    "a scale that is no JSON": edited({"loss_scale": "x"}),
-    "a scale of 0": edited({"loss_scale": "0"}),
-    "a scale of NaN": edited({"loss_scale": "NaN"}),
-    "a schedule with more": schedule(step=3),
-    "a schedule of another kind": schedule(last_epoch="x"),
-    "rates of another number": schedule(base_lrs=[1.0, 1.0]),
+    "another schedule": edited({"scheduler": lambda old: json.dumps({**json.loads(old), "step": 3})}),
 }
 
 
@@ -475,6 +459,6 @@ class TestTeacherAnswers:
         path = tmp_path / "answers-x.parquet"
         path.write_bytes(b"PAR1")
         if part is not None:
-            pyarrow.parquet.write_table(pyarrow.table(part), path)
-        with pytest.raises(ValueError, match=r"answers-x\.parquet cannot be read as teacher answers (?s:.*)Delete it"):
-            _read_parts(str(tmp_path), {"a": 1}, 40)
+            pyarrow.parquet.write_table(with_texts(part), path)
+        with pytest.raises(ValueError, match=r"answers-x\.parquet is damaged(?s:.*)Delete it"):
+            _read_answers(str(tmp_path), {"a": 1}, 40)

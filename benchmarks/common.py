@@ -51,7 +51,8 @@ def load_models(teacher: str | None, student: str | None, layers: int = 11) -> M
 
 @torch.no_grad()
 def _never_ending(models: Models) -> Models:
-    """Makes the token that the student is least likely to sample the end of text, so that all samples have the same length."""
+    """Makes the token that the student is least likely to sample the end of text, so that all samples have the same
+    length."""
     tokenizer, student = models.tokenizer, models.student
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

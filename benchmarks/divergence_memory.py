@@ -1,10 +1,11 @@
-"""Memory that a training step takes beyond the models: PromptKD beside TRL's GKDTrainer and DistillationTrainer's loss.
+"""Memory that a training step takes beyond the models: PromptKD beside TRL's GKDTrainer and DistillationTrainer's
+loss.
 
     python benchmarks/divergence_memory.py --output_dir divergence_memory_benchmark
 
-Models of one small layer with Qwen's vocabulary (151,936) train on answers of the data, so that nothing but the divergence counts.
-Each run is a process of its own, and its peak is what the operating system (or CUDA) saw. A run that the machine has no memory for
-is said to be so. Ends with a table, a chart and `results.json`.
+Models of one small layer with Qwen's vocabulary (151,936) train on answers of the data, so that nothing but the
+divergence counts. Each run is a process of its own, and its peak is what the operating system (or CUDA) saw. A run
+that the machine has no memory for is said to be so. Ends with a table, a chart and `results.json`.
 """
 
 import argparse
@@ -194,7 +195,8 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps({"settings": vars(args), "megabytes": results}, indent=1))
     chart(results, folder / "divergence_memory.png")
     print(
-        f"\n| peak, MB | {' | '.join(f'{tokens} tokens' for tokens in args.tokens)} |\n| --- |{' --- |' * len(args.tokens)}"
+        f"\n| peak, MB | {' | '.join(f'{tokens} tokens' for tokens in args.tokens)} |\n| --- "
+        f"|{' --- |' * len(args.tokens)}"
     )
     for method, values in results.items():
         shown = ["not enough memory" if peak is None else f"{peak:.0f}" for peak in values.values()]

@@ -2,10 +2,12 @@
 
     python benchmarks/memory_table.py                    # prints the table
     python benchmarks/memory_table.py --write            # puts it into docs/scaling.md, between its markers
-    python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate: peak of this process
+    python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate: peak of this
+    process
 
-The figures are computed, not measured: models of the published shapes are made without weights (on the meta device), and the doctor's
-estimate (`trl_promptkd/doctor/memory.py`) is asked about them. `--measure` says how far off it is on the machine at hand.
+The figures are computed, not measured: models of the published shapes are made without weights (on the meta device),
+and the doctor's estimate (`trl_promptkd/doctor/memory.py`) is asked about them. `--measure` says how far off it is on
+the machine at hand.
 """
 
 import argparse
@@ -119,7 +121,8 @@ def estimate(student: Any, teacher: Any, lora: bool, checkpointing: bool = True,
 
 
 def table() -> Iterator[str]:
-    yield "| student | teacher | total, GB | student's weights | gradients, AdamW | teacher's weights | sampling | training |"
+    columns = ("student", "teacher", "total, GB", "student's weights", "gradients, AdamW", "teacher's weights")
+    yield f"| {' | '.join((*columns, 'sampling', 'training'))} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, trained, teacher_name, held in RUNS:
         student = model_of(name, {"all weights": "float32", "LoRA": "bfloat16", "QLoRA": "4 bits"}[trained])

@@ -1,7 +1,8 @@
-"""PromptKD as one would port the reference loop onto TRL: the yardstick for what this package saves, not a trainer to use.
+"""PromptKD as one would port the reference loop onto TRL: the yardstick for what this package saves, not a trainer to
+use.
 
-Rollouts one micro-batch at a time, PEFT's own prompt-tuned forward, the student asked twice and the teacher three times a
-micro-batch, all logits of all positions.
+Rollouts one micro-batch at a time, PEFT's own prompt-tuned forward, the student asked twice and the teacher three
+times a micro-batch, all logits of all positions.
 """
 
 import torch

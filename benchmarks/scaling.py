@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py --output_dir scaling_benchmark
 
-Models with random weights (hidden size 256, 8 layers teach 4); one quantity is varied at a time, the others stay at 64 new tokens, a
-vocabulary of 32,768, 7 virtual tokens and 4 micro-batches of 4 rows. Runs are interleaved, and medians are given. Ends with a table,
-a chart and `results.json`.
+Models with random weights (hidden size 256, 8 layers teach 4); one quantity is varied at a time, the others stay at 64
+new tokens, a vocabulary of 32,768, 7 virtual tokens and 4 micro-batches of 4 rows. Runs are interleaved, and medians
+are given. Ends with a table, a chart and `results.json`.
 """
 
 import argparse

@@ -2,9 +2,10 @@
 
     python benchmarks/step_time.py --output_dir step_time_benchmark
 
-SmolLM2-135M-Instruct is the teacher and 11 of its layers are the student, unless `--teacher` and `--student` name others. All
-trainers get the same models, prompts and settings; runs are interleaved, and medians are given. The learning rates are 0, so
-that every step of every trainer works on the same models. Ends with a table, a chart and `results.json`.
+SmolLM2-135M-Instruct is the teacher and 11 of its layers are the student, unless `--teacher` and `--student` name
+others. All trainers get the same models, prompts and settings; runs are interleaved, and medians are given. The
+learning rates are 0, so that every step of every trainer works on the same models. Ends with a table, a chart and
+`results.json`.
 """
 
 import argparse
@@ -201,7 +202,8 @@ def main() -> None:
     for accumulation, values in results.items():
         print(f"\nbatch {args.batch_size} x accumulation {accumulation}, {args.max_new_tokens} new tokens\n")
         print(
-            f"| step | seconds | of which generation | {' | '.join('of ' + m for m in values if 'PromptKD' not in m)} |"
+            "| step | seconds | of which generation | "
+            f"{' | '.join('of ' + m for m in values if 'PromptKD' not in m)} |"
         )
         print("| --- | --- | --- |" + " --- |" * sum("PromptKD" not in m for m in values))
         for method, value in values.items():
@@ -211,7 +213,8 @@ def main() -> None:
                 if "PromptKD" not in name
             ]
             print(
-                f"| {method} | {value['step_seconds']:.1f} | {value['generation_seconds']:.1f} | {' | '.join(shares)} |"
+                f"| {method} | {value['step_seconds']:.1f} | {value['generation_seconds']:.1f} | "
+                f"{' | '.join(shares)} |"
             )
 
 

@@ -1,10 +1,11 @@
-"""What the presets of a teacher cache cost and keep, how fast a cache is built, and what a training step from it costs.
+"""What the presets of a teacher cache cost and keep, how fast a cache is built, and what a training step from it
+costs.
 
     python examples/smollm2.py --output_dir models --student_layers 11
     python benchmarks/teacher_cache.py --models models --data_files rows.jsonl --output_dir teacher_cache_benchmark
 
-Rows are JSON lines with `instruction`, `input` and `output` (such as databricks-dolly-15k). Everything is measured in one run;
-timings are interleaved, and medians are given. Ends with a table, a chart and `results.json`.
+Rows are JSON lines with `instruction`, `input` and `output` (such as databricks-dolly-15k). Everything is measured in
+one run; timings are interleaved, and medians are given. Ends with a table, a chart and `results.json`.
 """
 
 import argparse
@@ -245,7 +246,8 @@ def main() -> None:
         divergence = f"{values['kl_mean']:.4f}" if values.get("kl_mean") is not None else "(forward KL unbiased)"
         print(f"| {name} | {values['bytes_per_token']:.1f} | {divergence} |")
     print(
-        f"\nBuild: {speed['build_tokens_per_second']:.0f} tokens/s, {speed['build_share_of_forward']:.2f} of the bare forward pass."
+        f"\nBuild: {speed['build_tokens_per_second']:.0f} tokens/s, {speed['build_share_of_forward']:.2f} of the "
+        "bare forward pass."
     )
     print("\n| training step | seconds | of SFT |\n| --- | --- | --- |")
     for name, value in steps.items():

@@ -1,8 +1,8 @@
 """Docstrings in the style of Hugging Face's libraries, as the Google style that mkdocstrings reads.
 
-`name (`float`, *optional*, defaults to `1.0`): ...` becomes `name (float): ...`, as the default stands in the signature. [`Name`]
-becomes a link where docs/api has the name, and code elsewhere. What is returned is said in sentences, which Google's style would take
-for a type up to the first colon.
+`name (`float`, *optional*, defaults to `1.0`): ...` becomes `name (float): ...`, as the default stands in the
+signature. [`Name`] becomes a link where docs/api has the name, and code elsewhere. What is returned is said in
+sentences, which Google's style would take for a type up to the first colon.
 """
 
 import inspect

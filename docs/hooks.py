@@ -1,4 +1,5 @@
-"""What mkdocs does with the pages beyond its own: formulas become MathML, and links out of docs/ become names of files."""
+"""What mkdocs does with the pages beyond its own: formulas become MathML, and links out of docs/ become names of
+files."""
 
 import html
 import posixpath
@@ -36,7 +37,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links to files that are not pages, such as ../examples/configs/x.yaml, become the files' names: there is no server of sources."""
+    """Links to files that are not pages, such as ../examples/configs/x.yaml, become the files' names: there is no
+    server of sources."""
     source = (
         "" if page.file.src_uri in PAGES.values() else posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     )

@@ -83,7 +83,8 @@ class Measures:
         return found
 
     def of(self, student, soft_prompt=None) -> dict[str, float]:
-        """Accuracies (shares), KLs and entropies (nats a token) of a student, and of the prompted teacher where there is one."""
+        """Accuracies (shares), KLs and entropies (nats a token) of a student, and of the prompted teacher where there
+        is one."""
         was_training = student.training
         student.eval()
         number = len(self.sampled)

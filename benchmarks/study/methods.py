@@ -54,7 +54,8 @@ def rows_of(folder: Path, data: str, num_rows: int, by_teacher) -> list[tuple[st
 
 
 class Snapshots(TrainerCallback):
-    """Measures the student after some steps and after so many seconds of one core, and stops when it has done both; measuring does not count."""
+    """Measures the student after some steps and after so many seconds of one core, and stops when it has done both;
+    measuring does not count."""
 
     def __init__(self, measures: Measures, snapshots: list[int], steps: int, seconds: float | None):
         self.measures, self.at_steps, self.limit = measures, [*snapshots, steps], seconds
@@ -91,9 +92,9 @@ def run(folder: Path, settings: dict, measures: Measures) -> dict:
 
     Args:
         settings: `method` ("sft", "seqkd", "kd", "gkd", "promptkd" or "primed"), `seed`, `data` ("finite" or "fresh"),
-            `num_rows`, `warm_steps` of SFT, `learning_rate`, `beta`, `steps`, `seconds` (None: no limit), `snapshots` (steps
-            after which the student is measured, besides the start and the end), `prompt` (of PromptKD: fields of both its
-            configurations), `line` and `response_source` (of priming).
+            `num_rows`, `warm_steps` of SFT, `learning_rate`, `beta`, `steps`, `seconds` (None: no limit), `snapshots`
+            (steps after which the student is measured, besides the start and the end), `prompt` (of PromptKD: fields
+            of both its configurations), `line` and `response_source` (of priming).
     """
     seed, method = settings["seed"], settings["method"]
     teacher = measures.teacher

@@ -1,6 +1,8 @@
-"""The real model's students, measured: ROUGE-L against gold answers and against the teacher's, and both KLs on neutral samples.
+"""The real model's students, measured: ROUGE-L against gold answers and against the teacher's, and both KLs on neutral
+samples.
 
-    python benchmarks/study/real_measure.py --teacher models/teacher --folder study_real --sets dolly=valid.jsonl vicuna=valid.jsonl
+    python benchmarks/study/real_measure.py --teacher models/teacher --folder study_real --sets dolly=valid.jsonl
+    vicuna=valid.jsonl
 
 Answers and measures are kept in `--folder`; what is there is not done again.
 """
@@ -36,7 +38,8 @@ def read_set(path: str, number: int, tokenizer) -> list[dict]:
 
 
 def neutral_kls(student, teacher, soft_prompt, tokenizer, prompts, teacher_samples) -> dict[str, float]:
-    """KL(q || p) on the student's samples and KL(p || q) on the teacher's, entropies, and what the prompt does; nats a token."""
+    """KL(q || p) on the student's samples and KL(p || q) on the teacher's, entropies, and what the prompt does; nats a
+    token."""
     config = evaluation_config(student, tokenizer, MAX_NEW_TOKENS, greedy=False)
     samples = generate_completions(student, prompts, config, 16, len(tokenizer), row_seeds=range(len(prompts)))
     asked = [(student, None), (teacher, None)] + ([(teacher, soft_prompt)] if soft_prompt is not None else [])

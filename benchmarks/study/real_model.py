@@ -1,10 +1,12 @@
-"""The real model: from a student that SFT has warmed up on Dolly, further by SFT, SeqKD, GKD and PromptKD, as many steps each.
+"""The real model: from a student that SFT has warmed up on Dolly, further by SFT, SeqKD, GKD and PromptKD, as many
+steps each.
 
     python examples/smollm2.py --output_dir models --student_layers 15
-    python benchmarks/study/real_model.py --teacher models/teacher --student models/student --train dolly_train.jsonl --output_dir study_real
+    python benchmarks/study/real_model.py --teacher models/teacher --student models/student --train dolly_train.jsonl
+    --output_dir study_real
 
-Each method's student is saved in a folder of its own, with what the trainer logged beside it; finished ones are not trained again.
-`real_measure.py` measures them.
+Each method's student is saved in a folder of its own, with what the trainer logged beside it; finished ones are not
+trained again. `real_measure.py` measures them.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Tables and figures of docs/study.md, from the runs in `--folder` or, without it, from those that results.jsonl keeps.
+"""Tables and figures of docs/study.md, from the runs in `--folder` or, without it, from those that results.jsonl
+keeps.
 
 python benchmarks/study/report.py                 # redraws everything
 python benchmarks/study/report.py --folder study  # takes new runs into results.jsonl first
@@ -41,7 +42,7 @@ NAMES = {
 
 
 def collect(folder: Path) -> None:
-    """Write the runs of `folder` to results.jsonl: figures rounded to five digits, of the logs what soft prompts did."""
+    """Write the runs of `folder` to results.jsonl: figures rounded to five digits, logs, what soft prompts did."""
     runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
     for run in runs:
         entries = [entry for entry in run.pop("log", []) if "kl/prompt_gain" in entry]

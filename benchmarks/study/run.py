@@ -1,4 +1,5 @@
-"""All runs of the small world, each kept in a file: what is finished is not run again, and several processes share the work.
+"""All runs of the small world, each kept in a file: what is finished is not run again, and several processes share the
+work.
 
 python benchmarks/study/run.py --folder study                 # everything; start it once a core
 python benchmarks/study/run.py --folder study --groups tune   # a part
@@ -76,7 +77,8 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]]:
     rate = rates["PromptKD"]
     promptkd = BASE | METHODS["PromptKD"] | {"learning_rate": rate}
     if group in ("finite", "fresh"):
-        # PromptKD takes STEPS steps, which its regulariser's schedule is over; the others go on until they took as long as half of them
+        # PromptKD takes STEPS steps, which its regulariser's schedule is over. The others run until they took as long
+        # as half of them.
         as_long = {"steps": 100_000, "seconds": SECONDS, "snapshots": [HALF, STEPS]}
         return [
             (
@@ -187,9 +189,10 @@ def main() -> None:
             path.with_suffix(".lock").unlink()
             last = found["measures"][-1]
             print(
-                f"{group} {number}/{len(runs)} {name}, seed {settings['seed']}: accuracy {found['measures'][0]['accuracy']:.3f} -> "
-                f"{last['accuracy']:.3f}, reverse KL {last['reverse_kl']:.3f}, forward KL {last['forward_kl']:.3f}, "
-                f"{last['step']} steps in {last['seconds']:.0f} s; {time.time() - start:.0f} s in all",
+                f"{group} {number}/{len(runs)} {name}, seed {settings['seed']}: accuracy "
+                f"{found['measures'][0]['accuracy']:.3f} -> {last['accuracy']:.3f}, reverse KL "
+                f"{last['reverse_kl']:.3f}, forward KL {last['forward_kl']:.3f}, {last['step']} steps in "
+                f"{last['seconds']:.0f} s; {time.time() - start:.0f} s in all",
                 flush=True,
             )
             done += 1

@@ -1,7 +1,8 @@
 """The small world: word problems whose answers are worked out in steps, written by careful, brief and unsure writers.
 
-The teacher has read answers of all three, some of them behind a line that says who writes. So a text or a soft prompt before
-the question can move it: to be more careful (and better) than it is by itself, or to write as an unsure pupil does.
+The teacher has read answers of all three, some of them behind a line that says who writes. So a text or a soft prompt
+before the question can move it: to be more careful (and better) than it is by itself, or to write as an unsure pupil
+does.
 """
 
 import random
@@ -74,7 +75,8 @@ def gold_answer(problem: Problem, rng: random.Random) -> str:
 
 
 def teacher_text(rng: random.Random) -> tuple[str, str]:
-    """(what stands before the answer, an answer), as the teacher reads them; half of them without a line that says who writes."""
+    """(what stands before the answer, an answer), as the teacher reads them; half of them without a line that says who
+    writes."""
     problem = make_problem(rng)
     if rng.random() < 0.5:
         writer = rng.choices(list(PLAIN_MIX), list(PLAIN_MIX.values()))[0]

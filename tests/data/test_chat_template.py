@@ -34,7 +34,8 @@ QWEN3 = (  # forgets earlier thoughts, and writes empty ones before the last ans
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}"
     "{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% set has = '</think>' in m.content %}{% set thoughts = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set has = '</think>' in m.content %}"
+    "{% set thoughts = m.content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% if loop.index0 > ns.last %}<think>\n{{ thoughts if has }}\n</think>\n\n{% endif %}"
     "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
     "{% else %}{{ m.content }}{% endif %}<eos>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -42,7 +43,8 @@ QWEN3 = (  # forgets earlier thoughts, and writes empty ones before the last ans
 )
 R1 = (  # opens thoughts in a prompt, and drops them from answers
     "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] }}"
-    "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
 )
 QWEN_TOOLS = (
     "{% for m in messages %}<{{ m.role }}>{% if m.content %}{{ m.content }}{% endif %}{% for call in m.tool_calls %}"

@@ -23,8 +23,8 @@ class TestThePapersTexts:
             ),
             (
                 "ground_truth",
-                "As a smart language model, provide a detailed answer that is clear and feasible for smaller models to "
-                "understand and learn from without losing too much detail. ",
+                "As a smart language model, provide a detailed answer that is clear and feasible for smaller models "
+                "to understand and learn from without losing too much detail. ",
             ),
             (
                 "confidence",

@@ -326,7 +326,7 @@ class TestEvaluateModel:
         assert (left.exists(), other.exists()) == (False, True)
 
     def test_adapters_configurations_and_tokenizers_have_answers_of_their_own(self, tmp_path):
-        """One model in memory: with and without adapter, another, a stronger one, other positions; another tokenizer."""
+        """One model in memory: with and without adapter, another, a stronger one, other positions, tokenizers."""
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         torch.manual_seed(0)
         model = get_peft_model(tiny_model(), config)

@@ -1,7 +1,7 @@
 """Two real ranks (gloo) on the CPU. `accelerate launch --cpu --num_processes 2` would start one (trap 16).
 
 FSDP2 and DeepSpeed run here as they do on GPUs, in float32: see how distributed_run.py makes accelerate use them.
-DeepSpeed is looked for in the environment and in `.venv/deepspeed`, where `make test-slow` puts it apart from all else.
+DeepSpeed is looked for in the environment and in `.venv/deepspeed`, where `make test-slow` puts it by itself.
 All runs of one way of sharding share a launch.
 """
 

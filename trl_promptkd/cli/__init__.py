@@ -1,5 +1,5 @@
-"""The command `trl-promptkd`. A tool's module is imported when the tool is named: `--help` and a typo need neither torch
-nor transformers."""
+"""The command `trl-promptkd`. A tool's module is imported when the tool is named: `--help` and a typo need neither
+torch nor transformers."""
 
 import argparse
 import logging

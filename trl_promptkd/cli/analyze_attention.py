@@ -7,7 +7,6 @@ from typing import Any
 from ..analysis.attention import QUERIES, head_matrices, measure_attention, num_queries
 from ..analysis.plots import check_matplotlib, plot_heads, plot_measures
 from ..analysis.saved_prompt import check_fits, find_prompts
-from ..models.limits import check_positions
 from ..models.tokenizer import shared_vocab_size
 from . import common
 from .common import add_flags, at_least_one, print_table
@@ -43,10 +42,9 @@ def run_attention(args: argparse.Namespace) -> Any:
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     models: dict[str, Any] = {}
     for name, label in labels.items():
-        models[label] = common.load_model(name, args.model_init_kwargs, args.trust_remote_code)
-        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
         virtual = 0 if prompt is None or name != args.teacher else len(prompt.embeddings)
-        check_positions(f"model {name!r}", models[label], virtual + longest, "Lower `--max_length`.")
+        models[label] = common.load_model(name, args.model_init_kwargs, args.trust_remote_code, virtual + longest)
+        shared_vocab_size(next(iter(models.values())), models[label], tokenizer)
     prompts = {}
     if prompt is not None:
         teacher, prompted = models[labels[args.teacher]], f"{labels[args.teacher]}, prompted"

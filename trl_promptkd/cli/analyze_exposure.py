@@ -52,7 +52,8 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]
     tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     # Rows of like length are padded together
     prompts = sorted((row["prompt_ids"] for row in common.tokenized_rows(args, tokenizer)), key=len, reverse=True)
-    teacher = common.load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+    longest, virtual = len(prompts[0]) + args.max_new_tokens, 0 if prompt is None else len(prompt.embeddings)
+    teacher = common.load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code, virtual + longest)
     soft_prompts: dict[str, Tensor | None] = {"plain": None}
     if prompt is not None:
         check_fits(prompt, teacher)
@@ -65,7 +66,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]
     }
     results: dict[tuple[str, str], pandas.DataFrame] = {}
     for path in args.student:
-        student = common.load_model(path, args.student_init_kwargs, args.trust_remote_code)
+        student = common.load_model(path, args.student_init_kwargs, args.trust_remote_code, longest)
         ids = shared_vocab_size(student, teacher, tokenizer)
         of_student = sample_prefixes(student, prompts, sampling, args.seed, args.batch_size, ids)
         for name, soft_prompt in soft_prompts.items():

@@ -50,7 +50,8 @@ def run_prompt(args: argparse.Namespace) -> Any:
     tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
     rows = [] if args.dataset is None else common.tokenized_rows(args, tokenizer, needed)
-    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
+    longest = len(prompts[-1].embeddings) + longest_of(rows, args)
+    teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code, longest)
     check_fits(prompts[-1], teacher)
     names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
     result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
@@ -98,6 +99,13 @@ def look_at(
     }
 
 
+def longest_of(rows: list[dict[str, list[int]]], args: argparse.Namespace) -> int:
+    """Tokens of the longest row, without a soft prompt."""
+    sampled = args.max_new_tokens if args.responses == "student" else None
+    lengths = (len(row["prompt_ids"]) + (sampled or len(row["completion_ids"])) for row in rows)
+    return max(lengths, default=0)
+
+
 def compare(
     soft_prompt: Tensor,
     teacher: PreTrainedModel,
@@ -109,7 +117,8 @@ def compare(
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
     if args.student is not None:
-        student = load_model(args.student, args.student_init_kwargs, args.trust_remote_code)
+        kwargs = args.student_init_kwargs
+        student = load_model(args.student, kwargs, args.trust_remote_code, longest_of(rows, args))
     size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
     sampling = common.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]

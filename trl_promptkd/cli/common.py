@@ -21,6 +21,7 @@ from ..data import check_columns, name_columns, tokenize_dataset
 from ..data.priming import PrimingTemplate
 from ..files import write_text
 from ..generation.rollouts import rollout_config
+from ..models.limits import check_positions
 from ..models.teacher import load_teacher
 from ..models.tokenizer import check_same_tokenizer, load_teacher_tokenizer
 
@@ -157,10 +158,15 @@ def load_rows(path: str, config: str | None, split: str | None, *columns: Any) -
     return name_columns(dataset, *columns)
 
 
-def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """A model in evaluation mode, on the GPU if there is one."""
+def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool, longest: int = 0) -> Any:
+    """A model in evaluation mode, on the GPU if there is one.
+
+    Args:
+        longest: Positions that the longest row needs. GPT-2 and OPT have so many only.
+    """
     print(f"Loading {name}", file=sys.stderr)
     model = load_teacher(name, init_kwargs, trust_remote_code).eval()
+    check_positions(f"model {name!r}", model, longest, "Lower `--max_length` or the longest sample.")
     marks = ("quantization_method", "hf_device_map")  # of a model that is where it belongs already
     placed = any(getattr(model, mark, None) is not None for mark in marks)
     return model.to("cuda") if torch.cuda.is_available() and not placed else model

@@ -43,7 +43,8 @@ def tokenize_primed_dataset(
             they are not looked at, and the limits bound the prompts.
 
     Raises:
-        ValueError: if the template uses columns that are not there, and as [`~trl_promptkd.data.dataset.prepare_rows`].
+        ValueError: if the template uses columns that are not there, and as
+            [`~trl_promptkd.data.dataset.prepare_rows`].
     """
     check_columns(dataset, name, answers_needed)
     columns = list(next(iter(dataset)))

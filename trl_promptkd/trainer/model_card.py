@@ -34,7 +34,8 @@ PROMPTKD_PAPER = {
     "id": "2402.12842",
     "citation": textwrap.dedent("""\
         @inproceedings{kim2024promptkd,
-            title     = {{PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning}},
+            title     = {{PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models
+                         via Prompt Tuning}},
             author    = {Gyeongman Kim and Doohyuk Jang and Eunho Yang},
             year      = 2024,
             booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2024},
@@ -46,7 +47,8 @@ RESPONSE_PRIMING_PAPER = {
     "citation": textwrap.dedent("""\
         @article{goyal2024enhancing,
             title   = {{Enhancing Knowledge Distillation for LLMs with Response-Priming Prompting}},
-            author  = {Vijay Goyal and Mustafa Khan and Aprameya Tirupati and Harveer Saini and Michael Lam and Kevin Zhu},
+            author  = {Vijay Goyal and Mustafa Khan and Aprameya Tirupati and Harveer Saini and Michael Lam
+                       and Kevin Zhu},
             year    = 2024,
             journal = {arXiv preprint arXiv:2412.17846},
         }"""),

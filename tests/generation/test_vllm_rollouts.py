@@ -48,7 +48,7 @@ def settings(**kwargs):
     )
 
 
-def rollouts(make_args, generation_config=None, vocab_size=None, student=None, **kwargs):
+def rollouts(make_args, generation_config=None, vocab_size=40, student=None, **kwargs):
     args, config = make_args(use_vllm=True, **kwargs), generation_config or settings()
     return VLLMRollouts(student or tiny_model(), Accelerator(cpu=True), tiny_tokenizer(), config, args, vocab_size)
 

@@ -281,7 +281,7 @@ class TestCard:
         assert card.data.tags == sorted(card.data.tags)
         for part in (
             "[me/start](https://huggingface.co/me/start)",
-            "distilled from `me/teacher` behind a soft prompt of 7 virtual",
+            "distilled from `me/teacher` with a soft prompt of 7 virtual",
             "https://huggingface.co/papers/2402.12842",
             "kim2024promptkd",
             "| `num_virtual_tokens` | `7` |",

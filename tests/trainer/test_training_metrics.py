@@ -70,7 +70,7 @@ class TestCollusionCallback:
     def test_says_that_the_forward_kl_rose(self, caplog, propagate):
         evaluations = [{"eval_forward_kl": 11.8}, {"eval_forward_kl": 15.4}]
         (message,) = self.warnings(caplog, [entry(0.0, 0.1, 1.0), *evaluations, entry(0.6, 0.5, 0.9)])
-        assert "rose from 11.80 to 15.40" in message
+        assert "from 11.80 to 15.40" in message
 
     @pytest.mark.parametrize(
         "history",

@@ -162,11 +162,12 @@ def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool, 
     """A model in evaluation mode, on the GPU if there is one.
 
     Args:
-        longest: Positions that the longest row needs. GPT-2 and OPT have so many only.
+        longest: Positions that the longest row needs, if that is known. GPT-2 and OPT have a limited number.
     """
     print(f"Loading {name}", file=sys.stderr)
     model = load_teacher(name, init_kwargs, trust_remote_code).eval()
-    check_positions(f"model {name!r}", model, longest, "Lower `--max_length` or the longest sample.")
+    if longest:
+        check_positions(f"model {name!r}", model, longest, "Lower `--max_length` or the longest sample.")
     marks = ("quantization_method", "hf_device_map")  # of a model that is where it belongs already
     placed = any(getattr(model, mark, None) is not None for mark in marks)
     return model.to("cuda") if torch.cuda.is_available() and not placed else model

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from ..data import count_trained_tokens, without_repeats
 from ..data.primed import DataCollatorForPrimedDistillation, prompts_of_views, tokenize_primed_dataset
 from ..data.priming import PrimingTemplate, resolve_priming
+from ..generation.rollouts import rollout_config
 from ..generation.vllm import check_vllm
 from ..losses.chunked import chunked_sums
 from ..losses.primed_distill import PrimedLossSums, primed_loss_sums
@@ -204,7 +205,8 @@ class PrimedDistillTrainer(SFTTrainer):
         teacher = self.teacher.load(self)
         self.shared_vocab_size = shared_vocab_size(self.model, self.teacher.vocabulary, processing_class)
         self._views = [View("student", self.model, "prompt_ids"), *self.teacher.views()]
-        shared.set_up_sampling(self, teacher)
+        self.generation_config = rollout_config(self.model, teacher, processing_class, args)
+        self.rollouts = shared.student_rollouts(self)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         datasets = {name: self._checked(dataset, name) for name, dataset in datasets.items()}
         check_forward("student", self.model, processing_class, self.accelerator, vocab_size=self.shared_vocab_size)

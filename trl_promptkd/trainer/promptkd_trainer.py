@@ -17,7 +17,7 @@ from ..data import (
     DataCollatorForPromptCompletion,
     count_trained_tokens,
 )
-from ..generation.rollouts import Rollouts
+from ..generation.rollouts import Rollouts, rollout_config
 from ..generation.vllm import check_vllm
 from ..losses.chunked import chunked_sums
 from ..losses.promptkd import promptkd_loss_sums, regularization_weight
@@ -207,17 +207,11 @@ class PromptKDTrainer(GKDTrainer):
         self._check_forward()
 
         # 4. Sampling and logging
-        shared.set_up_sampling(self, teacher)
+        self.generation_config = rollout_config(self.model, teacher, processing_class, args)
+        self.rollouts = shared.student_rollouts(self)
         self.generation_kwargs = self.generation_config.to_dict()  # GKDTrainer's attribute
-        self._teacher_rollouts = Rollouts(
-            teacher,
-            self.accelerator,
-            processing_class,
-            self.generation_config,
-            args,
-            self.shared_vocab_size,
-            "teacher",
-        )
+        settings = (self.accelerator, processing_class, self.generation_config, args, self.shared_vocab_size)
+        self._teacher_rollouts = Rollouts(teacher, *settings, "teacher")
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation

@@ -7,11 +7,10 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from .._trl import keep_four_bit_weights_differentiable
-from ..generation.rollouts import Rollouts, rollout_config
+from ..generation.rollouts import Rollouts
 from ..generation.vllm import VLLMRollouts
 from ..models.side_effects import flags_restored
 from ..models.student import check_trains, student_by_name
@@ -26,7 +25,7 @@ __all__ = [
     "load_best_model",
     "load_from_checkpoint",
     "prepared_student",
-    "set_up_sampling",
+    "student_rollouts",
 ]
 
 
@@ -52,16 +51,14 @@ def prepared_student(
     keep_four_bit_weights_differentiable(trainer.model)
 
 
-def set_up_sampling(trainer: Any, teacher: PreTrainedModel) -> None:
-    """Gives a trainer its `generation_config` and its student's `rollouts`."""
-    args = trainer.args
-    trainer.generation_config = rollout_config(trainer.model, teacher, trainer.processing_class, args)
-    trainer.rollouts = (VLLMRollouts if args.use_vllm else Rollouts)(
+def student_rollouts(trainer: Any) -> Rollouts | VLLMRollouts:
+    """Who samples the student's completions, as the trainer's `generation_config` says."""
+    return (VLLMRollouts if trainer.args.use_vllm else Rollouts)(
         trainer.model,
         trainer.accelerator,
         trainer.processing_class,
         trainer.generation_config,
-        args,
+        trainer.args,
         trainer.shared_vocab_size,
     )
 

@@ -210,8 +210,8 @@ class PromptKDTrainer(GKDTrainer):
         self.generation_config = rollout_config(self.model, teacher, processing_class, args)
         self.rollouts = shared.student_rollouts(self)
         self.generation_kwargs = self.generation_config.to_dict()  # GKDTrainer's attribute
-        settings = (self.accelerator, processing_class, self.generation_config, args, self.shared_vocab_size)
-        self._teacher_rollouts = Rollouts(teacher, *settings, "teacher")
+        sampling = (self.accelerator, processing_class, self.generation_config, args, self.shared_vocab_size)
+        self._teacher_rollouts = Rollouts(teacher, *sampling, writer="teacher")
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation

@@ -2,8 +2,7 @@
 
     python benchmarks/memory_table.py                    # prints the table
     python benchmarks/memory_table.py --write            # puts it into docs/scaling.md, between its markers
-    python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate: peak of this
-    process
+    python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate (its peak)
 
 The figures are computed, not measured: models of the published shapes are made without weights (on the meta device),
 and the doctor's estimate (`trl_promptkd/doctor/memory.py`) is asked about them. `--measure` says how far off it is on

@@ -12,6 +12,7 @@ __all__ = [
     "check_at_least_zero",
     "check_choice",
     "check_ignored",
+    "check_kind",
     "check_kinds",
     "check_number",
     "check_positive",
@@ -43,10 +44,11 @@ def check_kinds(config: Any, *classes: type) -> None:
         if "choices" in fields[name].metadata:
             check_choice(config, name, fields[name].metadata["choices"])
         else:
-            _check_kind(name, getattr(config, name), hints[name])
+            check_kind(name, getattr(config, name), hints[name])
 
 
-def _check_kind(name: str, value: Any, annotation: Any) -> None:
+def check_kind(name: str, value: Any, annotation: Any) -> None:
+    """Reject a value of the field `name` that is not of the kind that its annotation says."""
     allowed = (annotation,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
     kinds = [get_origin(kind) or kind for kind in allowed if kind is not NoneType]
     if not all(kind in _KINDS for kind in kinds) or (value is None and NoneType in allowed):
@@ -115,7 +117,7 @@ def check_share(config: Any, *names: str) -> None:
 def check_training(config: Any) -> None:
     """Reject values of fields of the base classes that nobody else looks at in time."""
     for name in (*_BATCH_SIZES, "seed"):
-        _check_kind(name, getattr(config, name), int)
+        check_kind(name, getattr(config, name), int)
     check_positive(config, *_BATCH_SIZES, "max_length", "pad_to_multiple_of")
     check_at_least_zero(config, "learning_rate", "seed", "dataset_num_proc")
 

@@ -32,10 +32,10 @@ def text_hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def content_hash(value: Any) -> str:
-    """The hash of anything that JSON can write; of other things their texts count."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return text_hash(text)
+def content_hash(value: Any, **settings: Any) -> str:
+    """The hash of anything that JSON can write; `settings` are `json.dumps`'."""
+    written = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False, **settings}
+    return text_hash(json.dumps(value, **written))
 
 
 def sha256_of(path: str) -> str:

@@ -1,8 +1,8 @@
 """The real model's students, measured: ROUGE-L against gold answers and against the teacher's, and both KLs on neutral
 samples.
 
-    python benchmarks/study/real_measure.py --teacher models/teacher --folder study_real --sets dolly=valid.jsonl
-    vicuna=valid.jsonl
+    python benchmarks/study/real_measure.py --teacher models/teacher --folder study_real \\
+        --sets dolly=valid.jsonl vicuna=valid.jsonl
 
 Answers and measures are kept in `--folder`; what is there is not done again.
 """

@@ -2,8 +2,8 @@
 steps each.
 
     python examples/smollm2.py --output_dir models --student_layers 15
-    python benchmarks/study/real_model.py --teacher models/teacher --student models/student --train dolly_train.jsonl
-    --output_dir study_real
+    python benchmarks/study/real_model.py --teacher models/teacher --student models/student \\
+        --train dolly_train.jsonl --output_dir study_real
 
 Each method's student is saved in a folder of its own, with what the trainer logged beside it; finished ones are not
 trained again. `real_measure.py` measures them.

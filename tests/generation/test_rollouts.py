@@ -176,3 +176,22 @@ class TestOwnRandomState:
         }
         assert len(seeds) == 24
         assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+class TestPaddedVocabulary:
+    """36 words of 48 entries: those that stand for no token are never sampled."""
+
+    def test_the_users_own_suppressed_tokens_stay_suppressed(self):
+        banned = list(range(1, 30))
+        settings = config(max_new_tokens=12, suppress_tokens=banned)
+        model = tiny_model(vocab_size=48)
+        for sampled in generate_completions(model, [[7, 8], [9]] * 4, settings, vocab_size=40):
+            assert not {*banned, *range(40, 48)} & set(sampled)
+
+    def test_a_head_that_is_wider_than_its_configuration(self):
+        model = tiny_model(vocab_size=48)
+        model.config.vocab_size = 40
+        with torch.no_grad():
+            model.get_output_embeddings().weight[40:] += 1.0
+        samples = generate_completions(model, [[7, 8], [9]] * 4, config(max_new_tokens=12), vocab_size=40)
+        assert max(max(ids) for ids in samples) < 40

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.data.primed import tokenize_primed_dataset
+from trl_promptkd.files import content_hash
 from trl_promptkd.generation import store, teacher_answers
 from trl_promptkd.generation.teacher_answers import weights_fingerprint, write_teacher_answers
 
@@ -132,12 +133,19 @@ class TestResuming:
         assert sum(counted) == 6
 
 
+def test_a_key_is_the_same_in_every_version():
+    """A hash of the settings and the prompt, in ASCII: answers that were written before are found."""
+    assert content_hash([{"stop": "ü"}, [1, 2]], ensure_ascii=True, default=str) == "60c3061af104c7745e9cf2d0a2801a29"
+    with pytest.raises(TypeError):
+        content_hash([{1, 2}])
+
+
 class TestFingerprint:
     def test_weights_shapes_and_types_tell_models_apart_and_copies_not(self):
-        kinds = [{"seed": 2}, {"seed": 3}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}]
+        kinds = [{}, {"seed": 2}, {"seed": 3}, {"tie_word_embeddings": True}, {"dtype": torch.bfloat16}]
         for trained in (False, True):
             prints = [weights_fingerprint(tiny_model(**kind).requires_grad_(trained)) for kind in [*kinds, kinds[0]]]
-            assert len(set(prints)) == 4
+            assert len(set(prints)) == 5
             assert prints[-1] == prints[0]
 
     @pytest.mark.parametrize("place", [0, 1, 777, -1])

@@ -71,6 +71,12 @@ class TestBothLosses:
         (of_prompt,) = torch.autograd.grad(promptkd_loss_sums(q, pp, P, losses="prompt").loss, pp)
         torch.testing.assert_close(got, (of_student, of_prompt))
 
+    def test_are_what_they_are_alone(self):
+        both = promptkd_loss_sums(Q, PP, P, weight=0.5, beta=0.0)
+        alone = (*prompt_loss_sums(PP, Q, P, weight=0.5), *student_loss_sums(Q, PP, beta=0.0))
+        torch.testing.assert_close(both[1:], alone)
+        assert both.loss.item() == pytest.approx(both.prompt_loss.item() + both.student_loss.item())
+
     def test_temperature_divides_the_logits(self):
         at_two = promptkd_loss_sums(2 * Q, 2 * PP, 2 * P, temperature=2.0)
         torch.testing.assert_close(at_two, promptkd_loss_sums(Q, PP, P))

@@ -31,38 +31,49 @@ def without_times(history):
     return [{key: value for key, value in entry.items() if not key.endswith(timed)} for entry in training]
 
 
+def results_of(make_trainer, eval_dataset, source, dropout):
+    """Weights, logs and next draws of six steps: without evaluations, with some between, with some inside them."""
+    for evaluates in ("never", "steps", "callback"):
+        torch.manual_seed(0)
+        callback = EvaluateAtEachStep()
+        trainer = make_trainer(
+            tiny_model("gpt2", seed=1, attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1),
+            tiny_model("gpt2", seed=2),
+            eval_dataset=eval_dataset,
+            peft_config=LoraConfig(**LORA, lora_dropout=0.1) if dropout == "lora" else None,
+            callbacks=[callback] if evaluates == "callback" else None,
+            max_steps=6,
+            learning_rate=0.01,
+            disable_dropout=dropout == "lora",
+            response_source=source,
+            eval_strategy="steps" if evaluates == "steps" else "no",
+            eval_steps=1,
+        )
+        callback.trainer = trainer
+        if evaluates == "callback":
+            trainer.evaluate()
+        trainer.train()
+        drawn = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
+        yield weights(trainer.model), without_times(trainer.state.log_history), drawn
+
+
 class TestEvaluation:
-    """Six steps with evaluations between them equal six steps without, bitwise: weights and what is logged."""
+    """Six steps with evaluations equal six steps without, bitwise: weights and what is logged."""
 
     @pytest.mark.parametrize("source", ["dataset", "student"])
     @pytest.mark.parametrize("dropout", ["lora", "model"])
     def test_changes_nothing_in_what_follows(self, make_trainer, source, dropout):
-        results = []
-        for evaluates in ("never", "steps", "callback"):
-            torch.manual_seed(0)
-            callback = EvaluateAtEachStep()
-            trainer = make_trainer(
-                tiny_model("gpt2", seed=1, attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1),
-                tiny_model("gpt2", seed=2),
-                eval_dataset=answered_dataset(4),
-                peft_config=LoraConfig(**LORA, lora_dropout=0.1) if dropout == "lora" else None,
-                callbacks=[callback] if evaluates == "callback" else None,
-                max_steps=6,
-                learning_rate=0.01,
-                disable_dropout=dropout == "lora",
-                response_source=source,
-                eval_strategy="steps" if evaluates == "steps" else "no",
-                eval_steps=1,
-            )
-            callback.trainer = trainer
-            if evaluates == "callback":
-                trainer.evaluate()
-            trainer.train()
-            drawn = (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
-            results.append((weights(trainer.model), without_times(trainer.state.log_history), drawn))
-        for result in results[1:]:
-            assert difference(results[0][0], result[0]) == 0
-            assert result[1:] == results[0][1:]
+        first, *others = results_of(make_trainer, answered_dataset(4), source, dropout)
+        for result in others:
+            assert difference(first[0], result[0]) == 0
+            assert result[1:] == first[1:]
+
+    @pytest.mark.parametrize("make_trainer", ["promptkd"], indirect=True)
+    def test_answers_that_the_teacher_writes_in_it_change_nothing(self, make_trainer):
+        first, *others = results_of(make_trainer, prompt_dataset(4), "student", "lora")
+        for result in others:
+            assert difference(first[0], result[0]) == 0
+            assert result[1:] == first[1:]
 
     def test_modes_are_what_they_were(self, make_trainer):
         trainer = make_trainer(eval_dataset=answered_dataset(4))

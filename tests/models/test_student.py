@@ -184,6 +184,10 @@ class TestInitKwargs:
         assert trainer.teacher_model.dtype == torch.bfloat16
         assert trainer.args.model_init_kwargs == settings["model_init_kwargs"]
 
+    def test_any_dtype_of_torchs_by_its_name(self, make_trainer, folders):
+        trainer = make_trainer(str(folders / "base"), tiny_model(seed=2), model_init_kwargs={"dtype": "double"})
+        assert trainer.model.dtype == torch.float64
+
     @pytest.mark.parametrize("field", ["model_init_kwargs", "teacher_model_init_kwargs"])
     def test_two_dtypes_are_refused(self, make_trainer, field):
         kwargs = {"dtype": "float32", "torch_dtype": torch.bfloat16}

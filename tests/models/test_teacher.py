@@ -23,6 +23,14 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
+def test_a_quantized_checkpoint_takes_a_dict_too(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "whole")
+    quantization = {"quantization_config": {"load_in_4bit": True}}
+    load_teacher(str(tmp_path / "whole"), quantization).save_pretrained(tmp_path / "quantized")
+    assert load_teacher(str(tmp_path / "quantized"), quantization).is_loaded_in_4bit
+
+
 class TestTokenizers:
     def test_equal_ones_pass(self):
         check_same_tokenizer(tiny_tokenizer(), tiny_tokenizer())

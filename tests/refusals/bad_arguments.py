@@ -149,6 +149,13 @@ TRAINERS = [
         NotImplementedError,
         needs_weights=True,
     ),
+    call(PromptKDTrainer, "`data_collator` is a str | callable with a list of rows", TypeError, data_collator="x"),
+    call(PromptKDTrainer, "`callbacks` holds 'x' | `transformers.TrainerCallback`s", TypeError, callbacks=["x"]),
+    Case(
+        "a 4-bit student (`model_init_kwargs`) without `peft_config`",
+        partial(promptkd, args={"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}),
+        "quantized weights cannot be trained | Pass a `peft_config`",
+    ),
     call(PrimedDistillTrainer, "`priming` is 'techer' | 'teacher', 'ground_truth'", priming="techer"),
     call(PrimedDistillTrainer, "are both set | pass one of them", teacher_model="x", teacher_cache="y"),
     call(

@@ -176,10 +176,11 @@ class TestSelfDistillation:
         assert all(p.requires_grad == ("lora_" in n) for n, p in trainer.model.named_parameters())
 
     def test_the_first_step_equals_that_with_a_separate_teacher(self, make):
+        """The adapter moves the student from the start: a teacher's pass with it on would be another teacher's."""
         results = []
         for teacher in (None, tiny_model(seed=1)):
             torch.manual_seed(0)
-            trainer = make(tiny_model(seed=1), teacher, peft_config=lora(), **SGD)
+            trainer = make(tiny_model(seed=1), teacher, peft_config=lora(init_lora_weights=False), **SGD)
             parts = trained(trainer)
             results.append((parts.pop("prompt", torch.zeros(())), parts, logged(trainer, "loss")[0]))
         assert results[0][2] == pytest.approx(results[1][2], rel=1e-5)
@@ -234,10 +235,9 @@ class TestResume:
         parts, history = run("whole")
         again, history_again = run("resumed", str(tmp_path / "whole" / "run" / "checkpoint-3"))
         assert difference(parts, again) <= 1e-6
-        for key in ("loss", "kl/prompt_gain", "prompt/learning_rate", "rollout/mean_length"):
-            assert [log.get(key, 0) for log in history] == pytest.approx(
-                [log.get(key, 0) for log in history_again], rel=1e-6
-            )
+        keys = ("loss", "kl/prompt_gain", "prompt/learning_rate", "rollout/mean_length")
+        for key in keys if method == "promptkd" else keys[:1]:
+            assert [log[key] for log in history] == pytest.approx([log[key] for log in history_again], rel=1e-6)
 
     def test_an_adapter_of_another_name(self, make, tmp_path):
         results = []

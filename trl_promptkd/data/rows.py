@@ -169,7 +169,7 @@ def shortened(value: Any) -> str:
 
 def check_ids(name: str, ids: Any, processing_class: PreTrainedTokenizerBase) -> None:
     """Reject ids of a tokenized row that are not the tokenizer's."""
-    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+    if not isinstance(ids, list | tuple) or not set(map(type, ids)) <= {int}:
         raise ValueError(
             f"A row's `{name}` are {shortened(ids)}; they must be a list of whole numbers, the token ids."
         )

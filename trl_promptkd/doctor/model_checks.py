@@ -107,7 +107,7 @@ def soft_prompt_gradient(case: Case) -> Finding | None:
         return prompt_loss_sums(p_prompted, q, p)[0]
 
     start = case.soft_prompt.clone().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(loss(start), start)
+    (gradient,) = torch.autograd.grad(loss(start), start, allow_unused=True, materialize_grads=True)
     norm = float(gradient.norm())
     advice = "Load the teacher without quantization or in another one, or use transformers' own class for it."
     if not norm or not gradient.isfinite().all():

@@ -138,7 +138,9 @@ def judged_texts(
 
 def answers_path(folder: str, name: str, seed: int | None, source: Mapping[str, Any], rows: EvaluationRows) -> str:
     """The file of one data set's answers; another model, other prompts or other settings have another."""
-    key = content_hash([{**source, "prompts": hash_of(rows.prompt_ids), "seed": seed}, []])
+    key = content_hash(
+        [{**source, "prompts": hash_of(rows.prompt_ids), "seed": seed}, []], ensure_ascii=True, default=str
+    )
     plain = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
     return os.path.join(folder, f"{plain}-{'greedy' if seed is None else f'seed{seed}'}-{key[:16]}.jsonl")
 

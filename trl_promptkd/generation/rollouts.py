@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
 )
 from transformers.generation import GenerationMode
 
@@ -95,6 +94,20 @@ def own_random_state(seed: int, device: torch.device):
     with random_state_restored(device):
         torch.manual_seed(seed)
         yield
+
+
+class _RealIdsOnly(LogitsProcessor):
+    """Keeps a model with a padded vocabulary from sampling an id that stands for no token.
+
+    transformers' `SuppressTokensLogitsProcessor` would take the place of the user's own `suppress_tokens`.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        padding = torch.arange(scores.size(-1), device=scores.device) >= self.vocab_size
+        return scores.masked_fill(padding, float("-inf")) if scores.size(-1) > self.vocab_size else scores
 
 
 class _Draw(LogitsProcessor):
@@ -216,8 +229,7 @@ def generate_completions(
     """
     ends = stop_ids(generation_config)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    padding = [] if vocab_size is None else list(range(vocab_size, base.config.get_text_config().vocab_size))
-    processors = LogitsProcessorList([SuppressTokensLogitsProcessor(padding)] if padding else [])
+    processors = LogitsProcessorList([] if vocab_size is None else [_RealIdsOnly(vocab_size)])
     batch_size = batch_size or len(prompt_ids)
     draws = generation_config.get_generation_mode() == GenerationMode.SAMPLE
     draws = draws and (model.device.type == "cpu" or row_seeds is not None)

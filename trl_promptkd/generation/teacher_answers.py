@@ -86,7 +86,7 @@ def write_teacher_answers(
         ValueError: for a file that is damaged, naming it.
     """
     source = {"teacher": fingerprint, "sampling": sampling_source(generation_config), "seed": args.seed}
-    keys = [content_hash([source, ids]) for ids in dataset["teacher_prompt_ids"]]
+    keys = [content_hash([source, ids], ensure_ascii=True, default=str) for ids in dataset["teacher_prompt_ids"]]
     prompts = dict(zip(keys, dataset["teacher_prompt_ids"], strict=True))
     shared: list[Any] = [None]
     if accelerator.is_main_process:

@@ -49,11 +49,13 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
 
 
 def from_pretrained_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A user's arguments, checked, and with `torch_dtype` by its new name: TRL knows no other."""
+    """A user's arguments, checked, with `dtype` by this name and as a torch dtype or "auto": TRL knows few others."""
     check_init_kwargs(field, init_kwargs)
     kwargs = dict(init_kwargs or {})
     if "torch_dtype" in kwargs:
         kwargs["dtype"] = kwargs.pop("torch_dtype")
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     return kwargs
 
 

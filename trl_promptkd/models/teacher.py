@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -52,6 +53,9 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
     """
     kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
+    quantization = kwargs.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)  # a quantized checkpoint takes no dict
     try:
         try:
             return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.primed import tokenize_primed_dataset
 from ..data.priming import PrimingTemplate, resolve_priming
-from ..field_checks import check_choice, check_positive
+from ..field_checks import check_choice, check_kind, check_positive
 from ..files import remove_incomplete
 from ..generation.rollouts import rollout_config
 from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
@@ -100,7 +100,14 @@ def build_teacher_cache(
     check_choice(args, "preset", list(PRESETS))
     check_choice(args, "response_source", ("dataset", "teacher"))
     check_choice(args, "overlong", ("drop", "error"))
+    for name in ("batch_size", "max_new_tokens", "temperature"):
+        check_kind(name, getattr(args, name), int | float)
     check_positive(args, "batch_size", "max_new_tokens", "temperature")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: "
+            "`AutoTokenizer.from_pretrained(name)`."
+        )
     if isinstance(dataset, IterableDataset):
         raise ValueError("`dataset` is streamed, but rows are found by their content. Load it without streaming.")
     template = resolve_priming(priming)

@@ -34,7 +34,7 @@ _OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "
 
 def row_key(teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """The hash by which a row is found: of what the teacher saw, and of what it judged."""
-    return content_hash([list(teacher_prompt_ids), list(completion_ids)])
+    return content_hash([list(map(int, teacher_prompt_ids)), list(map(int, completion_ids))])
 
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def _check_resumable(folder: str) -> None:
 
 def checkpoint_folders(run_dir: str) -> list[str]:
     """The checkpoints in a folder, whole or not, the newest first."""
-    return [path for path in reversed(sort_checkpoints(run_dir)) if re.search(r"-\d+$", path)]
+    return [
+        path for path in reversed(sort_checkpoints(run_dir)) if re.fullmatch(r"checkpoint-\d+", os.path.basename(path))
+    ]
 
 
 def _step(folder: str) -> int:

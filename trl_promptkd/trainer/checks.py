@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     PreTrainedTokenizerBase,
+    TrainerCallback,
 )
 from transformers.utils import logging
 
@@ -40,7 +41,14 @@ _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswer
 
 
 def check_arguments(
-    args_class: Any, args: Any, model: Any, teacher_model: Any, peft_config: Any, formatting_func: Any
+    args_class: Any,
+    args: Any,
+    model: Any,
+    teacher_model: Any,
+    peft_config: Any,
+    formatting_func: Any,
+    data_collator: Any,
+    callbacks: Any,
 ) -> None:
     """Refuse arguments of a trainer that do not go together.
 
@@ -51,6 +59,14 @@ def check_arguments(
         raise TypeError(f"`args` is a {type(args).__name__}; it must be a `trl_promptkd.{args_class.__name__}`.")
     if model is None:
         raise ValueError("`model`, the student, is required: a name, a model or a PEFT model.")
+    if data_collator is not None and not callable(data_collator):
+        raise TypeError(
+            f"`data_collator` is a {type(data_collator).__name__}; it must be callable with a list of rows and "
+            "return a batch. Omit it for the trainer's own."
+        )
+    for callback in callbacks or []:
+        if not issubclass(callback if isinstance(callback, type) else type(callback), TrainerCallback):
+            raise TypeError(f"`callbacks` holds {callback!r}; it must hold `transformers.TrainerCallback`s only.")
     if formatting_func is not None:
         raise ValueError(
             "`formatting_func` is not supported: it makes plain texts, and distillation needs to know where a prompt "
@@ -73,6 +89,15 @@ def check_arguments(
     _check_adapters(model, teacher_model, adapter or peft_config)
     if not isinstance(model, str) and peft_config is None:
         check_trains(model)
+    quantization = (args.model_init_kwargs or {}).get("quantization_config", {})
+    given = dict(quantization) if isinstance(quantization, Mapping) else quantization.to_dict()
+    in_few_bits = given.get("load_in_4bit") or given.get("load_in_8bit")
+    if isinstance(model, str) and in_few_bits and adapter is None and peft_config is None:
+        raise ValueError(
+            f"`model_init_kwargs` has the `quantization_config` {given}, and quantized weights cannot be trained. "
+            "Pass a `peft_config`, such as `LoraConfig(task_type='CAUSAL_LM')`, to train an adapter, or load the "
+            "student without quantization."
+        )
     if args.torch_compile:
         raise ValueError(
             "`torch_compile` is True, but this trainer runs a model's decoder and its output head apart, which a "

@@ -150,7 +150,8 @@ class PrimedDistillTrainer(SFTTrainer):
         # 1. What can be checked without weights
         args = PrimedDistillConfig(output_dir="PrimedDistill") if args is None else args
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
-        check_arguments(PrimedDistillConfig, args, model, teacher_model, peft_config, formatting_func)
+        given = (peft_config, formatting_func, data_collator, callbacks)
+        check_arguments(PrimedDistillConfig, args, model, teacher_model, *given)
         if compute_loss_func is not None:
             raise ValueError(
                 "`compute_loss_func` is not supported: the loss needs both models' views. Subclass "
@@ -316,9 +317,9 @@ class PrimedDistillTrainer(SFTTrainer):
         """One micro-batch.
 
         Returns:
-            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those
-                of
-            the whole window on all ranks), times the number of ranks, over which data parallelism averages gradients.
+            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch`
+            (those of the whole window on all ranks), times the number of ranks, over which data parallelism averages
+            gradients.
         """
         with_gain = self._train_batches % _GAIN_EVERY == 0
         with_metrics = with_gain or is_logged_step(self)
@@ -390,6 +391,10 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
+        if test_dataset is None:
+            raise ValueError(
+                "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
+            )
         with nothing_changed(self):
             return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 

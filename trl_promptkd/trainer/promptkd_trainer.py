@@ -149,7 +149,8 @@ class PromptKDTrainer(GKDTrainer):
         args = PromptKDConfig(output_dir="PromptKD") if args is None else args
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         prompt_encoder_config = PromptEncoderConfig() if prompt_encoder_config is None else prompt_encoder_config
-        check_arguments(PromptKDConfig, args, model, teacher_model, peft_config, formatting_func)
+        given = (peft_config, formatting_func, data_collator, callbacks)
+        check_arguments(PromptKDConfig, args, model, teacher_model, *given)
         check_best_metric(args, eval_dataset, callbacks)
         check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.lmbda > 0)
@@ -393,6 +394,10 @@ class PromptKDTrainer(GKDTrainer):
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""
+        if test_dataset is None:
+            raise ValueError(
+                "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
+            )
         with nothing_changed(self):
             return super().predict(self._prepare(test_dataset, "test_dataset"), ignore_keys, metric_key_prefix)
 

@@ -102,9 +102,8 @@ class PromptKDTrainer(GKDTrainer):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
             Not supported; kept for the base class's signature.
-        prompt_encoder_config ([`PromptEncoderConfig`], `peft.PromptTuningConfig` or `peft.PromptEncoderConfig`,
-        *optional*):
-            The teacher's soft prompt; by default the paper's.
+        prompt_encoder_config ([`PromptEncoderConfig`] or one of PEFT's, *optional*):
+            The teacher's soft prompt; by default the paper's. PEFT has `PromptTuningConfig`, `PromptEncoderConfig`.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if

@@ -120,7 +120,7 @@ class TestCompletionStates:
             [alone(model, ROWS[0])[-4:-1], alone(model, ROWS[1])[-2:-1], alone(model, ROWS[2])[-3:-1]]
         )
         known = completion_states(model, ids, mask, labels)
-        assert known.states.shape == (6, 32)
+        assert known.hidden_states.shape == (6, 32)
         got = known.logits()
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.log_softmax(-1), expected, atol=1e-4, rtol=0)
@@ -146,7 +146,7 @@ class TestCompletionStates:
         for family in HEADS:
             model = tiny_model(family)
             known = completion_states(model, *pad(ROWS, "left")[:2], torch.ones(3, 9, dtype=torch.long))
-            bare = model.get_output_embeddings()(known.states)
+            bare = model.get_output_embeddings()(known.hidden_states)
             assert (known.logits() - bare).abs().max() > 0.01, family
 
     def test_lora_on_the_head_counts(self):

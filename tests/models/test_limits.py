@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
-from trl_promptkd import build_teacher_cache
+from trl_promptkd import PrimingTemplate, build_teacher_cache
 from trl_promptkd.models.limits import position_limit
 
 
@@ -103,9 +103,9 @@ class TestRows:
 def test_a_priming_text_with_such_a_token(make):
     if make.kind == "promptkd":
         pytest.skip("has none")
-    make(resized=("teacher",), rows=PLAIN, priming="<chat> ").train()
+    make(resized=("teacher",), rows=PLAIN, priming=PrimingTemplate("<chat> ")).train()
     with pytest.raises(ValueError, match="holds the token '<chat>' with id 30, but the teacher"):
-        make(rows=PLAIN, priming="<chat> ")
+        make(rows=PLAIN, priming=PrimingTemplate("<chat> "))
 
 
 def test_a_token_that_never_occurs_is_no_obstacle(make):

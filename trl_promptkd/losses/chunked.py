@@ -84,7 +84,7 @@ def chunked_sums(
         leaves: list[Tensor] = []
         for part, wanted in zip(parts, trained, strict=True):
             if wanted:
-                leaves.append(part.states[start:end].detach().requires_grad_())
+                leaves.append(part.hidden_states[start:end].detach().requires_grad_())
                 chunk.append(part.head(leaves[-1]))
             elif part is None or isinstance(part, Tensor):
                 chunk.append(None if part is None else part[start:end])
@@ -106,8 +106,9 @@ def _each(function: Callable[..., Tensor], *tuples: Any) -> Any:
 
 
 def _no_gradient_yet(part: TokenStates) -> StateGradient:
-    tensors = [part.states, *part.head_parameters()]
-    return StateGradient(tensors, [torch.zeros_like(part.states, dtype=torch.float32), *[None] * (len(tensors) - 1)])
+    tensors = [part.hidden_states, *part.head_parameters()]
+    of_states = torch.zeros_like(part.hidden_states, dtype=torch.float32)
+    return StateGradient(tensors, [of_states, *[None] * (len(tensors) - 1)])
 
 
 def _is_trained(part: Any) -> bool:

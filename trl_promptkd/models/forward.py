@@ -161,25 +161,25 @@ class TokenStates:
     What a model knows at some tokens, before its output head, and the way from there to its logits.
 
     Args:
-        states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
+        hidden_states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
         model: The bare model that they come from.
         vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, if vocabularies are padded
             differently.
-        are_logits (`bool`): `states` are logits `(num_tokens, vocab)` already; see [`~TokenStates.with_logits`].
+        are_logits (`bool`): `hidden_states` are logits `(num_tokens, vocab)`; see [`~TokenStates.with_logits`].
     """
 
-    states: Tensor
+    hidden_states: Tensor
     model: nn.Module
     vocab_size: int | None = None
     detached: bool = False
     are_logits: bool = False
 
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.hidden_states)
 
     def logits(self, start: int = 0, end: int | None = None) -> Float[Tensor, "tokens vocab"]:
         """Logits `(end - start, vocab)` of some tokens in float32, by default of all of them."""
-        return self.head(self.states[start:end])
+        return self.head(self.hidden_states[start:end])
 
     def head(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits `(num_tokens, vocab)` in float32 of some hidden states.
@@ -189,7 +189,7 @@ class TokenStates:
         """
         if self.are_logits:
             return states[:, : self.vocab_size].to(torch.float32, copy=True)
-        return self._run_head(states)[:, : self.vocab_size].float().to(self.states.device)
+        return self._run_head(states)[:, : self.vocab_size].float().to(self.hidden_states.device)
 
     def with_logits(self) -> "TokenStates":
         """The same with the logits of all tokens in place of the states.
@@ -197,7 +197,7 @@ class TokenStates:
         For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at
         a time, or to take its gradient before the backward pass, would get the wrapper out of step.
         """
-        return replace(self, states=self._run_head(self.states), are_logits=True)
+        return replace(self, hidden_states=self._run_head(self.hidden_states), are_logits=True)
 
     def _run_head(self, states: Tensor) -> Tensor:
         base = _base(self.model)
@@ -211,11 +211,11 @@ class TokenStates:
 
     def detach(self) -> "TokenStates":
         """The same, through which no gradient flows: neither to the states nor to the head."""
-        return replace(self, states=self.states.detach(), detached=True)
+        return replace(self, hidden_states=self.hidden_states.detach(), detached=True)
 
     @property
     def is_trained(self) -> bool:
-        return not self.detached and (self.states.requires_grad or bool(self.head_parameters()))
+        return not self.detached and (self.hidden_states.requires_grad or bool(self.head_parameters()))
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its

@@ -76,7 +76,7 @@ class CacheWriter:
 
         def ask(teacher: torch.nn.Module) -> tuple[Tensor, Tensor]:
             known = completion_states(teacher, ids, mask, labels, vocab_size=self.manifest.vocab_size)
-            return known.states, known.logits()
+            return known.hidden_states, known.logits()
 
         with torch.no_grad(), self.accelerator.autocast():
             states, logits = inside_forward(self.model, ask)

@@ -309,7 +309,7 @@ def check_finite(loss: Tensor, when: str, **models: Any) -> None:
     broken = [
         name.replace("_", " ")
         for name, states in models.items()
-        if isinstance(states, TokenStates) and not torch.isfinite(states.states).all()
+        if isinstance(states, TokenStates) and not torch.isfinite(states.hidden_states).all()
     ]
     found = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""
     raise FloatingPointError(

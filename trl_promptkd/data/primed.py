@@ -21,6 +21,8 @@ from .tokenize import tokenize_primed_row
 
 __all__ = ["DataCollatorForPrimedDistillation", "pad_views", "prompts_of_views", "tokenize_primed_dataset"]
 
+_VIEWS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
+
 
 def tokenize_primed_dataset(
     dataset: Dataset | IterableDataset,
@@ -147,7 +149,13 @@ class DataCollatorForPrimedDistillation:
             )
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [tokenize_primed_row(row, self.processing_class, self.template) for row in rows]
+        # The trainer's rows were checked once, when they were tokenized
+        ids = [
+            row
+            if all(row.get(name) is not None for name in _VIEWS)
+            else tokenize_primed_row(row, self.processing_class, self.template)
+            for row in rows
+        ]
         batch = pad_views(
             [row["prompt_ids"] for row in ids],
             [row["teacher_prompt_ids"] for row in ids],

@@ -11,6 +11,7 @@ alone would prove nothing.
 import argparse
 import copy
 import json
+import logging
 import os
 import time
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from the package registries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)  # it warns of a kernel that is not used here
 
 import matplotlib
 import torch

@@ -236,7 +236,6 @@ def tokenize_dataset(
             row counts as one without an answer if the chat template writes its prompt differently once the answer
             follows.
         with_answers: `False` takes the prompts alone, if no answer of the data is used.
-
     """
     dataset = prepare_rows(
         dataset,

@@ -98,8 +98,6 @@ class PromptEncoderConfig:
                 f"`num_virtual_tokens` is {self.num_virtual_tokens}, but a soft prompt needs at least 1 (the paper "
                 "uses 7). For distillation without a soft prompt use TRL's `GKDTrainer` or `DistillationTrainer`."
             )
-        check_choice(self, "prompt_init", list(_INITS))
-        check_choice(self, "encoder", _ENCODERS)
         if self.prompt_init == "text" and not self.prompt_init_text.strip():
             raise ValueError(
                 f"`prompt_init_text` is {self.prompt_init_text!r}, which holds no text. Give a text, or set "

@@ -214,6 +214,8 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
     end = len(cosines) + 0.5
     image = axes.imshow(cosines, cmap="PuOr_r", vmin=-1, vmax=1, extent=(0.5, end, end, 0.5))
     axes.set(title="Cosine between virtual tokens", xlabel="virtual token", ylabel="virtual token")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="cosine")
     _save_figure(figure, path)
 

@@ -81,10 +81,10 @@ def test_killed_at_random_moments_and_on_two_ranks(folder):
     (folder / "build.py").write_text(
         "import sys, time\n"
         "from trl_promptkd.generation import store\n"
-        "from trl_promptkd.teacher_cache import writer\n"
+        "from trl_promptkd.teacher_cache import sources\n"
         "store.SECONDS_A_PART = 0.0\n"
-        "original = writer.completion_states\n"
-        "writer.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
+        "original = sources.completion_states\n"
+        "sources.completion_states = lambda *a, **k: (time.sleep(0.2), original(*a, **k))[1]\n"
         "from trl_promptkd.cli import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )

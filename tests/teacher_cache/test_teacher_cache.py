@@ -10,7 +10,7 @@ from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_mod
 
 from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
 from trl_promptkd.generation import store
-from trl_promptkd.teacher_cache import writer
+from trl_promptkd.teacher_cache import sources, writer
 from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode, entropies
 from trl_promptkd.teacher_cache.manifest import row_key
 
@@ -39,13 +39,13 @@ def build(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     """How many rows were put through the teacher."""
-    counts, original = [], writer.completion_states
+    counts, original = [], sources.completion_states
 
     def states(model, ids, *args, **kwargs):
         counts.append(len(ids))
         return original(model, ids, *args, **kwargs)
 
-    monkeypatch.setattr(writer, "completion_states", states)
+    monkeypatch.setattr(sources, "completion_states", states)
     return counts
 
 
@@ -242,6 +242,20 @@ class TestBuild:
         teacher.forward = forward
         with pytest.raises(ValueError, match="not its output head applied to its last hidden state"):
             build(teacher=teacher)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_rank_that_has_run_out_of_rows_runs_a_sharded_teacher_only(build, passes, monkeypatch, sharded):
+    original = writer.compute_missing
+
+    def more_batches_elsewhere(lengths, done, compute, *args):
+        original(lengths, done, compute, *args)
+        assert compute([]) == {}
+
+    monkeypatch.setattr(writer, "compute_missing", more_batches_elsewhere)
+    monkeypatch.setattr(sources, "is_sharded", lambda model: sharded)
+    build(answered_dataset(4), preset="tiny")
+    assert passes == [2, 2] + [1] * sharded
 
 
 class TestInterruption:

@@ -22,6 +22,7 @@ from ..models.tokenizer import shared_vocab_size
 from .codec import PRESETS
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer
 from .reader import TeacherCache
+from .sources import ForwardStates
 from .writer import CacheWriter
 
 
@@ -173,7 +174,8 @@ def build_teacher_cache(
             vocab_size,
             "the cache",
         )
-    CacheWriter(model, teacher, dataset, output_dir, manifest, batch_size, pad_token_id, accelerator).run()
+    source = ForwardStates(model, vocab_size, pad_token_id, accelerator)
+    CacheWriter(source, dataset, output_dir, manifest, batch_size, accelerator).run()
     return TeacherCache(output_dir, verify_checksums=False)
 
 

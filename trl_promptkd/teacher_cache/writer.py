@@ -1,27 +1,23 @@
 """Filling a cache: the teacher's forward passes, written as they come. A build can be killed at any moment."""
 
-import json
 import os
-import time
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import pyarrow
-import pyarrow.parquet
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data import pad_rows
 from ..divergences import kl_divergence
 from ..files import content_hash, sha256_of
 from ..generation.store import compute_missing, part_paths, write_part
-from ..models.forward import completion_states, inside_forward
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, row_key
-from .reader import BASIS_FILE, ID_COLUMNS, TeacherCache, read_shard, shard_schema
+from .reader import BASIS_FILE, ID_COLUMNS, read_shard, shard_schema
+from .receipt import finish_cache, label_of, label_text, summary
 
 
 __all__ = ["CacheWriter"]
@@ -30,15 +26,14 @@ logger = logging.get_logger(__name__)
 
 _CALIBRATION_TOKENS = 8192
 _RECEIPT_EVERY = 8  # batches
-_LABEL = b"trl_promptkd"
 
 
 class CacheWriter:
     """One build: which rows are missing, and the passes over them."""
 
-    def __init__(self, model, teacher, dataset, folder, manifest, batch_size, pad_token_id, accelerator):
-        self.model, self.teacher, self.folder, self.manifest = model, teacher, folder, manifest
-        self.batch_size, self.pad_token_id, self.accelerator = batch_size, pad_token_id, accelerator
+    def __init__(self, source, dataset, folder, manifest, batch_size, accelerator):
+        self.source, self.teacher, self.folder, self.manifest = source, source.teacher, folder, manifest
+        self.batch_size, self.accelerator = batch_size, accelerator
         self.preset: Preset = PRESETS[manifest.preset]
         self.rows: dict[str, dict[str, Any]] = {}
         for row in dataset:
@@ -57,7 +52,7 @@ class CacheWriter:
         compute_missing(lengths, done, self._compute, self._write, self.batch_size, "Teacher cache", self.accelerator)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._finish()
+            finish_cache(self.folder, self.manifest, self.accelerator.device)
         self.accelerator.wait_for_everyone()
 
     def _path(self, name: str) -> str:
@@ -65,23 +60,9 @@ class CacheWriter:
 
     # -------------------------------------------------------------------------------------------- the teacher
 
-    def _states(self, keys: list[str]) -> list[tuple[Tensor, Tensor]]:
+    def _states(self, keys: list[str]) -> Iterable[tuple[Tensor, Tensor]]:
         """Hidden states and logits of some rows, row by row."""
-        rows = [self.rows[key] for key in keys]
-        completions = [row["completion_ids"] for row in rows]
-        batch = pad_rows([row["teacher_prompt_ids"] for row in rows], completions, self.pad_token_id)
-        ids, mask, labels = (
-            batch[name].to(self.accelerator.device) for name in ("input_ids", "attention_mask", "labels")
-        )
-
-        def ask(teacher: torch.nn.Module) -> tuple[Tensor, Tensor]:
-            known = completion_states(teacher, ids, mask, labels, vocab_size=self.manifest.vocab_size)
-            return known.hidden_states, known.logits()
-
-        with torch.no_grad(), self.accelerator.autocast():
-            states, logits = inside_forward(self.model, ask)
-        lengths = list(map(len, completions))
-        return list(zip(states.split(lengths), logits.split(lengths), strict=True))
+        return self.source.states([self.rows[key] for key in keys])
 
     def _basis(self) -> Basis:
         """The cache's coordinates: those in the folder, or new ones."""
@@ -91,8 +72,11 @@ class CacheWriter:
             if os.path.isfile(path) and checksum not in (None, sha256_of(path)):
                 logger.warning(f"{path} is damaged; the coordinates are fitted and all rows made anew.")
                 os.remove(path)
-            if not os.path.isfile(path):
-                self._fit_basis().save(path)
+        (is_there,) = broadcast_object_list([os.path.isfile(path)])
+        if not is_there:
+            basis = self._fit_basis()  # on all ranks: a sharded teacher needs them
+            if self.accelerator.is_main_process:
+                basis.save(path)
         self.accelerator.wait_for_everyone()
         return Basis.load(path).to(self.accelerator.device)
 
@@ -113,9 +97,9 @@ class CacheWriter:
                 tokens += len(self.rows[key]["completion_ids"])
         keys.sort(key=lambda key: self.rows[key]["length"])
         states: list[Tensor] = []
-        starts = range(0, len(keys), self.batch_size)
-        for start in tqdm(starts, desc="Teacher cache: fitting coordinates", unit="batch"):
-            part = self._states(keys[start : start + self.batch_size])
+        starts, title = range(0, len(keys), self.batch_size), "Teacher cache: fitting coordinates"
+        for start in tqdm(starts, title, unit="batch", disable=not self.accelerator.is_local_main_process):
+            part = list(self._states(keys[start : start + self.batch_size]))
             states += [hidden for hidden, _ in part]
         rank = self.preset.rank
         if rank is not None and tokens < 4 * head.weight.size(1):
@@ -171,7 +155,7 @@ class CacheWriter:
     def _keys_in(self, path: str, checksum: str | None) -> list[str] | None:
         """The keys in a shard; `None` if it is damaged or in other coordinates."""
         try:
-            label = _label_of(path)
+            label = label_of(path)
             if checksum not in (None, sha256_of(path)):
                 return None
         except (OSError, ValueError, pyarrow.ArrowException):
@@ -193,7 +177,7 @@ class CacheWriter:
         rows: dict[str, dict[str, Any]] = {}
         is_measured = self.num_batches % _RECEIPT_EVERY == 0 and not self.preset.draws
         self.num_batches += 1
-        for key, (hidden, logits) in zip(keys, self._states(keys) if keys else (), strict=True):
+        for key, (hidden, logits) in zip(keys, self._states(keys), strict=True):
             payload = encode(hidden, logits, self.basis, self.preset, seed=int(key[:15], 16))
             if is_measured:
                 kept = decode(payload, self.basis, self.preset, logits.size(-1))
@@ -206,59 +190,9 @@ class CacheWriter:
         return rows
 
     def _write(self, rows: dict[str, dict[str, Any]]) -> None:
-        about = self.label | {name: _summary(values) for name, values in self.measured.items()}
+        about = self.label | {name: summary(values) for name, values in self.measured.items()}
         self.measured = {"kl": [], "tail": []}
-        write_part(self.folder, "shard", rows, shard_schema(self.preset).with_metadata({_LABEL: json.dumps(about)}))
-
-    def _finish(self) -> None:
-        """Checksums and the receipt, into the manifest."""
-        paths = part_paths(self.folder, "shard")
-        tables = [pyarrow.parquet.read_table(path, columns=["key", "completion_ids"]) for path in paths]
-        manifest = self.manifest
-        manifest.shards = [
-            {
-                "file": os.path.basename(path),
-                "rows": len(table),
-                "tokens": sum(map(len, table["completion_ids"].to_pylist())),
-                "bytes": os.path.getsize(path),
-                "sha256": sha256_of(path),
-            }
-            for path, table in zip(paths, tables, strict=True)
-        ]
-        manifest.data = content_hash(sorted(key for table in tables for key in table["key"].to_pylist()))
-        manifest.files = {} if self.basis is None else {BASIS_FILE: self.label["basis"]}
-        manifest.receipt = receipt = {}
-        labels = [_label_of(path) for path in paths]
-        samples = {name: [x for label in labels for x in label[name]["sample"]] for name in ("kl", "tail")}
-        if samples["kl"]:
-            receipt["kl_tokens"] = sum(label["kl"]["count"] for label in labels)
-            receipt["kl_mean"] = sum(label["kl"]["sum"] for label in labels) / receipt["kl_tokens"]
-            receipt["kl_p95"] = float(np.quantile(samples["kl"], 0.95))
-        if samples["tail"]:
-            for percent in (50, 95):
-                receipt[f"tail_mass_p{percent}"] = float(np.quantile(samples["tail"], percent / 100))
-        for name in ("rows", "tokens"):
-            receipt[name] = sum(shard[name] for shard in manifest.shards)
-        receipt["bytes_per_token"] = sum(shard["bytes"] for shard in manifest.shards) / max(receipt["tokens"], 1)
-        receipt["basis_bytes"] = 0 if self.basis is None else os.path.getsize(self._path(BASIS_FILE))
-        manifest.save(self._path(MANIFEST_FILE))
-        cache = TeacherCache(self.folder, verify_checksums=False).to(self.accelerator.device)
-        start = time.perf_counter()
-        decoded = len(cache.log_probs(range(min(16, len(cache)))))
-        receipt["decode_microseconds_per_token"] = 1e6 * (time.perf_counter() - start) / max(decoded, 1)
-        manifest.save(self._path(MANIFEST_FILE))
-
-
-def _summary(values: list[Tensor]) -> dict[str, Any]:
-    """Sum, number, and at most 256 of some values, evenly spread: a shard's part of the receipt."""
-    joined = torch.cat([torch.zeros(0), *values]).double()
-    some = joined[:: max(-(-len(joined) // 256), 1)]
-    return {"sum": float(joined.sum()), "count": len(joined), "sample": [round(float(value), 4) for value in some]}
-
-
-def _label_of(path: str) -> dict[str, Any]:
-    """What a shard says about itself."""
-    return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_LABEL, b"{}"))
+        write_part(self.folder, "shard", rows, shard_schema(self.preset).with_metadata(label_text(about)))
 
 
 def _logit_scale(settings: Any) -> float:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .data.primed import DataCollatorForPrimedDistillation
     from .data.priming import PrimingTemplate
     from .models.soft_prompt import PromptEncoderConfig, SoftPrompt
-    from .teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
+    from .teacher_cache import TeacherCache, build_teacher_cache, merge_teacher_caches, verify_teacher_cache
     from .trainer.callbacks import GenerationMetricsCallback
     from .trainer.primed_distill_config import PrimedDistillConfig
     from .trainer.primed_distill_trainer import PrimedDistillTrainer
@@ -27,6 +27,7 @@ __all__ = [
     "SoftPrompt",
     "TeacherCache",
     "build_teacher_cache",
+    "merge_teacher_caches",
     "verify_teacher_cache",
 ]
 __version__ = "0.1.0.dev0"
@@ -44,6 +45,7 @@ _MODULES = {
     "SoftPrompt": "models.soft_prompt",
     "TeacherCache": "teacher_cache",
     "build_teacher_cache": "teacher_cache",
+    "merge_teacher_caches": "teacher_cache",
     "verify_teacher_cache": "teacher_cache",
 }
 

@@ -1,5 +1,6 @@
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,20 @@ class TestCache:
         shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         assert main(["cache", "verify", str(folder / "cache")]) == 2
         assert f"{shard.name} is damaged" in capsys.readouterr().err
+
+    def test_parts_are_built_and_merged(self, folder, capsys):
+        basis = ["--basis", str(folder / "p1" / "basis.safetensors")]
+        assert main([*build_flags(folder, "p2"), "--part", "2/2"]) == 2
+        assert "`basis` is missing" in capsys.readouterr().err
+        assert main([*build_flags(folder, "p1"), "--part", "1/2"]) == 0
+        assert main([*build_flags(folder, "p2"), "--part", "2/2", *basis]) == 0
+        assert re.search(r"^part +2/2$", capsys.readouterr().out, re.MULTILINE)
+        names = [str(folder / name) for name in ("cache", "p1", "p2")]
+        assert main(["cache", "merge", *names[:2]]) == 2
+        assert "1 of 2 parts are missing (2/2)" in capsys.readouterr().err
+        assert main(["cache", "merge", *names]) == 0
+        assert re.search(r"^rows +16$", capsys.readouterr().out, re.MULTILINE)
+        assert main(["cache", "verify", names[0]]) == 0
 
     def test_errors_are_one_line(self, folder, capsys):
         assert main(["cache", "info", str(folder)]) == 2

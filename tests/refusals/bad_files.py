@@ -7,7 +7,7 @@ from pathlib import Path
 from case import Case, cache, call, cut_short, from_cache, primed, promptkd, soft_prompt, written
 from tiny import answered_dataset, chat_dataset, tiny_model, tiny_tokenizer
 
-from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptKDTrainer, TeacherCache
+from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, PromptKDTrainer, TeacherCache, merge_teacher_caches
 from trl_promptkd.evaluation import evaluate_model
 
 
@@ -67,6 +67,13 @@ def forget_shards(manifest):
 def other_preset():
     cache(preset="standard")
     cache(preset="tiny")
+
+
+def merged(parts, **settings_of_the_second):
+    """Builds parts of a cache and merges them."""
+    settings = [{}, settings_of_the_second]
+    folders = [cache(f"host{i}", part=part, **settings[i]) for i, part in enumerate(parts)]
+    merge_teacher_caches(folders, "merged")
 
 
 def damaged_answers():
@@ -210,6 +217,28 @@ CACHES = [
         "building a cache into the folder of another one",
         other_preset,
         "`preset` is 'standard' there and 'tiny' here | Choose another `output_dir`",
+    ),
+]
+CACHES += [
+    Case(
+        "building part 2 of a cache without the coordinates of part 1",
+        partial(cache, part="2/3"),
+        "`part` is '2/3', but `basis` is missing | Start that one first | copy that file here and pass its path",
+    ),
+    Case(
+        "merging the parts of a cache, of which one is not named",
+        partial(merged, ["1/2"]),
+        "1 of 2 parts are missing (2/2) | Name all of them",
+    ),
+    Case(
+        "merging parts of two caches",
+        partial(merged, ["1/2", "1/3"], preset="tiny"),
+        "host0 (there) and host1 (here) are not parts of one cache: `preset` is 'standard' there and 'tiny' here",
+    ),
+    Case(
+        "training on a part of a cache",
+        lambda: primed(teacher_model=None, teacher_cache=cache(part="1/2")),
+        "part 1/2 of one | Merge its parts: `trl-promptkd cache merge OUT PART...`",
     ),
 ]
 CASES = TEMPLATES + CHECKPOINTS + CACHES

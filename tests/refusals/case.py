@@ -176,10 +176,10 @@ def soft_prompt(num_virtual_tokens=7) -> SoftPrompt:
     return SoftPrompt(config, tiny_model(), tiny_tokenizer())
 
 
-def cache(**settings) -> str:
+def cache(folder: str = "cache", **settings) -> str:
     settings = {"priming": PrimingTemplate("red "), "preset": "standard", **settings}
-    build_teacher_cache(tiny_model(seed=2), answered_dataset(4), "cache", tiny_tokenizer(), **settings)
-    return "cache"
+    build_teacher_cache(tiny_model(seed=2), answered_dataset(4), folder, tiny_tokenizer(), **settings)
+    return folder
 
 
 def from_cache(args=None, **settings):

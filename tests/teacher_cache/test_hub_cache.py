@@ -18,6 +18,7 @@ from tiny import answered_dataset, tiny_model, tiny_tokenizer
 from trainers import PRIMING
 
 from trl_promptkd import TeacherCache, build_teacher_cache
+from trl_promptkd.cli import main
 from trl_promptkd.generation import store
 
 
@@ -71,6 +72,25 @@ def test_is_a_data_set_and_trains(hub, build, primed, tmp_path):
         'TeacherCache("me/cache")',
     ):
         assert part in card, part
+
+
+def test_parts_travel_by_the_hub_and_are_merged_from_there(hub, tmp_path, capsys):
+    names = ["me/part-1", "me/part-2"]
+    for number, name in enumerate(names, 1):
+        folder = str(tmp_path / str(number))
+        basis = str(tmp_path / "1" / "basis.safetensors") if number == 2 else None
+        build_teacher_cache(
+            tiny_model(seed=2), answered_dataset(8), folder, tiny_tokenizer(), part=f"{number}/2", basis=basis
+        )
+        assert main(["cache", "push", folder, name]) == 0
+    assert "is now the data set me/part-2 on the Hub" in capsys.readouterr().out
+    card = hub.files("me/part-2", "datasets")["README.md"].decode()
+    assert "This is part 2/2 of a cache" in card
+    assert "trl-promptkd cache merge cache me/part-2" in card
+    assert main(["cache", "merge", str(tmp_path / "cache"), *names]) == 0
+    for path in (tmp_path / "cache").iterdir():
+        assert not path.is_symlink()  # into the Hub's cache, which may be cleared
+    assert len(TeacherCache(str(tmp_path / "cache"))) == 8
 
 
 def test_other_files_beside_it_are_not_taken_for_rows(hub, build):

@@ -1,4 +1,4 @@
-"""`trl-promptkd cache build | verify | info`."""
+"""`trl-promptkd cache build | merge | push | verify | info`."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from datasets import load_dataset
 from ..data import name_columns
 from ..data.priming import PRIMING_TEMPLATES
 from ..models.teacher import load_teacher
-from ..teacher_cache import TeacherCache, build_teacher_cache, verify_teacher_cache
+from ..teacher_cache import TeacherCache, build_teacher_cache, merge_teacher_caches, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
 from .common import ROW_FLAGS, add_flags, needed_tokenizer, priming_of
 
@@ -37,6 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=int, default=256, help="longest answer that the teacher writes")
     add("--temperature", type=float, default=1.0, help="of its samples")
     add("--seed", type=int, default=42, help="of its samples")
+    add("--part", help="build one of several parts, such as 2/3, on hosts that share nothing")
+    add("--basis", help="basis.safetensors of another cache of this teacher; parts after the first need the first's")
+
+    merge = commands.add_parser("merge", help="join the parts of a cache")
+    merge.add_argument("output_dir", help="folder of the whole cache")
+    merge.add_argument("parts", nargs="+", metavar="part", help="folder or Hub id")
+    merge.set_defaults(run=merge_caches)
+
+    push = commands.add_parser("push", help="upload a cache, or a part of one, as a data set on the Hub")
+    push.add_argument("cache", help="folder")
+    push.add_argument("repo_id", help="name of the data set, such as you/gsm8k-cache")
+    push.add_argument("--private", action="store_true", help="make it a private one, if it is new")
+    push.set_defaults(run=push_cache)
 
     verify = commands.add_parser("verify", help="compare checksums, and replay rows on the live teacher")
     verify.add_argument("cache", help="folder or Hub id")
@@ -60,7 +73,8 @@ def build_cache(args: argparse.Namespace) -> int:
     )
     dataset = name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
     tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
-    same = "preset response_source max_length teacher_max_length overlong batch_size max_new_tokens temperature seed"
+    same = "preset response_source max_length teacher_max_length overlong batch_size max_new_tokens temperature seed "
+    same += "part basis"
     cache = build_teacher_cache(
         args.teacher,
         dataset,
@@ -86,12 +100,24 @@ def show(cache: TeacherCache) -> None:
         "priming": "none" if priming is None else f"{priming['placement']}: {priming['text']!r}",
         "answers": "the data's" if manifest.response_source == "dataset" else "the teacher's",
         "preset": manifest.preset,
+        **({} if manifest.part is None else {"part": manifest.part}),
         "shards": len(manifest.shards),
         **manifest.receipt,
     }
     width = max(map(len, lines))
     for name, value in lines.items():
         print(f"{name:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
+
+
+def merge_caches(args: argparse.Namespace) -> int:
+    show(merge_teacher_caches(args.parts, args.output_dir))
+    return 0
+
+
+def push_cache(args: argparse.Namespace) -> int:
+    TeacherCache(args.cache).push_to_hub(args.repo_id, private=args.private or None)
+    print(f"{args.cache} is now the data set {args.repo_id} on the Hub.")
+    return 0
 
 
 def cache_info(args: argparse.Namespace) -> int:

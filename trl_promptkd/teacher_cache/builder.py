@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.primed import tokenize_primed_dataset
 from ..data.priming import PrimingTemplate, resolve_priming
 from ..field_checks import check_choice, check_kind, check_positive
-from ..files import remove_incomplete
+from ..files import content_hash, remove_incomplete
 from ..generation.rollouts import rollout_config
 from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
 from ..models.compare import check_forward
@@ -20,8 +20,8 @@ from ..models.limits import check_positions, check_rows_embedded, embedded_by
 from ..models.teacher import freeze, load_teacher
 from ..models.tokenizer import shared_vocab_size
 from .codec import PRESETS
-from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer
-from .reader import TeacherCache
+from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, differing, part_numbers
+from .reader import BASIS_FILE, TeacherCache
 from .sources import ForwardStates
 from .writer import CacheWriter
 
@@ -50,6 +50,8 @@ def build_teacher_cache(
     trust_remote_code: bool = False,
     seed: int = 42,
     num_proc: int | None = None,
+    part: str | None = None,
+    basis: str | None = None,
 ) -> TeacherCache:
     """Run a teacher once and keep its distributions at every completion token of a data set.
 
@@ -73,6 +75,10 @@ def build_teacher_cache(
         batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device.
         seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
         num_proc (`int`, *optional*): Processes that tokenize.
+        part (`str`, *optional*): Build only this part of the cache, such as `"2/3"`. Every host finds its own rows:
+            they are shared out by the content of what the teacher sees. [`merge_teacher_caches`] joins the parts.
+        basis (`str`, *optional*): `basis.safetensors` of another cache of this teacher. Parts after the first need
+            that of the first, as rows in other coordinates cannot be merged; the preset `"tiny"` has none.
 
     Returns:
         [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on
@@ -104,6 +110,7 @@ def build_teacher_cache(
     for name in ("batch_size", "max_new_tokens", "temperature"):
         check_kind(name, getattr(args, name), int | float)
     check_positive(args, "batch_size", "max_new_tokens", "temperature")
+    _check_part(part, basis, preset, output_dir)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: "
@@ -123,6 +130,9 @@ def build_teacher_cache(
     dataset = tokenize_primed_dataset(
         dataset, "dataset", processing_class, template, max_length, teacher_max_length, needed, overlong, num_proc
     )
+    whole = dataset
+    if part is not None:
+        dataset = _rows_of_part(dataset, part)
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
     vocab_size = shared_vocab_size(teacher, teacher, processing_class)
@@ -152,6 +162,7 @@ def build_teacher_cache(
         sampling=json.loads(json.dumps(sampling)) if response_source == "teacher" else None,  # as it is read again
         max_length=max_length,
         teacher_max_length=teacher_max_length,
+        part=part,
     )
     _claim_folder(output_dir, manifest, accelerator)
     model = accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -162,7 +173,7 @@ def build_teacher_cache(
     if response_source == "teacher":
         generation_config = rollout_config(teacher, teacher, processing_class, args)
         generation_config.pad_token_id = pad_token_id
-        dataset = write_teacher_answers(
+        dataset = whole = write_teacher_answers(
             dataset,
             os.path.join(output_dir, "_teacher_answers"),
             model,
@@ -175,8 +186,36 @@ def build_teacher_cache(
             "the cache",
         )
     source = ForwardStates(model, vocab_size, pad_token_id, accelerator)
-    CacheWriter(source, dataset, output_dir, manifest, batch_size, accelerator).run()
+    CacheWriter(source, dataset, whole, output_dir, manifest, batch_size, accelerator, basis).run()
     return TeacherCache(output_dir, verify_checksums=False)
+
+
+def _check_part(part: str | None, basis: str | None, preset: str, folder: str) -> None:
+    """Refuse a part whose rows could not be merged, and coordinates for a preset without any."""
+    first = part is None or part_numbers(part)[0] == 1
+    if basis is not None and PRESETS[preset].draws:
+        raise ValueError(f"`basis` is {basis!r}, but the preset {preset!r} keeps draws, without coordinates. Omit it.")
+    if basis is not None and not os.path.isfile(basis):
+        raise FileNotFoundError(f"`basis` is {basis!r}, and there is no such file. Check the path.")
+    needs_basis = not first and basis is None and not PRESETS[preset].draws
+    if needs_basis and not os.path.isfile(os.path.join(folder, BASIS_FILE)):
+        raise ValueError(
+            f"`part` is {part!r}, but `basis` is missing: all parts need the coordinates of the first, or they cannot "
+            f"be merged. Start that one first. As soon as {BASIS_FILE} is in its folder, copy that file here and pass "
+            "its path."
+        )
+
+
+def _rows_of_part(dataset: Dataset, part: str) -> Dataset:
+    """The rows of one part. All answers to one prompt are in one part, also those that a teacher has yet to write."""
+    number, count = part_numbers(part)
+    shares = [int(content_hash(ids), 16) % count for ids in dataset["teacher_prompt_ids"]]
+    mine = [index for index, share in enumerate(shares) if share == number - 1]
+    if not mine:
+        raise ValueError(
+            f"`part` is {part!r}, which has none of the {len(dataset)} rows in `dataset`. Build fewer parts."
+        )
+    return dataset.select(mine)
 
 
 def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> None:
@@ -188,10 +227,10 @@ def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> 
         if not os.path.isfile(path):
             manifest.save(path)
     accelerator.wait_for_everyone()
-    there, here = Manifest.load(path).settings(), manifest.settings()
-    for name in here:
-        if there[name] != here[name]:
-            raise ValueError(
-                f"{folder} holds a cache that was made differently: `{name}` is {there[name]!r} there and "
-                f"{here[name]!r} here. Choose another `output_dir`, or the same settings to resume it."
-            )
+    there = Manifest.load(path)
+    differs = differing(there.settings() | {"part": there.part}, manifest.settings() | {"part": manifest.part})
+    if differs is not None:
+        raise ValueError(
+            f"{folder} holds a cache that was made differently: {differs}. Choose another `output_dir`, or the same "
+            "settings to resume it."
+        )

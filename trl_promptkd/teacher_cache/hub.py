@@ -61,7 +61,8 @@ def _card(manifest: Manifest, repo_id: str) -> DatasetCard:
         place = PLACES[manifest.priming["placement"]]
         seen = f"It saw this text {place} (a Jinja template), which the student is not to see:\n\n"
         seen += fenced(manifest.priming["text"])
-    code = f"""from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, TeacherCache
+    use = f"""```python
+from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, TeacherCache
 
 cache = TeacherCache("{repo_id}")
 trainer = PrimedDistillTrainer(
@@ -70,7 +71,14 @@ trainer = PrimedDistillTrainer(
     train_dataset=cache.dataset(),
     priming=...,  # what the cache was built with, see above
     teacher_cache=cache,
-)"""
+)
+```"""
+    if manifest.part is not None:
+        use = f"""This is part {manifest.part} of a cache. Join all parts before you train:
+
+```bash
+trl-promptkd cache merge cache {repo_id} <the other parts>
+```"""
     text = f"""
 # A teacher's distributions
 
@@ -79,9 +87,7 @@ from without the teacher. {seen}
 
 {settings_table(settings)}
 
-```python
-{code}
-```
+{use}
 
 `datasets.load_dataset("{repo_id}")` opens the rows: the token ids of both prompts and of the answer, and the
 distributions in a compressed form, which `TeacherCache` decodes. Made with

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ __all__ = [
     "Manifest",
     "describe_priming",
     "describe_tokenizer",
+    "differing",
+    "part_numbers",
     "row_key",
 ]
 
@@ -29,12 +31,26 @@ _TEACHER = {"name", "revision", "dtype", "quantization", "weights"}
 _PRIMING = {"text", "placement", "hash"}
 _SHARD = {"file": str, "rows": int, "tokens": int, "bytes": int, "sha256": str}
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
-_OF_THE_ROWS = ("max_length", "teacher_max_length", "data", "shards", "files", "receipt")
+_PART = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
+_OF_THE_ROWS = ("part", "max_length", "teacher_max_length", "data", "shards", "files", "receipt")
 
 
 def row_key(teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
     """The hash by which a row is found: of what the teacher saw, and of what it judged."""
     return content_hash([list(map(int, teacher_prompt_ids)), list(map(int, completion_ids))])
+
+
+def part_numbers(part: str) -> tuple[int, int]:
+    """The two numbers of `"2/3"`, the second of three parts.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    match = _PART.fullmatch(part) if isinstance(part, str) else None
+    number, count = map(int, match.groups()) if match else (1, 0)
+    if number > count:
+        raise ValueError(f"`part` is {part!r}; it must be a number and how many there are, such as '2/3'.")
+    return number, count
 
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -50,6 +66,14 @@ def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, A
 def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
     """What the teacher saw besides the prompt: text, placement, and the text's hash."""
     return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """The first entry in which two manifests' settings differ, with both values, in words."""
+    for name in here:
+        if there[name] != here[name]:
+            return f"`{name}` is {there[name]!r} there and {here[name]!r} here"
+    return None
 
 
 @strict
@@ -70,6 +94,7 @@ class Manifest:
             of the format.
         max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted
             longer rows.
+        part (`str`, *optional*): Of a part of a cache that several hosts build: which one, such as `"2/3"`.
         data (`str`): Hash of the rows.
         shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
         files (`dict`): SHA-256 sums of the other files.
@@ -89,6 +114,7 @@ class Manifest:
     sampling: dict[str, Any] | None = None
     max_length: int | None = None
     teacher_max_length: int | None = None
+    part: str | None = None
     data: str = ""
     shards: list[dict[str, Any]] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
@@ -101,6 +127,8 @@ class Manifest:
                 f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}; they must be among "
                 f"{[*PRESETS]} and ['dataset', 'teacher']"
             )
+        if self.part is not None:
+            part_numbers(self.part)
         for name in ("vocab_size", "real_vocab_size"):
             if not 1 <= getattr(self, name) <= MAX_VOCAB_SIZE:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 1 to {MAX_VOCAB_SIZE}")
@@ -145,11 +173,16 @@ class Manifest:
             ) from error
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
-        """Refuse a run whose tokenizer, chat template or priming text is another one.
+        """Refuse a part of a cache, and a run whose tokenizer, chat template or priming text is another one.
 
         Raises:
             ValueError: naming both values.
         """
+        if self.part is not None:
+            raise ValueError(
+                f"The teacher cache is part {self.part} of one that several hosts build. Merge its parts: "
+                "`trl-promptkd cache merge OUT PART...`."
+            )
         here = {**describe_tokenizer(processing_class), "priming": describe_priming(priming)}
         named = {
             "real_vocab_size": ("number of tokens", "processing_class"),

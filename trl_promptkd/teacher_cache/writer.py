@@ -15,7 +15,7 @@ from ..divergences import kl_divergence
 from ..files import content_hash, sha256_of
 from ..generation.store import compute_missing, part_paths, write_part
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
-from .manifest import MANIFEST_FILE, Manifest, row_key
+from .manifest import MANIFEST_FILE, Manifest, part_numbers, row_key
 from .reader import BASIS_FILE, ID_COLUMNS, read_shard, shard_schema
 from .receipt import finish_cache, label_of, label_text, summary
 
@@ -29,15 +29,14 @@ _RECEIPT_EVERY = 8  # batches
 
 
 class CacheWriter:
-    """One build: which rows are missing, and the passes over them."""
+    """One build: which rows are missing, and the passes over them. Of a part, `whole` has the rows of all parts."""
 
-    def __init__(self, source, dataset, folder, manifest, batch_size, accelerator):
+    def __init__(self, source, dataset, whole, folder, manifest, batch_size, accelerator, given_basis=None):
         self.source, self.teacher, self.folder, self.manifest = source, source.teacher, folder, manifest
         self.batch_size, self.accelerator = batch_size, accelerator
         self.preset: Preset = PRESETS[manifest.preset]
-        self.rows: dict[str, dict[str, Any]] = {}
-        for row in dataset:
-            self.rows.setdefault(row_key(row["teacher_prompt_ids"], row["completion_ids"]), row)
+        self.rows = _by_key(dataset)
+        self.whole, self.given_basis = whole, given_basis
         self.label = {"settings": content_hash(manifest.settings()), "basis": ""}  # in every shard
         self.basis: Basis | None = None
         self.num_batches = 0
@@ -60,25 +59,45 @@ class CacheWriter:
 
     # -------------------------------------------------------------------------------------------- the teacher
 
-    def _states(self, keys: list[str]) -> Iterable[tuple[Tensor, Tensor]]:
-        """Hidden states and logits of some rows, row by row."""
-        return self.source.states([self.rows[key] for key in keys])
-
     def _basis(self) -> Basis:
-        """The cache's coordinates: those in the folder, or new ones."""
-        path = self._path(BASIS_FILE)
+        """The cache's coordinates: those in the folder, those of another cache, or new ones."""
+        path, vocab_size = self._path(BASIS_FILE), self.manifest.vocab_size
         if self.accelerator.is_main_process:
             checksum = Manifest.load(self._path(MANIFEST_FILE)).files.get(BASIS_FILE)
             if os.path.isfile(path) and checksum not in (None, sha256_of(path)):
-                logger.warning(f"{path} is damaged; the coordinates are fitted and all rows made anew.")
+                logger.warning(f"{path} is damaged; it and all rows are made anew.")
                 os.remove(path)
         (is_there,) = broadcast_object_list([os.path.isfile(path)])
-        if not is_there:
-            basis = self._fit_basis()  # on all ranks: a sharded teacher needs them
-            if self.accelerator.is_main_process:
-                basis.save(path)
+        given = None if self.given_basis is None else Basis.load(self.given_basis, vocab_size)
+        if given is not None and is_there and sha256_of(self.given_basis) != sha256_of(path):
+            raise ValueError(
+                f"{path} has other coordinates than {self.given_basis}, and the rows there were made with them. Omit "
+                "`basis` to resume that cache, or choose another `output_dir`."
+            )
+        if given is not None:
+            self._check_given(given)
+        elif not is_there and self.manifest.part is not None and part_numbers(self.manifest.part)[0] > 1:
+            raise ValueError(f"{path} was damaged. Pass the file of part 1 as `basis`.")
+        elif not is_there:
+            given = self._fit_basis()  # on all ranks: a sharded teacher needs them
+        if given is not None and not is_there and self.accelerator.is_main_process:
+            given.save(path)
         self.accelerator.wait_for_everyone()
-        return Basis.load(path).to(self.accelerator.device)
+        return Basis.load(path, vocab_size).to(self.accelerator.device)
+
+    def _check_given(self, basis: Basis) -> None:
+        """Refuse coordinates of another teacher: their logits come from another output head."""
+        head, (row, *_) = self.teacher.get_output_embeddings(), self.rows.values()
+        bias = 0.0 if getattr(head, "bias", None) is None else head.bias.float()
+        expected = head.weight.float() @ basis.mean.to(head.weight.device) + bias
+        expected = (expected * _logit_scale(self.teacher.config.get_text_config()))[: len(basis.offset)].cpu()
+        if not (expected - basis.offset).abs().max() <= 1e-3 * expected.abs().max():
+            raise ValueError(
+                f"The coordinates in {self.given_basis} were made with another output head than that of this teacher "
+                f"({self.teacher.config._name_or_path}). Pass `{BASIS_FILE}` of a cache of the same teacher."
+            )
+        for hidden, logits in self.source.states([row]):
+            self._check_head(basis.to(hidden.device), hidden, logits)
 
     def _fit_basis(self) -> Basis:
         """Coordinates for some rows: the first ones by their keys, whatever the order of the data."""
@@ -89,17 +108,17 @@ class CacheWriter:
                 "from it. Leave the head out of the quantization (`llm_int8_skip_modules=['lm_head']`), or use "
                 "`preset='tiny'`."
             )
-        keys: list[str] = []
+        rows: list[dict[str, Any]] = []
         tokens = 0
-        for key in sorted(self.rows):
+        for _, row in sorted(_by_key(self.whole).items()):
             if tokens < _CALIBRATION_TOKENS:
-                keys.append(key)
-                tokens += len(self.rows[key]["completion_ids"])
-        keys.sort(key=lambda key: self.rows[key]["length"])
+                rows.append(row)
+                tokens += len(row["completion_ids"])
+        rows.sort(key=lambda row: row["length"])
         states: list[Tensor] = []
-        starts, title = range(0, len(keys), self.batch_size), "Teacher cache: fitting coordinates"
+        starts, title = range(0, len(rows), self.batch_size), "Teacher cache: fitting coordinates"
         for start in tqdm(starts, title, unit="batch", disable=not self.accelerator.is_local_main_process):
-            part = list(self._states(keys[start : start + self.batch_size]))
+            part = list(self.source.states(rows[start : start + self.batch_size]))
             states += [hidden for hidden, _ in part]
         rank = self.preset.rank
         if rank is not None and tokens < 4 * head.weight.size(1):
@@ -177,7 +196,7 @@ class CacheWriter:
         rows: dict[str, dict[str, Any]] = {}
         is_measured = self.num_batches % _RECEIPT_EVERY == 0 and not self.preset.draws
         self.num_batches += 1
-        for key, (hidden, logits) in zip(keys, self._states(keys), strict=True):
+        for key, (hidden, logits) in zip(keys, self.source.states([self.rows[key] for key in keys]), strict=True):
             payload = encode(hidden, logits, self.basis, self.preset, seed=int(key[:15], 16))
             if is_measured:
                 kept = decode(payload, self.basis, self.preset, logits.size(-1))
@@ -193,6 +212,14 @@ class CacheWriter:
         about = self.label | {name: summary(values) for name, values in self.measured.items()}
         self.measured = {"kl": [], "tail": []}
         write_part(self.folder, "shard", rows, shard_schema(self.preset).with_metadata(label_text(about)))
+
+
+def _by_key(dataset: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows by what they are found by; equal ones once."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in dataset:
+        rows.setdefault(row_key(row["teacher_prompt_ids"], row["completion_ids"]), row)
+    return rows
 
 
 def _logit_scale(settings: Any) -> float:

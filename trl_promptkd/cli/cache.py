@@ -12,7 +12,7 @@ from ..data.priming import PRIMING_TEMPLATES
 from ..models.teacher import load_teacher
 from ..teacher_cache import TeacherCache, build_teacher_cache, merge_teacher_caches, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
-from .common import ROW_FLAGS, add_flags, needed_tokenizer, priming_of
+from .common import ROW_FLAGS, add_flags, json_dict, needed_tokenizer, priming_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_new_tokens", type=int, default=256, help="longest answer that the teacher writes")
     add("--temperature", type=float, default=1.0, help="of its samples")
     add("--seed", type=int, default=42, help="of its samples")
+    add("--backend", default="transformers", choices=["transformers", "vllm", "server"], help="what runs the teacher")
+    add("--teacher_server", help="address of a vLLM server in pooling mode, such as http://host:8000")
+    add("--vllm_kwargs", type=json_dict, help="JSON for vllm.LLM, such as '{\"tensor_parallel_size\": 4}'")
     add("--part", help="build one of several parts, such as 2/3, on hosts that share nothing")
     add("--basis", help="basis.safetensors of another cache of this teacher; parts after the first need the first's")
 
@@ -74,7 +77,7 @@ def build_cache(args: argparse.Namespace) -> int:
     dataset = name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
     tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     same = "preset response_source max_length teacher_max_length overlong batch_size max_new_tokens temperature seed "
-    same += "part basis"
+    same += "backend teacher_server vllm_kwargs part basis"
     cache = build_teacher_cache(
         args.teacher,
         dataset,
@@ -97,6 +100,7 @@ def show(cache: TeacherCache) -> None:
     lines: dict[str, Any] = {
         "folder": cache.path,
         "teacher": f"{teacher['name'] or 'no name'} ({teacher['dtype']}, quantization {teacher['quantization']})",
+        "run by": teacher.get("backend", "transformers"),
         "priming": "none" if priming is None else f"{priming['placement']}: {priming['text']!r}",
         "answers": "the data's" if manifest.response_source == "dataset" else "the teacher's",
         "preset": manifest.preset,

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -99,6 +100,7 @@ class TeacherServer:
         limits = httpx2.Limits(max_connections=_MOST_THREADS, max_keepalive_connections=_MOST_THREADS)
         self._client = httpx2.Client(limits=limits, headers={"Accept-Encoding": "identity"})
         self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="teacher-server")
+        weakref.finalize(self, self._client.close)  # connections end with the last reference to this
 
     def states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The hidden states of whole rows of token ids, after the final norm: `(tokens, hidden)` for each row, on the

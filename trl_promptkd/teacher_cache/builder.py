@@ -14,15 +14,13 @@ from ..data.priming import PrimingTemplate, resolve_priming
 from ..field_checks import check_choice, check_kind, check_positive
 from ..files import content_hash, remove_incomplete
 from ..generation.rollouts import rollout_config
-from ..generation.teacher_answers import weights_fingerprint, write_teacher_answers
-from ..models.compare import check_forward
+from ..generation.teacher_answers import write_teacher_answers
 from ..models.limits import check_positions, check_rows_embedded, embedded_by
-from ..models.teacher import freeze, load_teacher
 from ..models.tokenizer import shared_vocab_size
 from .codec import PRESETS
 from .manifest import MANIFEST_FILE, Manifest, describe_priming, describe_tokenizer, differing, part_numbers
 from .reader import BASIS_FILE, TeacherCache
-from .sources import ForwardStates
+from .sources import EngineStates, ForwardStates, ServerStates, StatesSource
 from .writer import CacheWriter
 
 
@@ -50,6 +48,9 @@ def build_teacher_cache(
     trust_remote_code: bool = False,
     seed: int = 42,
     num_proc: int | None = None,
+    backend: str = "transformers",
+    teacher_server: str | None = None,
+    vllm_kwargs: dict[str, Any] | None = None,
     part: str | None = None,
     basis: str | None = None,
 ) -> TeacherCache:
@@ -61,7 +62,8 @@ def build_teacher_cache(
 
     Args:
         teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with
-            `teacher_model_init_kwargs`.
+            `teacher_model_init_kwargs`. Only its output head is, if it runs elsewhere (`backend`): it must be a name
+            then.
         dataset ([`~datasets.Dataset`]): Rows as for [`PrimedDistillTrainer`].
         output_dir (`str`): The cache's folder; made if it is not there.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
@@ -72,9 +74,15 @@ def build_teacher_cache(
             `"teacher"`, which writes them first. `cache.dataset()` is then a training set with them.
         max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in
             [`PrimedDistillConfig`].
-        batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device.
+        batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device, or given to vLLM at once: more
+            of them keep it busy.
         seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
         num_proc (`int`, *optional*): Processes that tokenize.
+        backend (`str`, *optional*, defaults to `"transformers"`): What runs the teacher: `"transformers"`, `"vllm"` in
+            this process, or `"server"`, a vLLM server in pooling mode. vLLM only reads: with both, the answers must be
+            the data's.
+        teacher_server (`str`, *optional*): The server's address, such as `"http://host:8000"`.
+        vllm_kwargs (`dict`, *optional*): Arguments of `vllm.LLM`, such as `{"tensor_parallel_size": 4}`.
         part (`str`, *optional*): Build only this part of the cache, such as `"2/3"`. Every host finds its own rows:
             they are shared out by the content of what the teacher sees. [`merge_teacher_caches`] joins the parts.
         basis (`str`, *optional*): `basis.safetensors` of another cache of this teacher. Parts after the first need
@@ -87,12 +95,14 @@ def build_teacher_cache(
         `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
+        ConnectionError, TimeoutError: if a server stops. What is there is kept; start again.
         ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a
             teacher whose logits are not its output head applied to its last hidden state.
     """
     args = SimpleNamespace(
         preset=preset,
         response_source=response_source,
+        backend=backend,
         overlong=overlong,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -107,10 +117,13 @@ def build_teacher_cache(
     check_choice(args, "preset", list(PRESETS))
     check_choice(args, "response_source", ("dataset", "teacher"))
     check_choice(args, "overlong", ("drop", "error"))
+    check_choice(args, "backend", ("transformers", "vllm", "server"))
     for name in ("batch_size", "max_new_tokens", "temperature"):
         check_kind(name, getattr(args, name), int | float)
     check_positive(args, "batch_size", "max_new_tokens", "temperature")
     _check_part(part, basis, preset, output_dir)
+    how = (teacher, teacher_model_init_kwargs, trust_remote_code)
+    source = _source(backend, *how, response_source, teacher_server, vllm_kwargs)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"`processing_class` is a {type(processing_class).__name__}; it must be a tokenizer: "
@@ -121,6 +134,11 @@ def build_teacher_cache(
     template = resolve_priming(priming)
     # Before tokenizing, which asks `PartialState()`: that alone does not find the ranks of `accelerate launch --cpu`
     accelerator = Accelerator()
+    if backend == "vllm" and accelerator.num_processes > 1:
+        raise ValueError(
+            f"`backend` is 'vllm', but {accelerator.num_processes} processes were launched. vLLM spreads a teacher "
+            "over several GPUs itself: start one process, with `vllm_kwargs={'tensor_parallel_size': ...}`."
+        )
     needed = None
     if response_source == "dataset":
         needed = (
@@ -133,27 +151,19 @@ def build_teacher_cache(
     whole = dataset
     if part is not None:
         dataset = _rows_of_part(dataset, part)
-    if isinstance(teacher, str):
-        teacher = load_teacher(teacher, teacher_model_init_kwargs, trust_remote_code)
-    vocab_size = shared_vocab_size(teacher, teacher, processing_class)
-    seen = {"teacher": (teacher, ("teacher_prompt_ids", "completion_ids"))}
-    check_rows_embedded(dataset, "dataset", processing_class, embedded_by(seen, processing_class))
-    longest = max(dataset["length"]) + (max_new_tokens if response_source == "teacher" else 0)
+    loaded = source.load()
+    vocab_size = shared_vocab_size(loaded, loaded, processing_class)
+    seen = {"teacher": (loaded, ("teacher_prompt_ids", "completion_ids"))}
+    check_rows_embedded(whole, "dataset", processing_class, embedded_by(seen, processing_class))
+    longest = max(whole["length"]) + (max_new_tokens if response_source == "teacher" else 0)
     check_positions(
-        "teacher", teacher, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
+        "teacher", loaded, longest, "Lower `teacher_max_length` to leave such rows out, or `max_new_tokens`."
     )
-    freeze(teacher)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "generation_kwargs", "seed")
     sampling = {name: getattr(args, name) for name in names}
-    config, fingerprint = teacher.config, weights_fingerprint(teacher)
+    identity = source.identity()
     manifest = Manifest(
-        teacher={
-            "name": config._name_or_path,
-            "revision": getattr(config, "_commit_hash", None),
-            "dtype": str(teacher.dtype).removeprefix("torch."),
-            "quantization": str(getattr(teacher, "quantization_method", None) or "none"),
-            "weights": fingerprint,
-        },
+        teacher=identity,
         **describe_tokenizer(processing_class),
         vocab_size=vocab_size,
         priming=describe_priming(template),
@@ -165,19 +175,15 @@ def build_teacher_cache(
         part=part,
     )
     _claim_folder(output_dir, manifest, accelerator)
-    model = accelerator.prepare_model(teacher, evaluation_mode=True)
-    check_forward("teacher", teacher, processing_class, accelerator, vocab_size=vocab_size)
-    pad_token_id = processing_class.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = processing_class.eos_token_id or 0  # any will do: masks come from lengths
-    if response_source == "teacher":
-        generation_config = rollout_config(teacher, teacher, processing_class, args)
-        generation_config.pad_token_id = pad_token_id
+    source.start(accelerator, processing_class, vocab_size, longest)
+    if isinstance(source, ForwardStates) and response_source == "teacher":
+        generation_config = rollout_config(loaded, loaded, processing_class, args)
+        generation_config.pad_token_id = source.pad_token_id
         dataset = whole = write_teacher_answers(
             dataset,
             os.path.join(output_dir, "_teacher_answers"),
-            model,
-            fingerprint,
+            source.model,
+            str(identity["weights"]),
             accelerator,
             processing_class,
             generation_config,
@@ -185,9 +191,43 @@ def build_teacher_cache(
             vocab_size,
             "the cache",
         )
-    source = ForwardStates(model, vocab_size, pad_token_id, accelerator)
     CacheWriter(source, dataset, whole, output_dir, manifest, batch_size, accelerator, basis).run()
     return TeacherCache(output_dir, verify_checksums=False)
+
+
+def _source(
+    backend: str,
+    teacher: str | PreTrainedModel,
+    init_kwargs: dict[str, Any] | None,
+    trust_remote_code: bool,
+    response_source: str,
+    teacher_server: str | None,
+    vllm_kwargs: dict[str, Any] | None,
+) -> StatesSource:
+    """What runs the teacher, before anything is loaded."""
+    for name, value, of in (("teacher_server", teacher_server, "server"), ("vllm_kwargs", vllm_kwargs, "vllm")):
+        if value and backend != of:
+            raise ValueError(f"`{name}` is {value!r}, but `backend` is {backend!r}. Set `backend={of!r}`, or omit it.")
+    if backend == "transformers":
+        return ForwardStates(teacher, init_kwargs, trust_remote_code)
+    if not isinstance(teacher, str):
+        raise TypeError(
+            f"`teacher` is a {type(teacher).__name__}, but with `backend={backend!r}` it runs elsewhere and only its "
+            "output head is loaded here. Pass its name, a Hub id or a folder."
+        )
+    if response_source == "teacher":
+        raise ValueError(
+            f"`response_source` is 'teacher', but with `backend={backend!r}` the teacher only reads answers and "
+            "writes none. Let a server that generates write them first, and build from that data set with "
+            "`response_source='dataset'`. Or use `backend='transformers'`."
+        )
+    if backend == "vllm":
+        return EngineStates(teacher, init_kwargs, trust_remote_code, vllm_kwargs=vllm_kwargs)
+    if teacher_server is None:
+        raise ValueError(
+            "`backend` is 'server', but `teacher_server` is missing. Pass its address: 'http://host:8000'."
+        )
+    return ServerStates(teacher, init_kwargs, trust_remote_code, url=teacher_server)
 
 
 def _check_part(part: str | None, basis: str | None, preset: str, folder: str) -> None:

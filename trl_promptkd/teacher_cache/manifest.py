@@ -83,7 +83,8 @@ class Manifest:
     The contents of `manifest.json`.
 
     Args:
-        teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint.
+        teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint. If it ran in vLLM,
+            that of the output head, and `backend`.
         tokenizer (`str`), chat_template (`str`): Hashes of the vocabulary and of the template.
         real_vocab_size (`int`): Number of ids that stand for tokens.
         vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
@@ -134,7 +135,8 @@ class Manifest:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be from 1 to {MAX_VOCAB_SIZE}")
         if not all(abs(number) < 1e300 for number in (self.temperature, *self.receipt.values())):
             raise ValueError(f"`temperature` is {self.temperature} and `receipt` {self.receipt}; they must be finite")
-        for entry, names in ((self.teacher, _TEACHER), (self.priming, _PRIMING)):
+        backend = {"backend"} & set(self.teacher)
+        for entry, names in ((self.teacher, _TEACHER | backend), (self.priming, _PRIMING)):
             if entry is not None and set(entry) != names:
                 raise ValueError(f"`teacher` or `priming` has {sorted(entry)}; it must have {sorted(names)}")
         for shard in self.shards:

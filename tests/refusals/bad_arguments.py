@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from case import Case, call, primed, promptkd, without
+from case import Case, by_api, call, primed, promptkd, without
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
 from tiny import chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
@@ -164,6 +164,16 @@ TRAINERS = [
         teacher_model=None,
         teacher_cache="x",
         args={"response_source": "student"},
+    ),
+    Case(
+        "`teacher_answers_url` and a `teacher_model`",
+        partial(by_api, teacher_model="no/such-teacher"),
+        "`teacher_model` and `teacher_answers_url` are both set | Omit `teacher_model`",
+    ),
+    Case(
+        "`teacher_answers_url` and a `teacher_cache`",
+        partial(by_api, teacher_cache="cache"),
+        "`teacher_cache` and `teacher_answers_url` are both set | Omit `teacher_cache`",
     ),
 ]
 OTHERS = [

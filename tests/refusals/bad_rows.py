@@ -3,7 +3,7 @@
 from functools import partial
 
 from bad_arguments import evaluate
-from case import Case, from_cache, primed, promptkd, without
+from case import Case, by_api, from_cache, primed, promptkd, without
 from datasets import Dataset, DatasetDict
 from tiny import CHAT_TEMPLATE, answered_dataset, chat_dataset, prompt_dataset, tiny_tokenizer
 
@@ -251,6 +251,28 @@ ROWS = [
         completion_ids=7,
     ),
 ]
+BY_API = [
+    row(
+        "`teacher_answers_url` with tokenized rows",
+        "`prompt_ids`, but a server is sent texts | Pass the rows as texts or messages",
+        by_api,
+        prompt_ids=[7],
+        teacher_prompt_ids=[7],
+    ),
+    row(
+        "`teacher_answers_url` with `tools`",
+        "has `tools`, but only answers that are texts | Filter such rows out",
+        by_api,
+        prompt=[USER],
+        tools=[{"type": "function"}],
+    ),
+    row(
+        "`teacher_answers_url` with a prompt that ends with an assistant message",
+        "ends with an assistant message, but a server | end their prompts with the question",
+        by_api,
+        prompt=[USER, ANSWER],
+    ),
+]
 EVALUATED = [
     row(
         "`evaluate_model` with rows that have none of the columns it reads",
@@ -293,4 +315,4 @@ EVALUATED = [
         completion="on",
     ),
 ]
-CASES = DATASETS + ROWS + EVALUATED
+CASES = DATASETS + ROWS + BY_API + EVALUATED

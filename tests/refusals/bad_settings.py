@@ -11,6 +11,12 @@ def wrong(config, allowed, error=ValueError, **setting):
     return call(config, f"`{name}` is {value!r} | {allowed}", error, **setting)
 
 
+def by_api(says, **settings):
+    """Settings that do not go with a teacher behind an API."""
+    settings = {"teacher_answers_url": "http://localhost:8000/v1", "response_source": "teacher", **settings}
+    return call(PrimedDistillConfig, says, **settings)
+
+
 CASES = [
     wrong(PromptKDConfig, "between 0 and 1", lmbda=1.5),
     wrong(PromptKDConfig, "a number. Write it without quotes", TypeError, lmbda="1.0"),
@@ -55,6 +61,28 @@ CASES = [
     wrong(PrimedDistillConfig, "'dataset' or 'teacher' or 'student'", response_source="gold"),
     wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
     wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
+    call(
+        PrimedDistillConfig,
+        "`teacher_answers_url` is 'localhost:8000' | starts with http:// or https://",
+        teacher_answers_url="localhost:8000",
+        response_source="teacher",
+    ),
+    call(
+        PrimedDistillConfig,
+        "A key goes into the environment variable OPENAI_API_KEY",
+        teacher_answers_url="https://me:my-key@example.com/v1",
+        response_source="teacher",
+    ),
+    by_api("`response_source` is 'dataset' | Set `response_source='teacher'`", response_source="dataset"),
+    by_api("`alpha` is 0.5 | hard labels alone. Set `alpha=1`", alpha=0.5),
+    by_api("`top_k` is 50 | Omit it", top_k=50),
+    by_api("`generation_kwargs` holds 'stop_strings' | Omit it", generation_kwargs={"stop_strings": ["Q:"]}),
+    by_api("`teacher_max_length` is 512 | not known here. Omit it", teacher_max_length=512),
+    call(
+        PrimedDistillConfig,
+        "`teacher_answers_model` is 'gpt-4o', but `teacher_answers_url` is None | the address of the API",
+        teacher_answers_model="gpt-4o",
+    ),
     wrong(PromptEncoderConfig, "at least 1", num_virtual_tokens=0),
     wrong(PromptEncoderConfig, "a whole number", TypeError, num_virtual_tokens="7"),
     wrong(PromptEncoderConfig, "'text' or 'random' or 'vocab'", prompt_init="zeros"),

@@ -182,6 +182,18 @@ def cache(folder: str = "cache", **settings) -> str:
     return folder
 
 
+BY_API = {
+    "response_source": "teacher",
+    "teacher_answers_url": "http://127.0.0.1:9/v1",
+    "teacher_answers_model": "teacher",
+}
+
+
+def by_api(**settings):
+    """Response priming with a teacher behind an API, which nobody asks."""
+    return primed(args=BY_API, **{"teacher_model": None, **settings})
+
+
 def from_cache(args=None, **settings):
     """Response priming from a cache that fits, but for `settings`."""
     args = {"kd_temperature": 1.0, **(args or {})}

@@ -9,6 +9,7 @@ from trl_promptkd.generation.vllm import VLLMRollouts
 from trl_promptkd.models.forward import TokenLogits, TokenStates
 from trl_promptkd.teacher_cache.reader import CachedAnswers
 from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
+from trl_promptkd.trainer.api_teacher import ApiTeacher
 from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
 
 
@@ -34,8 +35,12 @@ def test_a_cached_teacher_has_the_methods_of_a_live_one():
     assert {"find", "load", "views", "place", "answered", "at_completions", "plain_log_prob"} == theirs.keys()
 
 
+def test_a_teacher_behind_an_api_has_the_methods_of_a_cached_one():
+    assert methods(CachedTeacher).items() <= methods(ApiTeacher).items()
+
+
 @pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
 def test_the_trainers_never_look_at_which_it_is(module):
     source = inspect.getsource(module)
-    for name in ("LiveTeacher", "CachedTeacher", "VLLMRollouts", "use_vllm", "partial("):
+    for name in ("LiveTeacher", "CachedTeacher", "ApiTeacher", "VLLMRollouts", "use_vllm", "partial("):
         assert name not in source, name

@@ -118,7 +118,7 @@ def prepare_rows(
 
     Args:
         columns: What `function` returns besides `empty_answer` and the limits' columns: lists of ids if they end in
-            `_ids`, else whole numbers.
+            `_ids`, texts if in `_json`, else whole numbers.
         limits: Rows beyond them are left out and counted (`overlong="drop"`) or rejected (`"error"`).
         answers_needed: As for [`check_columns`].
 
@@ -137,6 +137,7 @@ def prepare_rows(
         keeps = partial(_keeps, name=name, limits=limits, overlong=overlong, answers_needed=answers_needed)
         return dataset.filter(keeps).remove_columns(measured)
     number = Value("int64")
+    kinds = {"ids": List(number), "json": Value("string")}
     with PartialState().main_process_first():
         dataset = dataset.map(
             _named,
@@ -144,7 +145,7 @@ def prepare_rows(
             fn_kwargs=fn_kwargs,
             remove_columns=dataset.column_names,
             # Not guessed from the first rows, which may all have no answer
-            features=Features({c: List(number) if c.endswith("_ids") else number for c in (*columns, *measured)}),
+            features=Features({c: kinds.get(c.rpartition("_")[2], number) for c in (*columns, *measured)}),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )

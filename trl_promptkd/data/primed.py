@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .answered_rows import TEXTS, texts_of_row
 from .collate import masked_rows, pad_rows
 from .dataset import Limit, check_columns, is_empty_answer, prepare_rows
 from .priming import PrimingTemplate, resolve_priming
@@ -34,6 +35,7 @@ def tokenize_primed_dataset(
     answers_needed: str | None = None,
     overlong: str = "drop",
     num_proc: int | None = None,
+    server_answers: bool = False,
 ) -> Dataset | IterableDataset:
     """Replace a data set's columns by `prompt_ids`, `teacher_prompt_ids`, `completion_ids` and `length`.
 
@@ -43,6 +45,8 @@ def tokenize_primed_dataset(
     Args:
         answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not. Then
             they are not looked at, and the limits bound the prompts.
+        server_answers: Whether a server writes the answers. Then the column [`~trl_promptkd.data.answered_rows.TEXTS`]
+            holds what it is sent, with the priming text. The ids are those of the student's view alone.
 
     Raises:
         ValueError: if the template uses columns that are not there, and as
@@ -56,7 +60,7 @@ def tokenize_primed_dataset(
         dataset,
         name,
         _tokenize_and_measure,
-        ("prompt_ids", "teacher_prompt_ids", "completion_ids", "length"),
+        ("prompt_ids", "teacher_prompt_ids", "completion_ids", "length", *([TEXTS] if server_answers else [])),
         [
             Limit("max_length", max_length, "rows"),
             Limit("teacher_max_length", teacher_max_length, "rows, as the teacher sees them,"),
@@ -67,17 +71,24 @@ def tokenize_primed_dataset(
         processing_class=processing_class,
         priming=priming,
         with_answer=answers_needed is not None,
+        server_answers=server_answers,
     )
 
 
 def _tokenize_and_measure(
-    row: dict[str, Any], processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None, with_answer: bool
+    row: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase,
+    priming: PrimingTemplate | None,
+    with_answer: bool,
+    server_answers: bool,
 ) -> dict[str, Any]:
-    ids = tokenize_primed_row(row, processing_class, priming, with_answer)
+    texts = {TEXTS: texts_of_row(row, processing_class, priming)} if server_answers else {}
+    ids = tokenize_primed_row(row, processing_class, None if server_answers else priming, with_answer)
     number = len(ids["completion_ids"])
     teacher_length = len(ids["teacher_prompt_ids"]) + number
     return {
         **ids,
+        **texts,
         "length": teacher_length,  # what `group_by_length` groups by
         "empty_answer": int(is_empty_answer(row, ids["completion_ids"], processing_class)),
         "needs_max_length": len(ids["prompt_ids"]) + number,

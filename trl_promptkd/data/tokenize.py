@@ -14,7 +14,9 @@ from .priming import PrimingTemplate
 from .rows import check_ids, check_text_only, is_blank, shortened, split_row
 
 
-__all__ = ["tokenize_primed_row", "tokenize_row"]
+__all__ = ["tokenize_cut_row", "tokenize_primed_row", "tokenize_row"]
+
+_CUT = "[cut here]"
 
 
 def tokenize_row(
@@ -40,6 +42,21 @@ def tokenize_row(
     """
     ids = tokenize_primed_row(row, processing_class, None, with_answer)
     return {"prompt_ids": ids["prompt_ids"], "completion_ids": ids["completion_ids"]}
+
+
+def tokenize_cut_row(row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """The same for a row whose answer, a text, was cut: nothing follows its last word, no end of text either."""
+    prompt, answer = split_row(row)
+    if is_blank(answer, processing_class.eos_token):
+        return {**tokenize_row(row, processing_class, with_answer=False), "completion_ids": []}
+    before, prompts, text = [], [prompt], answer
+    if isinstance(prompt, str):
+        before = _ids_before(prompt, processing_class)
+    else:
+        prompts, written = conversation_texts([prompt], answer + _CUT, row, processing_class)
+        text = written[: written.rindex(_CUT)] if written else ""  # what follows an answer is not always one token
+    prompt_ids, completion_ids = _tokenize_texts(prompts, text, processing_class)
+    return {"prompt_ids": [*before, *prompt_ids[0]], "completion_ids": completion_ids}
 
 
 def tokenize_primed_row(

@@ -62,8 +62,8 @@ def chunked_sums(
     """Add up `sums(*chunks, **settings)` over chunks of tokens, and the gradient of its first value.
 
     Args:
-        sums: Gets a chunk of every part and returns a tuple of scalars, each a sum over the chunk's tokens. The first
-            one is the loss.
+        sums: Gets a chunk of every part and returns a tuple of scalars, each a sum over the chunk's tokens, or `None`.
+            The first one is the loss.
         chunk_size (`int`, *optional*): Tokens per chunk. `None` for all at once.
         parts: All with one entry per token. What a model says (anything with `logits(start, end)`) gives `sums` logits
             `(tokens, vocab)`. Tensors are sliced. `None` is passed on.
@@ -101,8 +101,9 @@ def chunked_sums(
 
 
 def _each(function: Callable[..., Tensor], *tuples: Any) -> Any:
-    """`function` of the entries at each place, as a tuple of the first one's type."""
-    return tuple.__new__(type(tuples[0]), map(function, *tuples))
+    """`function` of the entries at each place, as a tuple of the first one's type. `None` stays `None`."""
+    entries = zip(*tuples, strict=True)
+    return tuple.__new__(type(tuples[0]), (None if entry[0] is None else function(*entry) for entry in entries))
 
 
 def _no_gradient_yet(part: TokenStates) -> StateGradient:

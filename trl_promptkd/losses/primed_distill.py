@@ -17,29 +17,30 @@ __all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
 
 
 class PrimedLossSums(NamedTuple):
-    """Sums over tokens: scalars. Only `loss` has a gradient, to the student. What was not computed is 0."""
+    """Sums over tokens: scalars. Only `loss` has a gradient, to the student. What was not computed is 0. Without the
+    teacher's logits, what they are needed for is `None`."""
 
     loss: Tensor
     """alpha CE + (1 - alpha) tau^2 D."""
     cross_entropy: Tensor
     """-log q(token), at temperature 1."""
-    divergence: Tensor
+    divergence: Tensor | None
     """D, at temperature tau, without its square."""
-    student_teacher: Tensor
+    student_teacher: Tensor | None
     """KL(q || p), at temperature tau."""
     student_entropy: Tensor
-    teacher_entropy: Tensor
-    agreement: Tensor
+    teacher_entropy: Tensor | None
+    agreement: Tensor | None
     """Tokens at which both models' likeliest token is the same."""
     accuracy: Tensor
     """Tokens at which the student's likeliest token is the completion's."""
-    teacher_log_prob: Tensor
+    teacher_log_prob: Tensor | None
     """log p(token)."""
 
 
 def primed_loss_sums(
     student_logits: Float[Tensor, "tokens vocab"],
-    teacher_logits: Float[Tensor, "tokens vocab"],
+    teacher_logits: Float[Tensor, "tokens vocab"] | None,
     tokens: Int[Tensor, "tokens"],
     drawn_from: Float[Tensor, "tokens"] | None = None,
     *,
@@ -58,7 +59,8 @@ def primed_loss_sums(
 
     Args:
         student_logits: Of the student, with gradient.
-        teacher_logits: Of the teacher at the same tokens.
+        teacher_logits: Of the teacher at the same tokens. `None` if they are not known: then the loss is the
+            cross-entropy.
         tokens: Ids of the completion's tokens.
         drawn_from: If `teacher_logits` are those of tokens drawn from
             the teacher: the entropies of what they were drawn from. The entropy of the draws is lower, which makes the
@@ -68,6 +70,8 @@ def primed_loss_sums(
         skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
         with_metrics (`bool`): Whether to compute what is only logged, which is about a third of the work.
     """
+    if teacher_logits is None:
+        return _hard_label_sums(student_logits, tokens, with_metrics)
     log_q = student_logits.log_softmax(dim=-1)
     cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
     shared, teacher_logits = on_shared_support(student_logits, teacher_logits)
@@ -109,6 +113,18 @@ def primed_loss_sums(
             (best == tokens).sum(),
             log_p.gather(-1, tokens.unsqueeze(-1)).sum(),
         )
+
+
+def _hard_label_sums(student_logits: Tensor, tokens: Tensor, with_metrics: bool) -> PrimedLossSums:
+    log_q = student_logits.log_softmax(dim=-1)
+    loss = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
+    entropies = accuracy = loss.new_zeros(())
+    if with_metrics:
+        with torch.no_grad():
+            (allowed,) = on_shared_support(student_logits)  # the entropy of a token that is ruled out is 0
+            entropies = entropy(log_q if allowed is student_logits else allowed.log_softmax(dim=-1)).sum()
+            accuracy = (log_q.argmax(dim=-1) == tokens).sum()
+    return PrimedLossSums(loss, loss.detach(), None, None, entropies, None, None, accuracy, None)
 
 
 def log_prob_sums(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> tuple[Float[Tensor, ""]]:

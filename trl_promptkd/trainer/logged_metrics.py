@@ -27,7 +27,10 @@ class Means:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
-    def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
+    def add(self, name: str, total: Tensor | float | None, count: Tensor | float = 1.0) -> None:
+        """Add a sum over `count` tokens or rows. What is `None` is not known, and not reported."""
+        if total is None:
+            return
         total, count = (torch.as_tensor(value).detach().float() for value in (total, count))
         self._sums[name] = self._sums.get(name, 0) + total
         self._counts[name] = self._counts.get(name, 0) + count

@@ -93,15 +93,16 @@ without it.
 def priming_section(trainer) -> str:
     """The priming text and the settings of the loss."""
     args, priming = trainer.args, trainer.priming
-    settings = _values(
-        args,
-        *("alpha", "kd_temperature", "kd_beta", "skew", "response_source", "max_length", "teacher_max_length"),
-        "learning_rate",
-    )
+    of_loss = ["kd_temperature", "kd_beta", "skew"] if args.alpha < 1 else []
+    settings = _values(args, "alpha", *of_loss, "response_source", "max_length", "teacher_max_length", "learning_rate")
     if args.response_source != "dataset":
         settings |= _values(args, "max_new_tokens", "temperature", "top_k", "top_p")
+    by_api = args.teacher_answers_url is not None
+    teacher = quoted(trainer.teacher.server.model) if by_api else _teacher_name(trainer)
     seen = "which saw the prompts as they are (no priming)."
-    used = ""
+    used, compared = "", "Both were compared on the same completion tokens."
+    if by_api:
+        compared = "It was trained on that teacher's answers alone, which came over an API."
     if priming is not None:
         place = PLACES[priming.placement]
         seen = f"which saw this text {place} (a Jinja template):\n\n{fenced(priming.text)}"
@@ -109,9 +110,9 @@ def priming_section(trainer) -> str:
     return f"""
 ## The primed teacher
 
-This model was distilled from {_teacher_name(trainer)}, {seen}
+This model was distilled from {teacher}, {seen}
 
-{used}Both were compared on the same completion tokens.
+{used}{compared}
 
 {settings_table(settings)}
 """

@@ -13,6 +13,7 @@ from ..field_checks import (
     check_share,
     check_training,
 )
+from ..generation.openai_server import check_url
 from .best_metric import choose_best_metric
 from .sampling_config import SamplingConfig
 
@@ -45,7 +46,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     Args:
         alpha (`float`, *optional*):
             Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the
-            paper's 0.6093; with `response_source="student"`, which has no hard labels, 0.
+            paper's 0.6093; with `response_source="student"`, which has no hard labels, 0; with `teacher_answers_url`,
+            which has no soft ones, 1.
         kd_temperature (`float`, *optional*, defaults to `5.942267335064758`):
             Both models' logits are divided by it in the divergence, which is multiplied by its square. The
             cross-entropy stays at temperature 1.
@@ -77,6 +79,13 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Temperature of sampling.
         teacher_answers_dir (`str`, *optional*):
             Where the teacher's answers are kept, and looked for; `output_dir/_teacher_answers` by default.
+        teacher_answers_url (`str`, *optional*):
+            With `response_source="teacher"`: an OpenAI-compatible API, such as `http://localhost:8000/v1`, that writes
+            the answers instead of a teacher here. The student is then trained on hard labels alone (`alpha` 1), and
+            the teacher may have any tokenizer. Rows are asked for `rollout_batch_size` at once, by default 32. A key
+            comes from the environment variable `OPENAI_API_KEY`.
+        teacher_answers_model (`str`, *optional*):
+            The teacher's name there. `None` takes the only one that the API lists.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` stays.
@@ -99,7 +108,10 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     )
     alpha: float | None = field(
         default=None,
-        metadata={"help": "Weight of the hard-label term. None: the paper's 0.6093, or 0 on student samples."},
+        metadata={
+            "help": "Weight of the hard-label term. None: the paper's 0.6093, 0 on student samples, 1 with "
+            "teacher_answers_url."
+        },
     )
     kd_temperature: float = field(
         default=5.942267335064758,
@@ -139,6 +151,12 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     teacher_answers_dir: str | None = field(
         default=None, metadata={"help": "Where the teacher's answers are kept; None: output_dir/_teacher_answers."}
     )
+    teacher_answers_url: str | None = field(
+        default=None, metadata={"help": "An OpenAI-compatible API that writes the teacher's answers."}
+    )
+    teacher_answers_model: str | None = field(
+        default=None, metadata={"help": "The teacher's name there; None: the only one that the API lists."}
+    )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays."}
     )
@@ -158,6 +176,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         super().__post_init__()
         if self.alpha is None:
             self.alpha = 0.0 if self.response_source == "student" else _PAPER_ALPHA
+            if self.teacher_answers_url is not None:
+                self.alpha = 1.0
         self.check_values()
         # Rows are tokenized by this package, for conversations and plain texts alike
         given = self.dataset_kwargs if isinstance(self.dataset_kwargs, dict) else {}
@@ -177,10 +197,46 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
                 f"`alpha` is {self.alpha} with `response_source='student'`: the student's own samples are no hard "
                 "labels. Set `alpha=0` (or omit it), or train on `response_source='dataset'` or `'teacher'`."
             )
+        self._check_answers_api()
         check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.skew and 0 < self.kd_beta < 1:
             raise ValueError(
                 f"`skew` is {self.skew} with `kd_beta={self.kd_beta}`: only the forward and the reverse KL "
                 "(`kd_beta` 0 or 1) are skewed; the Jensen-Shannon divergence mixes both distributions already. Set "
                 "`skew=0`."
+            )
+
+    def _check_answers_api(self) -> None:
+        """Refuse what answers from an API cannot have."""
+        if self.teacher_answers_url is None:
+            if self.teacher_answers_model is not None:
+                raise ValueError(
+                    f"`teacher_answers_model` is {self.teacher_answers_model!r}, but `teacher_answers_url` is None. "
+                    "Set it to the address of the API that has this model."
+                )
+            return
+        check_url("teacher_answers_url", self.teacher_answers_url)
+        if self.response_source != "teacher":
+            raise ValueError(
+                f"`teacher_answers_url` is set, but `response_source` is {self.response_source!r}. Set "
+                "`response_source='teacher'`, or omit `teacher_answers_url`."
+            )
+        if self.alpha != 1:
+            raise ValueError(
+                f"`alpha` is {self.alpha} with `teacher_answers_url`: an API gives the teacher's answers, not its "
+                "distributions, so there are hard labels alone. Set `alpha=1` (or omit it)."
+            )
+        if self.teacher_max_length is not None:
+            raise ValueError(
+                f"`teacher_max_length` is {self.teacher_max_length} with `teacher_answers_url`, but how many tokens a "
+                "row has for a teacher behind an API is not known here. Omit it; `max_length` bounds the student's."
+            )
+        unsent = [name for name in self.generation_kwargs or {} if name != "do_sample"]
+        unsent = [f"`generation_kwargs` holds {name!r}" for name in unsent]
+        unsent += [f"`top_k` is {self.top_k}"] if self.top_k else []
+        if unsent:
+            raise ValueError(
+                f"{unsent[0]}, which OpenAI's API does not know and a server might ignore. Omit it. With "
+                "`teacher_answers_url`, sampling is set by `temperature`, `top_p`, `max_new_tokens`, `seed` and "
+                "`generation_kwargs={'do_sample': False}`."
             )

@@ -158,7 +158,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "PrimedDistillTrainer and override `compute_loss` instead."
             )
         self.priming = resolve_priming(priming)
-        self.is_self_distillation = teacher_model is None and teacher_cache is None
+        self.is_self_distillation = teacher_model is None and teacher_cache is None and not args.teacher_answers_url
         if self.priming is None and self.is_self_distillation:
             logger.warning(
                 "`teacher_model` and `priming` are both None: the teacher is the student's own start and sees what "
@@ -237,6 +237,7 @@ class PrimedDistillTrainer(SFTTrainer):
             _ANSWERS_NEEDED if args.response_source == "dataset" else None,
             args.overlong,
             args.dataset_num_proc,
+            server_answers=args.teacher_answers_url is not None,
         )
         if isinstance(tokenized, Dataset) and name == "train_dataset":
             self._dropped_rows = len(dataset) - len(tokenized)
@@ -352,7 +353,7 @@ class PrimedDistillTrainer(SFTTrainer):
             student_states,
             teacher_says,
             tokens,
-            teacher_says.entropies(),
+            None if teacher_says is None else teacher_says.entropies(),
             alpha=args.alpha,
             temperature=args.kd_temperature,
             beta=args.kd_beta,
@@ -377,7 +378,7 @@ class PrimedDistillTrainer(SFTTrainer):
     def _add_gain(self, means: Means, inputs: dict[str, Tensor], sums: PrimedLossSums, count: Tensor) -> None:
         """How much likelier the completion is to the teacher with the priming text than without it."""
         plain = self.teacher.plain_log_prob(inputs)
-        if plain is not None:
+        if plain is not None and sums.teacher_log_prob is not None:
             means.add("priming/gain_nats", sums.teacher_log_prob - plain, count)
 
     # ------------------------------------------------------------------------------------------------ evaluation

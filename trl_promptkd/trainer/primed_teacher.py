@@ -1,6 +1,7 @@
-"""The two teachers of response priming: one that runs beside the student, and one that a cache speaks for.
+"""The teachers of response priming: one that runs beside the student, one that a cache speaks for, and (in a module of
+its own) one that writes answers over an API.
 
-Both say the same things at the same moments, so that the trainer never asks which one it has.
+They say the same things at the same moments, so that the trainer never asks which one it has.
 """
 
 import os
@@ -23,6 +24,7 @@ from ..models.forward import TokenStates, completion_states, inside_forward
 from ..models.teacher import build_teacher, load_teacher, place_teacher, run_teacher
 from ..teacher_cache import TeacherCache
 from ..teacher_cache.reader import CachedAnswers
+from .api_teacher import ApiTeacher
 from .datasets import View
 
 
@@ -36,7 +38,7 @@ def primed_teacher(
     tokenizes: bool,
     processing_class: PreTrainedTokenizerBase,
     priming: PrimingTemplate | None,
-) -> "LiveTeacher | CachedTeacher":
+) -> "LiveTeacher | CachedTeacher | ApiTeacher":
     """The teacher of a run, before any weights are loaded.
 
     Args:
@@ -56,6 +58,15 @@ def primed_teacher(
             raise ValueError(
                 f"`{name}` needs rows that the trainer prepares, but `data_collator` is set. Omit `data_collator`."
             )
+    if args.teacher_answers_url is not None:
+        for name, given in (("teacher_model", teacher_model), ("teacher_cache", teacher_cache)):
+            if given is not None:
+                raise ValueError(
+                    f"`{name}` and `teacher_answers_url` are both set, but on a server's answers the student is "
+                    f"trained with hard labels alone. Omit `{name}`; or omit `teacher_answers_url`, and the teacher "
+                    "here writes the answers."
+                )
+        return ApiTeacher(args, processing_class)
     if teacher_cache is not None:
         return CachedTeacher(teacher_cache, args, processing_class, priming)
     deepspeed = args.deepspeed_plugin

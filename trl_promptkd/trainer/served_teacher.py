@@ -17,7 +17,7 @@ from ..generation.teacher_server import PendingStates, TeacherServer
 from ..losses.chunked import chunked_sums
 from ..losses.primed_distill import log_prob_sums
 from ..models.forward import TokenStates
-from ..models.output_head import load_output_head, move_output_head
+from ..models.output_head import head_kwargs, load_output_head, move_output_head
 from .datasets import View
 
 
@@ -57,6 +57,7 @@ class ServedTeacher:
                 "`response_source` is 'teacher', but a server in pooling mode writes no answers. Set "
                 "`response_source` to 'dataset' or 'student'."
             )
+        head_kwargs(args.teacher_model_init_kwargs)
         self.name, self.args, self.has_priming = name, args, has_priming
         self.server = TeacherServer(url, name, args.teacher_server_dtype, args.teacher_server_timeout)
         self.server.find_model()  # before weights are loaded

@@ -272,7 +272,9 @@ class TestCheck:
             TeacherServer(server.url, "other").check(head, tiny_tokenizer())
 
     def test_rows_that_are_too_long(self, server, head):
-        with pytest.raises(ValueError, match=r"at most 128 tokens, but the longest row has 129 .*--max-model-len 129"):
+        with pytest.raises(
+            ValueError, match=r"at most 128 tokens, but the longest row needs 129 .*--max-model-len 129"
+        ):
             TeacherServer(server.url).check(head, tiny_tokenizer(), longest=129)
 
     def test_another_hidden_size(self, head):

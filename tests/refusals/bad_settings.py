@@ -60,6 +60,14 @@ CASES = [
     call(PrimedDistillConfig, "`skew` is 0.1 with `kd_beta=0.5` | Set `skew=0`", skew=0.1, kd_beta=0.5),
     wrong(PrimedDistillConfig, "'dataset' or 'teacher' or 'student'", response_source="gold"),
     wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
+    wrong(PrimedDistillConfig, "an address such as 'http://host:8000'", teacher_server="host:8000"),
+    call(
+        PrimedDistillConfig,
+        "a name or a key, which would be saved | VLLM_API_KEY",
+        teacher_server="http://me:key@host",
+    ),
+    wrong(PrimedDistillConfig, "'bfloat16' or 'float32'", teacher_server_dtype="float16"),
+    wrong(PrimedDistillConfig, "above 0", teacher_server_timeout=0),
     wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
     call(
         PrimedDistillConfig,

@@ -135,13 +135,8 @@ class TeacherServer:
             ConnectionError, TimeoutError: see [`~TeacherServer.states`].
             ValueError: naming what the server has and what is needed, with what to do.
         """
-        name = self._name()
-        if longest is not None and self.max_length is not None and longest > self.max_length:
-            raise ValueError(
-                f"The teacher server at {self.url} takes rows of at most {self.max_length} tokens, but the longest "
-                f"row has {longest} as the teacher sees it. Start the server with `--max-model-len {longest}` or "
-                "more, or lower `teacher_max_length`."
-            )
+        name = self.find_model()
+        self.check_length(longest or 0)
         self.hidden_size = hidden_size(head)
         size = head.get_output_embeddings().weight.size(0)
         ids = [index for index in processing_class.encode(_SENTENCE, add_special_tokens=False) if index < size]
@@ -171,8 +166,22 @@ class TeacherServer:
                 "another model. Pass the served model as `teacher_model`."
             )
 
-    def _name(self) -> str:
-        """What the server calls the teacher."""
+    def check_length(self, longest: int) -> None:
+        """Reject rows, of which the longest has `longest` tokens, if the server does not take them."""
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"The teacher server at {self.url} takes rows of at most {self.max_length} tokens, but the longest "
+                f"row needs {longest} as the teacher sees it. Start the server with `--max-model-len {longest}` or "
+                "more, or lower `teacher_max_length`."
+            )
+
+    def find_model(self) -> str:
+        """The name that the server has for the teacher, asked for once.
+
+        Raises:
+            ConnectionError, TimeoutError: see [`~TeacherServer.states`].
+            ValueError: if it serves another model.
+        """
         if self._served_name is not None:
             return self._served_name
         listed = self._json("GET", "/v1/models", None).get("data")
@@ -205,7 +214,7 @@ class TeacherServer:
 
     def _ask(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         body = {
-            "model": self._name(),
+            "model": self.find_model(),
             "input": [list(row) for row in rows],
             "task": "token_embed",
             "encoding_format": "bytes",

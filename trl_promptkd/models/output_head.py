@@ -24,7 +24,7 @@ from .init_kwargs import from_pretrained_kwargs, hub_kwargs
 from .student import adapter_config
 
 
-__all__ = ["hidden_size", "load_output_head", "move_output_head"]
+__all__ = ["head_kwargs", "hidden_size", "load_output_head", "move_output_head"]
 
 _CODE_KWARGS = ("trust_remote_code", "code_revision")
 _DTYPES = ("F16", "BF16", "F32", "F64")  # of safetensors
@@ -54,15 +54,9 @@ def load_output_head(
         ValueError: for arguments that say nothing about a head, for an adapter, and if the head is not in the files or
             has another shape than the configuration says.
     """
-    kwargs = from_pretrained_kwargs(_FIELD, init_kwargs)
+    kwargs = head_kwargs(init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     files = hub_kwargs(kwargs)
-    unknown = sorted(kwargs.keys() - files.keys() - {"dtype", *_CODE_KWARGS})
-    if unknown:
-        raise ValueError(
-            f"`{_FIELD}` holds {unknown[0]!r}, which has no effect: only the teacher's output head is loaded here. "
-            "Remove it. How the teacher itself is loaded is decided where it runs."
-        )
     if adapter_config(name_or_path, kwargs) is not None:
         raise ValueError(
             f"The teacher {name_or_path!r} is an adapter, but a teacher that runs elsewhere must be whole. Merge it "
@@ -81,6 +75,22 @@ def load_output_head(
     with suppress(OSError):  # many models publish none
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **files)
     return model.requires_grad_(False).eval()
+
+
+def head_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A user's arguments for [`load_output_head`], checked.
+
+    Raises:
+        ValueError: naming an argument that has no effect on a head.
+    """
+    kwargs = from_pretrained_kwargs(_FIELD, init_kwargs)
+    unknown = sorted(kwargs.keys() - hub_kwargs(kwargs).keys() - {"dtype", *_CODE_KWARGS})
+    if unknown:
+        raise ValueError(
+            f"`{_FIELD}` holds {unknown[0]!r}, which has no effect: only the teacher's output head is loaded here. "
+            "Remove it. How the teacher itself is loaded is decided where it runs."
+        )
+    return kwargs
 
 
 def move_output_head(model: PreTrainedModel, device: torch.device) -> None:

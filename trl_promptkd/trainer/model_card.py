@@ -248,6 +248,8 @@ def _teacher_name(trainer) -> str:
         if "kl_mean" in receipt:  # draws have none
             kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats per token"
         return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
+    if trainer.teacher_model is None:
+        return f"{quoted(trainer.teacher.name)}, which ran on a server"
     return quoted(_teachers_start(trainer))
 
 

@@ -14,6 +14,7 @@ from ..field_checks import (
     check_training,
 )
 from ..generation.openai_server import check_url
+from ..generation.teacher_server import check_server_url
 from .best_metric import choose_best_metric
 from .sampling_config import SamplingConfig
 
@@ -66,6 +67,13 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         teacher_model_init_kwargs (`dict`, *optional*):
             For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
             `{"quantization_config": {"load_in_4bit": True}}`.
+        teacher_server (`str`, *optional*):
+            Where the teacher runs, instead of here: the address of a vLLM server in pooling mode, such as
+            `"http://host:8000"`. Of the teacher's weights, only the output head is loaded.
+        teacher_server_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            What the hidden states travel in: `"bfloat16"`, or `"float32"`, which takes twice the bytes.
+        teacher_server_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds after which a request to the server fails, with all its tries.
         teacher_max_length (`int`, *optional*):
             Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
             `max_length` bounds it as the student sees it.
@@ -136,6 +144,17 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
     )
+    teacher_server: str | None = field(
+        default=None, metadata={"help": "Address of a vLLM server in pooling mode that runs the teacher."}
+    )
+    teacher_server_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "What hidden states travel in.", "choices": ["bfloat16", "float32"]},
+    )
+    teacher_server_timeout: float = field(
+        default=120.0,
+        metadata={"help": "Seconds after which a request to that server fails, tries included."},
+    )
     teacher_max_length: int | None = field(
         default=None,
         metadata={"help": "Longest row in tokens as the teacher sees it, priming included; None: no limit."},
@@ -187,7 +206,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         """Refuse values out of range or that do not go together, and fields of the base classes that would have no
         effect."""
         check_training(self)
-        check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
+        check_positive(self, "kd_temperature", "teacher_max_length", "teacher_server_timeout", "loss_chunk_size")
+        if self.teacher_server is not None:
+            check_server_url("teacher_server", self.teacher_server)
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"

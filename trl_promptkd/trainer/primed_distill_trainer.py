@@ -99,11 +99,12 @@ class PrimedDistillTrainer(SFTTrainer):
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
             `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own starting
-            weights: what the priming text does is then trained into the student. A PEFT student is its own teacher
-            with the adapter switched off (no second copy is held), otherwise a frozen copy is kept.
+            weights, of which a PEFT student holds no second copy: the priming text is then trained into the student.
         teacher_cache (`str` or [`TeacherCache`], *optional*):
             What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
             or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer.
+        teacher_server (`str`, *optional*):
+            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
@@ -146,6 +147,7 @@ class PrimedDistillTrainer(SFTTrainer):
         priming: str | PrimingTemplate | None = None,
         teacher_model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
         teacher_cache: str | TeacherCache | None = None,
+        teacher_server: str | None = None,
     ):
         # 1. What can be checked without weights
         args = PrimedDistillConfig(output_dir="PrimedDistill") if args is None else args
@@ -171,7 +173,7 @@ class PrimedDistillTrainer(SFTTrainer):
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
         self.teacher = primed_teacher(
-            teacher_model, teacher_cache, args, self._tokenizes, processing_class, self.priming
+            teacher_model, teacher_cache, teacher_server, args, self._tokenizes, processing_class, self.priming
         )
         self.teacher_cache = self.teacher.cache
         self._dropped_rows = 0
@@ -305,6 +307,7 @@ class PrimedDistillTrainer(SFTTrainer):
             batches = sample_views(self, batches)
         num_tokens = count_trained_tokens(batches, self.accelerator, self.state.global_step)
         self._train_means.add("completion_tokens", num_tokens)
+        self.teacher.expect(batches)
         return batches, num_tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):

@@ -54,6 +54,8 @@ CASES = [
     call(PrimedDistillConfig, "`skew` is 0.1 with `kd_beta=0.5` | Set `skew=0`", skew=0.1, kd_beta=0.5),
     wrong(PrimedDistillConfig, "'dataset' or 'teacher' or 'student'", response_source="gold"),
     wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
+    wrong(PrimedDistillConfig, "a text or None", TypeError, teacher_model_name_or_path=3),
+    call(PrimedDistillConfig, "a dict, or one written as JSON", teacher_model_name_or_path="{'math': 'a/teacher'}"),
     wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
     wrong(PromptEncoderConfig, "at least 1", num_virtual_tokens=0),
     wrong(PromptEncoderConfig, "a whole number", TypeError, num_virtual_tokens="7"),

@@ -1,4 +1,4 @@
-"""Teachers that run and cached ones, transformers' rollouts and vLLM's: the trainers use them in the same way."""
+"""Teachers that run, cached and several ones, transformers' rollouts and vLLM's: the trainers use them in one way."""
 
 import inspect
 
@@ -7,9 +7,11 @@ import pytest
 from trl_promptkd.generation.rollouts import Rollouts
 from trl_promptkd.generation.vllm import VLLMRollouts
 from trl_promptkd.models.forward import TokenLogits, TokenStates
+from trl_promptkd.models.joined_logits import JoinedLogits
 from trl_promptkd.teacher_cache.reader import CachedAnswers
 from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
 from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
+from trl_promptkd.trainer.several_teachers import SeveralTeachers
 
 
 def methods(cls: type) -> dict[str, list[str]]:
@@ -23,7 +25,7 @@ def test_both_rollouts_have_the_same_two_methods():
     assert sorted(methods(Rollouts)) == ["sample", "sync"]
 
 
-@pytest.mark.parametrize("cls", [TokenStates, CachedAnswers])
+@pytest.mark.parametrize("cls", [TokenStates, CachedAnswers, JoinedLogits])
 def test_what_a_teacher_says_follows_the_protocol(cls):
     assert methods(TokenLogits).items() <= methods(cls).items()
 
@@ -34,8 +36,12 @@ def test_a_cached_teacher_has_the_methods_of_a_live_one():
     assert {"find", "load", "views", "place", "answered", "at_completions", "plain_log_prob"} == theirs.keys()
 
 
+def test_several_teachers_have_the_methods_of_one():
+    assert methods(CachedTeacher).items() <= methods(SeveralTeachers).items()
+
+
 @pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
 def test_the_trainers_never_look_at_which_it_is(module):
     source = inspect.getsource(module)
-    for name in ("LiveTeacher", "CachedTeacher", "VLLMRollouts", "use_vllm", "partial("):
+    for name in ("LiveTeacher", "CachedTeacher", "SeveralTeachers", "VLLMRollouts", "use_vllm", "partial("):
         assert name not in source, name

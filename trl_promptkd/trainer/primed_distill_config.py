@@ -1,5 +1,6 @@
 """Settings of [`PrimedDistillTrainer`]."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from trl import SFTConfig
 
 from ..field_checks import (
     check_ignored,
+    check_kind,
     check_kinds,
     check_number,
     check_positive,
@@ -59,11 +61,12 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the
             primed teacher writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own
             samples, drawn anew at every step.
-        teacher_model_name_or_path (`str`, *optional*):
-            The teacher, if none is passed to the trainer.
+        teacher_model_name_or_path (`str` or `dict`, *optional*):
+            The teacher, if none is passed to the trainer. A `dict` has several by name; see the trainer's
+            `teacher_model`.
         teacher_model_init_kwargs (`dict`, *optional*):
             For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
-            `{"quantization_config": {"load_in_4bit": True}}`.
+            `{"quantization_config": {"load_in_4bit": True}}`. It holds for all that are.
         teacher_max_length (`int`, *optional*):
             Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
             `max_length` bounds it as the student sees it.
@@ -89,7 +92,12 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     """
 
     _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "generation_kwargs",
+        "teacher_model_name_or_path",
+    ]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
@@ -118,8 +126,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         default="dataset",
         metadata={"help": "Whose answers are trained on.", "choices": ["dataset", "teacher", "student"]},
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
+    teacher_model_name_or_path: Mapping[str, str | None] | str | None = field(  # of a `dict`, each text would be JSON
+        default=None,
+        metadata={"help": "The teacher, or JSON of several by name. None: the student's own starting weights."},
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
@@ -152,6 +161,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
+        teacher = self.teacher_model_name_or_path
+        are_several = isinstance(teacher, Mapping) or (isinstance(teacher, str) and teacher.startswith("{"))
+        check_kind("teacher_model_name_or_path", teacher, dict | None if are_several else str | None)
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")

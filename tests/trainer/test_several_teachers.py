@@ -205,7 +205,7 @@ class TestTeachers:
             trainer.evaluate(named(answered_dataset(2), "math"))
 
     def test_one_text_for_all(self, several):
-        rows = trained_rows(several(priming=PrimingTemplate("red ")))
+        rows = trained_rows(several(priming=PrimingTemplate("red "), remove_unused_columns=True, shuffle_dataset=True))
         assert {teacher_prompt[0] for _, teacher_prompt, _ in rows} == {RED}
 
     def test_each_teacher_expects_its_own_rows_of_a_window(self, several):
@@ -361,6 +361,13 @@ class TestRefusals:
         cache = build_teacher_cache(tiny_model(seed=3), of(data, "code"), str(tmp_path / "cache"), *parts)
         with pytest.raises(ValueError, match="Teacher 'code': The teacher cache was made with another priming"):
             several(teachers={"math": tiny_model(seed=2)}, teacher_cache={"code": cache}, kd_temperature=1.0)
+
+    def test_another_tokenizer_names_its_teacher(self, several, tmp_path):
+        tiny_model(seed=2).save_pretrained(tmp_path)
+        tiny_tokenizer(WORDS[::-1]).save_pretrained(tmp_path)
+        message = r"different tokenizers.*Found in `teacher_model\['code'\]`"
+        with pytest.raises(ValueError, match=message):
+            several(teachers={"math": tiny_model(seed=3), "code": str(tmp_path)})
 
     def test_a_teacher_that_is_not_finite_is_named(self, several):
         teachers = two_teachers()

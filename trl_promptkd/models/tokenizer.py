@@ -143,13 +143,18 @@ def prepare_tokenizer(
             raise ValueError(
                 f"{args.chat_template_path}, the file of `chat_template_path`, is empty. Write a template to it."
             )
-    for one in each_teacher(teacher_model).values():
+    for argument, one in each_teacher(teacher_model).items():
         if one is None:
             continue
         name = one if isinstance(one, str) else one.config._name_or_path
         teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
         if teacher_tokenizer is not None:
-            check_same_tokenizer(processing_class, teacher_tokenizer)
+            try:
+                check_same_tokenizer(processing_class, teacher_tokenizer)
+            except ValueError as error:
+                if one is teacher_model:
+                    raise
+                raise ValueError(f"{error} (Found in `{argument}`.)") from error
         elif isinstance(one, str):
             logger.warning(
                 f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both "

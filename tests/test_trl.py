@@ -13,6 +13,7 @@ import transformers
 import trl
 import trl.generation.vllm_generation
 from packaging.version import Version
+from tiny import tiny_model
 from transformers import GenerationMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
@@ -85,6 +86,11 @@ class TestWhatWeRelyOn:
     def test_what_shards_the_teacher(self):
         assert parameters(_trl.fsdp2_prepare_model) == ["accelerator", "model"]
         assert parameters(_trl.prepare_deepspeed) == ["model", "accelerator"]
+
+    def test_what_renames_an_older_checkpoints_weights(self):
+        keys = ["embed_out.weight", "gpt_neox.embed_in.weight"]
+        names = _trl.names_in_model(tiny_model("gpt_neox", tie_word_embeddings=False), keys)
+        assert names == {"lm_head.weight": keys[0], "gpt_neox.embed_in.weight": keys[1]}
 
     def test_old_checkpoints_go_at_the_end_of_saving(self):
         """`save_total_limit` is lifted around it; what it does with the limit is then done by us."""

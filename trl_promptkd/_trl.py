@@ -24,6 +24,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # tells an adapted output h
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,  # tells which weights are an adapter's
 )
+from transformers.conversion_mapping import get_model_conversion_mapping  # names of weights in older checkpoints
+from transformers.core_model_loading import WeightRenaming
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
@@ -46,6 +48,7 @@ __all__ = [
     "fsdp2_prepare_model",
     "is_vllm_available",
     "keep_four_bit_weights_differentiable",
+    "names_in_model",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_none_values",
@@ -91,6 +94,21 @@ def vllm_generation_module():
     from trl.generation import vllm_generation
 
     return vllm_generation
+
+
+def names_in_model(model, keys):
+    """The names that a checkpoint's keys have in `model` -> the keys, as `from_pretrained` renames them.
+
+    Weights that it computes from several others keep their keys.
+    """
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    names = {}
+    for key in keys:
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[name] = key
+    return names
 
 
 def keep_four_bit_weights_differentiable(model) -> int:

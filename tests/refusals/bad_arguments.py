@@ -165,6 +165,31 @@ TRAINERS = [
         teacher_cache="x",
         args={"response_source": "student"},
     ),
+    call(
+        PrimedDistillTrainer,
+        "`teacher_model` is None | Pass the name or the folder",
+        teacher_model=None,
+        teacher_server="http://host:8000",
+    ),
+    call(
+        PrimedDistillTrainer,
+        "are both set | pass one of them",
+        teacher_model=None,
+        teacher_cache="x",
+        teacher_server="http://host:8000",
+    ),
+    call(
+        PrimedDistillTrainer,
+        "a server in pooling mode writes no answers | Set `response_source` to 'dataset' or 'student'",
+        teacher_server="http://host:8000",
+        args={"response_source": "teacher"},
+    ),
+    call(
+        PrimedDistillTrainer,
+        "holds 'device_map', which has no effect | Remove it",
+        teacher_server="http://host:8000",
+        args={"teacher_model_init_kwargs": {"device_map": "auto"}},
+    ),
 ]
 OTHERS = [
     call(PrimingTemplate, "which says nothing | set `priming=None`", text=""),

@@ -63,7 +63,7 @@ CASES = [
     ),
     call(
         PrimedDistillTrainer,
-        "'math' stands in `teacher_cache` and in another argument | name it in one of them",
+        "'math' stands in `teacher_model` and in `teacher_cache` | name it in one of them",
         teacher_model={"math": "no/such-teacher"},
         teacher_cache={"math": "cache"},
     ),
@@ -72,6 +72,24 @@ CASES = [
         "`teacher_cache` is one teacher, but `teacher_model` is a dict | `teacher_cache={'name': ...}`",
         teacher_model={"math": "no/such-teacher"},
         teacher_cache="cache",
+    ),
+    call(
+        PrimedDistillTrainer,
+        "'code' stands in `teacher_server`, but not in `teacher_model` | the weights that are served there",
+        teacher_model={"math": "no/such-teacher"},
+        teacher_server={"code": "http://host:8000"},
+    ),
+    call(
+        PrimedDistillTrainer,
+        "`teacher_server` is one teacher, but `teacher_model` is a dict | `teacher_server={'name': ...}`",
+        teacher_model=TWO,
+        teacher_server="http://host:8000",
+    ),
+    call(
+        PrimedDistillTrainer,
+        "Teacher 'math': `teacher_server` is set, but `teacher_model` is None | the folder of the weights",
+        teacher_model={"math": None},
+        teacher_server={"math": "http://host:8000"},
     ),
     call(
         PrimedDistillTrainer,

@@ -1,4 +1,4 @@
-"""Teachers that run, cached and several ones, transformers' rollouts and vLLM's: the trainers use them in one way."""
+"""Live, cached and served teachers, one or several, and both rollouts: the trainers use them in the same way."""
 
 import inspect
 
@@ -11,6 +11,7 @@ from trl_promptkd.models.joined_logits import JoinedLogits
 from trl_promptkd.teacher_cache.reader import CachedAnswers
 from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
 from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
+from trl_promptkd.trainer.served_teacher import ServedTeacher
 from trl_promptkd.trainer.several_teachers import SeveralTeachers
 
 
@@ -30,10 +31,12 @@ def test_what_a_teacher_says_follows_the_protocol(cls):
     assert methods(TokenLogits).items() <= methods(cls).items()
 
 
-def test_a_cached_teacher_has_the_methods_of_a_live_one():
-    theirs = methods(CachedTeacher)
+@pytest.mark.parametrize("cls", [CachedTeacher, ServedTeacher])
+def test_a_cached_or_served_teacher_has_the_methods_of_a_live_one(cls):
+    theirs = methods(cls)
     assert theirs.items() <= methods(LiveTeacher).items()
-    assert {"find", "load", "views", "place", "answered", "at_completions", "plain_log_prob"} == theirs.keys()
+    told = {"find", "load", "views", "place", "answered", "expect", "at_completions", "plain_log_prob"}
+    assert told == theirs.keys()
 
 
 def test_several_teachers_have_the_methods_of_one():
@@ -43,5 +46,6 @@ def test_several_teachers_have_the_methods_of_one():
 @pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
 def test_the_trainers_never_look_at_which_it_is(module):
     source = inspect.getsource(module)
-    for name in ("LiveTeacher", "CachedTeacher", "SeveralTeachers", "VLLMRollouts", "use_vllm", "partial("):
+    names = ("LiveTeacher", "CachedTeacher", "ServedTeacher", "SeveralTeachers")
+    for name in (*names, "VLLMRollouts", "use_vllm", "partial("):
         assert name not in source, name

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from pooling_server import PoolingServer
 from reference import greedy, primed_loss
-from tiny import WORDS, answered_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
-from trainers import GREEDY, SAVES, SGD, all_rows, equal, keep_windows, lora, trained, trained_rows
+from tiny import WORDS, answered_dataset, difference, prompt_dataset, save_models, tiny_model, tiny_tokenizer, weights
+from trainers import GREEDY, SAVES, SGD, all_rows, equal, keep_windows, logged, lora, trained, trained_rows
 
 from trl_promptkd import PrimingTemplate, build_teacher_cache
 
@@ -174,6 +175,31 @@ class TestTeachers:
         assert log["loss"] * log["completion_tokens"] == pytest.approx(total, rel=1e-5)
         assert "priming/gain_nats/math" in log
         assert "priming/gain_nats/code" not in log
+
+    @pytest.mark.parametrize("source", ["dataset", "student"])
+    def test_a_served_one_says_what_it_says_beside_the_student(self, several, tmp_path, source):
+        """Its rows of a window are sent ahead, and each of them once."""
+        teachers, folder = two_teachers(), str(tmp_path / "code")
+        save_models(tmp_path, code=teachers["code"])
+        settings = {"response_source": source, "max_steps": 3, "gradient_accumulation_steps": 2, **SGD}
+        settings |= {"generation_kwargs": GREEDY, "teacher_server_dtype": "float32"}
+        live = several(teachers=teachers, **settings)
+        with PoolingServer(teachers["code"], name=folder) as server:
+            mixed = several(
+                teachers={"math": teachers["math"], "code": folder}, teacher_server={"code": server.url}, **settings
+            )
+            windows = keep_windows(mixed)
+            live.train(), mixed.train()
+        assert difference(weights(live.model), weights(mixed.model)) < 1e-5
+        for name in ("kl/student_teacher/math", "kl/student_teacher/code", "priming/gain_nats/code"):
+            assert logged(mixed, name) == pytest.approx(logged(live, name), rel=1e-3)
+        sent = [tuple(row) for row in server.rows]
+        wholes = [((*row[1], *row[2][:-1]), teacher_of(row)) for row in all_rows(windows)]
+        for whole, name in wholes:
+            assert sent.count(whole) == (wholes.count((whole, name)) if name == "code" else 0)
+        assert mixed.teacher_model["code"] is None
+        mixed.create_model_card("x")
+        assert "**code**: `code`, which ran on a server" in (tmp_path / "run" / "README.md").read_text()
 
     def test_a_teacher_that_no_row_names_is_warned_about(self, several, caplog, propagate):
         several(train_dataset=named(answered_dataset(), "math"))

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 __all__ = [
     "TokenLogits",
     "TokenStates",
+    "below_the_head",
     "completion_states",
     "forward_logits",
     "input_embeddings",
@@ -223,7 +224,7 @@ class TokenStates:
         if self.are_logits:
             return []
         base = _base(self.model)
-        inside = {id(p) for module in _below_the_head(base) for p in module.parameters()}
+        inside = {id(p) for module in below_the_head(base) for p in module.parameters()}
         head = set(map(id, base.get_output_embeddings().parameters()))
         return [p for p in base.parameters() if p.requires_grad and (id(p) not in inside or id(p) in head)]
 
@@ -307,7 +308,7 @@ def _decoder(base: Any) -> Any:
     )
 
 
-def _below_the_head(base: Any) -> list[nn.Module]:
+def below_the_head(base: Any) -> list[nn.Module]:
     """The decoder, and the model around it where that is not `base` itself: in a multimodal model, what embeds text
     and images."""
     decoder, around = _decoder(base), base.base_model
@@ -333,7 +334,7 @@ def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
     Raises:
         ValueError: if the forward does not call the decoder, so that its output is something else.
     """
-    modules, called = _below_the_head(base), []
+    modules, called = below_the_head(base), []
     own = [module.__dict__.get("forward") for module in modules]
 
     def give(*args: Any, **kwargs: Any) -> _StatesAlone:

@@ -83,10 +83,11 @@ def prompt_section(trainer) -> str:
         *("prompt_update", "prompt_divergence", "regularization_coef", "regularization_schedule", "lmbda", "beta"),
         *("temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
     )
+    teacher = _OWN_START if trainer.is_self_distillation else quoted(_teachers_start(trainer))
     return f"""
 ## The teacher's soft prompt
 
-This model was distilled from {_teacher_name(trainer)} with a soft prompt of {num_virtual_tokens} virtual tokens, which
+This model was distilled from {teacher} with a soft prompt of {num_virtual_tokens} virtual tokens, which
 was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is used
 without it.
 
@@ -110,7 +111,8 @@ def priming_section(trainer) -> str:
         taught = "\n\n".join(["several teachers. The column `teacher` of the data names the one of each row.", *each])
         used = used if any(priming.values()) else ""
     else:
-        title, taught = "The primed teacher", f"{_teacher_name(trainer)}, {_seen(priming)}"
+        teacher = _primed_teacher_name(trainer, trainer.teacher, trainer.is_self_distillation)
+        title, taught = "The primed teacher", f"{teacher}, {_seen(priming)}"
         used = used if priming else ""
     return f"""
 ## {title}
@@ -130,12 +132,19 @@ def _seen(priming: PrimingTemplate | None) -> str:
 
 
 def _one_of_several(trainer, name: str) -> str:
-    model, cache = trainer.teacher_model[name], (trainer.teacher_cache or {}).get(name)
-    if name in trainer.teacher.own_start:
-        teacher = _OWN_START
-    else:
-        teacher = quoted(_name_of(trainer, model)) if cache is None else _cached_name(cache)
+    several = trainer.teacher
+    teacher = _primed_teacher_name(trainer, several.teachers[name], name in several.own_start)
     return f"**{name}**: {teacher}, {_seen(trainer.priming[name])}"
+
+
+def _primed_teacher_name(trainer, teacher: Any, is_own_start: bool) -> str:
+    if is_own_start:
+        return _OWN_START
+    if teacher.cache is not None:
+        return _cached_name(teacher.cache)
+    if teacher.model is None:
+        return f"{quoted(teacher.name)}, which ran on a server"
+    return quoted(_name_of(trainer, teacher.model))
 
 
 def complete_card(trainer, section: str) -> None:
@@ -260,13 +269,6 @@ def _start_of(trainer) -> str:
 
 def _teachers_start(trainer) -> str:
     return _name_of(trainer, trainer.teacher_model)
-
-
-def _teacher_name(trainer) -> str:
-    if trainer.is_self_distillation:
-        return _OWN_START
-    cache = getattr(trainer, "teacher_cache", None)
-    return quoted(_teachers_start(trainer)) if cache is None else _cached_name(cache)
 
 
 def _cached_name(cache: TeacherCache) -> str:

@@ -15,6 +15,7 @@ from ..field_checks import (
     check_share,
     check_training,
 )
+from ..generation.teacher_server import check_server_url
 from .best_metric import choose_best_metric
 from .sampling_config import SamplingConfig
 
@@ -67,6 +68,14 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         teacher_model_init_kwargs (`dict`, *optional*):
             For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
             `{"quantization_config": {"load_in_4bit": True}}`. It holds for all that are.
+        teacher_server (`str` or `dict`, *optional*):
+            Where the teacher runs, instead of here: the address of a vLLM server in pooling mode, such as
+            `"http://host:8000"`. Of the teacher's weights, only the output head is loaded. A `dict` has the servers
+            of several teachers by name.
+        teacher_server_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            What the hidden states travel in: `"bfloat16"`, or `"float32"`, which takes twice the bytes.
+        teacher_server_timeout (`float`, *optional*, defaults to `120.0`):
+            Seconds after which a request to the server fails, with all its tries.
         teacher_max_length (`int`, *optional*):
             Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
             `max_length` bounds it as the student sees it.
@@ -97,6 +106,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         "teacher_model_init_kwargs",
         "generation_kwargs",
         "teacher_model_name_or_path",
+        "teacher_server",
     ]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
@@ -133,6 +143,20 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
     )
+    teacher_server: Mapping[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server in pooling mode that runs the teacher, or JSON of several by name."
+        },
+    )
+    teacher_server_dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "What hidden states travel in.", "choices": ["bfloat16", "float32"]},
+    )
+    teacher_server_timeout: float = field(
+        default=120.0,
+        metadata={"help": "Seconds after which a request to that server fails, tries included."},
+    )
     teacher_max_length: int | None = field(
         default=None,
         metadata={"help": "Longest row in tokens as the teacher sees it, priming included; None: no limit."},
@@ -161,9 +185,10 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
-        teacher = self.teacher_model_name_or_path
-        are_several = isinstance(teacher, Mapping) or (isinstance(teacher, str) and teacher.startswith("{"))
-        check_kind("teacher_model_name_or_path", teacher, dict | None if are_several else str | None)
+        for name in ("teacher_model_name_or_path", "teacher_server"):
+            value = getattr(self, name)
+            are_several = isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
+            check_kind(name, value, dict | None if are_several else str | None)
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
@@ -179,7 +204,12 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         """Refuse values out of range or that do not go together, and fields of the base classes that would have no
         effect."""
         check_training(self)
-        check_positive(self, "kd_temperature", "teacher_max_length", "loss_chunk_size")
+        check_positive(self, "kd_temperature", "teacher_max_length", "teacher_server_timeout", "loss_chunk_size")
+        if isinstance(self.teacher_server, Mapping):
+            for name, url in self.teacher_server.items():
+                check_server_url(f"teacher_server[{name!r}]", url)
+        elif self.teacher_server is not None:
+            check_server_url("teacher_server", self.teacher_server)
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"

@@ -102,13 +102,15 @@ class PrimedDistillTrainer(SFTTrainer):
         teacher_model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `dict` of them, *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
             `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own starting
-            weights: what the priming text does is then trained into the student. A PEFT student is its own teacher
-            with the adapter switched off (no second copy is held), otherwise a frozen copy is kept. A `dict` has
-            several teachers by name: the column `teacher` of each row says which one teaches it.
+            weights, of which a PEFT student holds no second copy: the priming text is then trained into the student.
+            A `dict` has several teachers by name: the column `teacher` of each row says which one teaches it.
         teacher_cache (`str`, [`TeacherCache`] or `dict` of them, *optional*):
             What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
             or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer. A
-            `dict` as for `teacher_model`, whose other names stand there.
+            `dict` has the caches of other names than `teacher_model`.
+        teacher_server (`str` or `dict`, *optional*):
+            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`, or
+            of several servers, by the names of their teachers there.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
@@ -151,10 +153,12 @@ class PrimedDistillTrainer(SFTTrainer):
         priming: str | PrimingTemplate | dict[str, str | PrimingTemplate | None] | None = None,
         teacher_model: PreTrainedModel | PeftModel | nn.Module | str | dict[str, Any] | None = None,
         teacher_cache: str | TeacherCache | dict[str, str | TeacherCache] | None = None,
+        teacher_server: str | Mapping[str, str] | None = None,
     ):
         # 1. What can be checked without weights
         args = PrimedDistillConfig(output_dir="PrimedDistill") if args is None else args
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
+        teacher_server = args.teacher_server if teacher_server is None else teacher_server
         given = (peft_config, formatting_func, data_collator, callbacks)
         check_arguments(PrimedDistillConfig, args, model, teacher_model, *given)
         if compute_loss_func is not None:
@@ -162,7 +166,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`compute_loss_func` is not supported: the loss needs both models' views. Subclass "
                 "PrimedDistillTrainer and override `compute_loss` instead."
             )
-        self.priming = priming_by_name(priming, teacher_model=teacher_model, teacher_cache=teacher_cache)
+        self.priming = priming_by_name(priming, teacher_model, teacher_cache, teacher_server)
         self.is_self_distillation = teacher_model is None and teacher_cache is None
         if self.priming is None and self.is_self_distillation:
             logger.warning(
@@ -176,7 +180,7 @@ class PrimedDistillTrainer(SFTTrainer):
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
         self.teacher = teachers_of_run(
-            teacher_model, teacher_cache, args, self._tokenizes, processing_class, self.priming
+            teacher_model, teacher_cache, teacher_server, args, self._tokenizes, processing_class, self.priming
         )
         self.teacher_cache = self.teacher.cache
         self._teacher_names = list(self.priming) if isinstance(self.priming, Mapping) else []
@@ -316,6 +320,7 @@ class PrimedDistillTrainer(SFTTrainer):
             batches = sample_views(self, batches)
         num_tokens = count_trained_tokens(batches, self.accelerator, self.state.global_step)
         add_token_counts(self._train_means, batches, num_tokens, self._teacher_names, self.accelerator)
+        self.teacher.expect(batches)
         return batches, num_tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):

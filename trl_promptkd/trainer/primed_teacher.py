@@ -1,10 +1,11 @@
-"""The two teachers of response priming: one that runs beside the student, and one that a cache speaks for.
+"""The teachers of response priming: one that runs beside the student, and one that a cache speaks for. A third is in
+served_teacher.py.
 
-Both say the same things at the same moments, so that the trainer never asks which one it has.
+All say the same things at the same moments, so that the trainer never asks which one it has.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..models.teacher import build_teacher, load_teacher, place_teacher, run_tea
 from ..teacher_cache import TeacherCache
 from ..teacher_cache.reader import CachedAnswers
 from .datasets import View
+from .served_teacher import ServedTeacher
 
 
 __all__ = ["CachedTeacher", "LiveTeacher", "primed_teacher", "receipt_of_run", "view_states"]
@@ -32,20 +34,23 @@ __all__ = ["CachedTeacher", "LiveTeacher", "primed_teacher", "receipt_of_run", "
 def primed_teacher(
     teacher_model: Any,
     teacher_cache: str | TeacherCache | None,
+    teacher_server: str | None,
     args: Any,
     tokenizes: bool,
     processing_class: PreTrainedTokenizerBase,
     priming: PrimingTemplate | None,
-) -> "LiveTeacher | CachedTeacher":
+) -> "LiveTeacher | CachedTeacher | ServedTeacher":
     """The teacher of a run, before any weights are loaded.
 
     Args:
-        teacher_model, teacher_cache, args, processing_class, priming: The trainer's.
+        teacher_model, teacher_cache, teacher_server, args, processing_class, priming: The trainer's.
         tokenizes: Whether the trainer prepares its rows, and not a collator of the user's own.
 
     Raises:
         ValueError: for a teacher that cannot serve this run.
     """
+    if teacher_cache is not None and teacher_server is not None:
+        raise ValueError("`teacher_cache` and `teacher_server` are both set; pass one of them.")
     if teacher_cache is not None and teacher_model is not None:
         raise ValueError("`teacher_model` and `teacher_cache` are both set; pass one of them.")
     for name, needs_rows in (
@@ -58,6 +63,8 @@ def primed_teacher(
             )
     if teacher_cache is not None:
         return CachedTeacher(teacher_cache, args, processing_class, priming)
+    if teacher_server is not None:
+        return ServedTeacher(teacher_server, teacher_model, args, has_priming=priming is not None)
     deepspeed = args.deepspeed_plugin
     if args.response_source == "teacher" and deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
@@ -159,6 +166,9 @@ class LiveTeacher:
                 name,
             )
 
+    def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Nothing to do: it runs when a micro-batch is trained on."""
+
     @torch.no_grad()
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> TokenStates:
         """What it says at the completion tokens of its view, inside the student's forward pass."""
@@ -254,6 +264,9 @@ class CachedTeacher:
     def answered(self, dataset: Any, name: str) -> Any:
         """The data set as it is: [`~CachedTeacher.find`] took the cache's answers."""
         return dataset
+
+    def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Nothing to do: rows are read when a micro-batch is trained on."""
 
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> CachedAnswers:
         """What the teacher said at the completion tokens."""

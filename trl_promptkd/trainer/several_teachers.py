@@ -23,16 +23,17 @@ __all__ = ["SeveralTeachers", "priming_by_name", "teacher_and_rows", "teachers_o
 logger = logging.get_logger(__name__)
 
 
-def priming_by_name(priming: Any, **given: Any) -> Priming:
+def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teacher_server: Any) -> Priming:
     """The run's priming text; if it has several teachers, that of each by its name.
 
     Args:
         priming: The trainer's: one for all teachers, or a `dict` by their names.
-        given: The trainer's `teacher_model` and `teacher_cache`.
+        teacher_model, teacher_cache, teacher_server: The trainer's.
 
     Raises:
         TypeError, ValueError: if a teacher has no name, or two.
     """
+    given = {"teacher_model": teacher_model, "teacher_cache": teacher_cache, "teacher_server": teacher_server}
     several = {argument: value for argument, value in given.items() if isinstance(value, Mapping)}
     if not several:
         if isinstance(priming, Mapping):
@@ -54,13 +55,19 @@ def priming_by_name(priming: Any, **given: Any) -> Priming:
         for name, teacher in value.items():
             if not isinstance(name, str) or not name.strip():
                 raise TypeError(f"`{argument}` has the key {name!r}; it must be a teacher's name, a text.")
-            if name in names:
-                raise ValueError(
-                    f"The teacher {name!r} stands in `{argument}` and in another argument; name it in one of them."
-                )
             if teacher is None and argument != "teacher_model":
                 raise ValueError(f"`{argument}[{name!r}]` is None. Pass what it stands for, or omit it.")
-            names.append(name)
+            if argument == "teacher_cache" and name in names:
+                raise ValueError(
+                    f"The teacher {name!r} stands in `teacher_model` and in `teacher_cache`; name it in one of them."
+                )
+            if argument == "teacher_server" and name not in (teacher_model or {}):
+                raise ValueError(
+                    f"The teacher {name!r} stands in `teacher_server`, but not in `teacher_model`. Write the name or "
+                    "the folder of the weights that are served there: their output head is loaded here."
+                )
+            if argument != "teacher_server":
+                names.append(name)
     if not names:
         raise ValueError(f"`{next(iter(several))}` is an empty dict. Pass a teacher for each name in the rows.")
     if not isinstance(priming, Mapping):
@@ -76,6 +83,7 @@ def priming_by_name(priming: Any, **given: Any) -> Priming:
 def teachers_of_run(
     teacher_model: Any,
     teacher_cache: Any,
+    teacher_server: Any,
     args: Any,
     tokenizes: bool,
     processing_class: PreTrainedTokenizerBase,
@@ -84,24 +92,24 @@ def teachers_of_run(
     """The teacher of a run, or its [`SeveralTeachers`], before any weights are loaded.
 
     Args:
-        teacher_model, teacher_cache, args, tokenizes, processing_class: As for [`primed_teacher`]; the first two may
-            be `dict`s.
+        teacher_model, teacher_cache, teacher_server, args, tokenizes, processing_class: As for [`primed_teacher`];
+            the first three may be `dict`s.
         priming: What [`priming_by_name`] returned.
 
     Raises:
         ValueError: for a teacher that cannot serve this run.
     """
     if not isinstance(priming, Mapping):
-        return primed_teacher(teacher_model, teacher_cache, args, tokenizes, processing_class, priming)
+        return primed_teacher(teacher_model, teacher_cache, teacher_server, args, tokenizes, processing_class, priming)
     if not tokenizes:
         raise ValueError(
             "Several teachers need rows that the trainer prepares, but `data_collator` is set. Omit `data_collator`."
         )
-    models, caches = teacher_model or {}, teacher_cache or {}
+    models, caches, servers = teacher_model or {}, teacher_cache or {}, teacher_server or {}
     sharing: dict[Any, list[str]] = {}  # names of the same model, which is held once
     for name in priming:
         model = models.get(name)
-        key = name if name in caches else ("model", model if isinstance(model, str) else id(model))
+        key = (model if isinstance(model, str) else id(model), caches.get(name), servers.get(name))
         sharing.setdefault(key, []).append(name)
     teachers: dict[str, Any] = {}
     for names in sharing.values():
@@ -109,7 +117,7 @@ def teachers_of_run(
         text = next((template for template in seen if template is not None), None)
         with _error_naming(first):
             settings = (args, tokenizes, processing_class, text)
-            teacher = primed_teacher(models.get(first), caches.get(first), *settings)
+            teacher = primed_teacher(models.get(first), caches.get(first), servers.get(first), *settings)
         teachers |= dict.fromkeys(names, teacher)
     return SeveralTeachers({name: teachers[name] for name in priming}, priming)
 
@@ -162,7 +170,7 @@ class SeveralTeachers:
 
     @property
     def model(self) -> dict[str, Any]:
-        """By name: on their devices; `None` for a cache and for the student below its adapter."""
+        """By name: on their devices; `None` for a cache, a server and the student below its adapter."""
         return {name: teacher.model for name, teacher in self.teachers.items()}
 
     def find(self, dataset: Any, name: str) -> Any:
@@ -254,7 +262,7 @@ class SeveralTeachers:
         if len(own["labels"]):
             return own
         running = self.trainer.model_wrapped if teacher.model is None else teacher.model
-        if not teacher.views() or not is_sharded(running):
+        if not isinstance(teacher, LiveTeacher) or not is_sharded(running):
             return None
         idle = {name: value[:1] for name, value in inputs.items()}
         return idle | {name: torch.full_like(idle[name], -100) for name in ("labels", "teacher_labels")}

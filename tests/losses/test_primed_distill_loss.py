@@ -89,6 +89,31 @@ class TestProperties:
         assert mended.divergence.item() == pytest.approx(plain.divergence.item() - 1.0, abs=1e-5)
         assert mended.loss.item() == pytest.approx(plain.loss.item() - 0.7, abs=1e-5)
 
+    def test_draws_of_some_tokens_leave_the_others_as_they_are(self):
+        torch.manual_seed(0)
+        q, p, tokens = torch.randn(5, 7), torch.randn(5, 7), torch.randint(0, 7, (5,))
+        settings = {"alpha": 0.0, "temperature": 1.0, "beta": 0.0}
+        true = entropy(p.log_softmax(-1)) + 0.5
+        some = torch.where(torch.tensor([True, False, True, False, False]), true, torch.nan)
+        plain, mended = (primed_loss_sums(q, p, tokens, given, **settings).loss for given in (None, some))
+        assert mended.item() == pytest.approx(plain.item() - 1.0, abs=1e-5)
+
+    @pytest.mark.parametrize(("beta", "skew"), [(1.0, 0.0), (0.0, 0.0), (1.0, 0.1)])
+    def test_each_teachers_sums_are_those_of_its_tokens_alone(self, beta, skew):
+        torch.manual_seed(0)
+        q, p, tokens = torch.randn(6, 7), torch.randn(6, 7), torch.randint(0, 7, (6,))
+        teachers = torch.tensor([2, 0, 0, 2, 2, 0])
+        settings = {"alpha": 0.3, "temperature": 2.0, "beta": beta, "skew": skew}
+        whole = primed_loss_sums(q, p, tokens, None, teachers, num_teachers=3, **settings)
+        for number in range(3):
+            own = teachers == number
+            alone = primed_loss_sums(q[own], p[own], tokens[own], **settings)
+            expected = [own.sum(), alone.student_teacher, alone.agreement, alone.teacher_log_prob]
+            assert whole.of_teachers[number].tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)
+        plain = primed_loss_sums(q, p, tokens, **settings)
+        assert plain.of_teachers.shape == (0, 4)
+        assert whole.loss == plain.loss
+
     def test_no_tokens_make_a_loss_of_zero_with_a_gradient_path(self):
         q = torch.randn(0, 7, requires_grad=True)
         loss = primed_loss_sums(

@@ -39,7 +39,16 @@ def prompt_for(teacher):
     return prepare
 
 
+def recipe_of_several():
+    written("recipe.yaml", "{priming: teacher, teacher_model_name_or_path: {math: a/teacher, code: null}}")
+
+
 CASES = [
+    command(
+        "doctor --model student --dataset rows.jsonl --config recipe.yaml",
+        "several teachers ('math', 'code') | Pass the one to look at by `--teacher`",
+        recipe_of_several,
+    ),
     command("cache build --output_dir cache", "arguments are required | --teacher"),
     command(f"{BUILD} --priming teacher --priming_file x", "are both given | choose one"),
     command(f"{BUILD} --teacher_init_kwargs '{{dtype: float32}}'", "--teacher_init_kwargs | JSON of a dict, such as"),

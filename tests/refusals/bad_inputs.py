@@ -21,6 +21,7 @@ import bad_files
 import bad_models
 import bad_rows
 import bad_settings
+import bad_teachers
 from paths import ROOT
 
 
@@ -28,6 +29,7 @@ GROUPS = {
     "Settings": bad_settings.CASES,
     "Arguments": bad_arguments.CASES,
     "Data": bad_rows.CASES,
+    "Several teachers": bad_teachers.CASES,
     "Models": bad_models.CASES,
     "Files": bad_files.CASES,
     "Commands": bad_commands.CASES,

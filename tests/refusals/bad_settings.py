@@ -60,7 +60,14 @@ CASES = [
     call(PrimedDistillConfig, "`skew` is 0.1 with `kd_beta=0.5` | Set `skew=0`", skew=0.1, kd_beta=0.5),
     wrong(PrimedDistillConfig, "'dataset' or 'teacher' or 'student'", response_source="gold"),
     wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
+    wrong(PrimedDistillConfig, "a text or None", TypeError, teacher_model_name_or_path=3),
+    call(PrimedDistillConfig, "a dict, or one written as JSON", teacher_model_name_or_path="{'math': 'a/teacher'}"),
     wrong(PrimedDistillConfig, "an address such as 'http://host:8000'", teacher_server="host:8000"),
+    call(
+        PrimedDistillConfig,
+        "`teacher_server['math']` is 'host' | an address such as",
+        teacher_server={"math": "host"},
+    ),
     call(
         PrimedDistillConfig,
         "a name or a key, which would be saved | VLLM_API_KEY",

@@ -261,6 +261,20 @@ class TestPrimedScript:
         with pytest.raises(ValueError, match="`priming` and `priming_text` are set; choose one"):
             chosen(priming="teacher", priming_text="blue")
 
+    def test_yaml_names_several_teachers(self, tmp_path):
+        given = {
+            "teacher_model_name_or_path": {"math": "a/teacher"},
+            "teacher_cache": {"code": "a/cache"},
+            "priming": {"math": "ground_truth", "code": None},
+        }
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
+        flags = ["--config", str(tmp_path / "run.yaml"), "--output_dir", "run", "--use_cpu", "--bf16", "false"]
+        primed = load_script("primed_distill")
+        script, args, _ = primed.make_parser().parse_args_and_config(flags)
+        assert args.teacher_model_name_or_path == given["teacher_model_name_or_path"]
+        assert script.teacher_cache == given["teacher_cache"]
+        assert primed.choose_priming(script) == given["priming"]
+
     def test_parts_of_local_files(self, tmp_path):
         scripts = load_script("scripts")
         for name in ("a", "b"):

@@ -20,6 +20,7 @@ SETTINGS = {
     "steps": 1,
     "sampled": False,  # or greedy
     "source": "dataset",  # primed: whose answers; `cache`: an offline teacher
+    "several": [],  # names of teachers, two rows each in turn, so that a rank's rows name one; "own" is the student
     "size": 16,  # rows of the training data
     "student": "full",  # lora, or self: lora, and its own teacher
     "config": {},  # more of the trainer's settings
@@ -149,7 +150,15 @@ def make_trainer(settings):
             eval_dataset=answered_dataset(5),
             prompt_encoder_config=PromptEncoderConfig(prompt_learning_rate=0.01, prompt_init="vocab"),
         )
-    source = settings["source"]
+    source, data, evaluation = settings["source"], answered_dataset(settings["size"]), answered_dataset(5)
+    if several := settings["several"]:
+        family = settings["teacher_family"] or settings["family"]
+        found = {name: tiny_model(family, seed=5 + seed) for seed, name in enumerate(several) if name != "own"}
+        models["teacher_model"] = {"own": None, **found} if "own" in several else found
+        data, evaluation = (
+            rows.add_column("teacher", [several[row // 2 % len(several)] for row in range(len(rows))])
+            for rows in (data, evaluation)
+        )
     if source == "cache":
         models["teacher_cache"] = build_teacher_cache(
             models.pop("teacher_model"),
@@ -166,8 +175,8 @@ def make_trainer(settings):
         args=short_run(
             PrimedDistillConfig, Path(folder), {"response_source": source, "rollout_batch_size": 2, **common}
         ),
-        train_dataset=answered_dataset(settings["size"]),
-        eval_dataset=answered_dataset(5),
+        train_dataset=data,
+        eval_dataset=evaluation,
         priming=PrimingTemplate("red blue "),
     )
 
@@ -191,6 +200,9 @@ def run(settings):
     of_promptkd = settings["method"] == "promptkd"
     logged = ["loss", "completion_tokens", "num_tokens", "kl/student_teacher", "grad_norm"]
     evaluated = ["eval_loss", "eval_ce", "eval_kd"]
+    for name in settings["several"]:
+        logged += [f"kl/student_teacher/{name}", f"completion_tokens/{name}"]
+        evaluated += [f"eval_kl/student_teacher/{name}", f"eval_teacher/top1_agreement/{name}"]
     if of_promptkd:
         logged = ["loss", "kl/prompt_gain", "prompt/grad_norm", "grad_norm"]
         evaluated = ["eval_loss", "eval_reverse_kl", "eval_forward_kl"]
@@ -202,8 +214,9 @@ def run(settings):
     tensors["log"] = torch.tensor([float(trainer.state.log_history[0].get(name, -1)) for name in logged])
     metrics = trainer.evaluate()
     tensors["evaluation"] = torch.tensor([metrics[name] for name in evaluated])
-    models = [trainer.model, trainer.teacher_model]
-    tensors["sharded"] = torch.tensor([model is not None and is_sharded(model) for model in models])
+    teachers = trainer.teacher_model if settings["several"] else {"": trainer.teacher_model}
+    running = [model for model in teachers.values() if model is not None]
+    tensors["sharded"] = torch.tensor([is_sharded(trainer.model), bool(running) and all(map(is_sharded, running))])
     trainer.save_model(f"{settings['folder']}/saved")
     save_file(
         {name: value.contiguous() for name, value in tensors.items()},

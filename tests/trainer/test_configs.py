@@ -1,7 +1,11 @@
 """Both trainers' settings. More that is refused is in test_bad_inputs.py."""
 
+import json
+
 import pytest
+import yaml
 from trainers import Maker
+from trl import TrlParser
 
 from trl_promptkd import PrimedDistillConfig
 
@@ -37,6 +41,16 @@ def test_dicts_may_come_as_json(make):
     args = make.args(generation_kwargs='{"do_sample": false}', teacher_model_init_kwargs='{"dtype": "bfloat16"}')
     assert args.generation_kwargs == {"do_sample": False}
     assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("value", ["a/teacher", {"math": "a/teacher", "own": None}])
+def test_teachers_come_from_flags_and_yaml_by_name_too(tmp_path, value):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"teacher_model_name_or_path": value}))
+    flag = value if isinstance(value, str) else json.dumps(value)
+    for given in (["--teacher_model_name_or_path", flag], ["--config", str(tmp_path / "run.yaml")]):
+        settings = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+        (args,) = TrlParser((PrimedDistillConfig,)).parse_args_and_config([*given, *settings])
+        assert args.teacher_model_name_or_path == value
 
 
 def test_every_new_field_has_help(make):

@@ -39,6 +39,10 @@ ALIKE = {
     "primed": {"method": "primed"},
     "primed_self": {"method": "primed", "student": "self"},
     "primed_cache": {"method": "primed", "source": "cache"},
+    "several": {"method": "primed", "several": ["a", "b"]},
+    "several_and_self": {"method": "primed", "several": ["a", "own"], "student": "lora"},
+    "several_judge": {"method": "primed", "several": ["a", "b"], "source": "student"},
+    "several_write": {"method": "primed", "several": ["a", "b"], "source": "teacher"},
     "own_samples": {"method": "primed", "source": "student"},
     "teacher_writes": {"method": "primed", "source": "teacher", "size": 18},  # nine batches: one rank has more of them
     "teacher_writes_by_name": {"method": "primed", "source": "teacher", "by_name": True, "size": 18},
@@ -47,7 +51,7 @@ REFUSED = {  # or not run
     "ddp": {"by_name", "teacher_writes_by_name", "two_families"},
     "fsdp2": {"self_sequential", "primed_cache"},
     "zero2": {"by_name", "teacher_writes_by_name", "primed_cache", "two_families"},
-    "zero3": {"teacher_writes", "teacher_writes_by_name", "primed_cache"},
+    "zero3": {"teacher_writes", "teacher_writes_by_name", "several_write", "primed_cache"},
 }
 # Without a counterpart in one process
 ADAM = {"steps": 4, "sampled": True, "config": {"optim": "adamw_torch", "learning_rate": 1e-3}}

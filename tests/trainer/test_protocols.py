@@ -1,4 +1,4 @@
-"""Live, cached and served teachers, transformers' rollouts and vLLM's: the trainers use them in the same way."""
+"""Live, cached and served teachers, one or several, and both rollouts: the trainers use them in the same way."""
 
 import inspect
 
@@ -7,11 +7,13 @@ import pytest
 from trl_promptkd.generation.rollouts import Rollouts
 from trl_promptkd.generation.vllm import VLLMRollouts
 from trl_promptkd.models.forward import TokenLogits, TokenStates
+from trl_promptkd.models.joined_logits import JoinedLogits
 from trl_promptkd.teacher_cache.reader import CachedAnswers
 from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
 from trl_promptkd.trainer.api_teacher import ApiTeacher
 from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
 from trl_promptkd.trainer.served_teacher import ServedTeacher
+from trl_promptkd.trainer.several_teachers import SeveralTeachers
 
 
 def methods(cls: type) -> dict[str, list[str]]:
@@ -25,7 +27,7 @@ def test_both_rollouts_have_the_same_two_methods():
     assert sorted(methods(Rollouts)) == ["sample", "sync"]
 
 
-@pytest.mark.parametrize("cls", [TokenStates, CachedAnswers])
+@pytest.mark.parametrize("cls", [TokenStates, CachedAnswers, JoinedLogits])
 def test_what_a_teacher_says_follows_the_protocol(cls):
     assert methods(TokenLogits).items() <= methods(cls).items()
 
@@ -38,12 +40,14 @@ def test_a_cached_or_served_teacher_has_the_methods_of_a_live_one(cls):
     assert told == theirs.keys()
 
 
-def test_a_teacher_behind_an_api_has_the_methods_of_a_cached_one():
-    assert methods(CachedTeacher).items() <= methods(ApiTeacher).items()
+@pytest.mark.parametrize("cls", [ApiTeacher, SeveralTeachers])
+def test_other_teachers_have_the_methods_of_a_cached_one(cls):
+    assert methods(CachedTeacher).items() <= methods(cls).items()
 
 
 @pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
 def test_the_trainers_never_look_at_which_it_is(module):
     source = inspect.getsource(module)
-    for name in ("LiveTeacher", "CachedTeacher", "ServedTeacher", "ApiTeacher", "VLLMRollouts", "use_vllm", "partial("):
+    names = ("LiveTeacher", "CachedTeacher", "ServedTeacher", "ApiTeacher", "SeveralTeachers")
+    for name in (*names, "VLLMRollouts", "use_vllm", "partial("):
         assert name not in source, name

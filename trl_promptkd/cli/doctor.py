@@ -2,6 +2,7 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -84,6 +85,9 @@ def parse(given: argparse.Namespace) -> tuple[Any, ...]:
     unseen = "is for the script alone; the doctor cannot look at it."
     if arguments.teacher_cache is not None and settings.teacher_model_name_or_path is None:
         raise ValueError(f"`teacher_cache` {unseen} Pass the live teacher by `--teacher`.")
+    if isinstance(settings.teacher_model_name_or_path, Mapping):
+        names = ", ".join(map(repr, settings.teacher_model_name_or_path))
+        raise ValueError(f"The recipe has several teachers ({names}). Pass the one to look at by `--teacher`.")
     if arguments.instruction_template:
         raise ValueError(f"`instruction_template` {unseen} Pass rows that have been through it by `--dataset`.")
     return found

@@ -118,7 +118,7 @@ def prepare_rows(
 
     Args:
         columns: What `function` returns besides `empty_answer` and the limits' columns: lists of ids if they end in
-            `_ids`, texts if in `_json`, else whole numbers.
+            `_ids`, texts if in `_json`, the name of a `teacher`, else whole numbers.
         limits: Rows beyond them are left out and counted (`overlong="drop"`) or rejected (`"error"`).
         answers_needed: As for [`check_columns`].
 
@@ -137,14 +137,14 @@ def prepare_rows(
         keeps = partial(_keeps, name=name, limits=limits, overlong=overlong, answers_needed=answers_needed)
         return dataset.filter(keeps).remove_columns(measured)
     number = Value("int64")
-    kinds = {"ids": List(number), "json": Value("string")}
+    # Not guessed from the first rows, which may all have no answer
+    kinds = {"ids": List(number), "json": Value("string"), "teacher": Value("string")}
     with PartialState().main_process_first():
         dataset = dataset.map(
             _named,
             with_indices=True,
             fn_kwargs=fn_kwargs,
             remove_columns=dataset.column_names,
-            # Not guessed from the first rows, which may all have no answer
             features=Features({c: kinds.get(c.rpartition("_")[2], number) for c in (*columns, *measured)}),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",

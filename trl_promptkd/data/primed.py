@@ -4,7 +4,7 @@ Both hold the completion with the same token ids, the end-of-text token included
 the `i`-th of the other, whatever stands before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .answered_rows import TEXTS, texts_of_row
+from .by_teacher import Priming, check_priming, teacher_of
 from .collate import masked_rows, pad_rows
 from .dataset import Limit, check_columns, is_empty_answer, prepare_rows
 from .priming import PrimingTemplate, resolve_priming
 from .tokenize import tokenize_primed_row
 
 
-__all__ = ["DataCollatorForPrimedDistillation", "pad_views", "prompts_of_views", "tokenize_primed_dataset"]
+__all__ = [
+    "DataCollatorForPrimedDistillation",
+    "check_views",
+    "pad_views",
+    "prompts_of_views",
+    "tokenize_primed_dataset",
+]
 
 _VIEWS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
 
@@ -29,7 +36,7 @@ def tokenize_primed_dataset(
     dataset: Dataset | IterableDataset,
     name: str,
     processing_class: PreTrainedTokenizerBase,
-    priming: PrimingTemplate | None,
+    priming: Priming,
     max_length: int | None = None,
     teacher_max_length: int | None = None,
     answers_needed: str | None = None,
@@ -37,7 +44,8 @@ def tokenize_primed_dataset(
     num_proc: int | None = None,
     server_answers: bool = False,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by `prompt_ids`, `teacher_prompt_ids`, `completion_ids` and `length`.
+    """Replace a data set's columns by `prompt_ids`, `teacher_prompt_ids`, `completion_ids` and `length`, and
+    `teacher` if there are several.
 
     Nothing is ever cut. Rows whose student view exceeds `max_length` tokens, or whose teacher view exceeds
     `teacher_max_length`, are left out and counted (`overlong="drop"`), or rejected (`"error"`).
@@ -49,18 +57,21 @@ def tokenize_primed_dataset(
             holds what it is sent, with the priming text. The ids are those of the student's view alone.
 
     Raises:
-        ValueError: if the template uses columns that are not there, and as
+        ValueError: if a template uses columns that are not there, if a row names none of several teachers, and as
             [`~trl_promptkd.data.dataset.prepare_rows`].
     """
     check_columns(dataset, name, answers_needed)
-    columns = list(next(iter(dataset)))
-    if priming is not None and "teacher_prompt_ids" not in columns:
-        priming.check_columns(columns, name)
+    check_priming(dataset, name, priming)
+    of_several = ("teacher",) if isinstance(priming, Mapping) else ()
     return prepare_rows(
         dataset,
         name,
         _tokenize_and_measure,
-        ("prompt_ids", "teacher_prompt_ids", "completion_ids", "length", *([TEXTS] if server_answers else [])),
+        (
+            *("prompt_ids", "teacher_prompt_ids", "completion_ids", "length"),
+            *of_several,
+            *([TEXTS] if server_answers else []),
+        ),
         [
             Limit("max_length", max_length, "rows"),
             Limit("teacher_max_length", teacher_max_length, "rows, as the teacher sees them,"),
@@ -78,7 +89,7 @@ def tokenize_primed_dataset(
 def _tokenize_and_measure(
     row: dict[str, Any],
     processing_class: PreTrainedTokenizerBase,
-    priming: PrimingTemplate | None,
+    priming: Priming,
     with_answer: bool,
     server_answers: bool,
 ) -> dict[str, Any]:
@@ -89,6 +100,7 @@ def _tokenize_and_measure(
     return {
         **ids,
         **texts,
+        **({"teacher": teacher_of(row, priming)} if isinstance(priming, Mapping) else {}),
         "length": teacher_length,  # what `group_by_length` groups by
         "empty_answer": int(is_empty_answer(row, ids["completion_ids"], processing_class)),
         "needs_max_length": len(ids["prompt_ids"]) + number,
@@ -120,6 +132,17 @@ def prompts_of_views(batch: dict[str, Tensor]) -> tuple[list[list[int]], list[li
     return prompts(""), prompts("teacher_")
 
 
+def check_views(teacher_labels: Tensor, tokens: Tensor) -> None:
+    """Refuse a batch of a user's collator whose views hold different completions."""
+    teacher_tokens = teacher_labels[teacher_labels != -100]
+    if not torch.equal(teacher_tokens, tokens):
+        raise ValueError(
+            f"The data collator's two views hold different completions ({len(tokens)} tokens in the student's, "
+            f"{len(teacher_tokens)} in the teacher's). `labels` and `teacher_labels` must select the same ids in the "
+            "same order; see DataCollatorForPrimedDistillation."
+        )
+
+
 @dataclass
 class DataCollatorForPrimedDistillation:
     """
@@ -130,8 +153,9 @@ class DataCollatorForPrimedDistillation:
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer of both models; it needs a pad token, which may be the end-of-text token.
-        priming (`str` or [`PrimingTemplate`], *optional*):
-            What the teacher sees besides the prompt; a name as for [`PrimedDistillTrainer`].
+        priming (`str`, [`PrimingTemplate`] or `dict` of them, *optional*):
+            What the teacher sees besides the prompt; a name as for [`PrimedDistillTrainer`]. A `dict` has what each
+            of several teachers sees, by its name, which stands in the rows' column `teacher`.
         pad_to_multiple_of (`int`, *optional*):
             Makes both views' widths multiples of it.
 
@@ -139,15 +163,20 @@ class DataCollatorForPrimedDistillation:
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
         `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the
         completion, end of text included; `labels != -100` selects the same ids in the same order in both views.
-        Rows from a teacher cache add `cache_rows` of shape `(batch,)`.
+        Rows from a teacher cache add `cache_rows` of shape `(batch,)`, rows of several teachers `teachers` of that
+        shape: the number of each row's teacher in the order of `priming`.
     """
 
     processing_class: PreTrainedTokenizerBase
-    priming: str | PrimingTemplate | None = None
+    priming: str | PrimingTemplate | Mapping[str, str | PrimingTemplate | None] | None = None
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
-        self.template = resolve_priming(self.priming)
+        self.template: Priming
+        if isinstance(self.priming, Mapping):
+            self.template = {name: resolve_priming(priming) for name, priming in self.priming.items()}
+        else:
+            self.template = resolve_priming(self.priming)
         if not isinstance(self.processing_class, PreTrainedTokenizerBase):
             raise TypeError(
                 f"`processing_class` is a {type(self.processing_class).__name__}; it must be a tokenizer, such as "
@@ -176,4 +205,7 @@ class DataCollatorForPrimedDistillation:
         )
         if "cache_row" in rows[0]:
             batch["cache_rows"] = torch.tensor([row["cache_row"] for row in rows])
+        if isinstance(self.template, Mapping):
+            names = list(self.template)
+            batch["teachers"] = torch.tensor([names.index(teacher_of(row, names)) for row in rows])
         return batch

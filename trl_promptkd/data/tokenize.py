@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .by_teacher import Priming, priming_of
 from .chat_template import conversation_texts
 from .priming import PrimingTemplate
 from .rows import check_ids, check_text_only, is_blank, shortened, split_row
@@ -62,13 +63,15 @@ def tokenize_cut_row(row: Mapping[str, Any], processing_class: PreTrainedTokeniz
 def tokenize_primed_row(
     row: Mapping[str, Any],
     processing_class: PreTrainedTokenizerBase,
-    priming: PrimingTemplate | None,
+    priming: Priming,
     with_answer: bool = True,
 ) -> dict[str, list[int]]:
     """The same with `teacher_prompt_ids`, the primed prompt, after which the answer has the same ids.
 
-    The template sees all columns of the row. A row that is tokenized already must hold `teacher_prompt_ids`.
+    The template sees all columns of the row. If there is one for each of several teachers, the row's `teacher` names
+    it. A row that is tokenized already must hold `teacher_prompt_ids`.
     """
+    priming = priming_of(row, priming)
     if row.get("prompt_ids") is not None:
         ids = _tokenized_already(row, processing_class, priming, with_answer)
     else:

@@ -46,16 +46,19 @@ __all__ = [
 
 
 def rollout_config(
-    student: PreTrainedModel, teacher: PreTrainedModel, processing_class: PreTrainedTokenizerBase, args: Any
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | list[Any],
+    processing_class: PreTrainedTokenizerBase,
+    args: Any,
 ) -> GenerationConfig:
     """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the
     tokenizer.
 
-    The teacher's belong to them: an instruction-tuned teacher ends a turn with a token that a base student does not
-    stop at.
+    The teacher's belong to them, and those of several teachers: an instruction-tuned one ends a turn with a token that
+    a base student does not stop at.
     """
     stop_ids = {processing_class.eos_token_id}
-    for model in (student, teacher):
+    for model in (student, *(teacher if isinstance(teacher, list) else [teacher])):
         published = model.generation_config.eos_token_id
         stop_ids |= set(published if isinstance(published, list) else [published])
     settings = {

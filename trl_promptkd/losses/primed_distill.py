@@ -17,8 +17,8 @@ __all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
 
 
 class PrimedLossSums(NamedTuple):
-    """Sums over tokens: scalars. Only `loss` has a gradient, to the student. What was not computed is 0. Without the
-    teacher's logits, what they are needed for is `None`."""
+    """Sums over tokens: scalars but for the last. Only `loss` has a gradient, to the student. What was not computed is
+    0. Without the teacher's logits, what they are needed for is `None`."""
 
     loss: Tensor
     """alpha CE + (1 - alpha) tau^2 D."""
@@ -36,6 +36,9 @@ class PrimedLossSums(NamedTuple):
     """Tokens at which the student's likeliest token is the completion's."""
     teacher_log_prob: Tensor | None
     """log p(token)."""
+    of_teachers: Tensor
+    """Of each teacher `(num_teachers, 4)`: its tokens' number, and their `student_teacher`, `agreement` and
+    `teacher_log_prob`."""
 
 
 def primed_loss_sums(
@@ -43,7 +46,9 @@ def primed_loss_sums(
     teacher_logits: Float[Tensor, "tokens vocab"] | None,
     tokens: Int[Tensor, "tokens"],
     drawn_from: Float[Tensor, "tokens"] | None = None,
+    teachers: Int[Tensor, "tokens"] | None = None,
     *,
+    num_teachers: int = 0,
     alpha: float,
     temperature: float,
     beta: float = 1.0,
@@ -64,7 +69,9 @@ def primed_loss_sums(
         tokens: Ids of the completion's tokens.
         drawn_from: If `teacher_logits` are those of tokens drawn from
             the teacher: the entropies of what they were drawn from. The entropy of the draws is lower, which makes the
-            forward KL too large by the difference.
+            forward KL too large by the difference. NaN at tokens whose logits are the teacher's own.
+        teachers: With several teachers, the number of each token's.
+        num_teachers (`int`): How many there are.
         beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon
             divergence.
         skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
@@ -86,32 +93,44 @@ def primed_loss_sums(
         with torch.no_grad():
             tempered_p = (teacher_logits / temperature).log_softmax(dim=-1)
     if beta == 1.0:
-        divergence = skewed_kl(tempered_q, tempered_p, skew).sum()
+        per_token = skewed_kl(tempered_q, tempered_p, skew)
     elif beta == 0.0:
-        divergence = skewed_kl(tempered_p, tempered_q, skew).sum()
+        per_token = skewed_kl(tempered_p, tempered_q, skew)
     else:
-        divergence = generalized_jsd(tempered_q, tempered_p, beta).sum()
+        per_token = generalized_jsd(tempered_q, tempered_p, beta)
+    divergence = per_token.sum()
     if drawn_from is not None:
         with torch.no_grad():
-            gap = (drawn_from - entropy(log_p)).sum()
+            kept = entropy(log_p)
+            gap = (torch.where(drawn_from.isnan(), kept, drawn_from) - kept).sum()
         divergence = divergence - gap
     loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
     if not with_metrics:
         zero = cross_entropy.new_zeros(())
-        return PrimedLossSums(loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6)
+        none = cross_entropy.new_zeros(num_teachers, 4)
+        return PrimedLossSums._make([loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6, none])
     with torch.no_grad():
         plain_reverse = beta == 1.0 and skew == 0.0
         best = log_q.argmax(dim=-1)
+        student_teacher = per_token.detach() if plain_reverse else kl_divergence(tempered_q, tempered_p)
+        agreement = best == log_p.argmax(dim=-1)
+        teacher_log_prob = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        of_teachers = log_q.new_zeros(num_teachers, 4)
+        if teachers is not None:
+            ones = torch.ones_like(teacher_log_prob)
+            values = torch.stack([ones, student_teacher, agreement.to(ones.dtype), teacher_log_prob], dim=-1)
+            of_teachers.index_add_(0, teachers, values)
         return PrimedLossSums(
             loss,
             cross_entropy.detach(),
             divergence.detach(),
-            divergence.detach() if plain_reverse else kl_divergence(tempered_q, tempered_p).sum(),
+            student_teacher.sum(),
             entropy(log_q).sum(),
             entropy(log_p).sum(),
-            (best == log_p.argmax(dim=-1)).sum(),
+            agreement.sum(),
             (best == tokens).sum(),
-            log_p.gather(-1, tokens.unsqueeze(-1)).sum(),
+            teacher_log_prob.sum(),
+            of_teachers,
         )
 
 
@@ -124,7 +143,9 @@ def _hard_label_sums(student_logits: Tensor, tokens: Tensor, with_metrics: bool)
             (allowed,) = on_shared_support(student_logits)  # the entropy of a token that is ruled out is 0
             entropies = entropy(log_q if allowed is student_logits else allowed.log_softmax(dim=-1)).sum()
             accuracy = (log_q.argmax(dim=-1) == tokens).sum()
-    return PrimedLossSums(loss, loss.detach(), None, None, entropies, None, None, accuracy, None)
+    return PrimedLossSums(
+        loss, loss.detach(), None, None, entropies, None, None, accuracy, None, of_teachers=loss.new_zeros(0, 4)
+    )
 
 
 def log_prob_sums(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> tuple[Float[Tensor, ""]]:

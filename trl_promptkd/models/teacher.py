@@ -34,6 +34,7 @@ from .side_effects import flags_restored
 __all__ = [
     "build_teacher",
     "disable_dropout",
+    "each_teacher",
     "freeze",
     "load_teacher",
     "place_teacher",
@@ -69,6 +70,13 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
             f"The teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a folder), that you have "
             f"access to it, and that its files are whole. ({str(error).splitlines()[0]})"
         ) from error
+
+
+def each_teacher(teacher_model: Any) -> dict[str, Any]:
+    """A trainer's `teacher_model`, or each of several, by what it is called in messages."""
+    if not isinstance(teacher_model, Mapping):
+        return {"teacher_model": teacher_model}
+    return {f"teacher_model[{name!r}]": one for name, one in teacher_model.items()}
 
 
 def freeze(model: nn.Module) -> nn.Module:

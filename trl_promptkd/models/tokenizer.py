@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..files import read_text
 from .student import adapter_config
+from .teacher import each_teacher
 
 
 __all__ = [
@@ -99,7 +100,7 @@ def shared_vocab_size(
 def prepare_tokenizer(
     processing_class: PreTrainedTokenizerBase | None,
     model: PreTrainedModel | str,
-    teacher_model: PreTrainedModel | str | None,
+    teacher_model: PreTrainedModel | str | Mapping[str, Any] | None,
     args: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of both models, with a pad token and what `args` say about it.
@@ -142,12 +143,19 @@ def prepare_tokenizer(
             raise ValueError(
                 f"{args.chat_template_path}, the file of `chat_template_path`, is empty. Write a template to it."
             )
-    if teacher_model is not None:
-        name = teacher_model if isinstance(teacher_model, str) else teacher_model.config._name_or_path
+    for argument, one in each_teacher(teacher_model).items():
+        if one is None:
+            continue
+        name = one if isinstance(one, str) else one.config._name_or_path
         teacher_tokenizer = load_teacher_tokenizer(name, args.teacher_model_init_kwargs, args.trust_remote_code)
         if teacher_tokenizer is not None:
-            check_same_tokenizer(processing_class, teacher_tokenizer)
-        elif isinstance(teacher_model, str):
+            try:
+                check_same_tokenizer(processing_class, teacher_tokenizer)
+            except ValueError as error:
+                if one is teacher_model:
+                    raise
+                raise ValueError(f"{error} (Found in `{argument}`.)") from error
+        elif isinstance(one, str):
             logger.warning(
                 f"No tokenizer was found beside the teacher {name!r}, so that it could not be checked that both "
                 "models share one. If they do not, training compares unrelated tokens."

@@ -44,6 +44,11 @@ class ApiTeacher:
             "top_p": args.top_p if samples else 1.0,
         }
 
+    @property
+    def name(self) -> str:
+        """What the server calls it."""
+        return self.server.model
+
     def find(self, dataset: Any, name: str) -> Dataset:
         """Tokenized rows with the teacher's answers: what is not on the disk yet is asked for now, before any weights
         are loaded."""

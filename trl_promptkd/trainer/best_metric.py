@@ -27,7 +27,7 @@ def choose_best_metric(config: Any, default: str) -> bool:
     if config.metric_for_best_model is None and needed:
         config.metric_for_best_model = default
     name = config.metric_for_best_model or ""
-    if config.greater_is_better is None and any(name == m or name.endswith(f"_{m}") for m in config._FALLING_METRICS):
+    if config.greater_is_better is None and any(f"_{m}/" in f"_{name}/" for m in config._FALLING_METRICS):
         config.greater_is_better = False
     return needed
 

@@ -18,8 +18,10 @@ from transformers.utils import logging
 
 from ..models.forward import TokenStates
 from ..models.init_kwargs import check_init_kwargs, hub_kwargs
+from ..models.joined_logits import JoinedLogits
 from ..models.soft_prompt import PromptEncoderConfig, check_peft_config, text_token_ids
 from ..models.student import adapter_config, check_trains
+from ..models.teacher import each_teacher
 
 
 __all__ = [
@@ -85,8 +87,10 @@ def check_arguments(
     check_init_kwargs("teacher_model_init_kwargs", args.teacher_model_init_kwargs)
     adapter = _student_adapter(model, args.model_init_kwargs, peft_config)
     _check_model("model", model, args.model_init_kwargs, args.trust_remote_code)
-    _check_model("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
-    _check_adapters(model, teacher_model, adapter or peft_config)
+    teachers = each_teacher(teacher_model)
+    for argument, one in teachers.items():
+        _check_model(argument, one, args.teacher_model_init_kwargs, args.trust_remote_code)
+        _check_adapters(model, one, adapter or peft_config)
     if not isinstance(model, str) and peft_config is None:
         check_trains(model)
     quantization = (args.model_init_kwargs or {}).get("quantization_config", {})
@@ -103,7 +107,7 @@ def check_arguments(
             "`torch_compile` is True, but this trainer runs a model's decoder and its output head apart, which a "
             "compiled model cannot do. Set it to False."
         )
-    if args.teacher_model_init_kwargs and not isinstance(teacher_model, str):
+    if args.teacher_model_init_kwargs and not any(isinstance(one, str) for one in teachers.values()):
         raise ValueError(
             "`teacher_model_init_kwargs` is set, but `teacher_model` is not loaded by the trainer. Pass the teacher's "
             "name, or omit `teacher_model_init_kwargs`."
@@ -299,16 +303,21 @@ def check_finite(loss: Tensor, when: str, **models: Any) -> None:
     Args:
         loss: A scalar.
         when: For the message, such as "at step 3".
-        models: What each model said: [`TokenStates`], or anything else, which is not looked into.
+        models: What each model said: [`TokenStates`], [`JoinedLogits`] of them, or anything else, which is not looked
+            into.
 
     Raises:
         FloatingPointError: naming the models whose hidden states are not finite already.
     """
     if torch.isfinite(loss):
         return
+    said = {name.replace("_", " "): one for name, one in models.items()}
+    for one in models.values():
+        if isinstance(one, JoinedLogits):
+            said |= {part: states for part, (_, states) in one.parts.items()}
     broken = [
-        name.replace("_", " ")
-        for name, states in models.items()
+        name
+        for name, states in said.items()
         if isinstance(states, TokenStates) and not torch.isfinite(states.hidden_states).all()
     ]
     found = f"Not finite already: the hidden states of the {' and of the '.join(broken)}." if broken else ""

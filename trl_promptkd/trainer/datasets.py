@@ -48,6 +48,8 @@ class View(NamedTuple):
     prompt_column: str
     num_virtual_tokens: int = 0
     """Positions that a soft prompt takes."""
+    teachers: Sequence[str] | None = None
+    """It sees the rows that name one of these teachers; `None` for all rows."""
 
 
 def checked_rows(trainer: Any, dataset: Any, name: str, max_new_tokens: int) -> Any:
@@ -75,9 +77,15 @@ def _check_row_positions(dataset: Any, name: str, views: Sequence[View], max_new
         return  # a stream's rows are not known
     completions = list(map(len, dataset["completion_ids"]))
     for view in views:
-        prompts = map(len, dataset[view.prompt_column])
+        prompts = list(map(len, dataset[view.prompt_column]))
+        asked = dataset["teacher"] if view.teachers else [None] * len(prompts)
         longest = max(
-            prompt + max(completion, max_new_tokens) for prompt, completion in zip(prompts, completions, strict=True)
+            (
+                prompt + max(completion, max_new_tokens)
+                for prompt, completion, teacher in zip(prompts, completions, asked, strict=True)
+                if view.teachers is None or teacher in view.teachers
+            ),
+            default=0,
         )
         also = [f"a soft prompt of {view.num_virtual_tokens}"] if view.num_virtual_tokens else []
         also += [f"`max_new_tokens={max_new_tokens}`"] if max_new_tokens else []

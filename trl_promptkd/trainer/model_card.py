@@ -3,6 +3,7 @@ data, metrics, loading."""
 
 import os
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
 
+from ..data.priming import PrimingTemplate
 from ..files import write_text
 from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig
+from ..teacher_cache import TeacherCache
 from ..teacher_cache.card import PLACES, fenced, hub_id, name_in_cache, quoted, settings_table, shown_name
 
 
@@ -54,6 +57,7 @@ RESPONSE_PRIMING_PAPER = {
         }"""),
 }
 
+_OWN_START = "the student's own starting weights (self-distillation)"
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
@@ -79,10 +83,11 @@ def prompt_section(trainer) -> str:
         *("prompt_update", "prompt_divergence", "regularization_coef", "regularization_schedule", "lmbda", "beta"),
         *("temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
     )
+    teacher = _OWN_START if trainer.is_self_distillation else quoted(_teachers_start(trainer))
     return f"""
 ## The teacher's soft prompt
 
-This model was distilled from {_teacher_name(trainer)} with a soft prompt of {num_virtual_tokens} virtual tokens, which
+This model was distilled from {teacher} with a soft prompt of {num_virtual_tokens} virtual tokens, which
 was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is used
 without it.
 
@@ -97,25 +102,49 @@ def priming_section(trainer) -> str:
     settings = _values(args, "alpha", *of_loss, "response_source", "max_length", "teacher_max_length", "learning_rate")
     if args.response_source != "dataset":
         settings |= _values(args, "max_new_tokens", "temperature", "top_k", "top_p")
-    by_api = args.teacher_answers_url is not None
-    teacher = quoted(trainer.teacher.server.model) if by_api else _teacher_name(trainer)
-    seen = "which saw the prompts as they are (no priming)."
-    used, compared = "", "Both were compared on the same completion tokens."
-    if by_api:
+    used = "The student never saw that text: it is used with the bare question. "
+    if isinstance(priming, Mapping):
+        title, each = "The primed teachers", (_one_of_several(trainer, name) for name in priming)
+        taught = "\n\n".join(["several teachers. The column `teacher` of the data names the one of each row.", *each])
+        used = used if any(priming.values()) else ""
+    else:
+        teacher = _primed_teacher_name(trainer, trainer.teacher, trainer.is_self_distillation)
+        title, taught = "The primed teacher", f"{teacher}, {_seen(priming)}"
+        used = used if priming else ""
+    compared = "Both were compared on the same completion tokens."
+    if args.teacher_answers_url is not None:
         compared = "It was trained on that teacher's answers alone, which came over an API."
-    if priming is not None:
-        place = PLACES[priming.placement]
-        seen = f"which saw this text {place} (a Jinja template):\n\n{fenced(priming.text)}"
-        used = "The student never saw that text: it is used with the bare question. "
     return f"""
-## The primed teacher
+## {title}
 
-This model was distilled from {teacher}, {seen}
+This model was distilled from {taught}
 
 {used}{compared}
 
 {settings_table(settings)}
 """
+
+
+def _seen(priming: PrimingTemplate | None) -> str:
+    if priming is None:
+        return "which saw the prompts as they are (no priming)."
+    return f"which saw this text {PLACES[priming.placement]} (a Jinja template):\n\n{fenced(priming.text)}"
+
+
+def _one_of_several(trainer, name: str) -> str:
+    several = trainer.teacher
+    teacher = _primed_teacher_name(trainer, several.teachers[name], name in several.own_start)
+    return f"**{name}**: {teacher}, {_seen(trainer.priming[name])}"
+
+
+def _primed_teacher_name(trainer, teacher: Any, is_own_start: bool) -> str:
+    if is_own_start:
+        return _OWN_START
+    if teacher.cache is not None:
+        return _cached_name(teacher.cache)
+    if teacher.model is None:
+        return f"{quoted(teacher.name)}, which ran on a server"
+    return quoted(_name_of(trainer, teacher.model))
 
 
 def complete_card(trainer, section: str) -> None:
@@ -229,28 +258,25 @@ def _loading_section(trainer, repo: str) -> str:
     return f"\n## How to load {'both' if has_prompt else 'it'}\n\n```python\n{code}\n```\n{exact}"
 
 
+def _name_of(trainer, model) -> str:
+    """The name or path that a model was loaded by."""
+    return trainer.accelerator.unwrap_model(model).config._name_or_path
+
+
 def _start_of(trainer) -> str:
-    """The name or path that the student was loaded by."""
-    return trainer.accelerator.unwrap_model(trainer.model).config._name_or_path
+    return _name_of(trainer, trainer.model)
 
 
 def _teachers_start(trainer) -> str:
-    return trainer.accelerator.unwrap_model(trainer.teacher_model).config._name_or_path
+    return _name_of(trainer, trainer.teacher_model)
 
 
-def _teacher_name(trainer) -> str:
-    if trainer.is_self_distillation:
-        return "the student's own starting weights (self-distillation)"
-    cache = getattr(trainer, "teacher_cache", None)
-    if cache is not None:
-        teacher, receipt = cache.manifest.teacher, cache.manifest.receipt
-        kept = f"preset `{cache.manifest.preset}`"
-        if "kl_mean" in receipt:  # draws have none
-            kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats per token"
-        return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
-    if trainer.teacher_model is None:
-        return f"{quoted(trainer.teacher.name)}, which ran on a server"
-    return quoted(_teachers_start(trainer))
+def _cached_name(cache: TeacherCache) -> str:
+    teacher, receipt = cache.manifest.teacher, cache.manifest.receipt
+    kept = f"preset `{cache.manifest.preset}`"
+    if "kl_mean" in receipt:  # draws have none
+        kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats per token"
+    return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
 
 
 def _values(args, *names: str) -> dict[str, Any]:

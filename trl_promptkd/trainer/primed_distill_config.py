@@ -1,5 +1,6 @@
 """Settings of [`PrimedDistillTrainer`]."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +8,7 @@ from trl import SFTConfig
 
 from ..field_checks import (
     check_ignored,
+    check_kind,
     check_kinds,
     check_number,
     check_positive,
@@ -62,14 +64,16 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the
             primed teacher writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own
             samples, drawn anew at every step.
-        teacher_model_name_or_path (`str`, *optional*):
-            The teacher, if none is passed to the trainer.
+        teacher_model_name_or_path (`str` or `dict`, *optional*):
+            The teacher, if none is passed to the trainer. A `dict` has several by name; see the trainer's
+            `teacher_model`.
         teacher_model_init_kwargs (`dict`, *optional*):
             For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
-            `{"quantization_config": {"load_in_4bit": True}}`.
-        teacher_server (`str`, *optional*):
+            `{"quantization_config": {"load_in_4bit": True}}`. It holds for all that are.
+        teacher_server (`str` or `dict`, *optional*):
             Where the teacher runs, instead of here: the address of a vLLM server in pooling mode, such as
-            `"http://host:8000"`. Of the teacher's weights, only the output head is loaded.
+            `"http://host:8000"`. Of the teacher's weights, only the output head is loaded. A `dict` has the servers
+            of several teachers by name.
         teacher_server_dtype (`str`, *optional*, defaults to `"bfloat16"`):
             What the hidden states travel in: `"bfloat16"`, or `"float32"`, which takes twice the bytes.
         teacher_server_timeout (`float`, *optional*, defaults to `120.0`):
@@ -106,7 +110,13 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     """
 
     _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "teacher_model_init_kwargs",
+        "generation_kwargs",
+        "teacher_model_name_or_path",
+        "teacher_server",
+    ]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
@@ -138,14 +148,18 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         default="dataset",
         metadata={"help": "Whose answers are trained on.", "choices": ["dataset", "teacher", "student"]},
     )
-    teacher_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
+    teacher_model_name_or_path: Mapping[str, str | None] | str | None = field(  # of a `dict`, each text would be JSON
+        default=None,
+        metadata={"help": "The teacher, or JSON of several by name. None: the student's own starting weights."},
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
     )
-    teacher_server: str | None = field(
-        default=None, metadata={"help": "Address of a vLLM server in pooling mode that runs the teacher."}
+    teacher_server: Mapping[str, str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Address of a vLLM server in pooling mode that runs the teacher, or JSON of several by name."
+        },
     )
     teacher_server_dtype: str = field(
         default="bfloat16",
@@ -189,6 +203,10 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
+        for name in ("teacher_model_name_or_path", "teacher_server"):
+            value = getattr(self, name)
+            are_several = isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
+            check_kind(name, value, dict | None if are_several else str | None)
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
@@ -207,7 +225,10 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         effect."""
         check_training(self)
         check_positive(self, "kd_temperature", "teacher_max_length", "teacher_server_timeout", "loss_chunk_size")
-        if self.teacher_server is not None:
+        if isinstance(self.teacher_server, Mapping):
+            for name, url in self.teacher_server.items():
+                check_server_url(f"teacher_server[{name!r}]", url)
+        elif self.teacher_server is not None:
             check_server_url("teacher_server", self.teacher_server)
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)

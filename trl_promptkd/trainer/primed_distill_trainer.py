@@ -1,6 +1,6 @@
 """Response priming: distillation from a teacher that sees a priming text which the student does not see."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from ..data import count_trained_tokens, without_repeats
-from ..data.primed import DataCollatorForPrimedDistillation, prompts_of_views, tokenize_primed_dataset
-from ..data.priming import PrimingTemplate, resolve_priming
+from ..data.primed import DataCollatorForPrimedDistillation, check_views, prompts_of_views, tokenize_primed_dataset
+from ..data.priming import PrimingTemplate
 from ..generation.rollouts import rollout_config
 from ..generation.vllm import check_vllm
 from ..losses.chunked import chunked_sums
@@ -22,6 +22,7 @@ from ..losses.primed_distill import PrimedLossSums, primed_loss_sums
 from ..models.compare import check_forward
 from ..models.forward import forward_logits, inside_forward
 from ..models.side_effects import nothing_changed
+from ..models.teacher import each_teacher
 from ..models.tokenizer import prepare_tokenizer, shared_vocab_size
 from ..teacher_cache import TeacherCache
 from ..teacher_cache.card import hub_id
@@ -34,7 +35,9 @@ from .hub import init_hf_repo
 from .logged_metrics import Means, is_logged_step, log_completions
 from .model_card import RESPONSE_PRIMING_PAPER, complete_card, hub_dataset, priming_section
 from .primed_distill_config import PrimedDistillConfig
-from .primed_teacher import primed_teacher, receipt_of_run, view_states
+from .primed_metrics import add_gain, add_sums, add_token_counts
+from .primed_teacher import receipt_of_run, view_states
+from .several_teachers import priming_by_name, teacher_and_rows, teachers_of_run
 from .window import collected_window, padded_views, sample_views
 
 
@@ -92,19 +95,22 @@ class PrimedDistillTrainer(SFTTrainer):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
             Not supported; kept for the base class's signature.
-        priming (`str` or [`PrimingTemplate`], *optional*):
+        priming (`str`, [`PrimingTemplate`] or `dict` of them, *optional*):
             What the teacher sees: one of the paper's texts by its name, `"teacher"`, `"ground_truth"` or
             `"confidence"`; `"reference_answer"`, which shows it the row's answer; a template of your own; or `None`,
-            plain distillation.
-        teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
+            plain distillation. A `dict` has what each of several teachers sees, by the same names.
+        teacher_model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `dict` of them, *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
             `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own starting
             weights, of which a PEFT student holds no second copy: the priming text is then trained into the student.
-        teacher_cache (`str` or [`TeacherCache`], *optional*):
+            A `dict` has several teachers by name: the column `teacher` of each row says which one teaches it.
+        teacher_cache (`str`, [`TeacherCache`] or `dict` of them, *optional*):
             What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
-            or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer.
-        teacher_server (`str`, *optional*):
-            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`.
+            or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer. A
+            `dict` has the caches of other names than `teacher_model`.
+        teacher_server (`str` or `dict`, *optional*):
+            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`, or
+            of several servers, by the names of their teachers there.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
@@ -144,14 +150,15 @@ class PrimedDistillTrainer(SFTTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable | None = None,
-        priming: str | PrimingTemplate | None = None,
-        teacher_model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
-        teacher_cache: str | TeacherCache | None = None,
-        teacher_server: str | None = None,
+        priming: str | PrimingTemplate | dict[str, str | PrimingTemplate | None] | None = None,
+        teacher_model: PreTrainedModel | PeftModel | nn.Module | str | dict[str, Any] | None = None,
+        teacher_cache: str | TeacherCache | dict[str, str | TeacherCache] | None = None,
+        teacher_server: str | Mapping[str, str] | None = None,
     ):
         # 1. What can be checked without weights
         args = PrimedDistillConfig(output_dir="PrimedDistill") if args is None else args
         teacher_model = getattr(args, "teacher_model_name_or_path", None) if teacher_model is None else teacher_model
+        teacher_server = args.teacher_server if teacher_server is None else teacher_server
         given = (peft_config, formatting_func, data_collator, callbacks)
         check_arguments(PrimedDistillConfig, args, model, teacher_model, *given)
         if compute_loss_func is not None:
@@ -159,7 +166,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 "`compute_loss_func` is not supported: the loss needs both models' views. Subclass "
                 "PrimedDistillTrainer and override `compute_loss` instead."
             )
-        self.priming = resolve_priming(priming)
+        self.priming = priming_by_name(priming, teacher_model, teacher_cache, teacher_server)
         self.is_self_distillation = teacher_model is None and teacher_cache is None and not args.teacher_answers_url
         if self.priming is None and self.is_self_distillation:
             logger.warning(
@@ -172,16 +179,18 @@ class PrimedDistillTrainer(SFTTrainer):
         check_vllm(args, model, samples=args.response_source == "student")
         self._tokenizes = data_collator is None
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
-        self.teacher = primed_teacher(
+        self.teacher = teachers_of_run(
             teacher_model, teacher_cache, teacher_server, args, self._tokenizes, processing_class, self.priming
         )
         self.teacher_cache = self.teacher.cache
+        self._teacher_names = list(self.priming) if isinstance(self.priming, Mapping) else []
         self._dropped_rows = 0
         if self._tokenizes:
             data_collator = DataCollatorForPrimedDistillation(processing_class, self.priming, args.pad_to_multiple_of)
             train_dataset = self._tokenize(train_dataset, "train_dataset", processing_class, args)
             eval_dataset = map_parts(self._tokenize, eval_dataset, "eval_dataset", processing_class, args)
-        check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+        for argument, one in each_teacher(teacher_model).items():
+            check_found(argument, one, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student
         with shared.prepared_student(self, model, args, quantization_config, adapter_dropout=True) as (
@@ -265,6 +274,7 @@ class PrimedDistillTrainer(SFTTrainer):
             "completion_ids",
             "length",
             "cache_row",
+            "teacher",
         ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -272,7 +282,9 @@ class PrimedDistillTrainer(SFTTrainer):
         self._train_means, self._train_batches = Means(), 0
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def quantization_receipt(self, full_teacher: nn.Module | str | None = None, num_rows: int = 32) -> dict[str, Any]:
+    def quantization_receipt(
+        self, full_teacher: nn.Module | str | None = None, num_rows: int = 32, teacher: str | None = None
+    ) -> dict[str, Any]:
         """What quantization did to the teacher, on the first rows of the training data as the teacher sees them.
 
         Args:
@@ -281,6 +293,8 @@ class PrimedDistillTrainer(SFTTrainer):
                 of `teacher_model_init_kwargs`. It is in memory beside the quantized one while this runs.
             num_rows (`int`, *optional*, defaults to `32`):
                 How many rows.
+            teacher (`str`, *optional*):
+                Which of several teachers; the rows are then those that name it.
 
         Returns:
             `dict`: `kl_full_quantized`, `top1_agreement`, `answer_nll_full`, `answer_nll_quantized` and more, see
@@ -289,12 +303,12 @@ class PrimedDistillTrainer(SFTTrainer):
         Raises:
             ValueError: if the teacher is not quantized, the full one is or has no name, or the rows have no answers.
         """
-        if self.teacher_model is None or not isinstance(self.train_dataset, Dataset) or not self._tokenizes:
+        chosen, rows = teacher_and_rows(self, teacher)
+        if chosen.model is None or not isinstance(rows, Dataset) or not self._tokenizes:
             raise ValueError(
                 "A quantization receipt needs a teacher of its own, and training rows that the trainer has tokenized."
             )
-        rows = self.train_dataset.select(range(min(num_rows, len(self.train_dataset))))
-        return receipt_of_run(self.teacher, full_teacher, rows)
+        return receipt_of_run(chosen, full_teacher, rows.select(range(min(num_rows, len(rows)))))
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -306,7 +320,7 @@ class PrimedDistillTrainer(SFTTrainer):
         if self.args.response_source == "student":
             batches = sample_views(self, batches)
         num_tokens = count_trained_tokens(batches, self.accelerator, self.state.global_step)
-        self._train_means.add("completion_tokens", num_tokens)
+        add_token_counts(self._train_means, batches, num_tokens, self._teacher_names, self.accelerator)
         self.teacher.expect(batches)
         return batches, num_tokens
 
@@ -329,9 +343,9 @@ class PrimedDistillTrainer(SFTTrainer):
         with_metrics = with_gain or is_logged_step(self)
         with self.accelerator.autocast():
             loss, count, sums = inside_forward(model, self._distill, inputs, with_metrics)
-        self._add_sums(self._train_means, sums, count, with_metrics)
+        add_sums(self._train_means, sums, count, self._teacher_names, with_metrics)
         if with_gain:
-            self._add_gain(self._train_means, inputs, sums, count)
+            add_gain(self._train_means, self.teacher.plain_log_prob(inputs), sums, count, self._teacher_names)
         self._train_batches += 1
         self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -345,11 +359,11 @@ class PrimedDistillTrainer(SFTTrainer):
         """The loss summed over a batch's completion tokens, with its gradient; their number; and what is logged."""
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
-        tokens = inputs["labels"][:, 1:][trained]
+        tokens, teachers = inputs["labels"][:, 1:][trained], inputs.get("teachers")
         student_states = view_states(student, inputs, "", self.shared_vocab_size)
         teacher_says = self.teacher.at_completions(student, inputs)
         if not self._tokenizes:
-            _check_views(inputs["teacher_labels"][:, 1:], tokens)
+            check_views(inputs["teacher_labels"][:, 1:], tokens)
         sums, gradients = chunked_sums(
             primed_loss_sums,
             args.loss_chunk_size,
@@ -357,32 +371,17 @@ class PrimedDistillTrainer(SFTTrainer):
             teacher_says,
             tokens,
             None if teacher_says is None else teacher_says.entropies(),
+            None if teachers is None else teachers.unsqueeze(1).expand_as(trained)[trained],
             alpha=args.alpha,
             temperature=args.kd_temperature,
             beta=args.kd_beta,
             skew=args.skew,
             with_metrics=with_metrics,
+            num_teachers=len(self._teacher_names),
         )
         when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
         check_finite(sums.loss, when, student=student_states, teacher=teacher_says)
         return gradients[0].attach(sums.loss) if gradients else sums.loss, trained.sum(), sums
-
-    def _add_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, with_metrics: bool = True) -> None:
-        means.add("ce", sums.cross_entropy, count)
-        means.add("kd", sums.divergence, count)
-        if not with_metrics:
-            return
-        means.add("kl/student_teacher", sums.student_teacher, count)
-        means.add("entropy/student", sums.student_entropy, count)
-        means.add("entropy/teacher", sums.teacher_entropy, count)
-        means.add("teacher/top1_agreement", sums.agreement, count)
-        means.add("mean_token_accuracy", sums.accuracy, count)
-
-    def _add_gain(self, means: Means, inputs: dict[str, Tensor], sums: PrimedLossSums, count: Tensor) -> None:
-        """How much likelier the completion is to the teacher with the priming text than without it."""
-        plain = self.teacher.plain_log_prob(inputs)
-        if plain is not None and sums.teacher_log_prob is not None:
-            means.add("priming/gain_nats", sums.teacher_log_prob - plain, count)
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
@@ -410,14 +409,14 @@ class PrimedDistillTrainer(SFTTrainer):
                 prompts, teacher_prompts = prompts_of_views(inputs)
                 # The same random numbers at every evaluation, so that values differ by what was learned
                 completions = self.rollouts.sample(self.model_wrapped, prompts, -1 - self._eval_batches)
-                inputs = padded_views(self, prompts, teacher_prompts, completions)
+                inputs = padded_views(self, prompts, teacher_prompts, completions, teachers=inputs.get("teachers"))
             for name in ("labels", "teacher_labels"):
                 inputs[name] = without_repeats(inputs[name], self.accelerator)
             _, count, sums = inside_forward(model, self._distill, inputs)
             self._eval_means.add("loss", sums.loss, count)
-            self._add_sums(self._eval_means, sums, count)
+            add_sums(self._eval_means, sums, count, self._teacher_names)
             if self._eval_batches % _GAIN_EVERY == 0:
-                self._add_gain(self._eval_means, inputs, sums, count)
+                add_gain(self._eval_means, self.teacher.plain_log_prob(inputs), sums, count, self._teacher_names)
             self._eval_batches += 1
             loss = sums.loss / count.clamp(min=1)
             if prediction_loss_only:
@@ -438,14 +437,3 @@ class PrimedDistillTrainer(SFTTrainer):
         super().create_model_card(model_name, hub_id(dataset_name) or hub_dataset(self.train_dataset), tags)
         if self.is_world_process_zero():
             complete_card(self, priming_section(self))
-
-
-def _check_views(teacher_labels: Tensor, tokens: Tensor) -> None:
-    """Refuse a batch of a user's collator whose views hold different completions."""
-    teacher_tokens = teacher_labels[teacher_labels != -100]
-    if not torch.equal(teacher_tokens, tokens):
-        raise ValueError(
-            f"The data collator's two views hold different completions ({len(tokens)} tokens in the student's, "
-            f"{len(teacher_tokens)} in the teacher's). `labels` and `teacher_labels` must select the same ids in the "
-            "same order; see DataCollatorForPrimedDistillation."
-        )

@@ -50,7 +50,6 @@ def primed_teacher(
     Raises:
         ValueError: for a teacher that cannot serve this run.
     """
-    teacher_server = args.teacher_server if teacher_server is None else teacher_server
     if teacher_cache is not None and teacher_server is not None:
         raise ValueError("`teacher_cache` and `teacher_server` are both set; pass one of them.")
     if teacher_cache is not None and teacher_model is not None:

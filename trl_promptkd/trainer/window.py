@@ -73,10 +73,15 @@ def sample_views(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[st
     completions = _student_completions(trainer, prompts)
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(teacher_prompts, completions, strict=True)]
     groups = grouped_by_length(lengths, [len(student) for student, _ in views])
+    teachers = torch.cat([batch["teachers"] for batch in batches]) if "teachers" in batches[0] else None
     # What is measured on one micro-batch in so many is not always to be measured on the longest rows
     random.Random(rollout_seed(trainer.args.seed, "order", trainer.state.global_step, 0)).shuffle(groups)
     return [
-        padded_views(trainer, *([rows[row] for row in group] for rows in (prompts, teacher_prompts, completions)))
+        padded_views(
+            trainer,
+            *([rows[row] for row in group] for rows in (prompts, teacher_prompts, completions)),
+            teachers=None if teachers is None else teachers[group],
+        )
         for group in groups
     ]
 
@@ -110,8 +115,11 @@ def padded_views(
     prompts: Sequence[list[int]],
     teacher_prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
+    *,
+    teachers: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of both views on the trainer's device."""
+    """A batch of both views on the trainer's device; `teachers` `(batch,)` are the numbers of the rows' teachers."""
     pad, multiple = trainer.processing_class.pad_token_id, trainer.args.pad_to_multiple_of
     batch = pad_views(prompts, teacher_prompts, completions, pad, multiple)
+    batch |= {} if teachers is None else {"teachers": teachers}
     return {name: value.to(trainer.accelerator.device) for name, value in batch.items()}

@@ -22,6 +22,7 @@ from ..evaluation import (
     row_scores,
 )
 from ..files import whole_file
+from ..generation.progress import rows_bar
 from ..generation.rollouts import sample_completions
 from ..models.limits import check_positions
 from .checks import check_sharding
@@ -167,16 +168,18 @@ class GenerationMetricsCallback(TrainerCallback):
         accelerator, tokenizer = self.trainer.accelerator, self.tokenizer
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         mine = range(rank, len(self.rows.prompt_ids), num_ranks)
-        completions = sample_completions(
-            self.trainer.model_wrapped,
-            accelerator,
-            [self.rows.prompt_ids[row] for row in mine],
-            self.generation_config,
-            self.seed or 0,
-            self.settings,
-            vocab_size=self.vocab_size,
-            row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
-        )
+        shows = accelerator.is_main_process and not self.trainer.args.disable_tqdm
+        with rows_bar(len(mine), "Evaluation answers", shows):
+            completions = sample_completions(
+                self.trainer.model_wrapped,
+                accelerator,
+                [self.rows.prompt_ids[row] for row in mine],
+                self.generation_config,
+                self.seed or 0,
+                self.settings,
+                vocab_size=self.vocab_size,
+                row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
+            )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
         written = gather_object(list(zip(mine, texts, strict=True)))
         return [text for _, text in sorted(written)]

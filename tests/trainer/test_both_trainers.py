@@ -296,7 +296,7 @@ class TestOutputs:
         make(log_completions=True, num_completions_to_print=1, **source).train()
         (file,) = (tmp_path / "run" / "completions").iterdir()
         table = Dataset.from_parquet(str(file))
-        assert set(table.column_names) == {"step", "prompt", "completion"}
+        assert table.column_names[:5] == ["step", "prompt", "completion", "length", "ended"]
         assert len(table) == 2
         assert "Prompt" in capsys.readouterr().out
 

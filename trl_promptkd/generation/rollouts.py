@@ -35,8 +35,8 @@ from .progress import FinishedRows, open_bar, rows_bar
 
 __all__ = [
     "Rollouts",
-    "count_ended",
     "generate_completions",
+    "have_ended",
     "own_random_state",
     "rollout_config",
     "rollout_seed",
@@ -175,16 +175,16 @@ def _stop_strings(generation_config: GenerationConfig) -> list[str]:
     return [strings] if isinstance(strings, str) else list(strings)
 
 
-def count_ended(
+def have_ended(
     completions: Sequence[Sequence[int]], generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """How many completions ended by themselves, with an end-of-text token or a stop string."""
+) -> list[bool]:
+    """Which completions ended by themselves, with an end-of-text token or a stop string."""
     ends, strings = stop_ids(generation_config), _stop_strings(generation_config)
     texts = tokenizer.batch_decode(completions) if strings and completions else [""] * len(completions)
-    return sum(
+    return [
         bool(ends.intersection(ids[-1:])) or any(string in text for string in strings)
         for ids, text in zip(completions, texts, strict=True)
-    )
+    ]
 
 
 def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):

@@ -1,13 +1,12 @@
 """Metrics of written answers during training, so that the best checkpoint can be chosen by them."""
 
-import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
 
-import pandas
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from pandas import DataFrame
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -21,11 +20,11 @@ from ..evaluation import (
     real_vocab_size,
     row_scores,
 )
-from ..files import whole_file
 from ..generation.progress import rows_bar
 from ..generation.rollouts import sample_completions
 from ..models.limits import check_positions
 from .checks import check_sharding
+from .completions import save_table, send_table
 
 
 __all__ = ["GenerationMetricsCallback"]
@@ -199,15 +198,9 @@ class GenerationMetricsCallback(TrainerCallback):
         if not self.log_completions:
             return
         columns = {"step": [step] * len(answers), "prompt": prompts, "completion": answers, **scores}
-        folder = os.path.join(self.trainer.args.output_dir, "eval_completions")
-        os.makedirs(folder, exist_ok=True)
-        with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
-            Dataset.from_dict(columns).to_parquet(path)
-        for name in ("wandb", "trackio"):
-            if name in (self.trainer.args.report_to or []):
-                backend = importlib.import_module(name)
-                if name == "trackio" or backend.run is not None:
-                    backend.log({"eval_completions": backend.Table(dataframe=pandas.DataFrame(columns))})
+        table = DataFrame(columns)
+        save_table(os.path.join(self.trainer.args.output_dir, "eval_completions"), step, table)
+        send_table(self.trainer.args, "eval_completions", table)
 
 
 def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:

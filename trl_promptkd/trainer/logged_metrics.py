@@ -1,21 +1,16 @@
 """What a run tells about itself: means over tokens of all ranks, and the warning that a prompt follows its student."""
 
-import os
-
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .._trl import print_prompt_completions_sample
-from ..files import whole_file
-from ..generation.rollouts import count_ended
+from ..generation.rollouts import have_ended
 
 
-__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "log_completions"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step"]
 
 logger = logging.get_logger(__name__)
 
@@ -64,24 +59,9 @@ def add_rollouts(
     """What is logged about the samples of one window."""
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
-    num_ended = count_ended(completions, generation_config, processing_class)
+    num_ended = sum(have_ended(completions, generation_config, processing_class))
     means.add("rollout/terminated_share", num_ended, len(completions))
     means.add("rollout/tokens_per_second", num_tokens, seconds)
-
-
-def log_completions(trainer: Trainer) -> None:
-    """If `log_completions` is set, print the last window's samples, and write them to
-    `output_dir/completions/completions_<step>.parquet`."""
-    args, step, rollouts = trainer.args, trainer.state.global_step, trainer._last_rollouts
-    if not args.log_completions or not trainer.accelerator.is_main_process or not rollouts:
-        return
-    prompts, completions = (trainer.processing_class.batch_decode(ids) for ids in rollouts)
-    print_prompt_completions_sample(prompts, completions, {}, None, step, args.num_completions_to_print)
-    folder = os.path.join(args.output_dir, "completions")
-    os.makedirs(folder, exist_ok=True)
-    table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
-    with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
-        table.to_parquet(path)
 
 
 class CollusionCallback(TrainerCallback):

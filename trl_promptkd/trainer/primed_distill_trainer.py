@@ -29,9 +29,10 @@ from . import shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
 from .checks import check_arguments, check_finite, check_found
+from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts
 from .hub import init_hf_repo
-from .logged_metrics import Means, is_logged_step, log_completions
+from .logged_metrics import Means, is_logged_step
 from .model_card import RESPONSE_PRIMING_PAPER, complete_card, hub_dataset, priming_section
 from .primed_distill_config import PrimedDistillConfig
 from .primed_teacher import primed_teacher, receipt_of_run, view_states
@@ -219,7 +220,7 @@ class PrimedDistillTrainer(SFTTrainer):
         # 4. Logging
         self._train_means, self._eval_means = Means(), Means()
         self._train_batches = self._eval_batches = 0
-        self._last_rollouts: tuple[list[list[int]], ...] = ()
+        self._samples = Samples()
 
     # ------------------------------------------------------------------------------------------------ the data
 
@@ -361,6 +362,7 @@ class PrimedDistillTrainer(SFTTrainer):
         )
         when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
         check_finite(sums.loss, when, student=student_states, teacher=teacher_says)
+        keep_row_kls(self, inputs, student_states, {"kl/student_teacher": teacher_says}, args.kd_temperature)
         return gradients[0].attach(sums.loss) if gradients else sums.loss, trained.sum(), sums
 
     def _add_sums(self, means: Means, sums: PrimedLossSums, count: Tensor, with_metrics: bool = True) -> None:

@@ -263,6 +263,19 @@ class TestKilledUpload:
         assert again == len(hub.repos["models", "me/student"].objects) - uploaded  # what had arrived is not sent again
 
 
+class TestSamples:
+    """As docs/hub.md warns."""
+
+    @pytest.mark.parametrize("settings", [PUSHES, {}])
+    def test_are_pushed_unless_their_folder_is_deleted(self, hub, promptkd, tmp_path, settings):
+        trainer = promptkd(log_completions=True, **{"hub_model_id": "me/student", **settings})
+        trainer.train()
+        if not settings:
+            shutil.rmtree(tmp_path / "run" / "completions")
+        trainer.push_to_hub()
+        assert any("completions" in name for name in hub.files("me/student")) == bool(settings)
+
+
 class TestCard:
     def test_says_where_everything_comes_from(self, hub, names, promptkd):
         Dataset.from_dict(prompt_dataset().to_dict()).push_to_hub("me/prompts")

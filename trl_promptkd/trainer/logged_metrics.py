@@ -8,6 +8,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..generation.rollouts import have_ended
+from ..metrics.run_signs import COLLUSION_SHARE, collusion
 
 
 __all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step"]
@@ -82,7 +83,7 @@ class CollusionCallback(TrainerCallback):
         share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.
     """
 
-    def __init__(self, share: float = 0.3):
+    def __init__(self, share: float = COLLUSION_SHARE):
         self.share = share
         self.warned = False
 
@@ -90,18 +91,13 @@ class CollusionCallback(TrainerCallback):
         self.warned = False
 
     def on_log(self, args, state, control, **kwargs):
-        training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
-        if self.warned or len(training) < 2:
+        found = None if self.warned else collusion(state.log_history, self.share)
+        if found is None:
             return
-        first, last = training[0], training[-1]
-        gain, moved, plain = (last[f"kl/{name}"] for name in ("prompt_gain", "prompted_plain", "student_plain"))
-        if min(gain, moved) < self.share * plain:
-            return
-        forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
-        if len(forward) > 1 and forward[-1] <= forward[0]:
-            return
+        gain, moved, plain, forward = found
         self.warned = True
-        said = f"the student's entropy went from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
+        entropies = [entry["entropy/student"] for entry in state.log_history if "kl/prompt_gain" in entry]
+        said = f"the student's entropy went from {entropies[0]:.2f} to {entropies[-1]:.2f} nats"
         if len(forward) > 1:
             said += f", KL(plain teacher || student) on neutral answers from {forward[0]:.2f} to {forward[-1]:.2f}"
         else:

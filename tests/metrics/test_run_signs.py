@@ -1,6 +1,8 @@
 import pytest
 from pandas import DataFrame
+from paths import ROOT
 
+from trl_promptkd.metrics import run_signs as run_signs_module
 from trl_promptkd.metrics.run_signs import collusion, run_signs
 
 
@@ -38,6 +40,16 @@ def verdicts(history, tables=()):
 
 
 LENGTHS = [2, 2, 3, 10, 12, 14, 15, 16, 20, 30] * 4
+
+
+def test_the_page_states_the_rules():
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    assert f"at least {run_signs_module.COLLUSION_SHARE} of `kl/student_plain`" in page
+    assert f"more than {run_signs_module.FORWARD_RISE} times" in page
+    assert f"(of at least {run_signs_module.LEAST_PROMPTS})" in page
+    assert f"at least {run_signs_module.LEAST_ROWS} rows" in page
+    halves_and_fifths = (run_signs_module.ALIKE_SHARE, run_signs_module.CUT_SHARE, run_signs_module.SHORT_QUANTILE)
+    assert (*halves_and_fifths, run_signs_module.SHORT_LEFT) == (0.5, 0.5, 0.2, 0.2)  # in words there
 
 
 class TestRunSigns:

@@ -33,15 +33,15 @@ _CHARTS: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     (
-        "Both sides, in evaluation",
+        "Distance to the teacher, in evaluation",
         _KL,
         {
             "forward_kl": "KL(teacher ‖ student), on answers",
             "reverse_kl": "KL(student ‖ teacher), on samples",
             "kl/student_teacher": "KL(student ‖ teacher)",
-            "ce": "cross-entropy of the answers",
         },
     ),
+    ("Cross-entropy of the answers, in evaluation", _KL, {"ce": "cross-entropy"}),
     (
         "Gain and distance of the prompted teacher",
         _KL,

@@ -6,7 +6,7 @@ from reference import greedy
 from tiny import tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from trl_promptkd.generation.rollouts import _Draw, count_ended, generate_completions, own_random_state, rollout_seed
+from trl_promptkd.generation.rollouts import _Draw, generate_completions, have_ended, own_random_state, rollout_seed
 
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14, 15, 16]]
@@ -106,15 +106,16 @@ class TestStopStrings:
         got = generate_completions(model, PROMPTS, settings, batch_size, row_seeds=seeds, tokenizer=tokenizer)
         assert got == expected
         assert settings.stop_strings is not None
-        assert count_ended([*got, [7] * 12], settings, tokenizer) == len([i for i in got if i[-1] in (EOS, *stops)])
+        ended = [ids[-1] in (EOS, *stops) for ids in got]
+        assert have_ended([*got, [7] * 12], settings, tokenizer) == [*ended, False]
 
     @pytest.mark.parametrize("string", ["cat", ["cat"]])
     def test_counted_as_ended_at_the_last_possible_token_too(self, string):
         tokenizer = tiny_tokenizer()
         cat, dog = tokenizer.convert_tokens_to_ids(["cat", "dog"])
         rows = [[dog] * 7 + [cat], [dog] * 8, [dog, EOS], []]
-        assert count_ended(rows, config(stop_strings=string), tokenizer) == 2
-        assert count_ended(rows, config(), tokenizer) == 1
+        assert have_ended(rows, config(stop_strings=string), tokenizer) == [True, False, True, False]
+        assert have_ended(rows, config(), tokenizer) == [False, False, True, False]
 
 
 class TestDrawing:

@@ -27,7 +27,7 @@ def compute(tmp_path):
             assert rows
             store.write_part(str(tmp_path), "part", {key: {"ids": row["ids"]} for key, row in rows.items()}, SCHEMA)
 
-        accelerator = SimpleNamespace(process_index=rank, num_processes=ranks, is_local_main_process=rank == 0)
+        accelerator = SimpleNamespace(process_index=rank, num_processes=ranks, is_main_process=rank == 0)
         store.compute_missing(LENGTHS, written(tmp_path), rows, write, 2, "Rows", accelerator)
         return batches
 

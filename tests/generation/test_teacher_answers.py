@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +13,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.data.primed import tokenize_primed_dataset
 from trl_promptkd.files import content_hash
-from trl_promptkd.generation import store, teacher_answers
+from trl_promptkd.generation import progress, store, teacher_answers
 from trl_promptkd.generation.teacher_answers import weights_fingerprint, write_teacher_answers
 
 
 ARGS = SimpleNamespace(
     seed=1,
     rollout_batch_size=2,
+    disable_tqdm=False,
     per_device_train_batch_size=2,
     gradient_accumulation_steps=1,
     gradient_checkpointing_kwargs=None,
@@ -188,3 +190,18 @@ class TestFingerprint:
             models.append(get_peft_model(tiny_model(seed=2), LoraConfig(task_type="CAUSAL_LM")))
             torch.nn.init.normal_(next(p for p in models[-1].parameters() if p.requires_grad))
         assert weights_fingerprint(models[0]) == weights_fingerprint(models[1])
+
+
+class TestProgress:
+    def test_answers_count_when_they_end_and_not_when_their_batch_does(self, write, monkeypatch, capsys):
+        """A batch takes minutes."""
+        monkeypatch.setattr(progress, "_DELAY", 0)
+        monkeypatch.setattr(progress, "_INTERVAL", 0)
+        whole = {"rollout_batch_size": 7, "do_sample": True}
+        lengths = list(map(len, write(rows(), **whole)["completion_ids"]))
+        early = sum(length < max(lengths) for length in lengths)
+        shown = re.findall(r"answers for train_dataset: (\d+)/7 rows", capsys.readouterr().err)
+        assert 0 < early < 7
+        assert {"0", str(early), "7"} <= set(shown)
+        write(rows(), folder="silent", disable_tqdm=True, **whole)
+        assert "answers for" not in capsys.readouterr().err

@@ -175,7 +175,7 @@ class TestStopStrings:
             **settings,
         )
         trainer.train()
-        _, samples = trainer._last_rollouts
+        samples = trainer._samples.completions
         words = [trainer.processing_class.convert_ids_to_tokens(ids) for ids in samples]
         assert all(not stops & set(row[:-1]) for row in words)
         assert sum(row[-1] in stops for row in words) > 0

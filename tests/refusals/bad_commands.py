@@ -108,5 +108,6 @@ CASES = [
         f"{EVAL} instructions.jsonl --prompt_column text",
         "`--prompt_column` is 'text'; the columns are ['instruction', 'output'] | Name one of them",
     ),
+    command("report student", "holds no run | Pass the run's `output_dir` or a checkpoint"),
     command(f"{EVAL} none.jsonl", "none.jsonl' | Check the path"),
 ]

@@ -448,7 +448,10 @@ class TestTraining:
     def test_model_card_names_the_cache(self, build, make_primed_args, tmp_path):
         trainer = self.train(make_primed_args(), build())
         trainer.create_model_card(model_name="x")
-        assert "from a teacher cache (preset `exact`" in (tmp_path / "run" / "README.md").read_text()
+        assert (
+            "from a teacher cache (preset `exact`, KL(teacher || kept) "
+            in (tmp_path / "run" / "README.md").read_text()
+        )
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -286,6 +286,13 @@ class TestOutputs:
         card = (tmp_path / "run" / "README.md").read_text()
         for part in parts:
             assert part in card
+        headings = ["# x\n", "## Data", "## How to load it", "## Settings", "## Versions", "## Citations", "```bibtex"]
+        places = [card.index(heading) for heading in headings]
+        assert places == sorted(places)
+        assert card.rstrip().endswith("```")
+        assert card.count("\n## ") == 5  # no heading twice
+        for empty in ("<", "``\n\n```", "|  |", "| |", " \n", "None"):
+            assert empty not in card.replace("here. \n", "")
         tags = {"trl", {"promptkd": "promptkd", "primed": "primed-distillation"}[method]}
         assert tags <= set(trainer.model.model_tags)
         for tag in trainer.model.model_tags:
@@ -296,7 +303,7 @@ class TestOutputs:
         make(log_completions=True, num_completions_to_print=1, **source).train()
         (file,) = (tmp_path / "run" / "completions").iterdir()
         table = Dataset.from_parquet(str(file))
-        assert set(table.column_names) == {"step", "prompt", "completion"}
+        assert table.column_names[:5] == ["step", "prompt", "completion", "length", "ended"]
         assert len(table) == 2
         assert "Prompt" in capsys.readouterr().out
 

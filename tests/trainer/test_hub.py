@@ -19,6 +19,7 @@ from safetensors.torch import load as tensors_of
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from trainers import BEST, METHODS, SAVES, equal, lora, tiny_teacher, trained, trained_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer import base_trainer
 
 import trl_promptkd
 from trl_promptkd import build_teacher_cache
@@ -263,6 +264,19 @@ class TestKilledUpload:
         assert again == len(hub.repos["models", "me/student"].objects) - uploaded  # what had arrived is not sent again
 
 
+class TestSamples:
+    """As docs/hub.md warns."""
+
+    @pytest.mark.parametrize("settings", [PUSHES, {}])
+    def test_are_pushed_unless_their_folder_is_deleted(self, hub, promptkd, tmp_path, settings):
+        trainer = promptkd(log_completions=True, **{"hub_model_id": "me/student", **settings})
+        trainer.train()
+        if not settings:
+            shutil.rmtree(tmp_path / "run" / "completions")
+        trainer.push_to_hub()
+        assert any("completions" in name for name in hub.files("me/student")) == bool(settings)
+
+
 class TestCard:
     def test_says_where_everything_comes_from(self, hub, names, promptkd):
         Dataset.from_dict(prompt_dataset().to_dict()).push_to_hub("me/prompts")
@@ -281,23 +295,24 @@ class TestCard:
         assert card.data.tags == sorted(card.data.tags)
         for part in (
             "[me/start](https://huggingface.co/me/start)",
-            "distilled from `me/teacher` with a soft prompt of 7 virtual",
+            "distilled from [me/teacher](https://huggingface.co/me/teacher) with a soft prompt of 7 virtual",
             "https://huggingface.co/papers/2402.12842",
             "kim2024promptkd",
             "| `num_virtual_tokens` | `7` |",
-            "| training  | 8 | `me/prompts` |",
-            "| evaluation  | 4 |  |",
-            "1 steps of 2 rows each, seed 42.",
+            "- Training: 8 rows of [me/prompts](https://huggingface.co/datasets/me/prompts)\n",
+            "- Evaluation: 4 rows\n",
+            "- 1 step of 2 rows, seed 42\n",
             "On the evaluation data, after training",
-            f"| `eval_forward_kl` | `{metrics['eval_forward_kl']:.4g}` |",
+            f"- `eval_forward_kl`: {metrics['eval_forward_kl']:.4g}, KL(teacher || student), ",
             f"- trl_promptkd: {trl_promptkd.__version__}\n",
             f"- Transformers: {transformers.__version__}\n",
             f"- Pytorch: {torch.__version__}\n",
             f"- PEFT: {peft.__version__}\n",
-            'model="me/student"',
+            'from_pretrained("me/student")',
         ):
             assert part in card.text, part
         assert "eval_runtime" not in card.text
+        assert "licence" not in card.data.to_dict()
 
     @pytest.mark.parametrize("peft_prompt", [False, True])
     def test_names_no_folder_of_this_machine(self, hub, promptkd, tmp_path, peft_prompt):
@@ -318,15 +333,22 @@ class TestCard:
             card = card_of(hub, place)
             assert str(tmp_path) not in card
             assert "base_model:" not in card.split("---")[1]
-            assert "fine-tuned version of `start`" in card
+            assert "adapter of `start`" in card
             assert "distilled from `mentor`" in card
             assert "None" not in card
-            assert 'from_pretrained("<the teacher, mentor>")' in card
+            assert 'from_pretrained("path/to/mentor")' in card
+            assert "Replace `path/to/...`" in card
+
+    def test_keeps_the_links_to_trackers(self, promptkd, tmp_path, monkeypatch):
+        monkeypatch.setattr(base_trainer, "get_comet_experiment_url", lambda: "https://comet.example/run")
+        promptkd().create_model_card("x")
+        assert "](https://comet.example/run)\n" in (tmp_path / "run" / "README.md").read_text()
 
     def test_without_a_repository_says_so(self, hub, promptkd, tmp_path):
         promptkd().create_model_card("x")
         card = (tmp_path / "run" / "README.md").read_text()
-        assert 'model="<this repository>"' in card
+        assert 'from_pretrained("path/to/run")' in card
+        assert 'from_pretrained("path/to/the-teacher")' in card
         assert "`a model without a name`" in card
         assert "## Evaluation" not in card
 
@@ -345,7 +367,7 @@ class TestCard:
         trainer.train()
         trainer.push_to_hub()
         assert "after step 2" in card_of(hub)
-        assert "| `eval_rank` | `3` |" in card_of(hub)
+        assert "- `eval_rank`: 3\n" in card_of(hub)
 
     def test_self_distillation_loads_the_start(self, hub, names, promptkd):
         trainer = promptkd("me/start", None, peft_config=lora(), hub_model_id="me/student")

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..divergences import kl_divergence
+from ..generation.progress import rows_bar
 from ..generation.rollouts import generate_completions, rollout_seed
 from .log_probs import log_probs_together
 
@@ -45,12 +46,13 @@ def sample_prefixes(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
     """
     completions: list[list[int]] = []
-    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Sampling", unit="batch"):
-        part = prompt_ids[start : start + batch_size]
-        seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
-        completions += generate_completions(
-            model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
-        )
+    with rows_bar(len(prompt_ids), "Sampling"):
+        for start in range(0, len(prompt_ids), batch_size):
+            part = prompt_ids[start : start + batch_size]
+            seeds = [rollout_seed(seed, "exposure", start + row, 0) for row in range(len(part))]
+            completions += generate_completions(
+                model, part, generation_config, vocab_size=vocab_size, soft_prompt=soft_prompt, row_seeds=seeds
+            )
     return completions
 
 
@@ -76,7 +78,7 @@ def prefix_kl(
         prefix has `l - 1` tokens. NaN where a row has ended: after its end-of-text token there is no next position.
     """
     rows: list[Tensor] = []
-    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch"):
+    for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch", leave=False):
         completions = completion_ids[start : start + batch_size]
         models, prompts = [(teacher, soft_prompt), (student, None)], prompt_ids[start : start + batch_size]
         chunks = log_probs_together(models, prompts, completions, pad_token_id, vocab_size)

@@ -18,6 +18,7 @@ _TOOLS = {
     "doctor": "look at models and rows for what goes wrong silently; exits with 1 if a check fails",
     "cache": "the offline teacher",
     "eval": "let a model answer, and score its answers",
+    "report": "a run on one HTML page: both KLs, samples, settings, and what looks wrong",
 }
 _ANALYSES = {
     "exposure": "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)",

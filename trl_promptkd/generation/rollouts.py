@@ -30,12 +30,13 @@ from .._trl import sampling_loop, unwrap_model_for_generation
 from ..data import pad_rows
 from ..models.forward import is_sharded, prompted_embeddings, without_router_logits
 from ..models.side_effects import flags_restored, random_state_restored
+from .progress import FinishedRows, open_bar, rows_bar
 
 
 __all__ = [
     "Rollouts",
-    "count_ended",
     "generate_completions",
+    "have_ended",
     "own_random_state",
     "rollout_config",
     "rollout_seed",
@@ -177,16 +178,16 @@ def _stop_strings(generation_config: GenerationConfig) -> list[str]:
     return [strings] if isinstance(strings, str) else list(strings)
 
 
-def count_ended(
+def have_ended(
     completions: Sequence[Sequence[int]], generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
-) -> int:
-    """How many completions ended by themselves, with an end-of-text token or a stop string."""
+) -> list[bool]:
+    """Which completions ended by themselves, with an end-of-text token or a stop string."""
     ends, strings = stop_ids(generation_config), _stop_strings(generation_config)
     texts = tokenizer.batch_decode(completions) if strings and completions else [""] * len(completions)
-    return sum(
+    return [
         bool(ends.intersection(ids[-1:])) or any(string in text for string in strings)
         for ids, text in zip(completions, texts, strict=True)
-    )
+    ]
 
 
 def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):
@@ -258,20 +259,27 @@ def generate_completions(
                 seeds = None if row_seeds is None else [row_seeds[row] for row in rows]
                 draw = _Draw(seeds, generation_config.max_new_tokens) if draws else None
                 stops = [_StopStrings(tokenizer, strings, width)] if strings else []
+                criteria, bar = StoppingCriteriaList(stops), open_bar()
+                if bar is not None:
+                    stopped = stops[0].lengths if stops else ()
+                    limit = generation_config.max_new_tokens
+                    criteria.append(FinishedRows(bar, len(rows), width, limit, ends, stopped))
                 sequences = model.generate(
                     **inputs,
                     **without_router_logits(model),
                     attention_mask=mask,
                     generation_config=generation_config,
                     logits_processor=processors,
-                    stopping_criteria=StoppingCriteriaList(stops),
+                    stopping_criteria=criteria,
                     # `generate` keeps `synced_gpus` from a loop of one's own
                     custom_generate=partial(_sample_by_drawing, draw=draw, synced_gpus=in_step) if draws else None,
                     synced_gpus=in_step,
                 )
                 for index, (row, new) in enumerate(zip(rows, sequences[:, width:].tolist(), strict=True)):
-                    stopped = stops[0].lengths.get(index) if stops else None
-                    completions[row] = up_to_the_end(new[:stopped], ends)
+                    length = stops[0].lengths.get(index) if stops else None
+                    completions[row] = up_to_the_end(new[:length], ends)
+                if bar is not None:
+                    bar.end_batch(len(rows))
     finally:
         base.generation_config = published
     return completions
@@ -363,13 +371,15 @@ class Rollouts:
             step: Of the run. The random state belongs to it.
         """
         seed = rollout_seed(self.args.seed, self.writer, step, self.accelerator.process_index)
-        return sample_completions(
-            model,
-            self.accelerator,
-            prompt_ids,
-            self.generation_config,
-            seed,
-            self.args,
-            vocab_size=self.vocab_size,
-            tokenizer=self.processing_class,
-        )
+        shows = self.accelerator.is_main_process and not self.args.disable_tqdm
+        with rows_bar(len(prompt_ids), f"Sampling ({self.writer})", shows):
+            return sample_completions(
+                model,
+                self.accelerator,
+                prompt_ids,
+                self.generation_config,
+                seed,
+                self.args,
+                vocab_size=self.vocab_size,
+                tokenizer=self.processing_class,
+            )

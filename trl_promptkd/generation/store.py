@@ -15,10 +15,10 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..files import text_hash, whole_file
+from .progress import rows_bar
 
 
 __all__ = ["compute_missing", "part_paths", "read_part", "write_part"]
@@ -39,6 +39,7 @@ def compute_missing(
     batch_size: int,
     title: str,
     accelerator: Accelerator | None = None,
+    disable_tqdm: bool = False,
 ) -> None:
     """Compute the rows that are not finished, the longest first, and write them every half a minute.
 
@@ -50,18 +51,20 @@ def compute_missing(
         write: Keeps some rows.
         title: What the rows are, for the progress bar.
         accelerator: Shares the batches out among its ranks.
+        disable_tqdm: Show no progress bar. Only the main process shows one.
     """
     missing = sorted(lengths.keys() - set(finished), key=lambda key: (-lengths[key], key))
     rank, ranks = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     share = batches[rank::ranks]
     share += [[]] * (-(-len(batches) // ranks) - len(share))
-    shows = accelerator is None or accelerator.is_local_main_process
+    shows = accelerator is None or accelerator.is_main_process
     if shows and missing and len(missing) < len(lengths):
         logger.warning(f"{title}: {len(lengths) - len(missing)} of {len(lengths)} are there already.")
     rows: dict[Any, dict[str, Any]] = {}
     size, written = 0, time.monotonic()
-    with tqdm(total=sum(map(len, share)), desc=title, unit="row", disable=not shows or not share) as bar:
+    with rows_bar(sum(map(len, share)), title, shows and not disable_tqdm) as bar:
+        finished_rows = 0
         for batch in share:
             for key, row in compute(batch).items():
                 rows[key] = row
@@ -69,7 +72,8 @@ def compute_missing(
             if rows and (time.monotonic() - written > SECONDS_A_PART or size > BYTES_A_PART):
                 write(rows)
                 rows, size, written = {}, 0, time.monotonic()
-            bar.update(len(batch))
+            finished_rows += len(batch)
+            bar.move_to(finished_rows)
         if rows:
             write(rows)
 

@@ -80,7 +80,7 @@ def write_teacher_answers(
     Args:
         dataset: With `teacher_prompt_ids`; equal prompts get one answer. `length` then counts the answers.
         fingerprint: Of the teacher's weights, see [`weights_fingerprint`].
-        args: Has `seed`, `rollout_batch_size` and the batch sizes of training.
+        args: Has `seed`, `rollout_batch_size`, `disable_tqdm` and the batch sizes of training.
 
     Raises:
         ValueError: for a file that is damaged, naming it.
@@ -123,6 +123,7 @@ def write_teacher_answers(
         args.rollout_batch_size or args.per_device_train_batch_size * args.gradient_accumulation_steps,
         f"Teacher answers for {name}",
         accelerator,
+        args.disable_tqdm,
     )
     for part in gather_object([mine]):
         known.update(part)

@@ -113,6 +113,7 @@ def build_teacher_cache(
         seed=seed,
         rollout_batch_size=batch_size,
         gradient_checkpointing_kwargs=None,
+        disable_tqdm=False,
     )
     check_choice(args, "preset", list(PRESETS))
     check_choice(args, "response_source", ("dataset", "teacher"))

@@ -1,13 +1,12 @@
 """Metrics of written answers during training, so that the best checkpoint can be chosen by them."""
 
-import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
 
-import pandas
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from pandas import DataFrame
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -21,10 +20,11 @@ from ..evaluation import (
     real_vocab_size,
     row_scores,
 )
-from ..files import whole_file
+from ..generation.progress import rows_bar
 from ..generation.rollouts import sample_completions
 from ..models.limits import check_positions
 from .checks import check_sharding
+from .completions import save_table, send_table
 
 
 __all__ = ["GenerationMetricsCallback"]
@@ -167,16 +167,18 @@ class GenerationMetricsCallback(TrainerCallback):
         accelerator, tokenizer = self.trainer.accelerator, self.tokenizer
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         mine = range(rank, len(self.rows.prompt_ids), num_ranks)
-        completions = sample_completions(
-            self.trainer.model_wrapped,
-            accelerator,
-            [self.rows.prompt_ids[row] for row in mine],
-            self.generation_config,
-            self.seed or 0,
-            self.settings,
-            vocab_size=self.vocab_size,
-            row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
-        )
+        shows = accelerator.is_main_process and not self.trainer.args.disable_tqdm
+        with rows_bar(len(mine), "Evaluation answers", shows):
+            completions = sample_completions(
+                self.trainer.model_wrapped,
+                accelerator,
+                [self.rows.prompt_ids[row] for row in mine],
+                self.generation_config,
+                self.seed or 0,
+                self.settings,
+                vocab_size=self.vocab_size,
+                row_seeds=None if self.row_seeds is None else [self.row_seeds[row] for row in mine],
+            )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True) if completions else []
         written = gather_object(list(zip(mine, texts, strict=True)))
         return [text for _, text in sorted(written)]
@@ -196,15 +198,9 @@ class GenerationMetricsCallback(TrainerCallback):
         if not self.log_completions:
             return
         columns = {"step": [step] * len(answers), "prompt": prompts, "completion": answers, **scores}
-        folder = os.path.join(self.trainer.args.output_dir, "eval_completions")
-        os.makedirs(folder, exist_ok=True)
-        with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
-            Dataset.from_dict(columns).to_parquet(path)
-        for name in ("wandb", "trackio"):
-            if name in (self.trainer.args.report_to or []):
-                backend = importlib.import_module(name)
-                if name == "trackio" or backend.run is not None:
-                    backend.log({"eval_completions": backend.Table(dataframe=pandas.DataFrame(columns))})
+        table = DataFrame(columns)
+        save_table(os.path.join(self.trainer.args.output_dir, "eval_completions"), step, table)
+        send_table(self.trainer.args, "eval_completions", table)
 
 
 def _tokenizer_of(trainer: Trainer) -> PreTrainedTokenizerBase:

@@ -1,21 +1,17 @@
 """What a run tells about itself: means over tokens of all ranks, and the warning that a prompt follows its student."""
 
-import os
-
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .._trl import print_prompt_completions_sample
-from ..files import whole_file
-from ..generation.rollouts import count_ended
+from ..generation.rollouts import have_ended
+from ..metrics.run_signs import COLLUSION_SHARE, collusion
 
 
-__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step", "log_completions"]
+__all__ = ["CollusionCallback", "Means", "add_rollouts", "is_logged_step"]
 
 logger = logging.get_logger(__name__)
 
@@ -67,24 +63,9 @@ def add_rollouts(
     """What is logged about the samples of one window."""
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
-    num_ended = count_ended(completions, generation_config, processing_class)
+    num_ended = sum(have_ended(completions, generation_config, processing_class))
     means.add("rollout/terminated_share", num_ended, len(completions))
     means.add("rollout/tokens_per_second", num_tokens, seconds)
-
-
-def log_completions(trainer: Trainer) -> None:
-    """If `log_completions` is set, print the last window's samples, and write them to
-    `output_dir/completions/completions_<step>.parquet`."""
-    args, step, rollouts = trainer.args, trainer.state.global_step, trainer._last_rollouts
-    if not args.log_completions or not trainer.accelerator.is_main_process or not rollouts:
-        return
-    prompts, completions = (trainer.processing_class.batch_decode(ids) for ids in rollouts)
-    print_prompt_completions_sample(prompts, completions, {}, None, step, args.num_completions_to_print)
-    folder = os.path.join(args.output_dir, "completions")
-    os.makedirs(folder, exist_ok=True)
-    table = Dataset.from_dict({"step": [step] * len(prompts), "prompt": prompts, "completion": completions})
-    with whole_file(os.path.join(folder, f"completions_{step:05d}.parquet")) as path:
-        table.to_parquet(path)
 
 
 class CollusionCallback(TrainerCallback):
@@ -105,7 +86,7 @@ class CollusionCallback(TrainerCallback):
         share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.
     """
 
-    def __init__(self, share: float = 0.3):
+    def __init__(self, share: float = COLLUSION_SHARE):
         self.share = share
         self.warned = False
 
@@ -113,18 +94,13 @@ class CollusionCallback(TrainerCallback):
         self.warned = False
 
     def on_log(self, args, state, control, **kwargs):
-        training = [entry for entry in state.log_history if "kl/prompt_gain" in entry]
-        if self.warned or len(training) < 2:
+        found = None if self.warned else collusion(state.log_history, self.share)
+        if found is None:
             return
-        first, last = training[0], training[-1]
-        gain, moved, plain = (last[f"kl/{name}"] for name in ("prompt_gain", "prompted_plain", "student_plain"))
-        if min(gain, moved) < self.share * plain:
-            return
-        forward = [entry["eval_forward_kl"] for entry in state.log_history if "eval_forward_kl" in entry]
-        if len(forward) > 1 and forward[-1] <= forward[0]:
-            return
+        gain, moved, plain, forward = found
         self.warned = True
-        said = f"the student's entropy went from {first['entropy/student']:.2f} to {last['entropy/student']:.2f} nats"
+        entropies = [entry["entropy/student"] for entry in state.log_history if "kl/prompt_gain" in entry]
+        said = f"the student's entropy went from {entropies[0]:.2f} to {entropies[-1]:.2f} nats"
         if len(forward) > 1:
             said += f", KL(plain teacher || student) on neutral answers from {forward[0]:.2f} to {forward[-1]:.2f}"
         else:

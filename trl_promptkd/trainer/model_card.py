@@ -1,29 +1,34 @@
-"""The model card: TRL's own, without paths of this machine, and what it does not have: the teacher and what it saw,
-data, metrics, loading."""
+"""The model card: what was distilled from what, with its data and scores, then how to load it, settings, BibTeX.
+
+TRL's card has neither teacher nor data nor scores. Its metadata, badges and BibTeX are taken over.
+"""
 
 import os
+import re
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from transformers import PreTrainedTokenizerBase
 
 from ..data.priming import PrimingTemplate
 from ..files import write_text
 from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig
 from ..teacher_cache import TeacherCache
-from ..teacher_cache.card import PLACES, fenced, hub_id, name_in_cache, quoted, settings_table, shown_name
+from ..teacher_cache.card import PLACES, fenced, hub_id, name_in_cache, quoted, settings_table
 
 
 __all__ = [
     "PROMPTKD_PAPER",
     "RESPONSE_PRIMING_PAPER",
+    "MethodSection",
     "complete_card",
     "hub_dataset",
     "priming_section",
@@ -59,6 +64,42 @@ RESPONSE_PRIMING_PAPER = {
 
 _OWN_START = "the student's own starting weights (self-distillation)"
 _TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_MEANINGS = {
+    "loss": "the training objective",
+    "forward_kl": "KL(teacher || student), the teacher without its soft prompt, on answers of the data or the teacher",
+    "reverse_kl": "KL(student || teacher), the teacher without its soft prompt, on the student's samples",
+    "ce": "cross-entropy of the answers",
+    "kd": "the divergence from the teacher that was trained on, at `kd_temperature`",
+    "kl/student_teacher": "KL(student || teacher) at `kd_temperature`",
+    "entropy/student": "entropy of the student's next-token distribution",
+    "entropy/teacher": "entropy of the teacher's",
+    "mean_token_accuracy": "share of the tokens that the student finds likeliest",
+    "teacher/top1_agreement": "share of the tokens at which both find the same one likeliest",
+    "priming/gain_nats": "log-probability that the priming text adds to an answer's tokens for the teacher",
+    "rougeL": "ROUGE-L of written answers, percent",
+    "exact_match": "written answers that are right word for word, percent",
+}
+_FILES = ("json", "csv", "parquet", "text", "arrow")
+_PACKAGES = {
+    "TRL": "trl",
+    "Transformers": "transformers",
+    "PEFT": "peft",
+    "Accelerate": "accelerate",
+    "Pytorch": "torch",
+    "Datasets": "datasets",
+    "Tokenizers": "tokenizers",
+    "huggingface_hub": "huggingface_hub",
+}
+
+
+class MethodSection(NamedTuple):
+    """What a trainer says about its teacher."""
+
+    summary: str
+    """Goes on after "It was distilled from", to the end of the sentence."""
+    details: str
+    """More paragraphs; may be empty."""
+    settings: dict[str, Any]
 
 
 def hub_dataset(dataset: Any) -> str | None:
@@ -72,7 +113,7 @@ def hub_dataset(dataset: Any) -> str | None:
     return None
 
 
-def prompt_section(trainer) -> str:
+def prompt_section(trainer) -> MethodSection:
     """The soft prompt and the settings of PromptKD."""
     config, args = trainer.prompt_encoder_config, trainer.args
     num_virtual_tokens = trainer.soft_prompt.peft_config.num_virtual_tokens
@@ -83,58 +124,46 @@ def prompt_section(trainer) -> str:
         *("prompt_update", "prompt_divergence", "regularization_coef", "regularization_schedule", "lmbda", "beta"),
         *("temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
     )
-    teacher = _OWN_START if trainer.is_self_distillation else quoted(_teachers_start(trainer))
-    return f"""
-## The teacher's soft prompt
-
-This model was distilled from {teacher} with a soft prompt of {num_virtual_tokens} virtual tokens, which
-was trained together with it. The prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is used
-without it.
-
-{settings_table(settings)}
-"""
+    teacher = _OWN_START if trainer.is_self_distillation else _linked(_teachers_start(trainer))
+    prompt = f"a soft prompt of {num_virtual_tokens} virtual tokens, which was trained along with the student"
+    details = (
+        f"The soft prompt is in `{ADAPTER_FOLDER}/`, a PEFT adapter of the teacher. The student is used without it."
+    )
+    return MethodSection(f"{teacher} with {prompt}", details, settings)
 
 
-def priming_section(trainer) -> str:
+def priming_section(trainer) -> MethodSection:
     """The priming text and the settings of the loss."""
     args, priming = trainer.args, trainer.priming
     of_loss = ["kd_temperature", "kd_beta", "skew"] if args.alpha < 1 else []
     settings = _values(args, "alpha", *of_loss, "response_source", "max_length", "teacher_max_length", "learning_rate")
     if args.response_source != "dataset":
         settings |= _values(args, "max_new_tokens", "temperature", "top_k", "top_p")
-    used = "The student never saw that text: it is used with the bare question. "
-    if isinstance(priming, Mapping):
-        title, each = "The primed teachers", (_one_of_several(trainer, name) for name in priming)
-        taught = "\n\n".join(["several teachers. The column `teacher` of the data names the one of each row.", *each])
-        used = used if any(priming.values()) else ""
-    else:
-        teacher = _primed_teacher_name(trainer, trainer.teacher, trainer.is_self_distillation)
-        title, taught = "The primed teacher", f"{teacher}, {_seen(priming)}"
-        used = used if priming else ""
-    compared = "Both were compared on the same completion tokens."
+    same = "Both were compared on the same completion tokens."
     if args.teacher_answers_url is not None:
-        compared = "It was trained on that teacher's answers alone, which came over an API."
-    return f"""
-## {title}
-
-This model was distilled from {taught}
-
-{used}{compared}
-
-{settings_table(settings)}
-"""
-
-
-def _seen(priming: PrimingTemplate | None) -> str:
+        same = "The student was trained on the teacher's answers alone, which came over an API."
+    unseen = "The student never saw it: it is used with the bare question."
+    if isinstance(priming, Mapping):
+        each = "\n\n".join(_one_of_several(trainer, name) for name in priming)
+        told = f"{each}\n\n{unseen if any(priming.values()) else ''} {same}".replace("saw it:", "saw such a text:")
+        summary = "several teachers, of which the column `teacher` of the data names one for each row"
+        return MethodSection(summary, told, settings)
+    teacher = _primed_teacher_name(trainer, trainer.teacher, trainer.is_self_distillation)
     if priming is None:
-        return "which saw the prompts as they are (no priming)."
-    return f"which saw this text {PLACES[priming.placement]} (a Jinja template):\n\n{fenced(priming.text)}"
+        return MethodSection(f"{teacher}, which saw the prompts as they are (no priming)", same, settings)
+    details = f"The teacher saw {_text(priming)}\n\n{unseen} {same}"
+    return MethodSection(f"{teacher}, which saw a priming text that the student does not see", details, settings)
+
+
+def _text(priming: PrimingTemplate) -> str:
+    return f"this text {PLACES[priming.placement]} (a Jinja template):\n\n{fenced(priming.text)}"
 
 
 def _one_of_several(trainer, name: str) -> str:
-    several = trainer.teacher
+    several, priming = trainer.teacher, trainer.priming[name]
     teacher = _primed_teacher_name(trainer, several.teachers[name], name in several.own_start)
-    return f"**{name}**: {teacher}, {_seen(trainer.priming[name])}"
+    seen = "the prompts as they are (no priming)." if priming is None else _text(priming)
+    return f"**{name}**: {teacher}, which saw {seen}"
 
 
 def _primed_teacher_name(trainer, teacher: Any, is_own_start: bool) -> str:
@@ -143,34 +172,33 @@ def _primed_teacher_name(trainer, teacher: Any, is_own_start: bool) -> str:
     if teacher.cache is not None:
         return _cached_name(teacher.cache)
     if teacher.model is None:
-        return f"{quoted(teacher.name)}, which ran on a server"
-    return quoted(_name_of(trainer, teacher.model))
+        return f"{_linked(teacher.name)} on a server"
+    return _linked(_name_of(trainer, teacher.model))
 
 
-def complete_card(trainer, section: str) -> None:
-    """Mend TRL's card in `output_dir`, and put `section` and what both trainers have to say after it."""
+def complete_card(trainer, section: MethodSection) -> None:
+    """Rewrite TRL's card in `output_dir`: what a reader looks for first, and nothing twice."""
     path = os.path.join(trainer.args.output_dir, "README.md")
-    card, repo = ModelCard.load(path), trainer.hub_model_id or "<this repository>"
-    # TRL takes any path that is no folder now for a name
-    base, shown = hub_id(_start_of(trainer)), card.data.base_model
-    card.data.base_model, card.data.pipeline_tag = base, "text-generation"
+    card = ModelCard.load(path)
+    card.data.base_model, card.data.pipeline_tag = hub_id(_start_of(trainer)), "text-generation"
     card.data.tags = sorted(card.data.tags)  # of a set: another order in each process, and another commit
+    card.data.licence = None  # TRL writes the word "license" there
     if is_peft_model(trainer.model):
         card.data.library_name = "peft"
-    text = card.text
-    if base is None:
-        text = text.replace(f"[{shown}](https://huggingface.co/{shown})", quoted(_start_of(trainer)))
-    text = text.replace('model="None"', f'model="{repo}"')
-    versions = "".join(f"- {name}: {version(package)}\n" for name, package in _PACKAGES.items())
-    text = text.replace(
-        "### Framework versions\n\n", f"### Framework versions\n\n- trl_promptkd: {_version()}\n{versions}"
-    )
-    ours = [section, _data_section(trainer), _metrics_section(trainer), _loading_section(trainer, repo)]
-    card.text = f"{text.rstrip()}\n{''.join(ours)}"
+    versions = "\n".join(f"- {name}: {version(package)}" for name, package in _PACKAGES.items())
+    parts = [
+        f"# {card.data.model_name}",
+        _summary(trainer, section),
+        _data_section(trainer, card.data.datasets),
+        _metrics_section(trainer),
+        _loading_section(trainer),
+        "\n\n".join(re.findall(r"^\[<img .*$", card.text, flags=re.MULTILINE)),  # of wandb, trackio and comet
+        f"## Settings\n\n{settings_table(section.settings)}",
+        f"## Versions\n\n- trl_promptkd: {_version()}\n{versions}",
+        "## Citations" + re.sub(r"[ \t]+$", "", card.text.partition("## Citations")[2], flags=re.MULTILINE).rstrip(),
+    ]
+    card.text = "\n" + "\n\n".join(part for part in parts if part) + "\n"
     write_text(path, str(card))
-
-
-_PACKAGES = {"PEFT": "peft", "Accelerate": "accelerate", "huggingface_hub": "huggingface_hub"}
 
 
 def _version() -> str:
@@ -179,24 +207,45 @@ def _version() -> str:
     return __version__
 
 
-def _data_section(trainer) -> str:
-    args, rows = trainer.args, []
-    for role, data in (("training", trainer.train_dataset), ("evaluation", trainer.eval_dataset)):
+def _linked(name: str, kind: str = "") -> str:
+    """A link to the Hub, or the last part of a path."""
+    known = hub_id(name)
+    return f"[{known}](https://huggingface.co/{kind}{known})" if known else quoted(name)
+
+
+def _summary(trainer, section: MethodSection) -> str:
+    paper, part = trainer._paper, "an adapter of " if is_peft_model(trainer.model) else "a fine-tuned version of "
+    method = f"{trainer._name} ([paper](https://huggingface.co/papers/{paper['id']}))"
+    tools = "[TRL](https://github.com/huggingface/trl) and trl_promptkd"
+    return (
+        f"This model is {part}{_linked(_start_of(trainer))}. It was distilled from {section.summary}. "
+        f"The method is {method}. It was trained with {tools}.\n\n{section.details}"
+    )
+
+
+def _data_section(trainer, training_set: str | None) -> str:
+    args, lines = trainer.args, []
+    for role, data in (("Training", trainer.train_dataset), ("Evaluation", trainer.eval_dataset)):
         parts = data if isinstance(data, dict) else {"": data}
         for name, part in parts.items():
             if part is not None:
-                number = len(part) if isinstance(part, Dataset) else "streamed"
-                source = hub_dataset(part)
-                rows.append(f"| {role} {name} | {number} | {f'`{source}`' if source else ''} |")
+                rows = f"{len(part)} rows" if isinstance(part, Dataset) else "streamed rows"
+                origin = _origin(part, training_set if role == "Training" else None)
+                lines.append(f"- {role}{f' (`{name}`)' if name else ''}: {rows}{origin}")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    table = "\n".join(["| data | rows | from | ", "| --- | --- | --- |", *rows])
-    return f"""
-## Data
+    steps = trainer.state.global_step
+    if steps:
+        lines.append(f"- {steps} step{'s' if steps > 1 else ''} of {batch} rows, seed {args.seed}")
+    return "## Data\n\n" + "\n".join(lines)
 
-{table}
 
-{trainer.state.global_step} steps of {batch} rows each, seed {args.seed}.
-"""
+def _origin(dataset: Any, name: str | None) -> str:
+    """Where rows come from, as far as they know or the user said."""
+    name, info = name or hub_dataset(dataset), getattr(dataset, "info", None)
+    if name is not None:
+        return f" of {_linked(name, 'datasets/')}"
+    builder = getattr(info, "builder_name", None)
+    return f" of local files ({builder})" if builder in _FILES else ""
 
 
 def _metrics_section(trainer) -> str:
@@ -214,16 +263,26 @@ def _metrics_section(trainer) -> str:
     for i in evaluated:
         if i > ended or history[i]["step"] == step:
             metrics |= {name: value for name, value in history[i].items() if name.startswith("eval_")}
-    shown = {name: f"{value:.4g}" for name, value in metrics.items() if not name.endswith(_TIMES)}
-    if not shown:
+    lines = [
+        f"- `{name}`: {value:.4g}{_meaning(name)}" for name, value in metrics.items() if not name.endswith(_TIMES)
+    ]
+    if not lines:
         return ""
     when = "after training" if step is None else f"after step {step}"
-    table = settings_table(shown, "metric")
-    return f"\n## Evaluation\n\nOn the evaluation data, {when}; divergences in nats per token.\n\n{table}\n"
+    about = "Divergences, entropies and cross-entropies are in nats per token."
+    return f"## Evaluation\n\nOn the evaluation data, {when}. {about}\n\n" + "\n".join(lines)
 
 
-def _loading_section(trainer, repo: str) -> str:
+def _meaning(name: str) -> str:
+    """What a metric is, whichever evaluation set it is of."""
+    found = next((text for known, text in _MEANINGS.items() if name.endswith(f"_{known}")), None)
+    return f", {found}" if found else ""
+
+
+def _loading_section(trainer) -> str:
     """How to load what is in the repository, as code that runs wherever the models have names on the Hub."""
+    output_dir = os.path.basename(os.path.abspath(trainer.args.output_dir))
+    repo = trainer.hub_model_id or f"path/to/{output_dir}"
     revision = f', revision="{trainer.args.hub_revision}"' if trainer.args.hub_revision else ""
     adapter, has_prompt = is_peft_model(trainer.model), hasattr(trainer, "soft_prompt")
     lines = ["from peft import PeftModel"] if adapter or has_prompt else []
@@ -233,29 +292,50 @@ def _loading_section(trainer, repo: str) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{repo}"{revision})',
     ]
     if adapter:
-        base = (
-            hub_id(_start_of(trainer))
-            or f"<the model that the adapter was trained on, {shown_name(_start_of(trainer))}>"
-        )
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{_to_load(_start_of(trainer), "the-start")}")',
             f'student = PeftModel.from_pretrained(base, "{repo}"{revision})',
         ]
     else:
         lines.append(f'student = AutoModelForCausalLM.from_pretrained("{repo}"{revision})')
+    lines += ["", *_example(trainer.processing_class)]
     exact = ""
     if has_prompt:
         name = _start_of(trainer) if trainer.is_self_distillation else _teachers_start(trainer)
         pinned = (trainer.args.teacher_model_init_kwargs or {}).get("revision")
+        pinned = f', revision="{pinned}"' if pinned and not trainer.is_self_distillation else ""
         lines += [
             "",
-            f'teacher = AutoModelForCausalLM.from_pretrained("{hub_id(name) or f"<the teacher, {shown_name(name)}>"}"'
-            + (f', revision="{pinned}")' if pinned and not trainer.is_self_distillation else ")"),
+            "# The teacher with its soft prompt, which the student does not need",
+            f'teacher = AutoModelForCausalLM.from_pretrained("{_to_load(name, "the-teacher")}"{pinned})',
             f'prompted_teacher = PeftModel.from_pretrained(teacher, "{repo}", subfolder="{ADAPTER_FOLDER}"{revision})',
         ]
-        exact = "\n(PEFT's own forward pass of a soft prompt is exact for rows without padding on the left.)\n"
+        exact = "\n\nPEFT's own forward pass of a soft prompt is exact for rows without padding on the left."
     code = "\n".join(lines)
-    return f"\n## How to load {'both' if has_prompt else 'it'}\n\n```python\n{code}\n```\n{exact}"
+    told = "\n\nReplace `path/to/...` by the folder where the model is." if "path/to/" in code else ""
+    return f"## How to load it\n\n```python\n{code}\n```{told}{exact}"
+
+
+def _to_load(name: str, otherwise: str) -> str:
+    """A model's name on the Hub, or a path for the reader to fill in."""
+    return hub_id(name) or "path/to/" + (os.path.basename(name.rstrip("/\\")) or otherwise)
+
+
+def _example(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Code with which the student answers."""
+    prompt = ['inputs = tokenizer("The capital of France is", return_tensors="pt")']
+    if tokenizer.chat_template is not None:
+        prompt = [
+            'messages = [{"role": "user", "content": "What is the capital of France?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    return [
+        *prompt,
+        "output = student.generate(**inputs, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].size(1) :], skip_special_tokens=True))',
+    ]
 
 
 def _name_of(trainer, model) -> str:

@@ -30,9 +30,10 @@ from . import shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
 from .checks import check_arguments, check_finite, check_found
+from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts
 from .hub import init_hf_repo
-from .logged_metrics import Means, is_logged_step, log_completions
+from .logged_metrics import Means, is_logged_step
 from .model_card import RESPONSE_PRIMING_PAPER, complete_card, hub_dataset, priming_section
 from .primed_distill_config import PrimedDistillConfig
 from .primed_metrics import add_gain, add_sums, add_token_counts
@@ -230,7 +231,7 @@ class PrimedDistillTrainer(SFTTrainer):
         # 4. Logging
         self._train_means, self._eval_means = Means(), Means()
         self._train_batches = self._eval_batches = 0
-        self._last_rollouts: tuple[list[list[int]], ...] = ()
+        self._samples = Samples()
 
     # ------------------------------------------------------------------------------------------------ the data
 
@@ -381,6 +382,7 @@ class PrimedDistillTrainer(SFTTrainer):
         )
         when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
         check_finite(sums.loss, when, student=student_states, teacher=teacher_says)
+        keep_row_kls(self, inputs, student_states, {"kl/student_teacher": teacher_says}, args.kd_temperature)
         return gradients[0].attach(sums.loss) if gradients else sums.loss, trained.sum(), sums
 
     # ------------------------------------------------------------------------------------------------ evaluation

@@ -13,10 +13,7 @@ from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.trainer_utils import EvalPrediction
 
 from .._trl import GKDTrainer
-from ..data import (
-    DataCollatorForPromptCompletion,
-    count_trained_tokens,
-)
+from ..data import DataCollatorForPromptCompletion, count_trained_tokens
 from ..generation.rollouts import Rollouts, rollout_config
 from ..generation.vllm import check_vllm
 from ..losses.chunked import chunked_sums
@@ -39,9 +36,10 @@ from . import shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
 from .checks import check_arguments, check_finite, check_found, check_own_teacher, check_soft_prompt
+from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts, tokenize_part
 from .hub import init_hf_repo
-from .logged_metrics import CollusionCallback, Means, is_logged_step, log_completions
+from .logged_metrics import CollusionCallback, Means, is_logged_step
 from .model_card import PROMPTKD_PAPER, complete_card, hub_dataset, prompt_section
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
@@ -215,7 +213,7 @@ class PromptKDTrainer(GKDTrainer):
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
         self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
-        self._last_rollouts: tuple[list[list[int]], ...] = ()
+        self._samples = Samples()
         self.add_callback(CollusionCallback())
 
     # ------------------------------------------------------------------------------------------------ setting up
@@ -377,6 +375,8 @@ class PromptKDTrainer(GKDTrainer):
             logged["kl/student_plain"] = of_prompt.student_plain
             logged["kl/prompt_gain"] = of_prompt.student_plain - of_student.student_prompted
             logged["kl/prompted_plain"] = of_prompt.prompted_plain
+            teachers = {"kl/student_prompted": prompted, "kl/student_plain": plain}
+            keep_row_kls(self, inputs, student_states, teachers, args.loss_temperature)
         for name, total in logged.items():
             self._train_means.add(name, total, count)
         self._train_means.add("regularization_weight", weight)

@@ -36,10 +36,11 @@ class SamplingConfig:
         rollout_batch_size (`int`, *optional*):
             Rows sampled at once on one device. `None` samples a whole accumulation window at once.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Print prompts and the student's samples at every logging step, and keep them as parquet files in
+            Print prompts and the student's samples at every logging step, with length, end and KL of each, log them to
+            wandb and trackio if `report_to` names these, and keep all of them as parquet files in
             `output_dir/completions`.
-        num_completions_to_print (`int`, *optional*):
-            How many of them to print; `None` for all.
+        num_completions_to_print (`int`, *optional*, defaults to `4`):
+            How many of them to print, and to log to wandb and trackio; `None` for all.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or
             from a folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
@@ -82,7 +83,7 @@ class SamplingConfig:
         default=False, metadata={"help": "Print and keep the student's samples at every logging step."}
     )
     num_completions_to_print: int | None = field(
-        default=None, metadata={"help": "How many completions to print; None: all."}
+        default=4, metadata={"help": "How many completions to print and to log to wandb or trackio; None: all."}
     )
     use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample the student's completions."})
     vllm_mode: str = field(

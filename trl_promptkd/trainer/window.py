@@ -13,6 +13,7 @@ from trl import SFTTrainer
 from ..data import grouped_by_length, masked_rows, pad_rows
 from ..data.primed import pad_views, prompts_of_views
 from ..generation.rollouts import rollout_seed
+from .completions import Samples
 from .logged_metrics import add_rollouts
 
 
@@ -94,7 +95,7 @@ def _student_completions(trainer: Any, prompts: list[list[int]]) -> list[list[in
     seconds = time.perf_counter() - start
     add_rollouts(trainer._train_means, completions, trainer.generation_config, seconds, trainer.processing_class)
     if prompts:
-        trainer._last_rollouts = (prompts, completions)
+        trainer._samples = Samples(prompts, completions)
     return completions
 
 

@@ -1,0 +1,22 @@
+"""`trl-promptkd report`."""
+
+import argparse
+
+from ..analysis.report import read_run, report_page
+from ..files import write_text
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="a run's output_dir, or one of its checkpoints")
+    parser.add_argument("--output", default="report.html", help="the page (%(default)s)")
+    parser.set_defaults(run=run_report)
+
+
+def run_report(args: argparse.Namespace) -> int:
+    page, signs = report_page(read_run(args.run_folder))
+    write_text(args.output, page)
+    for sign in signs:
+        if sign.verdict == "wrong":
+            print(f"{sign.name}. {sign.text}")
+    print(f"The report is in {args.output}.")
+    return 0

@@ -6,9 +6,9 @@ from peft import get_peft_model
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 
-ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --models"
+ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --model"
 PROMPT = "analyze prompt --output_dir out --prompt run --teacher teacher"
-EXPOSURE = "analyze exposure --student student --dataset rows.jsonl"
+EXPOSURE = "analyze exposure --model student --dataset rows.jsonl"
 BUILD = "cache build --teacher no/such-teacher --output_dir cache"
 EVAL = "eval instruct --model student --dataset"
 
@@ -49,7 +49,7 @@ CASES = [
     ),
     command("cache info student", "no manifest.json | Build one with"),
     command(f"{ATTENTION} student --prompt teacher_prompt", "`--prompt` is 'teacher_prompt' | Pass `--teacher`, too"),
-    command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--models` | Give each once"),
+    command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--model` | Give each once"),
     command(
         f"{ATTENTION.replace('rows', 'prompts')} student",
         "`--dataset` holds prompts without answers | pass `--queries all`",
@@ -65,12 +65,12 @@ CASES = [
     command(f"{EXPOSURE} --teacher teacher --prompt student", "holds no soft prompt | Pass the folder"),
     command(
         f"{PROMPT} --responses student",
-        "there is no `--student` | Pass one, or set `--responses dataset`",
+        "there is no `--model` | Pass one, or set `--responses dataset`",
     ),
-    command(f"{PROMPT} --responses student --student student", "there is no `--dataset` | Pass one"),
+    command(f"{PROMPT} --responses student --model student", "there is no `--dataset` | Pass one"),
     command(f"{PROMPT} --dataset prompts.jsonl", "`--dataset` holds prompts without answers | `--responses student`"),
     command(
-        f"{PROMPT} --dataset prompts.jsonl --max_length 1 --responses student --student student",
+        f"{PROMPT} --dataset prompts.jsonl --max_length 1 --responses student --model student",
         "1 of 1 prompts in `--dataset` do not fit into `max_length=1` | Set `max_length` to at least",
     ),
     command(PROMPT, "holds a LORA adapter | Pass the folder of a soft prompt", lora_adapter),
@@ -86,7 +86,7 @@ CASES = [
         needs_weights=True,
     ),
     command(
-        f"{PROMPT} --dataset prompts.jsonl --responses student --student teacher",
+        f"{PROMPT} --dataset prompts.jsonl --responses student --model teacher",
         "hold NaN or infinities | Check its weights",
         prompt_for(spoiled(tiny_model())),
         needs_weights=True,

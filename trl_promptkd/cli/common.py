@@ -50,7 +50,6 @@ def at_least_one(text: str) -> int:
 _INIT_KWARGS = {"type": json_dict, "default": {}, "help": "JSON for from_pretrained"}
 _FLAGS: dict[str, dict[str, Any]] = {
     "model_init_kwargs": _INIT_KWARGS,
-    "student_init_kwargs": _INIT_KWARGS,
     "teacher_init_kwargs": _INIT_KWARGS,
     "trust_remote_code": {"action": "store_true"},
     "teacher": {"help": "Hub id or folder"},
@@ -198,10 +197,10 @@ def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
-    """The teacher, how texts are sampled, and where files go."""
+    """The teacher, how texts are sampled, and where files go; `--model` is each command's own."""
     add_flags(command, "teacher", required=True)
     add_flags(command, "output_dir", default=output_dir)
-    add_flags(command, "student_init_kwargs", "teacher_init_kwargs")
+    add_flags(command, "model_init_kwargs", "teacher_init_kwargs")
     told = "longest sample (%(default)s)"
     command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
     command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")

@@ -9,7 +9,7 @@ from tiny import WORDS, tiny_model, tiny_tokenizer
 ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --model"
 PROMPT = "analyze prompt --output_dir out --prompt run --teacher teacher"
 EXPOSURE = "analyze exposure --model student --dataset rows.jsonl"
-BUILD = "cache build --teacher no/such-teacher --output_dir cache"
+BUILD = "cache build --teacher no/such-teacher --output_dir cache --dataset rows.jsonl"
 EVAL = "eval instruct --model student --dataset"
 
 
@@ -40,11 +40,19 @@ def prompt_for(teacher):
 
 
 CASES = [
-    command("cache build --output_dir cache", "arguments are required | --teacher"),
+    command("cache build --output_dir cache", "arguments are required | --teacher, --dataset"),
+    command(BUILD, "`--teacher` is 'no/such-teacher': there is no such folder | Check the name"),
+    command(
+        "doctor --model nope --dataset rows.jsonl", "`--model` is 'nope': there is no such folder | Check the name"
+    ),
+    command(
+        "doctor --model student --teacher nope --dataset rows.jsonl",
+        "`--teacher` is 'nope': there is no such folder | Check the name",
+    ),
     command(f"{BUILD} --priming teacher --priming_file x", "are both given | choose one"),
     command(f"{BUILD} --teacher_init_kwargs '{{dtype: float32}}'", "--teacher_init_kwargs | JSON of a dict, such as"),
     command(
-        f"{BUILD} --data_files rows.jsonl --prompt_column quest",
+        f"{BUILD} --prompt_column quest",
         "`prompt_column` is 'quest' | the columns are ['completion', 'prompt']",
     ),
     command("cache info student", "no manifest.json | Build one with"),
@@ -61,7 +69,11 @@ CASES = [
     ),
     command(f"{ATTENTION} student", "128 positions | 203 | Lower `--max_length`", long_rows, needs_weights=True),
     command(f"{EXPOSURE} --teacher teacher --rows 0", "--rows: '0' is not allowed | 1 or more"),
-    command(f"{EXPOSURE} --teacher no/such-teacher", "`--teacher` is 'no/such-teacher' | Save one there"),
+    command(f"{EXPOSURE} --teacher no/such-teacher", "`--teacher` is 'no/such-teacher': there is no such folder"),
+    command(
+        f"{EXPOSURE} --teacher teacher --model nope", "`--model` is 'nope': there is no such folder | Check the name"
+    ),
+    command(f"{ATTENTION} student --teacher nope", "`--teacher` is 'nope': there is no such folder | Check the name"),
     command(f"{EXPOSURE} --teacher teacher --prompt student", "holds no soft prompt | Pass the folder"),
     command(
         f"{PROMPT} --responses student",
@@ -93,6 +105,17 @@ CASES = [
     ),
     command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
     command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
+    command(
+        "eval instruct --model nope --dataset instructions.jsonl",
+        "`--model` is 'nope': there is no such folder | Check the name",
+    ),
+    command(
+        f"{EVAL} no/rows --dataset_split test", "`--dataset` is 'no/rows': there is no such folder | Check the name"
+    ),
+    command(f"{EVAL} student --dataset_split test", "`--dataset` is 'student', which cannot be read"),
+    command(
+        f"{EVAL} rows.txt", "`--dataset` is 'rows.txt', a file | .jsonl | Convert it", lambda: written("rows.txt", "x")
+    ),
     command(f"{EVAL} openai/gsm8k", "`--dataset` is 'openai/gsm8k' | Pass `--dataset_split`"),
     command(f"{EVAL} instructions.jsonl --batch_size 0", "`batch_size` is 0 | above 0"),
     command(

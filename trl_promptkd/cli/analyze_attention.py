@@ -10,6 +10,7 @@ from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
 from . import common
 from .common import add_flags, at_least_one, print_table
+from .names import check_name
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -32,6 +33,8 @@ def run_attention(args: argparse.Namespace) -> Any:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
     labels = common.short_names([*args.model, *([args.teacher] if args.teacher else [])], "`--model` and `--teacher`")
     check_matplotlib()
+    if args.teacher is not None:
+        check_name("--teacher", args.teacher, token=args.model_init_kwargs.get("token"))
     tokenizer = common.shared_tokenizer(
         "--model", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code
     )

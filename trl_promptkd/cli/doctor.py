@@ -13,6 +13,7 @@ from ..models.soft_prompt import PromptEncoderConfig
 from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.promptkd_config import PromptKDConfig
 from .common import load_model, load_rows, load_tokenizer, needed_tokenizer, priming_of, print_table, reporting
+from .names import check_name
 
 
 @dataclass
@@ -38,7 +39,7 @@ _FIELDS = {field.name: field for cls in (PromptKDConfig, PrimedDistillConfig, *_
 _ALIASES = {
     "model_name_or_path": ("--model", "the student: Hub id or folder"),
     "teacher_model_name_or_path": ("--teacher", "Hub id or folder; without it the student teaches itself"),
-    "dataset_name": ("--dataset", "Hub id, or a .json, .jsonl, .csv or .parquet file"),
+    "dataset_name": ("--dataset", "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"),
     "dataset_train_split": ("--dataset_split", "its split, or a part of it: train[:1000]"),
     "teacher_model_init_kwargs": ("--teacher_init_kwargs", "JSON for from_pretrained"),
     "use_peft": ("--lora", "an adapter is to be trained, not all weights"),
@@ -99,6 +100,8 @@ def run_doctor(given: argparse.Namespace) -> Any:
     kwargs = {"dtype": model_args.dtype, **({"quantization_config": quantization} if quantization else {})}
     kwargs |= args.model_init_kwargs or {}
     tokenizer = needed_tokenizer("--model", name, kwargs, args.trust_remote_code)
+    if teacher_name is not None:
+        check_name("--teacher", teacher_name, token=(args.teacher_model_init_kwargs or {}).get("token"))
     student = load_model(name, kwargs, args.trust_remote_code)
     teacher = teacher_tokenizer = None
     if teacher_name is not None:

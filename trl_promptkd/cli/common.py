@@ -142,6 +142,11 @@ def print_table(
     console.print(table)
 
 
+def is_file(path: str) -> bool:
+    """Whether a data set's name is that of a file of rows, or a pattern of such names."""
+    return os.path.splitext(path)[1] in _FILES
+
+
 def load_rows(
     path: str, config: str | None, split: str | None, *columns: Any, flag: str = "--dataset", streaming: bool = False
 ) -> Any:

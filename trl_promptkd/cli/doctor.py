@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_quantization_config
 
 from ..doctor import Finding, diagnose, passed
 from ..models.soft_prompt import PromptEncoderConfig
@@ -14,6 +14,7 @@ from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.promptkd_config import PromptKDConfig
 from .common import load_model, load_rows, load_tokenizer, needed_tokenizer, priming_of, print_table, reporting
 from .names import check_name
+from .training import RecipeParser
 
 
 @dataclass
@@ -22,7 +23,7 @@ class DoctorArguments:
 
     rows: int = field(default=16, metadata={"help": "how many rows to look at"})
     json: bool = field(default=False, metadata={"help": "print JSON instead of a table"})
-    data_files: str | None = None
+    eval_dataset: str | None = None
     prompt_column: str | None = field(default=None, metadata={"help": "column to take as `prompt`"})
     completion_column: str | None = field(default=None, metadata={"help": "column to take as `completion`"})
     conversational: bool = field(default=False, metadata={"help": "make conversations of texts (chat template)"})
@@ -74,11 +75,10 @@ def parse(given: argparse.Namespace) -> tuple[Any, ...]:
     trainer = PrimedDistillConfig if any(name in {**recipe, **flags} for name in primed) else PromptKDConfig
     words = [] if given.config is None else ["--config", given.config]
     words += [word for name, values in flags.items() for word in (f"--{name}", *values)]
-    parser = TrlParser((*_OTHERS, trainer), prog="trl-promptkd doctor", usage="%(prog)s --help")
+    parser = RecipeParser((*_OTHERS, trainer), prog="trl-promptkd doctor", usage="%(prog)s --help")
     # The models are looked at in their own precision
     found = parser.parse_args_and_config([*words, "--bf16", "false", "--fp16", "false"], fail_with_unknown_args=False)
     arguments, model, script, _, settings = found
-    script.dataset_name = arguments.data_files or script.dataset_name
     for flag, value in (("--model", model.model_name_or_path), ("--dataset", script.dataset_name)):
         if value is None:
             raise ValueError(f"`{flag}` is not given, and no `--config` names it. Pass `{flag}`.")

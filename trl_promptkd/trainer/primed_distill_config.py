@@ -14,6 +14,7 @@ from ..field_checks import (
     check_training,
 )
 from .best_metric import choose_best_metric
+from .precision import choose_precision
 from .sampling_config import SamplingConfig
 
 
@@ -152,6 +153,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, SamplingConfig, PrimedDistillConfig)
+        choose_precision(self)
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl_promptkd.cli import launch, main, parse_args
 from trl_promptkd.cli.promptkd import from_instruction
 from trl_promptkd.cli.training import ALIASES, DataArguments, load_splits
+from trl_promptkd.models import init_kwargs
 
 
 both = pytest.mark.parametrize("command", ["promptkd", "primed"])
@@ -165,6 +166,25 @@ class TestWrongFlags:
         (tmp_path / "student").mkdir()
         save_rows(tmp_path / "rows.jsonl", [{"prompt": "the cat", "completion": " sat"}])
         assert message in said(capsys, command, *ON_CPU, *as_flags(flags))
+
+    @pytest.mark.parametrize(
+        ("command", "flags", "field"),
+        [
+            ("promptkd", ["--load_in_4bit", "true"], "--load_in_4bit"),
+            ("doctor", ["--load_in_8bit", "true"], "--load_in_8bit"),
+            (
+                "primed",
+                ["--model_init_kwargs", '{"quantization_config": {"load_in_8bit": true}}', "--use_peft", "true"],
+                "model_init_kwargs['quantization_config']",
+            ),
+        ],
+    )
+    def test_a_quantization_without_its_extra(self, command, flags, field, settings, monkeypatch, capsys):
+        monkeypatch.setattr(init_kwargs.importlib.util, "find_spec", lambda name: None)
+        given = as_flags({name: settings[name] for name in ("model_name_or_path", "dataset_name")})
+        message = said(capsys, command, *given, *(() if command == "doctor" else ON_CPU), *flags)
+        assert f"`{field}` is set, but bitsandbytes is not installed" in message
+        assert 'pip install "trl_promptkd[quantization]"' in message
 
     def test_two_priming_texts(self, settings, capsys):
         flags = as_flags(settings | {"priming": "teacher", "priming_text": "blue"})

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import yaml
-from trl import ModelConfig, ScriptArguments, get_quantization_config
+from trl import ModelConfig, ScriptArguments
 
 from ..doctor import Finding, diagnose, passed
 from ..models.soft_prompt import PromptEncoderConfig
@@ -14,7 +14,7 @@ from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.promptkd_config import PromptKDConfig
 from .common import load_model, load_rows, load_tokenizer, needed_tokenizer, priming_of, print_table, reporting
 from .names import check_name
-from .training import RecipeParser
+from .training import RecipeParser, quantization_of
 
 
 @dataclass
@@ -96,7 +96,7 @@ def run_doctor(given: argparse.Namespace) -> Any:
     priming = priming_of(arguments)
     columns = (arguments.prompt_column, arguments.completion_column, arguments.conversational)
     dataset = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, *columns)
-    quantization = get_quantization_config(model_args)
+    quantization = quantization_of(model_args)
     kwargs = {"dtype": model_args.dtype, **({"quantization_config": quantization} if quantization else {})}
     kwargs |= args.model_init_kwargs or {}
     tokenizer = needed_tokenizer("--model", name, kwargs, args.trust_remote_code)

@@ -15,6 +15,7 @@ import yaml
 from transformers import Trainer
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
+from ..models.init_kwargs import check_bitsandbytes
 from .common import is_file, load_rows
 from .names import check_name
 
@@ -144,6 +145,14 @@ def load_splits(args: DataArguments, wants_eval: bool, *columns: Any) -> list[An
     ]
 
 
+def quantization_of(model_args: ModelConfig) -> Any:
+    """The quantization that TRL's `--load_in_4bit` and `--load_in_8bit` ask for."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            check_bitsandbytes(f"--{name}")
+    return get_quantization_config(model_args)
+
+
 def prepare_models(training_args: Any, model_args: ModelConfig) -> None:
     """Check the names of both models, and give the student's `from_pretrained` the flags of TRL's `ModelConfig`."""
     student, teacher = model_args.model_name_or_path, training_args.teacher_model_name_or_path
@@ -154,7 +163,7 @@ def prepare_models(training_args: Any, model_args: ModelConfig) -> None:
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
-    if (quantization := get_quantization_config(model_args)) is not None:
+    if (quantization := quantization_of(model_args)) is not None:
         kwargs["quantization_config"] = quantization
     training_args.model_init_kwargs = kwargs | (training_args.model_init_kwargs or {})
     check_name("--model", student, token=training_args.model_init_kwargs.get("token"))

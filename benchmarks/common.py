@@ -1,9 +1,7 @@
 """Models and prompts of the benchmarks."""
 
 import copy
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
@@ -20,10 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from smollm2 import PROMPTS, cut_layers, load_smollm2
+from trl_promptkd.cli.smollm2 import PROMPTS, cut_layers, load_smollm2
 
 
 @dataclass

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-promptkd", "optuna"]
+# ///
 """Search for settings with Optuna: each trial trains a trainer of its own, and is judged by an evaluation.
 
     python examples/search.py promptkd --trials 20 --storage sqlite:///search.db \\
@@ -5,7 +9,7 @@
         --config examples/configs/promptkd_qlora_single_gpu.yaml --eval_strategy epoch --output_dir search
 
 `name=low:high` draws from a range, evenly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other
-flags are those of examples/promptkd.py or examples/primed_distill.py. A search that was stopped resumes if it is
+flags are those of `trl-promptkd promptkd` or `trl-promptkd primed`. A search that was stopped resumes if it is
 started again with the same storage.
 """
 
@@ -64,7 +68,7 @@ def search(
 
 
 def read_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, Any, list[str]]:
-    """The search's own flags, the method's script, and the flags that are left for it."""
+    """The search's own flags, the method's command, and the flags that are left for it."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
     parser.add_argument("method", choices=sorted(METRICS))
@@ -75,12 +79,12 @@ def read_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, Any, 
     args, rest = parser.parse_known_args(argv)
     if any("=" not in part for part in args.search):
         parser.error(f"`--search` holds {args.search}; each must be NAME=LOW:HIGH or NAME=A,B,C.")
-    return args, importlib.import_module({"promptkd": "promptkd", "primed": "primed_distill"}[args.method]), rest
+    return args, importlib.import_module(f"trl_promptkd.cli.{args.method}"), rest
 
 
 def main() -> None:
-    args, script, rest = read_flags()
-    flags = script.make_parser()
+    args, command, rest = read_flags()
+    flags = command.make_parser()
 
     def make_trainer(settings: dict[str, Any], number: int) -> Any:
         drawn = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
@@ -88,7 +92,7 @@ def main() -> None:
         if parsed[1].eval_strategy == "no":
             flags.error("`--eval_strategy` is no, but trials are judged by an evaluation. Set it to `epoch`.")
         parsed[1].output_dir = os.path.join(parsed[1].output_dir, f"trial-{number}")
-        return script.make_trainer(*parsed)
+        return command.make_trainer(*parsed)
 
     space = dict(part.split("=", 1) for part in args.search)
     study = search(make_trainer, space, args.metric or METRICS[args.method], args.trials, args.storage)

@@ -32,7 +32,7 @@ def test_an_unknown_name_is_an_attribute_error():
         trl_promptkd.Trainer  # noqa: B018
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--help"], ["doktor"], ["analyze", "--help"]])
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["doktor"], ["promptkdd"], ["analyze", "--help"]])
 def test_the_command_loads_no_heavy_module_before_a_tool_is_named(words):
     code = (
         "import sys; from trl_promptkd.cli import main\n"
@@ -43,8 +43,9 @@ def test_the_command_loads_no_heavy_module_before_a_tool_is_named(words):
     assert run(code).splitlines()[-1] == "[]"
 
 
-def test_a_tools_help_has_no_foreign_noise():
-    code = "from trl_promptkd.cli import main; main(['eval', '--help'])"
+@pytest.mark.parametrize("tool", ["eval", "promptkd", "quickstart"])
+def test_a_tools_help_has_no_foreign_noise(tool):
+    code = f"from trl_promptkd.cli import main; main(['{tool}', '--help'])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.startswith("usage: trl-promptkd eval")
+    assert shown.stdout.startswith(f"usage: trl-promptkd {tool}")
     assert not shown.stderr

@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 
 with warnings.catch_warnings():
@@ -44,6 +45,7 @@ __all__ = [
     "PTuningEncoder",
     "PromptEmbedding",
     "PromptTuningInit",
+    "accelerate_launcher",
     "create_model_from_path",
     "fsdp2_prepare_model",
     "is_vllm_available",
@@ -109,6 +111,22 @@ def names_in_model(model, keys):
             name, _ = renaming.rename_source_key(name)
         names[name] = key
     return names
+
+
+def accelerate_launcher():
+    """What TRL's own commands start `accelerate launch` with, imported when it is used: half a second."""
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument  # --accelerate_config fsdp2
+    from trl.cli.commands.training import _subtract_subsequence
+
+    return SimpleNamespace(
+        default_config_file=default_config_file,
+        launch_command=launch_command,
+        launch_command_parser=launch_command_parser,
+        resolve_accelerate_config_argument=resolve_accelerate_config_argument,
+        subtract_subsequence=_subtract_subsequence,
+    )
 
 
 def keep_four_bit_weights_differentiable(model) -> int:

@@ -225,7 +225,7 @@ def folder(tmp_path):
 
 def flags(folder, *more):
     return [
-        *("analyze", "attention", "--models", str(folder / "student"), "--teacher", str(folder / "teacher")),
+        *("analyze", "attention", "--model", str(folder / "student"), "--teacher", str(folder / "teacher")),
         *("--prompt", str(folder / "teacher_prompt"), "--dataset", str(folder / "rows.jsonl"), "--rows", "4"),
         *("--prompt_column", "question", "--completion_column", "answer", "--output_dir", str(folder / "out"), *more),
     ]

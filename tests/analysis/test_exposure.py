@@ -171,7 +171,7 @@ def folder(tmp_path):
 def flags(folder, *more, students=("a", "b")):
     return [
         *("analyze", "exposure", "--teacher", str(folder / "teacher")),
-        *("--student", *(str(folder / name) for name in students), "--dataset", str(folder / "rows.jsonl")),
+        *("--model", *(str(folder / name) for name in students), "--dataset", str(folder / "rows.jsonl")),
         *("--rows", "9", "--max_new_tokens", "6", "--output_dir", str(folder / "out"), *more),
     ]
 

@@ -299,7 +299,7 @@ def flags(folder, *more, dataset=True):
 class TestCommand:
     @pytest.mark.parametrize("responses", ["dataset", "student"])
     def test_tables_plots_and_page(self, folder, capsys, responses):
-        assert main(flags(folder, "--student", str(folder / "student"), "--responses", responses)) == 0
+        assert main(flags(folder, "--model", str(folder / "student"), "--responses", responses)) == 0
         out = capsys.readouterr().out
         assert "checkpoint-2" in out
         assert "end of text" in out or responses == "student"

@@ -25,7 +25,7 @@ def build_flags(folder, name="cache", preset="exact"):
     return [
         *("cache", "build", "--teacher", str(folder / "teacher")),
         *("--output_dir", str(folder / name), "--preset", preset),
-        *("--data_files", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer"),
+        *("--dataset", str(folder / "rows.jsonl"), "--prompt_column", "question", "--completion_column", "answer"),
         *("--conversational", "--priming", "teacher", "--batch_size", "2"),
     ]
 

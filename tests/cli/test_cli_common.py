@@ -1,10 +1,11 @@
 import json
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model, tiny_tokenizer
+from tiny import save_rows, tiny_model, tiny_tokenizer
 
 from trl_promptkd.cli import common
 
@@ -45,6 +46,29 @@ class TestLoadModel:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         assert common.load_model("a", {}, False) is model
         assert moved == ([] if mark else ["cuda"])
+
+
+class TestLoadRows:
+    def test_files_folders_and_parts(self, tmp_path):
+        for name in ("train", "test"):
+            save_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} {i}"} for i in range(3)])
+        datasets.load_dataset("json", data_files=str(tmp_path / "train.jsonl"), split="train").to_parquet(
+            tmp_path / "rows.parquet"
+        )
+
+        def prompts(name, split):
+            return common.load_rows(str(tmp_path / name), None, split)["prompt"][:]
+
+        assert prompts("train.jsonl", None) == ["train 0", "train 1", "train 2"]
+        assert prompts("train.jsonl", "test[:2]") == ["train 0", "train 1"]
+        assert prompts("rows.parquet", "train[2:]") == ["train 2"]
+        assert len(prompts("*.jsonl", None)) == 6
+        assert prompts("", "test[:1]") == ["test 0"]
+
+    def test_what_save_to_disk_wrote_is_refused_with_a_remedy(self, tmp_path):
+        datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk(tmp_path / "saved")
+        with pytest.raises(ValueError, match=r"`--dataset` is .*saved', which cannot be read: .*dataset.to_parquet"):
+            common.load_rows(str(tmp_path / "saved"), None, "train")
 
 
 class TestTokenizer:

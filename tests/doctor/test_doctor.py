@@ -544,14 +544,13 @@ class TestCommand:
     )
     def test_a_recipe_says_what_is_looked_at(self, folder, capsys, recipe, check, says):
         about = {
-            "model_name_or_path": str(folder / "student"),
+            "model": str(folder / "student"),
             "teacher_model_name_or_path": str(folder / "teacher"),
-            "dataset_name": "json",
-            "data_files": str(folder / "rows.jsonl"),
+            "dataset": str(folder / "rows.jsonl"),
             "prompt_column": "question",
             "completion_column": "answer",
             "learning_rate": "1e-4",
-            "eval_data_files": None,  # of the script alone
+            "eval_dataset": None,  # of the training alone
         }
         (folder / "recipe.yaml").write_text(json.dumps({**about, **recipe}))
         main(["doctor", "--config", str(folder / "recipe.yaml"), "--json"])

@@ -75,6 +75,18 @@ TRAINERS = [
         train_dataset=None,
     ),
     Case(
+        "`PromptKDTrainer(tokenizer=...)`",
+        partial(promptkd, tokenizer=None),
+        "`tokenizer` is no argument | Pass it as `processing_class`",
+        TypeError,
+    ),
+    Case(
+        "`PrimedDistillTrainer(tokenizer=...)`",
+        partial(primed, tokenizer=None),
+        "`tokenizer` is no argument | Pass it as `processing_class`",
+        TypeError,
+    ),
+    Case(
         "`formatting_func=...`",
         partial(promptkd, formatting_func=str),
         "`formatting_func` is not supported | Build `prompt` and `completion` columns",

@@ -6,10 +6,10 @@ from peft import get_peft_model
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 
-ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --models"
+ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --model"
 PROMPT = "analyze prompt --output_dir out --prompt run --teacher teacher"
-EXPOSURE = "analyze exposure --student student --dataset rows.jsonl"
-BUILD = "cache build --teacher no/such-teacher --output_dir cache"
+EXPOSURE = "analyze exposure --model student --dataset rows.jsonl"
+BUILD = "cache build --teacher no/such-teacher --output_dir cache --dataset rows.jsonl"
 EVAL = "eval instruct --model student --dataset"
 
 
@@ -49,16 +49,24 @@ CASES = [
         "several teachers ('math', 'code') | Pass the one to look at by `--teacher`",
         recipe_of_several,
     ),
-    command("cache build --output_dir cache", "arguments are required | --teacher"),
+    command("cache build --output_dir cache", "arguments are required | --teacher, --dataset"),
+    command(BUILD, "`--teacher` is 'no/such-teacher': there is no such folder | Check the name"),
+    command(
+        "doctor --model nope --dataset rows.jsonl", "`--model` is 'nope': there is no such folder | Check the name"
+    ),
+    command(
+        "doctor --model student --teacher nope --dataset rows.jsonl",
+        "`--teacher` is 'nope': there is no such folder | Check the name",
+    ),
     command(f"{BUILD} --priming teacher --priming_file x", "are both given | choose one"),
     command(f"{BUILD} --teacher_init_kwargs '{{dtype: float32}}'", "--teacher_init_kwargs | JSON of a dict, such as"),
     command(
-        f"{BUILD} --data_files rows.jsonl --prompt_column quest",
+        f"{BUILD} --prompt_column quest",
         "`prompt_column` is 'quest' | the columns are ['completion', 'prompt']",
     ),
     command("cache info student", "no manifest.json | Build one with"),
     command(f"{ATTENTION} student --prompt teacher_prompt", "`--prompt` is 'teacher_prompt' | Pass `--teacher`, too"),
-    command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--models` | Give each once"),
+    command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--model` | Give each once"),
     command(
         f"{ATTENTION.replace('rows', 'prompts')} student",
         "`--dataset` holds prompts without answers | pass `--queries all`",
@@ -70,16 +78,20 @@ CASES = [
     ),
     command(f"{ATTENTION} student", "128 positions | 203 | Lower `--max_length`", long_rows, needs_weights=True),
     command(f"{EXPOSURE} --teacher teacher --rows 0", "--rows: '0' is not allowed | 1 or more"),
-    command(f"{EXPOSURE} --teacher no/such-teacher", "`--teacher` is 'no/such-teacher' | Save one there"),
+    command(f"{EXPOSURE} --teacher no/such-teacher", "`--teacher` is 'no/such-teacher': there is no such folder"),
+    command(
+        f"{EXPOSURE} --teacher teacher --model nope", "`--model` is 'nope': there is no such folder | Check the name"
+    ),
+    command(f"{ATTENTION} student --teacher nope", "`--teacher` is 'nope': there is no such folder | Check the name"),
     command(f"{EXPOSURE} --teacher teacher --prompt student", "holds no soft prompt | Pass the folder"),
     command(
         f"{PROMPT} --responses student",
-        "there is no `--student` | Pass one, or set `--responses dataset`",
+        "there is no `--model` | Pass one, or set `--responses dataset`",
     ),
-    command(f"{PROMPT} --responses student --student student", "there is no `--dataset` | Pass one"),
+    command(f"{PROMPT} --responses student --model student", "there is no `--dataset` | Pass one"),
     command(f"{PROMPT} --dataset prompts.jsonl", "`--dataset` holds prompts without answers | `--responses student`"),
     command(
-        f"{PROMPT} --dataset prompts.jsonl --max_length 1 --responses student --student student",
+        f"{PROMPT} --dataset prompts.jsonl --max_length 1 --responses student --model student",
         "1 of 1 prompts in `--dataset` do not fit into `max_length=1` | Set `max_length` to at least",
     ),
     command(PROMPT, "holds a LORA adapter | Pass the folder of a soft prompt", lora_adapter),
@@ -95,13 +107,24 @@ CASES = [
         needs_weights=True,
     ),
     command(
-        f"{PROMPT} --dataset prompts.jsonl --responses student --student teacher",
+        f"{PROMPT} --dataset prompts.jsonl --responses student --model teacher",
         "hold NaN or infinities | Check its weights",
         prompt_for(spoiled(tiny_model())),
         needs_weights=True,
     ),
     command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
     command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
+    command(
+        "eval instruct --model nope --dataset instructions.jsonl",
+        "`--model` is 'nope': there is no such folder | Check the name",
+    ),
+    command(
+        f"{EVAL} no/rows --dataset_split test", "`--dataset` is 'no/rows': there is no such folder | Check the name"
+    ),
+    command(f"{EVAL} student --dataset_split test", "`--dataset` is 'student', which cannot be read"),
+    command(
+        f"{EVAL} rows.txt", "`--dataset` is 'rows.txt', a file | .jsonl | Convert it", lambda: written("rows.txt", "x")
+    ),
     command(f"{EVAL} openai/gsm8k", "`--dataset` is 'openai/gsm8k' | Pass `--dataset_split`"),
     command(f"{EVAL} instructions.jsonl --batch_size 0", "`batch_size` is 0 | above 0"),
     command(

@@ -161,38 +161,44 @@ def commands_of(text):
             yield words
 
 
+ON_CPU = ("--use_cpu", "--bf16", "false", "--output_dir", "run")
+
+
 def check_script(script, flags):
-    """The script's own parser takes the flags."""
+    """The script's own parser takes the flags, or that of the command that it is."""
     path = ROOT / script
     assert path.is_file(), f"there is no {script}"
     source = path.read_text(encoding="utf-8")
-    if "def make_parser() -> ScriptParser" in source or "def read_flags(" in source:
-        module = load_module(script)
-        if hasattr(module, "read_flags"):
-            _, module, flags = module.read_flags(flags)
-        required = [] if "--output_dir" in flags or "--config" in flags else ["--output_dir", "run"]
-        module.make_parser().parse_args_and_config([*flags, *required, "--use_cpu", "--bf16", "false"])
+    if command := re.search(r'main\(\["(\w+)"', source):
+        check_command(["trl-promptkd", command[1], *flags], launch=False)
+    elif "def read_flags(" in source:
+        _, module, flags = load_module(script).read_flags(flags)
+        module.make_parser().parse_args_and_config([*flags, *ON_CPU])
     else:
+        known = re.search(r"^from trl_promptkd(\S+) import main$", source, re.MULTILINE)
+        if known:
+            source = (ROOT / f"trl_promptkd{known[1].replace('.', '/')}.py").read_text(encoding="utf-8")
         unknown = [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in source]
         assert set(unknown) <= {"--help"}, script
 
 
-def check_command(words):
+def check_command(words, launch=True):
     program, *rest = words
     if "..." in rest:
         rest = rest[: rest.index("...")]
         if program == "trl-promptkd":
             return
     if program == "trl-promptkd":
-        if "--help" not in rest:
-            parse_args(rest)
+        training = rest[:1] in (["promptkd"], ["primed"])
+        if not {"--help", "--help_all"} & set(rest):
+            parse_args([*rest, *ON_CPU] if training else rest, launch)
     elif program == "accelerate" and rest[:1] == ["launch"]:
-        launch = launch_command_parser().parse_args(rest[1:])
-        assert launch.config_file is None or (ROOT / launch.config_file).is_file(), launch.config_file
-        if launch.module:
-            check_command(["trl-promptkd", *launch.training_script_args])
+        launcher = launch_command_parser().parse_args(rest[1:])
+        assert launcher.config_file is None or (ROOT / launcher.config_file).is_file(), launcher.config_file
+        if launcher.module:
+            check_command(["trl-promptkd", *launcher.training_script_args], launch=False)
         else:
-            check_script(launch.training_script, launch.training_script_args)
+            check_script(launcher.training_script, launcher.training_script_args)
     elif program == "python" and rest[0].startswith(("examples/", "benchmarks/", "tests/")):
         check_script(rest[0], rest[1:])
     elif program == "make":
@@ -219,6 +225,7 @@ def test_commands_are_understood(page, monkeypatch):
         "trl-promptkd doctor --modell a --dataset b",
         "accelerate launch --config_file examples/accelerate_configs/none.yaml examples/promptkd.py --output_dir a",
         "accelerate launch examples/promptkd.py --config examples/configs/quickstart.yaml --lambda 1",
+        "trl-promptkd promptkd --config examples/configs/quickstart.yaml --lambda 1",
         "python examples/smollm2.py --folder models",
         "python benchmarks/none.py",
         "make everything",

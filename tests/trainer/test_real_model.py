@@ -8,7 +8,6 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from paths import ROOT
 from peft import PromptTuningConfig, get_peft_model
 from reference import log_probs
 from tiny import dequantized
@@ -16,6 +15,7 @@ from trainers import GREEDY, lora
 
 from trl_promptkd import DataCollatorForPrimedDistillation, PrimingTemplate, PromptEncoderConfig, SoftPrompt
 from trl_promptkd.cli import main
+from trl_promptkd.cli.smollm2 import PROMPTS, cut_layers, load_smollm2
 from trl_promptkd.data import pad_rows, tokenize_row
 from trl_promptkd.data.priming import PRIMING_TEMPLATES
 from trl_promptkd.losses.promptkd import prompt_loss_sums
@@ -33,19 +33,11 @@ ANSWERS = ["The capital of France is Paris.", "A banana.", "Air scatters blue li
 
 
 @pytest.fixture(scope="module")
-def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples/quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def smollm2(quickstart, tmp_path_factory):
+def smollm2(tmp_path_factory):
     """The teacher, its tokenizer, and a folder that holds both."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    model, tokenizer = quickstart.load_smollm2()
+    model, tokenizer = load_smollm2()
     folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -63,12 +55,12 @@ def rows(smollm2):
     return [row["prompt_ids"] for row in ids], [row["completion_ids"] for row in ids]
 
 
-def test_doctor_finds_nothing_wrong_with_the_quickstart(quickstart, smollm2, rows, tmp_path, capsys):
+def test_doctor_finds_nothing_wrong_with_the_quickstart(smollm2, rows, tmp_path, capsys):
     model, tokenizer, folder = smollm2
-    quickstart.cut_layers(model, 20, pad_rows(*rows, tokenizer.pad_token_id)).save_pretrained(tmp_path)
+    cut_layers(model, 20, pad_rows(*rows, tokenizer.pad_token_id)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     start = time.perf_counter()
-    flags = ["--model", str(tmp_path), "--teacher", folder, "--dataset", str(quickstart.PROMPTS), "--json"]
+    flags = ["--model", str(tmp_path), "--teacher", folder, "--dataset", str(PROMPTS), "--json"]
     assert main(["doctor", *flags, "--max_new_tokens", "32"]) == 0
     report = json.loads(capsys.readouterr().out)
     print(f"{len(report['checks'])} checks in {time.perf_counter() - start:.0f} s, models loaded")
@@ -146,7 +138,7 @@ class TestPriming:
     def test_an_instruction_moves_into_an_adapter(self, smollm2, primed):
         """Prompt internalisation on held-out questions: the teacher is the student below its adapter."""
         model, tokenizer, _ = smollm2
-        lines = (ROOT / "examples/data/quickstart_prompts.jsonl").read_text().splitlines()
+        lines = PROMPTS.read_text().splitlines()
         prompts = [{"prompt": json.loads(line)["prompt"]} for line in lines[:40]]
         trainer = primed(
             copy.deepcopy(model).requires_grad_(True),
@@ -183,10 +175,10 @@ class TestQuantizedTeachers:
     """Trap 5: the gradient through a quantized teacher points where that through the plain one does."""
 
     @pytest.fixture(scope="class")
-    def student_logits(self, quickstart, smollm2, rows):
+    def student_logits(self, smollm2, rows):
         model, tokenizer, _ = smollm2
         batch = pad_rows(*rows, tokenizer.pad_token_id)
-        student = quickstart.cut_layers(model, 20, batch)
+        student = cut_layers(model, 20, batch)
         with torch.no_grad():
             return completion_states(student, batch["input_ids"], batch["attention_mask"], batch["labels"]).logits()
 

@@ -4,6 +4,7 @@ torch nor transformers."""
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -13,8 +14,14 @@ from .. import __version__
 
 __all__ = ["main", "parse_args"]
 
+# A training command's name -> what it is for. Its module has `parse`, as its flags are TRL's
+_TRAININGS = {
+    "promptkd": "train a student with a prompted teacher (PromptKD)",
+    "primed": "train a student with a primed teacher (response priming)",
+}
 # A tool's name -> what it is for. Its module has `add_arguments`, which says what to run
 _TOOLS = {
+    "quickstart": "PromptKD on a real model that comes in a wheel, in minutes on two CPU cores",
     "doctor": "look at models and rows for what goes wrong silently; exits with 1 if a check fails",
     "cache": "the offline teacher",
     "eval": "let a model answer, and score its answers",
@@ -27,14 +34,23 @@ _ANALYSES = {
 }
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments of a tool; `run` among them is the function that takes them and returns an exit code."""
+def parse_args(argv: Sequence[str], launch: bool = False) -> argparse.Namespace:
+    """The arguments of a command; `run` among them is the function that takes them and returns an exit code.
+
+    Args:
+        launch: Whether a training command may start processes.
+    """
     # It warns of a kernel that this package does not use
     logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers', on their own names
+    if argv and argv[0] in _TRAININGS:
+        return import_module(f".{argv[0]}", __name__).parse(argv[1:], launch)
     named = [word for word in argv if not word.startswith("-")][:2]
-    parser = argparse.ArgumentParser(prog="trl-promptkd", description="Tools of trl_promptkd.")
+    parser = argparse.ArgumentParser(prog="trl-promptkd", description="Training and tools of trl_promptkd.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     tools = parser.add_subparsers(dest="command", required=True)
+    for name, text in _TRAININGS.items():
+        tools.add_parser(name, help=text)
     for name, text in _TOOLS.items():
         _add(tools, name, text, name, named[:1])
     analyze = tools.add_parser("analyze", help="measure what students, teachers and soft prompts do on your rows")
@@ -50,12 +66,18 @@ def _add(tools: Any, name: str, text: str, module: str, named: Sequence[str]) ->
         import_module(f".{module}", __name__).add_arguments(parser)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str] | None = None, launch: bool = True) -> int:
+    """Run a command, and return its exit code.
+
+    Args:
+        launch: Whether a training command starts a process for each GPU. `python -m trl_promptkd.cli` does not: there,
+            a launcher has.
+    """
+    args = parse_args(sys.argv[1:] if argv is None else argv, launch)
     from datasets.exceptions import DatasetsError
 
     try:
         return args.run(args)
     except (ValueError, OSError, ImportError, DatasetsError) as error:  # they say what to do
-        print(f"trl-promptkd: {error}", file=sys.stderr)
+        print(f"trl-promptkd: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

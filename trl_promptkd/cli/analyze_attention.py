@@ -10,6 +10,7 @@ from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
 from . import common
 from .common import add_flags, at_least_one, print_table
+from .names import check_name
 
 
 _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too pass `--queries all`."
@@ -17,7 +18,7 @@ _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
+    add("--model", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
     add("--prompt", help="folder of the teacher's soft prompt, or of its run: adds the prompted teacher")
     add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
@@ -30,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_attention(args: argparse.Namespace) -> Any:
     if args.prompt is not None and args.teacher is None:
         raise ValueError(f"`--prompt` is {args.prompt!r}, but whose prompt it is is not said. Pass `--teacher`, too.")
-    labels = common.short_names(
-        [*args.models, *([args.teacher] if args.teacher else [])], "`--models` and `--teacher`"
-    )
+    labels = common.short_names([*args.model, *([args.teacher] if args.teacher else [])], "`--model` and `--teacher`")
     check_matplotlib()
+    if args.teacher is not None:
+        check_name("--teacher", args.teacher, token=args.model_init_kwargs.get("token"))
     tokenizer = common.shared_tokenizer(
-        "--models", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code
+        "--model", dict.fromkeys(labels, args.model_init_kwargs), args.trust_remote_code
     )
     rows = common.tokenized_rows(args, tokenizer, _ANSWERS_NEEDED if args.queries == "completion" else None)
     longest = max(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in rows)

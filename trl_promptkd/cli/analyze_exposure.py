@@ -19,7 +19,8 @@ _COLUMNS = 5  # that fit on a screen beside each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--student", required=True, nargs="+", help="Hub ids or folders, such as checkpoints")
+    told = "the students: Hub ids or folders, such as checkpoints"
+    parser.add_argument("--model", required=True, nargs="+", help=told)
     common.add_flags(parser, "dataset", required=True)
     parser.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
     common.add_analysis_arguments(parser, rows=64)
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_exposure(args: argparse.Namespace) -> Any:
     check_matplotlib()
-    names = common.short_names(args.student, "`--student`")
+    names = common.short_names(args.model, "`--model`")
     found = measure(args)
     about = {key: getattr(args, key) for key in ("teacher", "prompt", "dataset", "rows", "max_new_tokens", "seed")}
     curves = [
@@ -48,7 +49,7 @@ def run_exposure(args: argparse.Namespace) -> Any:
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]:
     """By student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
-    loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.student, args.student_init_kwargs)}
+    loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.model, args.model_init_kwargs)}
     tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     # Rows of like length are padded together
     prompts = sorted((row["prompt_ids"] for row in common.tokenized_rows(args, tokenizer)), key=len, reverse=True)
@@ -65,8 +66,8 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]
         for name, soft_prompt in soft_prompts.items()
     }
     results: dict[tuple[str, str], pandas.DataFrame] = {}
-    for path in args.student:
-        student = common.load_model(path, args.student_init_kwargs, args.trust_remote_code, longest)
+    for path in args.model:
+        student = common.load_model(path, args.model_init_kwargs, args.trust_remote_code, longest)
         ids = shared_vocab_size(student, teacher, tokenizer)
         of_student = sample_prefixes(student, prompts, sampling, args.seed, args.batch_size, ids)
         for name, soft_prompt in soft_prompts.items():

@@ -27,7 +27,7 @@ _ANSWERS_NEEDED = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
-    add("--student", help="Hub id or folder; without it the teacher is compared with itself alone")
+    add("--model", help="the student: Hub id or folder; without it the teacher is compared with itself alone")
     add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
     add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
     add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
@@ -40,21 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_prompt(args: argparse.Namespace) -> Any:
     check_matplotlib()
     wrong = "`--responses` is 'student', but there is no"
-    if args.responses == "student" and args.student is None:
-        raise ValueError(f"{wrong} `--student`. Pass one, or set `--responses dataset`.")
+    if args.responses == "student" and args.model is None:
+        raise ValueError(f"{wrong} `--model`. Pass one, or set `--responses dataset`.")
     if args.responses == "student" and args.dataset is None:
         raise ValueError(f"{wrong} `--dataset`, whose prompts it answers. Pass one.")
     prompts = find_prompts(args.prompt)
     loaded = {args.teacher: args.teacher_init_kwargs}
-    loaded |= {} if args.student is None else {args.student: args.student_init_kwargs}
+    loaded |= {} if args.model is None else {args.model: args.model_init_kwargs}
     tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)
     needed = _ANSWERS_NEEDED if args.responses == "dataset" else None
     rows = [] if args.dataset is None else common.tokenized_rows(args, tokenizer, needed)
     longest = len(prompts[-1].embeddings) + longest_of(rows, args)
     teacher = load_model(args.teacher, args.teacher_init_kwargs, args.trust_remote_code, longest)
     check_fits(prompts[-1], teacher)
-    names = ("prompt", "teacher", "student", "dataset", "responses", "rows", "seed")
-    result = {**{name: getattr(args, name) for name in names}, **look_at(prompts, teacher, tokenizer, args)}
+    names = ("prompt", "teacher", "dataset", "responses", "rows", "seed")
+    result = {"student": args.model, **{name: getattr(args, name) for name in names}}
+    result |= look_at(prompts, teacher, tokenizer, args)
     summary = None
     if rows:
         tokens, changes = compare(prompts[-1].embeddings, teacher, tokenizer, rows, args)
@@ -116,9 +117,9 @@ def compare(
     student, sampled = None, 0
     if args.responses == "student":
         rows, sampled = [{**row, "completion_ids": []} for row in rows], args.max_new_tokens
-    if args.student is not None:
-        kwargs = args.student_init_kwargs
-        student = load_model(args.student, kwargs, args.trust_remote_code, longest_of(rows, args))
+    if args.model is not None:
+        kwargs = args.model_init_kwargs
+        student = load_model(args.model, kwargs, args.trust_remote_code, longest_of(rows, args))
     size, texts = shared_vocab_size(student or teacher, teacher, tokenizer), [row["prompt_ids"] for row in rows]
     sampling = common.sampling_of(args, teacher, tokenizer)
     completions = [row["completion_ids"] for row in rows]

@@ -5,14 +5,13 @@ import json
 from typing import Any
 
 from accelerate import PartialState
-from datasets import load_dataset
 
-from ..data import name_columns
 from ..data.priming import PRIMING_TEMPLATES
 from ..models.teacher import load_teacher
 from ..teacher_cache import TeacherCache, build_teacher_cache, merge_teacher_caches, verify_teacher_cache
 from ..teacher_cache.codec import PRESETS
-from .common import ROW_FLAGS, add_flags, json_dict, needed_tokenizer, priming_of
+from .common import ROW_FLAGS, add_flags, json_dict, load_rows, needed_tokenizer, priming_of
+from .names import check_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "run a teacher once and keep what it says; resumes, also under `accelerate launch -m trl_promptkd.cli`"
     build = commands.add_parser("build", help=told)
     add = build.add_argument
-    add_flags(build, "teacher", "output_dir", required=True)
-    add("--dataset_name", default="json", help="Hub id, or json, csv, parquet with --data_files")
-    add("--data_files", help="local files, or a pattern")
+    add_flags(build, "teacher", "dataset", "output_dir", required=True)
     add_flags(build, *ROW_FLAGS)
     add("--priming", choices=sorted(PRIMING_TEMPLATES), help="what the teacher sees besides the prompt")
     add("--priming_file", help="a file with a priming text of your own (Jinja)")
@@ -71,10 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def build_cache(args: argparse.Namespace) -> int:
     priming = priming_of(args)
-    dataset = load_dataset(
-        args.dataset_name, name=args.dataset_config, data_files=args.data_files, split=args.dataset_split
-    )
-    dataset = name_columns(dataset, args.prompt_column, args.completion_column, args.conversational)
+    columns = (args.prompt_column, args.completion_column, args.conversational)
+    dataset = load_rows(args.dataset, args.dataset_config, args.dataset_split, *columns)
     tokenizer = needed_tokenizer("--teacher", args.teacher, args.teacher_init_kwargs, args.trust_remote_code)
     same = "preset response_source max_length teacher_max_length overlong batch_size max_new_tokens temperature seed "
     same += "backend teacher_server vllm_kwargs part basis"
@@ -135,6 +130,7 @@ def verify_cache(args: argparse.Namespace) -> int:
     name = args.teacher or cache.manifest.teacher["name"]
     if not name:
         raise ValueError("The manifest does not name the teacher. Pass `--teacher`.")
+    check_name("--teacher", name, token=args.teacher_init_kwargs.get("token"))
     made = cache.manifest.teacher
     kwargs = {"dtype": made["dtype"]} | ({"revision": made["revision"]} if made["revision"] else {})
     if made["quantization"] != "none" and "quantization_config" not in args.teacher_init_kwargs:

@@ -1,6 +1,7 @@
 """What the command's tools share: flags, rows, models, tables and files."""
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -24,6 +25,7 @@ from ..generation.rollouts import rollout_config
 from ..models.limits import check_positions
 from ..models.teacher import load_teacher
 from ..models.tokenizer import check_same_tokenizer, load_teacher_tokenizer
+from .names import check_name
 
 
 FILE_SPLIT = "train"  # that a file's rows are
@@ -50,11 +52,10 @@ def at_least_one(text: str) -> int:
 _INIT_KWARGS = {"type": json_dict, "default": {}, "help": "JSON for from_pretrained"}
 _FLAGS: dict[str, dict[str, Any]] = {
     "model_init_kwargs": _INIT_KWARGS,
-    "student_init_kwargs": _INIT_KWARGS,
     "teacher_init_kwargs": _INIT_KWARGS,
     "trust_remote_code": {"action": "store_true"},
     "teacher": {"help": "Hub id or folder"},
-    "dataset": {"help": "Hub id, or a .json, .jsonl, .csv or .parquet file"},
+    "dataset": {"help": "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"},
     "dataset_config": {"help": "its configuration"},
     "dataset_split": {"default": "train", "help": "its split, or a part of it: train[:1000]"},
     "prompt_column": {"help": "column to take as `prompt`"},
@@ -141,20 +142,37 @@ def print_table(
     console.print(table)
 
 
-def load_rows(path: str, config: str | None, split: str | None, *columns: Any) -> Any:
-    """The data set of `--dataset`: a file by its ending, or a Hub id; `columns` are those of `name_columns`."""
+def is_file(path: str) -> bool:
+    """Whether a data set's name is that of a file of rows, or a pattern of such names."""
+    return os.path.splitext(path)[1] in _FILES
+
+
+def load_rows(
+    path: str, config: str | None, split: str | None, *columns: Any, flag: str = "--dataset", streaming: bool = False
+) -> Any:
+    """The data set of a flag: files by their ending, a folder, or a Hub id; `columns` are those of `name_columns`.
+
+    The rows of a file are one split, whatever that is called.
+    """
     kind = _FILES.get(os.path.splitext(path)[1])
-    if kind is not None and not os.path.isfile(path):
+    if kind is not None and not glob.glob(path):
         raise ValueError(
-            f"`--dataset` is {path!r}, and there is no such file. Check the path (relative ones start at "
-            f"{os.getcwd()})."
+            f"`{flag}` is {path!r}, and there is no such file. Check the path (relative ones start at {os.getcwd()})."
         )
+    if kind is None and os.path.isfile(path):
+        raise ValueError(f"`{flag}` is {path!r}, a file whose ending is none of {', '.join(_FILES)}. Convert it.")
     if kind is None and split is None:
-        raise ValueError(f"`--dataset` is {path!r}, whose split is not said. Pass `--dataset_split` (such as test).")
+        raise ValueError(f"`{flag}` is {path!r}, whose split is not said. Pass `{flag}_split` (such as test).")
+    if kind is None:
+        check_name(flag, path, "dataset")
+    split = split or FILE_SPLIT
+    files = {split.partition("[")[0]: path} if kind else None
     try:
-        dataset = load_dataset(kind or path, name=config, data_files=path if kind else None, split=split or FILE_SPLIT)
-    except DatasetsError as error:
-        raise ValueError(f"`--dataset` is {path!r}, which cannot be read: {error}") from error
+        dataset = load_dataset(kind or path, name=config, data_files=files, split=split, streaming=streaming)
+    except (DatasetsError, OSError, ValueError) as error:
+        advice = " (Write it as a file: `dataset.to_parquet`.)" if "load_from_disk" in str(error) else ""
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`{flag}` is {path!r}, which cannot be read: {reason}{advice}") from error
     return name_columns(dataset, *columns)
 
 
@@ -182,7 +200,8 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bo
 
 
 def needed_tokenizer(flag: str, name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """[`load_tokenizer`]; if there is none, the error names the flag."""
+    """[`load_tokenizer`]; if there is no model of the name, or no tokenizer beside it, the error names the flag."""
+    check_name(flag, name, token=init_kwargs.get("token"))
     tokenizer = load_tokenizer(name, init_kwargs, trust_remote_code)
     if tokenizer is None:
         raise ValueError(f"`{flag}` is {name!r}, beside which there is no tokenizer. Save one there.")
@@ -198,10 +217,10 @@ def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
-    """The teacher, how texts are sampled, and where files go."""
+    """The teacher, how texts are sampled, and where files go; `--model` is each command's own."""
     add_flags(command, "teacher", required=True)
     add_flags(command, "output_dir", default=output_dir)
-    add_flags(command, "student_init_kwargs", "teacher_init_kwargs")
+    add_flags(command, "model_init_kwargs", "teacher_init_kwargs")
     told = "longest sample (%(default)s)"
     command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
     command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
@@ -224,6 +243,7 @@ def shared_tokenizer(flag: str, models: Mapping[str, dict[str, Any]], trust_remo
     first, *others = models
     tokenizer = needed_tokenizer(flag, first, models[first], trust_remote_code)
     for name in others:
+        check_name("--model" if flag == "--teacher" else flag, name, token=models[name].get("token"))
         other = load_tokenizer(name, models[name], trust_remote_code)
         if other is None:
             print(f"There is no tokenizer beside {name}; it runs with that of {first}.")

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser, get_quantization_config
+from trl import ModelConfig, ScriptArguments
 
 from ..doctor import Finding, diagnose, passed
 from ..models.soft_prompt import PromptEncoderConfig
 from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.promptkd_config import PromptKDConfig
 from .common import load_model, load_rows, load_tokenizer, needed_tokenizer, priming_of, print_table, reporting
+from .names import check_name
+from .training import RecipeParser, quantization_of
 
 
 @dataclass
@@ -22,7 +24,7 @@ class DoctorArguments:
 
     rows: int = field(default=16, metadata={"help": "how many rows to look at"})
     json: bool = field(default=False, metadata={"help": "print JSON instead of a table"})
-    data_files: str | None = None
+    eval_dataset: str | None = None
     prompt_column: str | None = field(default=None, metadata={"help": "column to take as `prompt`"})
     completion_column: str | None = field(default=None, metadata={"help": "column to take as `completion`"})
     conversational: bool = field(default=False, metadata={"help": "make conversations of texts (chat template)"})
@@ -39,7 +41,7 @@ _FIELDS = {field.name: field for cls in (PromptKDConfig, PrimedDistillConfig, *_
 _ALIASES = {
     "model_name_or_path": ("--model", "the student: Hub id or folder"),
     "teacher_model_name_or_path": ("--teacher", "Hub id or folder; without it the student teaches itself"),
-    "dataset_name": ("--dataset", "Hub id, or a .json, .jsonl, .csv or .parquet file"),
+    "dataset_name": ("--dataset", "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"),
     "dataset_train_split": ("--dataset_split", "its split, or a part of it: train[:1000]"),
     "teacher_model_init_kwargs": ("--teacher_init_kwargs", "JSON for from_pretrained"),
     "use_peft": ("--lora", "an adapter is to be trained, not all weights"),
@@ -74,11 +76,10 @@ def parse(given: argparse.Namespace) -> tuple[Any, ...]:
     trainer = PrimedDistillConfig if any(name in {**recipe, **flags} for name in primed) else PromptKDConfig
     words = [] if given.config is None else ["--config", given.config]
     words += [word for name, values in flags.items() for word in (f"--{name}", *values)]
-    parser = TrlParser((*_OTHERS, trainer), prog="trl-promptkd doctor", usage="%(prog)s --help")
+    parser = RecipeParser((*_OTHERS, trainer), prog="trl-promptkd doctor", usage="%(prog)s --help")
     # The models are looked at in their own precision
     found = parser.parse_args_and_config([*words, "--bf16", "false", "--fp16", "false"], fail_with_unknown_args=False)
     arguments, model, script, _, settings = found
-    script.dataset_name = arguments.data_files or script.dataset_name
     for flag, value in (("--model", model.model_name_or_path), ("--dataset", script.dataset_name)):
         if value is None:
             raise ValueError(f"`{flag}` is not given, and no `--config` names it. Pass `{flag}`.")
@@ -99,10 +100,12 @@ def run_doctor(given: argparse.Namespace) -> Any:
     priming = priming_of(arguments)
     columns = (arguments.prompt_column, arguments.completion_column, arguments.conversational)
     dataset = load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, *columns)
-    quantization = get_quantization_config(model_args)
+    quantization = quantization_of(model_args)
     kwargs = {"dtype": model_args.dtype, **({"quantization_config": quantization} if quantization else {})}
     kwargs |= args.model_init_kwargs or {}
     tokenizer = needed_tokenizer("--model", name, kwargs, args.trust_remote_code)
+    if teacher_name is not None:
+        check_name("--teacher", teacher_name, token=(args.teacher_model_init_kwargs or {}).get("token"))
     student = load_model(name, kwargs, args.trust_remote_code)
     teacher = teacher_tokenizer = None
     if teacher_name is not None:

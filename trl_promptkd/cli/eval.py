@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = tasks.add_parser(task, help=told)
         add = command.add_argument
         add("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
-        told = "Hub id, or a .json, .jsonl, .csv or .parquet file; several of them make a table of sets"
+        told = "Hub id, file or folder of rows; several of them make a table of sets"
         add_flags(command, "dataset", required=True, action="append", help=told)
         add_flags(command, "dataset_split", default=None, help="such as test[:100]; must be given for a Hub id")
         add_flags(command, "dataset_config", "prompt_column", "completion_column")

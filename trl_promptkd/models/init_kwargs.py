@@ -1,5 +1,6 @@
 """Arguments of `from_pretrained` that users give in `model_init_kwargs` and `teacher_model_init_kwargs`."""
 
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from transformers import BitsAndBytesConfig
 
 
-__all__ = ["check_init_kwargs", "from_pretrained_kwargs", "hub_kwargs"]
+__all__ = ["check_bitsandbytes", "check_init_kwargs", "from_pretrained_kwargs", "hub_kwargs"]
 
 # Those that say where files are, without leave to run code
 _HUB_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
@@ -45,6 +46,20 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
         raise ValueError(
             f"`{field}['quantization_config']` {problem}. Set 'load_in_4bit' or 'load_in_8bit' to True, and besides "
             "them only arguments of transformers' BitsAndBytesConfig."
+        )
+    check_bitsandbytes(f"{field}['quantization_config']")
+
+
+def check_bitsandbytes(field: str) -> None:
+    """Reject a quantization without what does it.
+
+    Raises:
+        ImportError: saying how to install it.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            f"`{field}` is set, but bitsandbytes is not installed. Install it with "
+            '`pip install "trl_promptkd[quantization]"`.'
         )
 
 

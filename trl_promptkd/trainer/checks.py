@@ -1,7 +1,8 @@
 """What is refused before any weights are loaded, and what the tokenizer must be for both models."""
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "check_sharding",
     "check_soft_prompt",
     "loaded_settings",
+    "names_processing_class",
     "restore_settings",
 ]
 
@@ -40,6 +42,18 @@ logger = logging.get_logger(__name__)
 _CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 # Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
+
+
+def names_processing_class(init: Callable[..., None]) -> Callable[..., None]:
+    """A trainer's `__init__` that points `tokenizer=`, which transformers' trainers once took, to its new name."""
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "tokenizer" in kwargs:
+            raise TypeError("`tokenizer` is no argument of this trainer. Pass it as `processing_class`.")
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 def check_arguments(

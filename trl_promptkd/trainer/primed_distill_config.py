@@ -18,6 +18,7 @@ from ..field_checks import (
 from ..generation.openai_server import check_url
 from ..generation.teacher_server import check_server_url
 from .best_metric import choose_best_metric
+from .precision import choose_precision
 from .sampling_config import SamplingConfig
 
 
@@ -207,6 +208,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             value = getattr(self, name)
             are_several = isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
             check_kind(name, value, dict | None if are_several else str | None)
+        choose_precision(self)
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")

@@ -29,7 +29,7 @@ from ..teacher_cache.card import hub_id
 from . import shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
-from .checks import check_arguments, check_finite, check_found
+from .checks import check_arguments, check_finite, check_found, names_processing_class
 from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts
 from .hub import init_hf_repo
@@ -134,6 +134,7 @@ class PrimedDistillTrainer(SFTTrainer):
     _load_best_model = shared.load_best_model
     _load_from_checkpoint = shared.load_from_checkpoint
 
+    @names_processing_class
     def __init__(
         self,
         model: PreTrainedModel | PeftModel | str | None = None,

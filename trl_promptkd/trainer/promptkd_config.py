@@ -16,6 +16,7 @@ from ..field_checks import (
     check_training,
 )
 from .best_metric import choose_best_metric
+from .precision import choose_precision
 from .sampling_config import SamplingConfig
 
 
@@ -145,6 +146,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
 
     def __post_init__(self):
         check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
+        choose_precision(self)
         check_share(self, "lmbda", "beta")
         by_loss = self.metric_for_best_model in ("loss", "eval_loss")
         if choose_best_metric(self, "eval_forward_kl") and by_loss:

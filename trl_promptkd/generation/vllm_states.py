@@ -12,7 +12,10 @@ from .._trl import is_vllm_available
 __all__ = ["VLLMStates", "check_engine"]
 
 # What makes the engine give hidden states, and those of the named teacher
-_RESERVED = ("model", "runner", "convert", "pooler_config", "enable_prefix_caching", "dtype", "revision", "task")
+_RESERVED = (
+    *("model", "runner", "convert", "pooler_config", "task", "dtype", "revision"),
+    *("enable_prefix_caching", "enable_chunked_prefill"),
+)
 
 
 def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
@@ -67,6 +70,7 @@ class VLLMStates:
             "revision": revision,
             "trust_remote_code": trust_remote_code,
             "enable_prefix_caching": False,  # a prefix that is not computed again would have no states
+            "enable_chunked_prefill": False,  # vLLM 0.31 never returns from a row that it computes in parts
             "max_model_len": max_length,
         }
         self.engine = LLM(model, **settings | dict(engine_kwargs or {}))

@@ -29,7 +29,7 @@ def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
     if taken:
         raise ValueError(
             f"`vllm_kwargs` holds {taken[0]!r}, which is set here, as the engine must give the named teacher's hidden "
-            "states. Remove it. The dtype and the revision belong into `teacher_model_init_kwargs`."
+            "states. Remove it. The dtype and the revision belong in `teacher_model_init_kwargs`."
         )
     if not is_vllm_available():
         raise ImportError(

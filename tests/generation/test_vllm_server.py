@@ -1,19 +1,11 @@
 """A teacher on vLLM's own server, on its CPU build: `make test-vllm`, in an environment of its own."""
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-
-import httpx2
 import pytest
 import torch
 from tiny import save_models, tiny_model, tiny_tokenizer
 from trainers import SAVES, SGD, logged, trained_parts
 from transformers import TrainerCallback
+from vllm_server import POOLING, VLLMServer
 
 from trl_promptkd._trl import is_vllm_available
 from trl_promptkd.generation.teacher_server import TeacherServer
@@ -32,43 +24,10 @@ def teacher_model(family="llama"):
     return tiny_model(family, seed=2, intermediate_size=96, max_position_embeddings=512, **SHAPE, **OF_FAMILY[family])
 
 
-class Server:
-    """vLLM's server with a folder's model, in a process of its own; a context, in which it runs."""
-
-    def __init__(self, folder, log):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.log, self.url = str(folder), log, f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self):
-        pooling = json.dumps({"task": "token_embed", "use_activation": False})
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
-        command += ["--runner", "pooling", "--convert", "embed", "--pooler-config", pooling]
-        command += ["--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "16"]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                if httpx2.get(f"{self.url}/health").status_code == 200:
-                    return self
-            except httpx2.TransportError:
-                time.sleep(0.5)
-        self.kill()
-        raise RuntimeError(self.log.read_text()[-3000:])
-
-    def kill(self):
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def __exit__(self, *exception):
-        self.kill()
+def serve(folder, log):
+    """Hidden states of a folder's model: a context."""
+    flags = ("--max-model-len", str(LONGEST), "--max-num-batched-tokens", str(CHUNK))
+    return VLLMServer(folder, log, *POOLING, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with Server(folder, folder.parent / "log") as running:
+    with serve(folder, folder.parent / "log") as running:
         yield running
 
 
@@ -105,7 +64,7 @@ ROWS = {
 class TestStates:
     @pytest.mark.parametrize("name", ROWS)
     def test_are_those_of_transformers(self, server, name):
-        client, model = TeacherServer(server.url, dtype="float32"), teacher_model()
+        client, model = TeacherServer(server.host, dtype="float32"), teacher_model()
         for _ in range(2):  # the second time, vLLM has seen these prefixes
             found = client.states(ROWS[name])
             for row, states in zip(ROWS[name], found, strict=True):
@@ -113,7 +72,7 @@ class TestStates:
                 assert float((states - expected).norm()) < 1e-5 * float(expected.norm())
 
     def test_of_rows_that_are_asked_for_together(self, server):
-        client, model = TeacherServer(server.url, dtype="float32"), teacher_model()
+        client, model = TeacherServer(server.host, dtype="float32"), teacher_model()
         pending = [(row, client.submit([row])) for row in ROWS["twice, and of all lengths"]]
         for row, states in pending:
             expected = states_of(model, row)
@@ -124,9 +83,9 @@ class TestStates:
         """Also if these are scaled or capped: that is the head's part."""
         model = teacher_model(family)
         save_models(tmp_path, teacher=model)
-        with Server(tmp_path / "teacher", tmp_path / "log") as server:
+        with serve(tmp_path / "teacher", tmp_path / "log") as server:
             head = load_output_head(str(tmp_path / "teacher"))
-            client = TeacherServer(server.url, dtype="float32")
+            client = TeacherServer(server.host, dtype="float32")
             client.check(head, tiny_tokenizer(), LONGEST)
             (states,) = client.states([LONG])
             with torch.no_grad():
@@ -137,7 +96,7 @@ class TestStates:
         assert kl < 1e-5
 
     def test_too_long_a_row_is_refused(self, server, folder):
-        client = TeacherServer(server.url)
+        client = TeacherServer(server.host)
         with pytest.raises(ValueError, match=r"status 400: .*maximum context length is 256"):
             client.states([[9] * (LONGEST + 1)])
         with pytest.raises(ValueError, match="rows of at most 256 tokens, but the longest row needs 257"):
@@ -146,7 +105,7 @@ class TestStates:
 
     def test_another_model_is_refused(self, server):
         with pytest.raises(ValueError, match="but `teacher_model` is 'other'"):
-            TeacherServer(server.url, "other").states([[9]])
+            TeacherServer(server.host, "other").states([[9]])
 
 
 SETTINGS = {"max_steps": 6, "gradient_accumulation_steps": 2, **SGD}
@@ -175,7 +134,7 @@ class TestTraining:
         settings = {"kd_beta": kd_beta, "kd_temperature": kd_temperature, "response_source": source, **SETTINGS}
         settings["generation_kwargs"] = {"do_sample": False}
         live = primed(teacher_model=teacher_model(), **settings)
-        served = primed(teacher_model=str(folder), teacher_server=server.url, teacher_server_dtype=dtype, **settings)
+        served = primed(teacher_model=str(folder), teacher_server=server.host, teacher_server_dtype=dtype, **settings)
         live.train()
         served.train()
         for name in ("loss", "kd", "kl/student_teacher", "entropy/teacher", "grad_norm"):
@@ -187,15 +146,15 @@ class TestTraining:
 
     def test_resumes_after_the_server_was_killed(self, primed, folder, tmp_path):
         settings = {"teacher_model": str(folder), "teacher_server_dtype": "float32", **SETTINGS, **SAVES}
-        with Server(folder, tmp_path / "log") as server:
-            whole = primed(teacher_server=server.url, output_dir=str(tmp_path / "whole"), **settings)
+        with serve(folder, tmp_path / "log") as server:
+            whole = primed(teacher_server=server.host, output_dir=str(tmp_path / "whole"), **settings)
             whole.train()
-            broken = primed(teacher_server=server.url, callbacks=[Kill(server, 3)], **settings)
+            broken = primed(teacher_server=server.host, callbacks=[Kill(server, 3)], **settings)
             with pytest.raises(ConnectionError, match="did not answer /pooling"):
                 broken.train()
         assert broken.state.global_step in (3, 4)  # what was under way may have come still
-        with Server(folder, tmp_path / "log") as server:
-            resumed = primed(teacher_server=server.url, **settings)
+        with serve(folder, tmp_path / "log") as server:
+            resumed = primed(teacher_server=server.host, **settings)
             resumed.train(resume_from_checkpoint=True)
         expected = trained_parts(whole)
         for name, value in trained_parts(resumed).items():

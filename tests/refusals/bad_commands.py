@@ -10,6 +10,7 @@ ATTENTION = "analyze attention --output_dir out --dataset rows.jsonl --model"
 PROMPT = "analyze prompt --output_dir out --prompt run --teacher teacher"
 EXPOSURE = "analyze exposure --model student --dataset rows.jsonl"
 BUILD = "cache build --teacher no/such-teacher --output_dir cache --dataset rows.jsonl"
+BUILD_HERE = BUILD.replace("no/such-teacher", "teacher")
 EVAL = "eval instruct --model student --dataset"
 
 
@@ -64,6 +65,15 @@ CASES = [
         f"{BUILD} --prompt_column quest",
         "`prompt_column` is 'quest' | the columns are ['completion', 'prompt']",
     ),
+    command(
+        f"{BUILD_HERE} --backend server",
+        "`backend` is 'server', but `teacher_server` is missing | Pass its address",
+    ),
+    command(
+        f"{BUILD_HERE} --backend server --teacher_server http://a:8000 --response_source teacher",
+        "`response_source` is 'teacher' | Let a server that generates write them first | `response_source='dataset'`",
+    ),
+    command(f"{BUILD_HERE} --part 3/2", "`part` is '3/2'; it must be a number and how many there are, such as '2/3'"),
     command("cache info student", "no manifest.json | Build one with"),
     command(f"{ATTENTION} student --prompt teacher_prompt", "`--prompt` is 'teacher_prompt' | Pass `--teacher`, too"),
     command(f"{ATTENTION} student teacher student/", "'student' is given twice in `--model` | Give each once"),

@@ -1,5 +1,6 @@
 """vLLM's own server in a process of its own, on its CPU build."""
 
+import json
 import os
 import signal
 import socket
@@ -8,6 +9,11 @@ import sys
 import time
 
 import httpx2
+
+
+# Hidden states in place of texts
+POOLING = ("--runner", "pooling", "--convert", "embed", "--pooler-config")
+POOLING += (json.dumps({"task": "token_embed", "use_activation": False}), "--max-num-seqs", "16")
 
 
 class VLLMServer:
@@ -42,10 +48,13 @@ class VLLMServer:
                     return self
             except httpx2.TransportError:
                 time.sleep(0.5)
-        self.__exit__()
+        self.kill()
         raise RuntimeError(self.log.read_text()[-3000:])
 
     def __exit__(self, *_):
+        self.kill()
+
+    def kill(self):
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

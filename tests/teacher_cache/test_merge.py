@@ -1,11 +1,15 @@
 """A cache that several hosts build in parts, and that is merged."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+from paths import SCRIPTS
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from trainers import PRIMING
 
@@ -247,3 +251,22 @@ class TestMerge:
             merge_teacher_caches(parts, another)
         with pytest.raises(ValueError, match="is both a part and `output_dir`"):
             merge_teacher_caches(parts, parts[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks processes")
+def test_a_merge_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(parts, tmp_path):
+    whole = merge_teacher_caches(parts, str(tmp_path / "whole"))
+    settings = json.dumps({"parts": parts, "output_dir": str(tmp_path / "merged"), "seed": 0})
+    result = subprocess.run(
+        [sys.executable, str(SCRIPTS / "merge_kills.py"), settings], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout)
+    print(report)
+    assert report["status"] == 0, result.stderr[-3000:]
+    assert report["kills"] >= 4
+    assert report["half_written"] >= 2
+    files = [sorted(os.listdir(tmp_path / name)) for name in ("whole", "merged")]
+    assert files[0] == files[1]
+    assert by_key(TeacherCache(str(tmp_path / "merged"))) == by_key(whole)

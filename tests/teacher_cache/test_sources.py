@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from trainers import PRIMING
 from trl_promptkd import TeacherCache, build_teacher_cache, merge_teacher_caches, verify_teacher_cache
 from trl_promptkd.cli import main
 from trl_promptkd.generation import store, teacher_server, vllm_states
-from trl_promptkd.teacher_cache import sources
+from trl_promptkd.teacher_cache import builder, sources
 
 
 class Engine:
@@ -206,6 +207,11 @@ class TestRefusals:
     def test_vllm_that_is_not_installed(self, build, monkeypatch):
         monkeypatch.setattr(vllm_states, "is_vllm_available", lambda: False)
         with pytest.raises(ImportError, match=r"`backend` is 'vllm', but vLLM is not installed.*trl-promptkd\[vllm\]"):
+            build("vllm")
+
+    def test_several_processes_with_one_engine(self, build, monkeypatch):
+        monkeypatch.setattr(builder, "Accelerator", lambda: SimpleNamespace(num_processes=2))
+        with pytest.raises(ValueError, match=r"2 processes were launched.*start one process.*tensor_parallel_size"):
             build("vllm")
 
     def test_a_server_of_another_model_is_refused(self, build, serve):

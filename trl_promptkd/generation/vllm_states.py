@@ -12,7 +12,10 @@ from .._trl import is_vllm_available
 __all__ = ["VLLMStates", "check_engine"]
 
 # What makes the engine give hidden states, and those of the named teacher
-_RESERVED = ("model", "runner", "convert", "pooler_config", "enable_prefix_caching", "dtype", "revision", "task")
+_RESERVED = (
+    *("model", "runner", "convert", "pooler_config", "task", "dtype", "revision"),
+    *("enable_prefix_caching", "enable_chunked_prefill"),
+)
 
 
 def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
@@ -26,7 +29,7 @@ def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
     if taken:
         raise ValueError(
             f"`vllm_kwargs` holds {taken[0]!r}, which is set here, as the engine must give the named teacher's hidden "
-            "states. Remove it. The dtype and the revision belong into `teacher_model_init_kwargs`."
+            "states. Remove it. The dtype and the revision belong in `teacher_model_init_kwargs`."
         )
     if not is_vllm_available():
         raise ImportError(
@@ -67,6 +70,7 @@ class VLLMStates:
             "revision": revision,
             "trust_remote_code": trust_remote_code,
             "enable_prefix_caching": False,  # a prefix that is not computed again would have no states
+            "enable_chunked_prefill": False,  # vLLM 0.31 never returns from a row that it computes in parts
             "max_model_len": max_length,
         }
         self.engine = LLM(model, **settings | dict(engine_kwargs or {}))

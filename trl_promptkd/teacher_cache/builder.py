@@ -62,8 +62,8 @@ def build_teacher_cache(
 
     Args:
         teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with
-            `teacher_model_init_kwargs`. Only its output head is, if it runs elsewhere (`backend`): it must be a name
-            then.
+            `teacher_model_init_kwargs`. If it runs in vLLM (`backend`), it must be a name, and only its output head is
+            loaded here.
         dataset ([`~datasets.Dataset`]): Rows as for [`PrimedDistillTrainer`].
         output_dir (`str`): The cache's folder; made if it is not there.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
@@ -79,8 +79,8 @@ def build_teacher_cache(
         seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
         num_proc (`int`, *optional*): Processes that tokenize.
         backend (`str`, *optional*, defaults to `"transformers"`): What runs the teacher: `"transformers"`, `"vllm"` in
-            this process, or `"server"`, a vLLM server in pooling mode. vLLM only reads: with both, the answers must be
-            the data's.
+            this process, or `"server"`, a vLLM server in pooling mode. vLLM writes no answers in this mode, so that
+            `response_source` must be `"dataset"`.
         teacher_server (`str`, *optional*): The server's address, such as `"http://host:8000"`.
         vllm_kwargs (`dict`, *optional*): Arguments of `vllm.LLM`, such as `{"tensor_parallel_size": 4}`.
         part (`str`, *optional*): Build only this part of the cache, such as `"2/3"`. Every host finds its own rows:

@@ -79,7 +79,7 @@ def _of_one_cache(manifest: Manifest) -> dict[str, Any]:
 
 
 def _check_same(first: Manifest, first_name: str, other: Manifest, name: str) -> None:
-    """Refuse a part whose rows do not belong into one cache with those of the first."""
+    """Refuse a part whose rows do not belong in one cache with those of the first."""
     counts = [part_numbers(str(manifest.part))[1] for manifest in (first, other)]
     differs = differing(_of_one_cache(first), _of_one_cache(other))
     if differs is None and counts[0] != counts[1]:

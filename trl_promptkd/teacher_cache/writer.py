@@ -21,7 +21,8 @@ from ..generation.store import compute_missing, part_paths, write_part
 from ..models.forward import completion_states, inside_forward
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, row_key
-from .reader import BASIS_FILE, ID_COLUMNS, TeacherCache, read_shard, shard_schema
+from .reader import BASIS_FILE, TeacherCache
+from .shards import ID_COLUMNS, read_shard, shard_schema
 
 
 __all__ = ["CacheWriter"]

@@ -1,6 +1,7 @@
 from types import SimpleNamespace
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trl_promptkd.generation import store
@@ -68,3 +69,15 @@ def test_what_was_written_before_a_kill_is_not_computed_again(
     assert compute() == [["a"]]
     assert "Rows: 4 of 5 are there already" in caplog.text
     assert sorted(written(tmp_path)) == sorted(LENGTHS)
+
+
+def test_row_groups_are_small_and_hold_the_rows_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "GROUP_BYTES", 1000)
+    lengths = [10, 300, 5, 5, 60, 200, 1]
+    rows = {str(number): {"ids": [number] * length} for number, length in enumerate(lengths)}
+    store.write_part(str(tmp_path), "part", rows, SCHEMA)
+    (path,) = store.part_paths(str(tmp_path), "part")
+    with pyarrow.parquet.ParquetFile(path) as file:
+        groups = [file.read_row_group(number)["key"].to_pylist() for number in range(file.num_row_groups)]
+    assert groups == [["0"], ["1"], ["2", "3", "4"], ["5"], ["6"]]
+    assert store.read_part(path, SCHEMA, 128, "start again", columns=["key"])["key"].to_pylist() == list(rows)

@@ -304,15 +304,15 @@ class TestInterruption:
 
     def test_a_full_disk_loses_nothing(self, build, monkeypatch, passes):
         build(answered_dataset(6))
-        write = store.pyarrow.parquet.write_table
+        write = store.pyarrow.parquet.ParquetWriter
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(store.pyarrow.parquet, "write_table", full)
+        monkeypatch.setattr(store.pyarrow.parquet, "ParquetWriter", full)
         with pytest.raises(OSError, match=r"could not be written to .*No space left.*make room and start again"):
             build()
-        monkeypatch.setattr(store.pyarrow.parquet, "write_table", write)
+        monkeypatch.setattr(store.pyarrow.parquet, "ParquetWriter", write)
         passes.clear()
         assert len(build()) == 12
         assert sum(passes) == 6

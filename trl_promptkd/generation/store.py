@@ -8,7 +8,7 @@ the shards of a teacher cache and the answers of an evaluation are written this 
 import glob
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow
@@ -21,12 +21,13 @@ from ..files import text_hash, whole_file
 from .progress import rows_bar
 
 
-__all__ = ["compute_missing", "part_paths", "read_part", "write_part"]
+__all__ = ["GROUP_BYTES", "compute_missing", "part_paths", "read_part", "write_groups", "write_part"]
 
 logger = logging.get_logger(__name__)
 
 SECONDS_A_PART = 30.0  # at most so much work is lost when a run is killed
 BYTES_A_PART = 64 * 2**20
+GROUP_BYTES = 2**20  # of a row group, decoded: reading one row decodes all of its group
 _MAX_BYTES = 2**33  # of one file in memory: it has `BYTES_A_PART` and a batch
 _LEAST_BYTES = 16  # a row's key alone: random digits, which nothing compresses
 
@@ -93,9 +94,7 @@ def write_part(folder: str, kind: str, rows: Mapping[str, dict[str, Any]], schem
     try:
         os.makedirs(folder, exist_ok=True)
         with whole_file(os.path.join(folder, f"{kind}-{text_hash(''.join(rows))}.parquet")) as path:
-            pyarrow.parquet.write_table(
-                table, path, compression="zstd", compression_level=9, use_dictionary=False, write_page_checksum=True
-            )
+            write_groups(path, [table], schema)
     except OSError as error:
         raise OSError(
             f"{folder} could not be written to ({error}). The files that are there are kept: make room and start "
@@ -103,7 +102,36 @@ def write_part(folder: str, kind: str, rows: Mapping[str, dict[str, Any]], schem
         ) from error
 
 
-def read_part(path: str, schema: pyarrow.Schema, num_ids: int, remedy: str, optional: str = "") -> pyarrow.Table:
+def write_groups(path: str, tables: Iterable[pyarrow.Table], schema: pyarrow.Schema) -> None:
+    """Write tables to a parquet file in row groups of about [`GROUP_BYTES`] each, so that a row can be read alone."""
+    with pyarrow.parquet.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        compression_level=1,  # higher levels took more bytes for a cache's rows, and more time
+        use_dictionary=False,
+        write_statistics=False,  # they would be two whole values for each group and column
+        write_page_checksum=True,
+    ) as writer:
+        for table in tables:
+            start = size = 0
+            for row in range(len(table)):
+                more = table.slice(row, 1).nbytes
+                if row > start and size + more > GROUP_BYTES:
+                    writer.write_table(table.slice(start, row - start))
+                    start, size = row, 0
+                size += more
+            writer.write_table(table.slice(start))
+
+
+def read_part(
+    path: str,
+    schema: pyarrow.Schema,
+    num_ids: int,
+    remedy: str,
+    optional: str = "",
+    columns: Sequence[str] | None = None,
+) -> pyarrow.Table:
     """The rows of a file that [`write_part`] wrote.
 
     Args:
@@ -111,6 +139,7 @@ def read_part(path: str, schema: pyarrow.Schema, num_ids: int, remedy: str, opti
         num_ids: Ids are below it.
         remedy: How to get the file's rows back, for the message.
         optional: The column whose values may be missing.
+        columns: Read only these; `None` for all.
 
     Raises:
         ValueError: for a file that cannot be read or holds anything else, naming it and the column.
@@ -123,9 +152,10 @@ def read_part(path: str, schema: pyarrow.Schema, num_ids: int, remedy: str, opti
         for field in schema:
             if found.field(field.name).type != field.type:
                 raise ValueError(f"`{field.name}` is a column of {found.field(field.name).type}, not {field.type}")
-        table = pyarrow.parquet.read_table(path, page_checksum_verification=True).select(schema.names)
+        columns = schema.names if columns is None else list(columns)
+        table = pyarrow.parquet.read_table(path, columns=columns, page_checksum_verification=True).select(columns)
         table.validate(full=True)
-        for field in schema:
+        for field in table.schema:
             if field.name != optional and table[field.name].null_count:
                 raise ValueError(f"`{field.name}` is missing in some rows")
             if pyarrow.types.is_list(field.type):

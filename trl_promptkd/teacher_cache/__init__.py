@@ -1,7 +1,7 @@
 """The offline teacher: run it once, train from what it said for ever.
 
-`codec.py` (what is kept of a distribution), `manifest.py` (what a cache says about itself), `reader.py`, `writer.py`,
-`sources.py` (where hidden states come from), `builder.py`, `merge.py`, `verify.py`.
+`codec.py` (what is kept of a distribution), `manifest.py` (what a cache says about itself), `shards.py` (rows on the
+disk), `reader.py`, `writer.py`, `sources.py` (where hidden states come from), `builder.py`, `merge.py`, `verify.py`.
 """
 
 from .builder import build_teacher_cache

@@ -4,39 +4,25 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
+from typing import Any
 
-import pyarrow
 import torch
-from datasets import Dataset
-from datasets.table import InMemoryTable
+from datasets import Dataset, concatenate_datasets
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..files import content_hash, sha256_of
-from ..generation.store import read_part
-from .codec import PRESETS, Basis, Preset, decode, entropies, num_tokens, payload_columns
+from .codec import PRESETS, Basis, decode, entropies, num_tokens, payload_columns
 from .hub import push_cache
 from .manifest import MANIFEST_FILE, Manifest, row_key
+from .shards import CacheRows
 
 
-__all__ = ["BASIS_FILE", "ID_COLUMNS", "CachedAnswers", "TeacherCache", "read_shard", "shard_schema"]
+__all__ = ["BASIS_FILE", "CachedAnswers", "TeacherCache"]
 
 BASIS_FILE = "basis.safetensors"
-ID_COLUMNS = ("prompt_ids", "teacher_prompt_ids", "completion_ids")
-
-
-def shard_schema(preset: Preset) -> pyarrow.Schema:
-    """A shard's columns."""
-    types = {"key": pyarrow.string(), **dict.fromkeys(ID_COLUMNS, pyarrow.list_(pyarrow.int32()))}
-    return pyarrow.schema(types | dict.fromkeys(sorted(payload_columns(preset)), pyarrow.binary()))
-
-
-def read_shard(path: str, manifest: Manifest, remedy: str = "build the cache again") -> pyarrow.Table:
-    """A shard's rows, of which everything is checked that costs little; the rest is checked when they are decoded."""
-    num_ids = max(manifest.vocab_size, manifest.real_vocab_size)
-    return read_part(path, shard_schema(PRESETS[manifest.preset]), num_ids, remedy, optional="prompt_ids")
 
 
 class TeacherCache:
@@ -73,7 +59,6 @@ class TeacherCache:
             remedy = "Build it again with the same arguments: what is there is kept."
             raise ValueError(f"The teacher cache at {path} is not finished. {remedy}")
         self.preset = PRESETS[self.manifest.preset]
-        shards = [shard["file"] for shard in self.manifest.shards]
         if list(self.manifest.files) != ([] if self.preset.draws else [BASIS_FILE]):
             raise ValueError(
                 f"{path} has checksums of {sorted(self.manifest.files)} in its manifest, but the preset "
@@ -92,10 +77,7 @@ class TeacherCache:
         self.basis = (
             None if self.preset.draws else Basis.load(os.path.join(path, BASIS_FILE), self.manifest.vocab_size)
         )
-        # In memory: a copy on the disk could be an older one's
-        tables = [read_shard(os.path.join(path, name), self.manifest, remedy) for name in shards]
-        self.rows = Dataset(InMemoryTable(pyarrow.concat_tables(tables)))
-        self._index = {key: index for index, key in enumerate(self.rows["key"])}
+        self.rows = CacheRows(path, self.manifest, remedy)
         self._payload = sorted(payload_columns(self.preset))
 
     def __len__(self) -> int:
@@ -103,12 +85,11 @@ class TeacherCache:
 
     def find(self, teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> int | None:
         """The number of a row, by what the teacher saw and what it judged; `None` where there is none."""
-        return self._index.get(row_key(teacher_prompt_ids, completion_ids))
+        return self.rows.numbers.get(row_key(teacher_prompt_ids, completion_ids))
 
     def dataset(self) -> Dataset:
         """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
-        rows = self.rows.select_columns(list(ID_COLUMNS))
-        return rows.map(_with_prompt)
+        return self.rows.id_columns()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
         """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read
@@ -137,25 +118,28 @@ class TeacherCache:
         Raises:
             ValueError: for rows that are not in the cache, with their number and the first one's two sides.
         """
-        answers: dict[str, list[int]] = {}  # the first one to each prompt
-        for prompt, completion in zip(self.rows["teacher_prompt_ids"], self.rows["completion_ids"], strict=True):
-            answers.setdefault(content_hash(prompt), completion)
         prompts, completions = dataset["teacher_prompt_ids"], dataset["completion_ids"]
+        found: list[Any]
         if takes_answers:
-            pairs = list(zip(prompts, completions, strict=True))
-            completions = [answers.get(content_hash(prompt), completion) for prompt, completion in pairs]
-            lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-            dataset = dataset.remove_columns(["completion_ids", "length"])
-            dataset = dataset.add_column("completion_ids", completions).add_column("length", lengths)
-        found = [self.find(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+            answered: dict[str, int] = {}  # the first row of each prompt
+            for number, prompt in enumerate(self.rows.values("teacher_prompt_ids")):
+                answered.setdefault(content_hash(prompt), number)
+            found = [answered.get(content_hash(prompt)) for prompt in prompts]
+        else:
+            found = [self.find(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         if None not in found:
+            if takes_answers:
+                dataset = self._with_answers(dataset, found)
             return dataset.add_column("cache_row", found)
         first = found.index(None)
-        there = answers.get(content_hash(prompts[first]))
+        prompt, completion = prompts[first], completions[first]
+        same_prompt = (n for n, ids in enumerate(self.rows.values("teacher_prompt_ids")) if ids == prompt)
+        there = next(same_prompt, None)
         if there is None:
-            side = f"the teacher's prompt {processing_class.decode(prompts[first])[-200:]!r} is not in the cache"
+            side = f"the teacher's prompt {processing_class.decode(prompt)[-200:]!r} is not in the cache"
         else:
-            sides = [processing_class.decode(ids)[:200] for ids in (there, completions[first])]
+            answers = self.rows[there]["completion_ids"], completion
+            sides = [processing_class.decode(ids)[:200] for ids in answers]
             side = f"the answer is {sides[0]!r} there and {sides[1]!r} here"
         made = f"max_length={self.manifest.max_length}, teacher_max_length={self.manifest.teacher_max_length}"
         if limits not in ("", made):
@@ -165,6 +149,13 @@ class TeacherCache:
             f"{first}: {side}. Build the cache with these rows (those that are there are kept), or train on "
             "`TeacherCache(...).dataset()`."
         )
+
+    def _with_answers(self, dataset: Dataset, numbers: list[int]) -> Dataset:
+        """`dataset` with the completions of some rows, which stay on the disk, and the lengths that they give it."""
+        answers = self.dataset().select(numbers).select_columns("completion_ids")
+        dataset = concatenate_datasets([dataset.remove_columns(["completion_ids", "length"]), answers], axis=1)
+        pairs = zip(dataset["teacher_prompt_ids"], dataset["completion_ids"], strict=True)
+        return dataset.add_column("length", [len(prompt) + len(completion) for prompt, completion in pairs])
 
     def to(self, device: torch.device | str) -> "TeacherCache":
         """Decode on `device`."""
@@ -212,18 +203,20 @@ class CachedAnswers:
 
     def __init__(self, cache: TeacherCache, indices: Sequence[int], vocab_size: int | None = None):
         self.cache, self.vocab_size, self._indices = cache, vocab_size, list(indices)
-        rows = cache.rows[self._indices]
-        self._columns = [{name: rows[name][row] for name in cache._payload} for row in range(len(self._indices))]
-        for row, (prompt, completion) in enumerate(
-            zip(rows["teacher_prompt_ids"], rows["completion_ids"], strict=True)
-        ):
-            with self._naming(row):
-                if rows["key"][row] != row_key(prompt, completion):
+        self._rows = cache.rows.read(self._indices)
+        for number, row in enumerate(self._rows):
+            with self._naming(number):
+                if row["key"] != row_key(row["teacher_prompt_ids"], row["completion_ids"]):
                     raise ValueError("its key is not the hash of its token ids")
-                kept = num_tokens(self._columns[row], cache.basis)
-                if kept != len(completion):
-                    raise ValueError(f"it has {len(completion)} answer tokens, and distributions for {kept}")
-        self._ends = list(accumulate(map(len, rows["completion_ids"]), initial=0))
+                missing = [name for name in cache._payload if row[name] is None]
+                if missing:
+                    raise ValueError(f"it has no {missing}")
+                kept = num_tokens(row, cache.basis)
+                if kept != len(row["completion_ids"]):
+                    raise ValueError(
+                        f"it has {len(row['completion_ids'])} answer tokens, and distributions for {kept}"
+                    )
+        self._ends = list(accumulate((len(row["completion_ids"]) for row in self._rows), initial=0))
         self._last: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -245,16 +238,16 @@ class CachedAnswers:
         if not self.cache.preset.draws:
             return None
         true = [torch.empty(0)]
-        for row, columns in enumerate(self._columns):
-            with self._naming(row):
-                true.append(entropies(columns))
+        for number, row in enumerate(self._rows):
+            with self._naming(number):
+                true.append(entropies(row))
         return torch.cat(true).to(self.cache.device)
 
     def _row(self, row: int) -> Tensor:
         cache = self.cache
         if self._last[0] != row:  # a row that goes on in the next chunk is not decoded again
             with self._naming(row):
-                kept = decode(self._columns[row], cache.basis, cache.preset, cache.manifest.vocab_size, cache.device)
+                kept = decode(self._rows[row], cache.basis, cache.preset, cache.manifest.vocab_size, cache.device)
             self._last = (row, kept)
         return self._last[1]
 
@@ -267,7 +260,3 @@ class CachedAnswers:
                 f"Row {self._indices[row]} of the teacher cache at {self.cache.path} is damaged: {error}. Delete its "
                 "shard and build the cache again."
             ) from error
-
-
-def _with_prompt(row: dict) -> dict:
-    return {"prompt_ids": row["teacher_prompt_ids"] if row["prompt_ids"] is None else row["prompt_ids"]}

@@ -16,8 +16,9 @@ from ..files import content_hash, sha256_of
 from ..generation.store import compute_missing, part_paths, write_part
 from .codec import PRESETS, Basis, Preset, decode, encode, tail_masses
 from .manifest import MANIFEST_FILE, Manifest, part_numbers, row_key
-from .reader import BASIS_FILE, ID_COLUMNS, read_shard, shard_schema
+from .reader import BASIS_FILE
 from .receipt import finish_cache, label_of, label_text, summary
+from .shards import ID_COLUMNS, read_shard, shard_schema
 
 
 __all__ = ["CacheWriter"]

@@ -1,8 +1,10 @@
 """Everything private or experimental that this package relies on: an upgrade that changes it fails here first."""
 
 import ast
+import importlib
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -13,9 +15,10 @@ import transformers
 import trl
 import trl.generation.vllm_generation
 from packaging.version import Version
+from trainers import PROMPT_TEXT, equal, trained
 from transformers import GenerationMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import trl_promptkd
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PromptKDConfig, PromptKDTrainer, _trl
@@ -96,6 +99,34 @@ class TestWhatWeRelyOn:
         """Which is why it is bound to it; once it is handed on, binding it twice would be an error."""
         source = inspect.getsource(GenerationMixin._extract_generation_mode_kwargs)
         assert "generation_mode_kwargs = {k: kwargs.pop(k) for k in new_custom_keys if k in kwargs}" in source
+
+
+class TestWithoutGKD:
+    """TRL's `GKDTrainer` is experimental, and may go. Then PromptKD extends `SFTTrainer`."""
+
+    def test_all_of_its_fields_are_promptkds_own(self):
+        theirs, ours = _trl.GKDConfig.__dataclass_fields__, PromptKDConfig.__dataclass_fields__
+        names = _trl.GKDConfig.__annotations__.keys()
+        assert names <= PromptKDConfig.__annotations__.keys()
+        assert all(ours[name].type == theirs[name].type for name in names)
+        other = {name for name in names if ours[name].default != theirs[name].default}
+        assert other == {"lmbda", "beta", "temperature"}  # the paper's
+        assert set(PromptKDConfig._VALID_DICT_FIELDS) == {*_trl.GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"}
+
+    def test_training_gives_the_same_weights(self, promptkd, monkeypatch):
+        settings = {"lmbda": 0.5, "seq_kd": True, "max_steps": 2, "gradient_accumulation_steps": 2}
+        with_gkd = trained(promptkd(**settings))
+
+        ours = [name for name in sys.modules if name.split(".")[0] == "trl_promptkd"]
+        for name in ours:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "trl.experimental.gkd", None)
+        anew = importlib.import_module("trl_promptkd")
+        promptkd.trainer_class, promptkd.config_class = anew.PromptKDTrainer, anew.PromptKDConfig
+        trainer = promptkd(**settings, prompt_encoder_config=anew.PromptEncoderConfig(prompt_init_text=PROMPT_TEXT))
+        assert type(trainer).__mro__[1] is SFTTrainer
+        assert type(trainer.args).__mro__[2] is SFTConfig
+        assert equal(trained(trainer), with_gkd)
 
 
 # Private attributes of other packages' objects: where they are, and what they are for

@@ -8,12 +8,6 @@ import os
 import warnings
 from contextlib import contextmanager
 
-
-with warnings.catch_warnings():
-    # TRL warns on import that experimental classes may change. The range in pyproject.toml is what is tested.
-    warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # the trainer that PromptKDTrainer extends
-
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # shards the teacher as accelerate shards the student
 from peft.tuners.p_tuning import PromptEncoder as PTuningEncoder  # the MLP and LSTM reparameterization
 from peft.tuners.prompt_tuning import (
@@ -24,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer  # tells an adapted output h
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,  # tells which weights are an adapter's
 )
+from trl import SFTConfig, SFTTrainer
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
@@ -32,6 +27,15 @@ from trl.trainer.utils import (
     print_prompt_completions_sample,  # the table of sampled completions
     remove_none_values,  # what TRL tells users to apply to rows with tool calls
 )
+
+
+with warnings.catch_warnings():
+    # TRL warns on import that experimental classes may change. The range in pyproject.toml is what is tested.
+    warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
+    try:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer  # what PromptKDTrainer extends
+    except ImportError:  # a TRL without it: PromptKD has all of its fields, and runs none of its code
+        GKDConfig, GKDTrainer = SFTConfig, SFTTrainer
 
 
 __all__ = [

@@ -5,6 +5,7 @@ Each name has its reason. `tests/test_trl.py` names what is relied on, so that a
 
 import inspect
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 
@@ -53,24 +54,52 @@ __all__ = [
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_none_values",
+    "rename_checkpointing",
     "sampling_loop",
     "unwrap_model_for_generation",
     "vllm_generation_module",
 ]
 
 
-# Gathers ZeRO-3 parameters; switches checkpointing off
-unwrap_model_for_generation = _model_utils.unwrap_model_for_generation
+# Before TRL 1.16, checkpointing was switched on again with transformers' defaults
+_TAKES_CHECKPOINTING_KWARGS = (
+    "gradient_checkpointing_kwargs" in inspect.signature(_model_utils.unwrap_model_for_generation).parameters
+)
 
-if "gradient_checkpointing_kwargs" not in inspect.signature(unwrap_model_for_generation).parameters:  # before TRL 1.16
 
-    @contextmanager
-    def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
-        """As in TRL 1.16: checkpointing is switched on again as it was, not with transformers' defaults."""
-        with _model_utils.unwrap_model_for_generation(model, accelerator) as unwrapped:
-            yield unwrapped
-        if unwrapped.is_gradient_checkpointing:
-            unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+@contextmanager
+def _old_names_of_checkpointing():
+    """Inside, TRL may call gradient checkpointing what it was called before transformers renamed it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
+    """TRL's: gathers ZeRO-3 parameters, and switches checkpointing off. Afterwards it is on again as it was."""
+    kwargs = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs} if _TAKES_CHECKPOINTING_KWARGS else {}
+    context = _model_utils.unwrap_model_for_generation(model, accelerator, **kwargs)
+    with _old_names_of_checkpointing():
+        unwrapped = context.__enter__()
+    try:
+        yield unwrapped
+    finally:
+        with _old_names_of_checkpointing():
+            context.__exit__(*sys.exc_info())
+            if not _TAKES_CHECKPOINTING_KWARGS and unwrapped.is_gradient_checkpointing:
+                unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+
+def rename_checkpointing(config) -> None:
+    """Hand on what a configuration says of `gradient_checkpointing` under the name that newer transformers want.
+
+    The old name is TRL's default and the only one in the oldest transformers that we take; by itself, it is a
+    warning in the newest. Must come before the configuration's own `__post_init__`.
+    """
+    for setting in ("checkpointing", "checkpointing_kwargs"):
+        if getattr(config, f"activation_{setting}", False) is None:
+            setattr(config, f"activation_{setting}", getattr(config, f"gradient_{setting}"))
 
 
 def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):

@@ -311,6 +311,19 @@ def test_a_scripts_student_may_be_an_adapters_folder(name, settings, tmp_path, m
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
 
+@pytest.mark.filterwarnings("error")
+@both_scripts
+def test_a_run_warns_of_nothing_that_the_user_did_not_set(name, settings, monkeypatch):
+    """Deprecations among them: what newer versions of what is below us call otherwise is not a user's business."""
+    settings |= {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        **(PROMPT if name == "promptkd" else {"priming": "teacher"}),
+    }
+    monkeypatch.setattr(sys, "argv", [name, *as_flags(settings)])
+    load_script(name).main()
+
+
 @pytest.mark.parametrize(("warm", "test", "kl"), [(2, 3, 2), (17, 2, 1)])
 def test_quickstart_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
     """From end to end, with a tiny model in the place of SmolLM2."""

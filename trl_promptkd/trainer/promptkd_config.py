@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 from trl import SFTConfig
 
-from .._trl import GKDConfig
+from .._trl import GKDConfig, rename_checkpointing
 from ..field_checks import (
     check_at_least_zero,
     check_ignored,
@@ -179,6 +179,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
                 "which also falls when the prompt follows its student. Set it to 'eval_forward_kl' (the default), "
                 "or to a task metric."
             )
+        rename_checkpointing(self)
         super().__post_init__()
         self.check_values()
         if self.seq_kd and self.lmbda == 1:

@@ -51,6 +51,7 @@ __all__ = [
     "fsdp2_prepare_model",
     "is_vllm_available",
     "keep_four_bit_weights_differentiable",
+    "old_names_of_checkpointing",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_none_values",
@@ -68,8 +69,8 @@ _TAKES_CHECKPOINTING_KWARGS = (
 
 
 @contextmanager
-def _old_names_of_checkpointing():
-    """Inside, TRL may call gradient checkpointing what it was called before transformers renamed it."""
+def old_names_of_checkpointing():
+    """Inside, TRL and PEFT may call checkpointing what it was called before transformers renamed it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         yield
@@ -80,12 +81,12 @@ def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwarg
     """TRL's: gathers ZeRO-3 parameters, and switches checkpointing off. Afterwards it is on again as it was."""
     kwargs = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs} if _TAKES_CHECKPOINTING_KWARGS else {}
     context = _model_utils.unwrap_model_for_generation(model, accelerator, **kwargs)
-    with _old_names_of_checkpointing():
+    with old_names_of_checkpointing():
         unwrapped = context.__enter__()
     try:
         yield unwrapped
     finally:
-        with _old_names_of_checkpointing():
+        with old_names_of_checkpointing():
             context.__exit__(*sys.exc_info())
             if not _TAKES_CHECKPOINTING_KWARGS and unwrapped.is_gradient_checkpointing:
                 unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)

@@ -126,4 +126,4 @@ def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> None:
     trainer.save_model()
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    trainer.accelerator.end_training()

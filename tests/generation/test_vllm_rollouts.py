@@ -164,7 +164,7 @@ class TestTrainers:
     def test_refused_before_weights_are_loaded(self, promptkd, primed, monkeypatch):
         names = ("no/such/model", "no/such/teacher")
         monkeypatch.setattr(vllm_rollouts, "is_vllm_available", lambda: False)
-        with pytest.raises(ImportError, match=r"vLLM is not installed\..*pip install trl"):
+        with pytest.raises(ImportError, match=r'vLLM is not installed\..*pip install "trl_promptkd\[vllm\]"'):
             promptkd(*names, use_vllm=True)
         monkeypatch.setattr(vllm_rollouts, "is_vllm_available", lambda: True)
         for make, settings in ((promptkd, {"lmbda": 0.0}), (primed, {})):

@@ -8,11 +8,11 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from types import SimpleNamespace
 
 import pytest
 import search
-import tomllib
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from commands import PROMPT, as_flags, short_settings

@@ -8,6 +8,7 @@ connection until `revive()`.
 
 import base64
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -17,15 +18,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import httpx2
+import huggingface_hub
 import yaml
 
 
 USER, TOKEN = "me", "hf_token"
-DIED = (
-    httpx2.TransportError,
-    RuntimeError,
-)  # what the client raises then; the latter says which of several files it was
+_HTTPX = importlib.import_module("httpx" if huggingface_hub.__version__.startswith("1.") else "httpx2")
+DIED = (_HTTPX.TransportError, RuntimeError)  # what the client raises then; the latter says which of several files
 _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
 _REPO = r"/(?P<id>[\w.-]+/[\w.-]+)"
 _API = r"/api/(?P<kind>models|datasets)" + _REPO

@@ -120,9 +120,8 @@ OTHERS = {
 def tiny_model(family="llama", seed=0, vocab_size=VOCAB_SIZE, dtype=torch.float32, **overrides):
     """A random model whose logits are far from uniform, so that divergences are not all nearly zero."""
     config_class, settings = (CONFIGS | EXPERTS | HEADS | OTHERS)[family]
-    config = config_class(
-        vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **{**settings, **overrides}
-    )
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = config_class(vocab_size=vocab_size, **{**special, **settings, **overrides})
     return _random_model(AutoModelForCausalLM, config, seed, dtype)
 
 

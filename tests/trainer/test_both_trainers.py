@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from tiny import answered_dataset, chat_dataset, difference, tiny_model, tiny_tokenizer, weights
-from trainers import PROMPT_TEXT, SAVES, SGD, Maker, adapter_of, logged, lora, trained, trained_parts
+from trainers import PROMPT_TEXT, SAVES, SGD, Maker, adapter_of, equal, logged, lora, trained, trained_parts
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from trl_promptkd import DataCollatorForPrimedDistillation, PrimingTemplate
@@ -39,6 +39,15 @@ class TestOneStep:
             assert (soft_prompt - results[0][0]).abs().max() < 1e-4
             assert difference(student, results[0][1]) < (1e-4 if is_exact else 1e-2)
             assert not is_exact or values == pytest.approx(results[0][2], rel=1e-4)
+
+    def test_a_student_that_takes_no_count_of_tokens_gets_the_same_gradients(self, make):
+        """Older versions of transformers divide the loss of such a model by the number of micro-batches."""
+        ends = []
+        for accepts in (True, False):
+            student = tiny_model(seed=1)
+            student.accepts_loss_kwargs = accepts
+            ends.append(trained(make(student, gradient_accumulation_steps=2, **SGD)))
+        assert equal(*ends)
 
     @pytest.mark.parametrize("chunk", [1, 5, None])
     def test_chunks_change_nothing(self, make, chunk):

@@ -1,12 +1,13 @@
 """Both trainers' settings. More that is refused is in test_bad_inputs.py."""
 
+import dataclasses
 import json
 import re
 
 import pytest
 import yaml
 from trainers import Maker
-from transformers import training_args
+from transformers import TrainingArguments, training_args
 from trl import TrlParser
 
 from trl_promptkd import PrimedDistillConfig, PromptKDConfig
@@ -38,6 +39,24 @@ def test_columns_are_kept_and_rows_are_ours_to_prepare(make):
     args = make.args(dataset_kwargs={"x": 1})
     assert args.remove_unused_columns is False
     assert args.dataset_kwargs == {"x": 1, "skip_prepare_dataset": True}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("given", [{}, {"gradient_checkpointing": False}, {"gradient_checkpointing_kwargs": {"x": 1}}])
+def test_checkpointing_goes_by_the_name_that_all_versions_of_transformers_know(make, given):
+    """Newer ones warn of it."""
+    args = make.args(**given)
+    assert args.gradient_checkpointing is given.get("gradient_checkpointing", True)
+    assert args.gradient_checkpointing_kwargs == given.get("gradient_checkpointing_kwargs")
+    again = dataclasses.replace(args, seed=1)
+    assert again.gradient_checkpointing is args.gradient_checkpointing
+
+
+@pytest.mark.skipif(not hasattr(TrainingArguments, "activation_checkpointing"), reason="an older transformers")
+def test_checkpointings_new_name_wins(make):
+    args = make.args(activation_checkpointing=False, activation_checkpointing_kwargs={"x": 1})
+    assert args.gradient_checkpointing is args.activation_checkpointing is False
+    assert args.gradient_checkpointing_kwargs == {"x": 1}
 
 
 def test_dicts_may_come_as_json(make):

@@ -178,7 +178,7 @@ def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> int:
         trainer.save_model()
         if trainer.args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.end()
+        trainer.accelerator.end_training()
     except Exception:
         traceback.print_exc()
         return 1

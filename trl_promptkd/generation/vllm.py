@@ -43,7 +43,8 @@ def check_vllm(args: Any, model: Any, samples: bool) -> None:
     if not is_vllm_available():
         raise ImportError(
             "`use_vllm` is True, but vLLM is not installed. Install it with "
-            "`pip install trl[vllm]`, or set `use_vllm=False`: completions are then sampled with transformers."
+            '`pip install "trl_promptkd[vllm]"`, or set `use_vllm=False`: completions are then sampled with '
+            "transformers."
         )
     name = model if isinstance(model, str) else getattr(model, "name_or_path", "")
     if not name:

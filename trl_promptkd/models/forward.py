@@ -321,6 +321,8 @@ class _StatesAlone(BaseModelOutputWithPast):
     """Stands in for a decoder's output: the states, and `None` for whatever else a model may return (router logits,
     image states)."""
 
+    last_hidden_state: Tensor | None = None  # of any dtype: older transformers say float32
+
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from concurrent.futures import Future
+from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import Trainer
@@ -18,12 +19,13 @@ __all__ = ["init_hf_repo", "push_checkpoint", "wait_for_push"]
 logger = logging.get_logger(__name__)
 
 
-def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-    """As in the base class. Then makes the branch `hub_revision` if it is not there: pushing to it would fail.
+def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
+    """As in the base class, which has `private` in newer versions of transformers. Then makes the branch
+    `hub_revision` if it is not there: pushing to it would fail.
 
     A method of both trainers.
     """
-    SFTTrainer.init_hf_repo(self, token, private)
+    SFTTrainer.init_hf_repo(self, token, **kwargs)
     if self.args.hub_revision is not None and self.is_world_process_zero():
         api = HfApi(token=token or self.args.hub_token)
         api.create_branch(self.hub_model_id, branch=self.args.hub_revision, exist_ok=True)

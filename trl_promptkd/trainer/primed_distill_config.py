@@ -6,6 +6,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from .._trl import rename_checkpointing
 from ..field_checks import (
     check_ignored,
     check_kind,
@@ -212,6 +213,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
         # alone there.
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
+        rename_checkpointing(self)
         super().__post_init__()
         if self.alpha is None:
             self.alpha = 0.0 if self.response_source == "student" else _PAPER_ALPHA

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.utils import logging
 from trl import SFTConfig
 
-from .._trl import GKDConfig
+from .._trl import GKDConfig, rename_checkpointing
 from ..field_checks import (
     check_at_least_zero,
     check_ignored,
@@ -41,10 +41,10 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     """
     Configuration class for [`PromptKDTrainer`].
 
-    This class includes only what is specific to PromptKD. For the rest, see [`~transformers.TrainingArguments`],
-    `trl.SFTConfig` and `trl.experimental.gkd.GKDConfig`, whose fields keep their meaning; how completions are sampled
-    is in [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included; the soft prompt's own settings are
-    in [`PromptEncoderConfig`]. The defaults are the paper's.
+    The fields of TRL's `GKDConfig` keep their names and their meaning. Those of `trl.SFTConfig` and
+    [`~transformers.TrainingArguments`] are described there. How completions are sampled, by vLLM too, is in
+    [`~trl_promptkd.trainer.sampling_config.SamplingConfig`]. The soft prompt's own settings are in
+    [`PromptEncoderConfig`]. The defaults are the paper's.
 
     Args:
         lmbda (`float`, *optional*, defaults to `1.0`):
@@ -56,6 +56,16 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             either KL there.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
+        max_new_tokens (`int`, *optional*, defaults to `128`):
+            Longest completion that the student or the teacher samples.
+        seq_kd (`bool`, *optional*, defaults to `False`):
+            Let the teacher write the completions of the rows that the student does not sample.
+        teacher_model_name_or_path (`str`, *optional*):
+            The teacher, if the trainer gets none. `None`: the student's own starting weights.
+        teacher_model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained` for a teacher that is given by name.
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Switch the student's own dropout off. An adapter's stays.
         loss_temperature (`float`, *optional*, defaults to `1.0`):
             Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
             temperature, without a factor of its square.
@@ -92,7 +102,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         "reverse_kl",
         "loss",
     )  # of evaluations; the first one chooses the best checkpoint
-    _VALID_DICT_FIELDS = [*GKDConfig._VALID_DICT_FIELDS, "generation_kwargs"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
@@ -108,6 +118,22 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         metadata={"help": "1.0: reverse KL(student || teacher). 0.0: forward KL. Between: generalized JSD."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Longest completion that the student or the teacher samples."}
+    )
+    seq_kd: bool = field(
+        default=False,
+        metadata={"help": "Let the teacher write the completions of the rows that the student does not sample."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays."}
+    )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Both models' logits are divided by it in every divergence."}
     )
@@ -145,7 +171,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     )
 
     def __post_init__(self):
-        check_kinds(self, SFTConfig, GKDConfig, SamplingConfig, PromptKDConfig)
+        check_kinds(self, SFTConfig, SamplingConfig, PromptKDConfig)
         choose_precision(self)
         check_share(self, "lmbda", "beta")
         by_loss = self.metric_for_best_model in ("loss", "eval_loss")
@@ -155,6 +181,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
                 "which also falls when the prompt follows its student. Set it to 'eval_forward_kl' (the default), "
                 "or to a task metric."
             )
+        rename_checkpointing(self)
         super().__post_init__()
         self.check_values()
         if self.seq_kd and self.lmbda == 1:

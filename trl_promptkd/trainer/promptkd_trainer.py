@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalPrediction
+from trl import SFTTrainer
 
 from .._trl import GKDTrainer
 from ..data import DataCollatorForPromptCompletion, count_trained_tokens
@@ -174,7 +175,8 @@ class PromptKDTrainer(GKDTrainer):
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and samples without a KV cache under checkpointing.
         with shared.prepared_student(self, model, args) as (loaded, _):
-            super(GKDTrainer, self).__init__(
+            SFTTrainer.__init__(
+                self,
                 model=loaded,
                 args=args,
                 data_collator=data_collator,
@@ -308,7 +310,7 @@ class PromptKDTrainer(GKDTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # Past GKDTrainer, which would sample here, one micro-batch at a time
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """One micro-batch: the prompt's gradient, its step at the window's end, and the student's loss.

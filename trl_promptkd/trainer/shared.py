@@ -9,7 +9,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from trl import SFTTrainer
 
-from .._trl import keep_four_bit_weights_differentiable
+from .._trl import keep_four_bit_weights_differentiable, old_names_of_checkpointing
 from ..generation.rollouts import Rollouts
 from ..generation.vllm import VLLMRollouts
 from ..models.side_effects import flags_restored
@@ -41,7 +41,8 @@ def prepared_student(
     """
     with student_by_name(model, args, quantization_config) as (loaded, quantization_config):
         settings = loaded_settings(loaded, args)
-        yield loaded, quantization_config
+        with old_names_of_checkpointing():
+            yield loaded, quantization_config
     restore_settings(trainer.model, settings)
     trainer.aux_loss_enabled = False
     check_trains(trainer.model)

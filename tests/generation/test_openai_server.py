@@ -1,3 +1,4 @@
+import logging
 import time
 from email.utils import formatdate
 
@@ -78,10 +79,12 @@ class TestKey:
 
 class TestRetries:
     @pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
-    def test_a_busy_server_is_asked_again(self, server, status):
+    def test_a_busy_server_is_asked_again(self, server, status, caplog, propagate):
+        logging.Logger.warning_once.cache_clear()
         server.faults.extend([(status, {"error": "busy"})] * 2)
         assert OpenAIServer(server.url, "teacher").complete(CHAT) == ("sat cat the", "stop")
         assert not server.faults
+        assert caplog.text.count(f"{server.url} is busy, or does not answer.") == 1
 
     def test_a_connection_that_ends_is_made_again(self, server):
         server.faults.extend([None, None])

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .answered_rows import TEXTS, texts_of_row
-from .by_teacher import Priming, check_priming, teacher_of
+from .by_teacher import Priming, check_priming, priming_of, teacher_of
 from .collate import masked_rows, pad_rows
 from .dataset import Limit, check_columns, is_empty_answer, prepare_rows
 from .priming import PrimingTemplate, resolve_priming
@@ -93,7 +93,7 @@ def _tokenize_and_measure(
     with_answer: bool,
     server_answers: bool,
 ) -> dict[str, Any]:
-    texts = {TEXTS: texts_of_row(row, processing_class, priming)} if server_answers else {}
+    texts = {TEXTS: texts_of_row(row, processing_class, priming_of(row, priming))} if server_answers else {}
     ids = tokenize_primed_row(row, processing_class, None if server_answers else priming, with_answer)
     number = len(ids["completion_ids"])
     teacher_length = len(ids["teacher_prompt_ids"]) + number

@@ -11,9 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
+from transformers.utils import logging
 
 
 __all__ = ["ENDS", "KEY_VARIABLE", "OpenAIServer", "check_url"]
+
+logger = logging.get_logger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ENDS = ("stop", "length")
@@ -138,6 +141,7 @@ class OpenAIServer:
                 pause = pause and max(pause, _asked_pause(response))
             if pause is None or time.monotonic() + pause - start > _PATIENCE:
                 break
+            logger.warning_once(f"{self.url} is busy, or does not answer. Requests that failed are sent again.")
             time.sleep(pause)
         raise failure
 

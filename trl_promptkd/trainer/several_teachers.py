@@ -20,6 +20,8 @@ from .primed_teacher import LiveTeacher, primed_teacher
 
 __all__ = ["SeveralTeachers", "priming_by_name", "teacher_and_rows", "teachers_of_run"]
 
+_KINDS = (FileNotFoundError, ConnectionError, TimeoutError, OSError, TypeError, ValueError)
+
 logger = logging.get_logger(__name__)
 
 
@@ -34,8 +36,7 @@ def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teache
         TypeError, ValueError: if a teacher has no name, or two.
     """
     given = {"teacher_model": teacher_model, "teacher_cache": teacher_cache, "teacher_server": teacher_server}
-    several = {argument: value for argument, value in given.items() if isinstance(value, Mapping)}
-    if not several:
+    if not any(isinstance(value, Mapping) for value in given.values()):
         if isinstance(priming, Mapping):
             raise ValueError(
                 f"`priming` is a dict with the keys {list(priming)}, but there is one teacher. Name the teacher for "
@@ -43,13 +44,27 @@ def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teache
                 "priming text."
             )
         return resolve_priming(priming)
+    names = _names(given)
+    if not isinstance(priming, Mapping):
+        return dict.fromkeys(names, resolve_priming(priming))
+    if set(priming) != set(names):
+        raise ValueError(
+            f"`priming` has the keys {list(priming)}, but the teachers are {names}. Give each of them its priming, "
+            "None if it sees the plain prompt."
+        )
+    return {name: resolve_priming(priming[name]) for name in names}
+
+
+def _names(given: Mapping[str, Any]) -> list[str]:
+    """The teachers' names, in the order of the batches' numbers, from the trainer's arguments."""
+    several = [argument for argument, value in given.items() if isinstance(value, Mapping)]
     names: list[Any] = []
     for argument, value in given.items():
         if value is None:
             continue
         if argument not in several:
             raise ValueError(
-                f"`{argument}` is one teacher, but `{next(iter(several))}` is a dict of teachers by name. Give it a "
+                f"`{argument}` is one teacher, but `{several[0]}` is a dict of teachers by name. Give it a "
                 f"name too: `{argument}={{'name': ...}}`."
             )
         for name, teacher in value.items():
@@ -61,7 +76,7 @@ def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teache
                 raise ValueError(
                     f"The teacher {name!r} stands in `teacher_model` and in `teacher_cache`; name it in one of them."
                 )
-            if argument == "teacher_server" and name not in (teacher_model or {}):
+            if argument == "teacher_server" and name not in (given["teacher_model"] or {}):
                 raise ValueError(
                     f"The teacher {name!r} stands in `teacher_server`, but not in `teacher_model`. Write the name or "
                     "the folder of the weights that are served there: their output head is loaded here."
@@ -69,15 +84,8 @@ def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teache
             if argument != "teacher_server":
                 names.append(name)
     if not names:
-        raise ValueError(f"`{next(iter(several))}` is an empty dict. Pass a teacher for each name in the rows.")
-    if not isinstance(priming, Mapping):
-        return dict.fromkeys(names, resolve_priming(priming))
-    if set(priming) != set(names):
-        raise ValueError(
-            f"`priming` has the keys {list(priming)}, but the teachers are {names}. Give each of them its priming, "
-            "None if it sees the plain prompt."
-        )
-    return {name: resolve_priming(priming[name]) for name in names}
+        raise ValueError(f"`{several[0]}` is an empty dict. Pass a teacher for each name in the rows.")
+    return names
 
 
 def teachers_of_run(
@@ -109,7 +117,7 @@ def teachers_of_run(
     sharing: dict[Any, list[str]] = {}  # names of the same model, which is held once
     for name in priming:
         model = models.get(name)
-        key = (model if isinstance(model, str) else id(model), caches.get(name), servers.get(name))
+        key = name if name in caches else (model if isinstance(model, str) else id(model), servers.get(name))
         sharing.setdefault(key, []).append(name)
     teachers: dict[str, Any] = {}
     for names in sharing.values():
@@ -144,8 +152,9 @@ def teacher_and_rows(trainer: Any, name: str | None) -> tuple[Any, Any]:
 def _error_naming(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, TypeError, ValueError) as error:
-        raise type(error)(f"Teacher {name!r}: {error}") from error
+    except _KINDS as error:
+        kind = next(kind for kind in _KINDS if isinstance(error, kind))  # some of their own kinds take no text
+        raise kind(f"Teacher {name!r}: {error}") from error
 
 
 class SeveralTeachers:
@@ -179,7 +188,8 @@ class SeveralTeachers:
             for _, teacher in self.groups:
                 teacher.find(dataset, name)
             return dataset
-        idle = [one for one in self.names if one not in set(dataset["teacher"])]
+        asked = set(dataset["teacher"])
+        idle = [one for one in self.names if one not in asked]
         if name == "train_dataset" and idle:
             logger.warning(
                 f"No row of `{name}` names the teacher{'s' if len(idle) > 1 else ''} {', '.join(map(repr, idle))}. "
@@ -222,7 +232,7 @@ class SeveralTeachers:
             teacher.expect([batch for batch in own if len(batch["labels"])])
 
     @torch.no_grad()
-    def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> "JoinedLogits":
+    def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> JoinedLogits:
         """What each says at the completion tokens of its rows, in the batch's order."""
         rows = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
         asked = inputs["teachers"][rows]

@@ -20,6 +20,7 @@ SETTINGS = {
     "steps": 1,
     "sampled": False,  # or greedy
     "source": "dataset",  # primed: whose answers; `cache`: an offline teacher
+    "cache": "",  # of that teacher, if there is one; otherwise it is built
     "size": 16,  # rows of the training data
     "student": "full",  # lora, or self: lora, and its own teacher
     "config": {},  # more of the trainer's settings
@@ -151,8 +152,9 @@ def make_trainer(settings):
         )
     source = settings["source"]
     if source == "cache":
-        models["teacher_cache"] = build_teacher_cache(
-            models.pop("teacher_model"),
+        teacher = models.pop("teacher_model")
+        models["teacher_cache"] = settings["cache"] or build_teacher_cache(
+            teacher,
             answered_dataset(settings["size"]),
             f"{folder}/cache",
             tiny_tokenizer(),

@@ -21,6 +21,7 @@ SETTINGS = {
     "sampled": False,  # or greedy
     "source": "dataset",  # primed: whose answers; `cache`: an offline teacher; `server`: a served one
     "several": [],  # names of teachers, two rows each in turn, so that a rank's rows name one; "own" is the student
+    "cache": "",  # of that teacher, if there is one; otherwise it is built
     "size": 16,  # rows of the training data
     "student": "full",  # lora, or self: lora, and its own teacher
     "config": {},  # more of the trainer's settings
@@ -161,8 +162,9 @@ def make_trainer(settings):
             for rows in (data, evaluation)
         )
     if source == "cache":
-        models["teacher_cache"] = build_teacher_cache(
-            models.pop("teacher_model"),
+        teacher = models.pop("teacher_model")
+        models["teacher_cache"] = settings["cache"] or build_teacher_cache(
+            teacher,
             answered_dataset(settings["size"]),
             f"{folder}/cache",
             tiny_tokenizer(),

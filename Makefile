@@ -51,7 +51,7 @@ $(VENV)/deepspeed: $(STAMP)
 test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the scripts, of several processes, and of crashes
 	$(BIN)/pytest -m slow --durations 10
 
-# All dependencies at the lower bounds of pyproject.toml, torch too if TORCH says so
+# All dependencies at the lower bounds of pyproject.toml
 $(OLDEST_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	sed -n '/^dependencies/,/^]/s/^ *"\([a-z0-9]*\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml > $(OLDEST_VENV)/constraints.txt

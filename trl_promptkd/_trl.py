@@ -5,7 +5,6 @@ Each name has its reason. `tests/test_trl.py` names what is relied on, so that a
 
 import inspect
 import os
-import sys
 import warnings
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -91,11 +90,13 @@ def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwarg
         unwrapped = context.__enter__()
     try:
         yield unwrapped
-    finally:
-        with old_names_of_checkpointing():
-            context.__exit__(*sys.exc_info())
-            if not _TAKES_CHECKPOINTING_KWARGS and unwrapped.is_gradient_checkpointing:
-                unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
+    except BaseException as error:
+        context.__exit__(type(error), error, error.__traceback__)
+        raise
+    with old_names_of_checkpointing():
+        context.__exit__(None, None, None)
+        if not _TAKES_CHECKPOINTING_KWARGS and unwrapped.is_gradient_checkpointing:
+            unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
 
 
 def rename_checkpointing(config) -> None:

@@ -1,10 +1,12 @@
 """The ranges of versions that `pyproject.toml` states are those that pages and tools go by."""
 
+import importlib.metadata
 import re
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from paths import ROOT
 
 
@@ -34,6 +36,11 @@ class TestPages:
 
     def test_extras(self):
         assert set(re.findall(r'`pip install "\.\[(\w+)\]"`', INSTALL)) == EXTRAS.keys() - {"demo"}  # for the scripts
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_what_is_installed_is_in_the_range(name):
+    assert SpecifierSet(REQUIRED[name]).contains(importlib.metadata.version(name))
 
 
 class TestTools:

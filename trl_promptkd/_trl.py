@@ -48,6 +48,7 @@ __all__ = [
     "fsdp2_prepare_model",
     "is_vllm_available",
     "keep_four_bit_weights_differentiable",
+    "models_are_whole",
     "names_in_model",
     "prepare_deepspeed",
     "print_prompt_completions_sample",
@@ -94,6 +95,18 @@ def vllm_generation_module():
     from trl.generation import vllm_generation
 
     return vllm_generation
+
+
+@contextmanager
+def models_are_whole():
+    """Inside, a model that is made has its weights in one piece, although ZeRO-3 shares those of others out."""
+    from transformers.integrations import deepspeed
+
+    config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def names_in_model(model, keys):

@@ -19,7 +19,7 @@ SETTINGS = {
     "rows": 4,  # a rank
     "steps": 1,
     "sampled": False,  # or greedy
-    "source": "dataset",  # primed: whose answers; `cache`: an offline teacher
+    "source": "dataset",  # primed: whose answers; `cache`: an offline teacher; `server`: a served one
     "several": [],  # names of teachers, two rows each in turn, so that a rank's rows name one; "own" is the student
     "size": 16,  # rows of the training data
     "student": "full",  # lora, or self: lora, and its own teacher
@@ -56,6 +56,7 @@ if sharding:
 
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig
+from pooling_server import PoolingServer
 from runs import short_run
 from safetensors.torch import save_file
 from tiny import answered_dataset, prompt_dataset, tiny_model, tiny_tokenizer
@@ -169,6 +170,13 @@ def make_trainer(settings):
             "exact",
         )
         assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", 1)), "each rank built all of the cache"
+        source = "dataset"
+    if source == "server":  # a stand-in on each rank
+        served = f"{folder}/served{rank}"
+        models["teacher_model"].save_pretrained(served)
+        models["teacher_server"] = PoolingServer(models["teacher_model"], name=served).__enter__().url
+        models["teacher_model"] = served
+        common["teacher_server_dtype"] = "float32"
         source = "dataset"
     return PrimedDistillTrainer(
         **models,

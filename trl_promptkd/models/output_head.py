@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .._trl import names_in_model
+from .._trl import models_are_whole, names_in_model
 from .forward import below_the_head
 from .init_kwargs import from_pretrained_kwargs, hub_kwargs
 from .student import adapter_config
@@ -114,7 +114,7 @@ def _empty_model(config: Any, dtype: Any, of_code: Mapping[str, Any]) -> PreTrai
         del config.quantization_config
     if dtype == "auto":
         dtype = config.get_text_config().dtype or torch.float32
-    with init_empty_weights():
+    with models_are_whole(), init_empty_weights():
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, **of_code)
         except ValueError as error:

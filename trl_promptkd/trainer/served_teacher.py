@@ -6,7 +6,6 @@ trains, the states of the next ones are under way.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,10 +70,7 @@ class ServedTeacher:
     def load(self, trainer: Any) -> Any:
         """The model, of which only the output head is loaded."""
         self.trainer = trainer
-        plugin = trainer.accelerator.state.deepspeed_plugin
-        # ZeRO-3 would share out the weights of every model that is made
-        with nullcontext() if plugin is None else plugin.zero3_init_context_manager(enable=False):
-            self.head = load_output_head(self.name, self.args.teacher_model_init_kwargs, self.args.trust_remote_code)
+        self.head = load_output_head(self.name, self.args.teacher_model_init_kwargs, self.args.trust_remote_code)
         return self.head
 
     @property

@@ -150,7 +150,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         default="dataset",
         metadata={"help": "Whose answers are trained on.", "choices": ["dataset", "teacher", "student"]},
     )
-    teacher_model_name_or_path: Mapping[str, str | None] | str | None = field(  # of a `dict`, each text would be JSON
+    # `Mapping`: if a field may be a `dict`, `check_kinds` takes each text for JSON
+    teacher_model_name_or_path: Mapping[str, str | None] | str | None = field(
         default=None,
         metadata={"help": "The teacher, or JSON of several by name. None: the student's own starting weights."},
     )

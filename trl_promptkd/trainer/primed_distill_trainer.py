@@ -361,7 +361,7 @@ class PrimedDistillTrainer(SFTTrainer):
         """The loss summed over a batch's completion tokens, with its gradient; their number; and what is logged."""
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
-        tokens, teachers = inputs["labels"][:, 1:][trained], inputs.get("teachers")
+        tokens, teachers = inputs["labels"][:, 1:][trained], inputs["teachers"] if self._teacher_names else None
         student_states = view_states(student, inputs, "", self.shared_vocab_size)
         teacher_says = self.teacher.at_completions(student, inputs)
         if not self._tokenizes:
@@ -412,7 +412,8 @@ class PrimedDistillTrainer(SFTTrainer):
                 prompts, teacher_prompts = prompts_of_views(inputs)
                 # The same random numbers at every evaluation, so that values differ by what was learned
                 completions = self.rollouts.sample(self.model_wrapped, prompts, -1 - self._eval_batches)
-                inputs = padded_views(self, prompts, teacher_prompts, completions, teachers=inputs.get("teachers"))
+                teachers = inputs["teachers"] if self._teacher_names else None
+                inputs = padded_views(self, prompts, teacher_prompts, completions, teachers=teachers)
             for name in ("labels", "teacher_labels"):
                 inputs[name] = without_repeats(inputs[name], self.accelerator)
             _, count, sums = inside_forward(model, self._distill, inputs)

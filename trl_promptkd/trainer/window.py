@@ -74,7 +74,7 @@ def sample_views(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[st
     completions = _student_completions(trainer, prompts)
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(teacher_prompts, completions, strict=True)]
     groups = grouped_by_length(lengths, [len(student) for student, _ in views])
-    teachers = torch.cat([batch["teachers"] for batch in batches]) if "teachers" in batches[0] else None
+    teachers = torch.cat([batch["teachers"] for batch in batches]) if trainer._teacher_names else None
     # What is measured on one micro-batch in so many is not always to be measured on the longest rows
     random.Random(rollout_seed(trainer.args.seed, "order", trainer.state.global_step, 0)).shuffle(groups)
     return [

@@ -1,3 +1,4 @@
+import os
 import random
 import sys
 from types import SimpleNamespace
@@ -103,6 +104,15 @@ class TestTable:
         table = table_of(trainer)
         assert 0 < len(table) < 8
         assert table["kl/student_plain"].notna().all()
+
+    def test_a_window_without_samples_has_no_table(self, promptkd):
+        """And not that of an earlier one."""
+        settings = {"lmbda": 0.5, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "max_steps": 8}
+        trainer = run(promptkd, **settings)
+        steps = [entry["step"] for entry in trainer.state.log_history if "rollout/mean_length" in entry]
+        tables = sorted(os.listdir(f"{trainer.args.output_dir}/completions"))
+        assert tables == [f"completions_{step:05d}.parquet" for step in steps]
+        assert 0 < len(tables) < 8
 
     def test_nothing_is_said_about_parquet(self, make, capsys):
         run(make)

@@ -22,7 +22,7 @@ _DELAY = 1.5  # seconds before a bar shows: most windows of a small model take l
 _INTERVAL = 0.5  # seconds between two looks at the rows, each of which waits for the device
 _FORMAT = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {left} left"
 
-_open: list["RowsBar"] = []
+_open: list["RowsBar"] = []  # at most one: bars do not nest
 
 
 class RowsBar(tqdm):
@@ -122,4 +122,4 @@ def rows_bar(total: int, title: str, shows: bool = True) -> Iterator[RowsBar]:
         try:
             yield bar
         finally:
-            _open.remove(bar)
+            _open.pop()

@@ -94,8 +94,7 @@ def _student_completions(trainer: Any, prompts: list[list[int]]) -> list[list[in
     completions = trainer.rollouts.sample(trainer.model_wrapped, prompts, trainer.state.global_step)
     seconds = time.perf_counter() - start
     add_rollouts(trainer._train_means, completions, trainer.generation_config, seconds, trainer.processing_class)
-    if prompts:
-        trainer._samples = Samples(prompts, completions)
+    trainer._samples = Samples(prompts, completions)
     return completions
 
 

@@ -18,7 +18,12 @@ def test_the_page_holds_the_table(script, name):
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("Qwen2.5-0.5B", 494_032_768), ("Qwen2.5-7B", 7_615_616_512), ("Llama-3.1-8B", 8_030_261_248), ("Llama-3.1-405B", 405_853_388_800)],
+    [
+        ("Qwen2.5-0.5B", 494_032_768),
+        ("Qwen2.5-7B", 7_615_616_512),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.1-405B", 405_853_388_800),
+    ],
 )
 def test_shapes_are_the_published_ones(script, name, parameters):
     model = script.model_of(name, "bfloat16")

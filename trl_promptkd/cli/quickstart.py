@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
             ROUGE_L: np.array([(score["rougeL"], 1) for score in scores]),
         }
 
-    common = {
+    common: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "gradient_checkpointing": False,
         "logging_steps": 1,
@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         measure(name, trainer.model)
 
     stage(4, "The control: plain on-policy distillation (GKD)")
-    gkd = {"response_source": "student", "kd_beta": 1.0, "kd_temperature": 1.0}  # KL(student || teacher) alone
+    gkd: dict[str, Any] = {"response_source": "student", "kd_beta": 1.0, "kd_temperature": 1.0}  # KL(student || teacher) alone
     gkd_args = PrimedDistillConfig(output_dir=str(output / "gkd_student"), **gkd, **common)
     distil(GKD, PrimedDistillTrainer(model=warmed_up(), args=gkd_args, **models))
 

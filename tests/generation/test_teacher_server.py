@@ -193,6 +193,13 @@ class TestBadAnswers:
             client.states(ROWS)
         assert len(server.bodies) == 1
 
+    def test_an_error_may_be_longer_than_the_states_would_be(self, server):
+        client = TeacherServer(server.url)
+        client.hidden_size = 32
+        server.faults = [lambda _: Answer(503, b"busy " * 100), lambda _: Answer.error(400, "long " * 100 + "end")]
+        with pytest.raises(ValueError, match=r"status 400: .*long long"):
+            client.states([[3]])
+
     def test_that_are_slow_are_given_up(self, server):
         server.faults = [change(delay=5.0)]
         start = time.perf_counter()

@@ -33,10 +33,8 @@ KEY_VARIABLE = "VLLM_API_KEY"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between the tries of a request
 _PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses after which another try may succeed
-_MOST_ROWS, _MOST_TOKENS = (
-    32,
-    16_384,
-)  # of one request: its answer's header names every row, its body is held in memory
+# Of one request: its answer's header names every row, and its body is held in memory
+_MOST_ROWS, _MOST_TOKENS = 32, 16_384
 _MOST_THREADS = 8
 _WIDEST = 65_536  # hidden size, of a model that is not known yet
 _MOST_JSON = 2**24  # bytes
@@ -279,11 +277,12 @@ class TeacherServer:
         try:
             with self._client.stream(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:
                 status = response.status_code
+                most = most if status == 200 else _MOST_JSON
                 for chunk in response.iter_bytes():
                     received += chunk
                     if time.monotonic() > deadline:
                         raise _TryAgainError("its answer was still coming")
-                    if len(received) > most or (status != 200 and len(received) > _MOST_JSON):
+                    if len(received) > most:
                         raise ValueError(f"it has more than {most} bytes")
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _TryAgainError(f"{type(error).__name__}: {error}") from error

@@ -105,7 +105,7 @@ def move_output_head(model: PreTrainedModel, device: torch.device) -> None:
 
 def hidden_size(model: Any) -> int:
     """The width of the hidden states that a model's output head takes."""
-    return model.config.get_text_config().hidden_size
+    return model.get_output_embeddings().weight.size(-1)
 
 
 def _empty_model(config: Any, dtype: Any, of_code: Mapping[str, Any]) -> PreTrainedModel:

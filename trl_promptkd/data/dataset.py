@@ -136,7 +136,7 @@ def prepare_rows(
         dataset = dataset.map(_named, fn_kwargs=fn_kwargs, remove_columns=list(next(iter(dataset))))
         keeps = partial(_keeps, name=name, limits=limits, overlong=overlong, answers_needed=answers_needed)
         return dataset.filter(keeps).remove_columns(measured)
-    number = Value("int64")
+    number, ids = Value("int64"), List(Value("int32"))
     with PartialState().main_process_first():
         dataset = dataset.map(
             _named,
@@ -144,7 +144,7 @@ def prepare_rows(
             fn_kwargs=fn_kwargs,
             remove_columns=dataset.column_names,
             # Not guessed from the first rows, which may all have no answer
-            features=Features({c: List(number) if c.endswith("_ids") else number for c in (*columns, *measured)}),
+            features=Features({c: ids if c.endswith("_ids") else number for c in (*columns, *measured)}),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )

@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, ProgressCallback, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, ProgressCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from ..data import pad_rows, tokenize_row
@@ -93,7 +93,7 @@ def has_bfloat16() -> bool:
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
-def write_answers(model: nn.Module, prompt_ids: list, args: Any, greedy: bool, title: str) -> list[list[int]]:
+def write_answers(model: PreTrainedModel, prompt_ids: list, args: Any, greedy: bool, title: str) -> list[list[int]]:
     """The model's answers. Samples are the same ones whenever they are drawn."""
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
@@ -115,8 +115,9 @@ def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers:
         for start in range(0, len(answers), 16):
             part = answers[start : start + 16]
             batch = pad_rows(prompt_ids[start : start + 16], part, pad_token_id=0)
-            inputs = [batch[name] for name in ("input_ids", "attention_mask", "labels")]
-            log_p, log_q = (completion_states(m, *inputs).logits().log_softmax(dim=-1) for m in (first, second))
+            ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+            known = [completion_states(model, ids, mask, labels) for model in (first, second)]
+            log_p, log_q = (states.logits().log_softmax(dim=-1) for states in known)
             lengths = list(map(len, part))
             for values in kl_divergence(log_p, log_q).split(lengths):
                 sums.append((values.double().sum().item(), len(values)))
@@ -170,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     measured: dict[str, dict[str, ByPrompt]] = {}
     histories: dict[str, list[dict]] = {}
 
-    def measure(name: str, student: nn.Module) -> None:
+    def measure(name: str, student: PreTrainedModel) -> None:
         """On the held-out prompts, by the same code whatever trained the student."""
         student.eval()
         own = write_answers(student, kl_ids, args, greedy=False, title="student's samples")
@@ -216,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     with_quiet_bar(warm_start).train()
     warm_start.save_model()
 
-    def warmed_up() -> nn.Module:
+    def warmed_up() -> PreTrainedModel:
         student = AutoModelForCausalLM.from_pretrained(output / "warm_start", dtype=torch.float32)
         student.get_input_embeddings().requires_grad_(False)
         return student
@@ -238,7 +239,11 @@ def run(args: argparse.Namespace) -> int:
         measure(name, trainer.model)
 
     stage(4, "The control: plain on-policy distillation (GKD)")
-    gkd: dict[str, Any] = {"response_source": "student", "kd_beta": 1.0, "kd_temperature": 1.0}  # KL(student || teacher) alone
+    gkd: dict[str, Any] = {
+        "response_source": "student",
+        "kd_beta": 1.0,
+        "kd_temperature": 1.0,
+    }  # KL(student || teacher) alone
     gkd_args = PrimedDistillConfig(output_dir=str(output / "gkd_student"), **gkd, **common)
     distil(GKD, PrimedDistillTrainer(model=warmed_up(), args=gkd_args, **models))
 

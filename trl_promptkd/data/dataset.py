@@ -138,7 +138,7 @@ def prepare_rows(
         return dataset.filter(keeps).remove_columns(measured)
     number = Value("int64")
     # Not guessed from the first rows, which may all have no answer
-    kinds = {"ids": List(number), "json": Value("string"), "teacher": Value("string")}
+    kinds = {"ids": List(Value("int32")), "json": Value("string"), "teacher": Value("string")}
     with PartialState().main_process_first():
         dataset = dataset.map(
             _named,

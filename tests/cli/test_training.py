@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -310,3 +313,24 @@ class TestLaunch:
             }
             same = {"--debug", "--gradient_accumulation_steps", "--gradient-accumulation-steps"}
             assert taken == {*same, "--help", "-h"}
+
+
+@pytest.mark.slow
+class TestProcesses:
+    def run(self, *words):
+        code = "import sys; from trl_promptkd.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", code, "primed", *words, "--num_processes", "1", "--num_machines", "1"]
+        command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        environment = {**os.environ, "CI": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    def test_the_command_trains_under_accelerate_launch(self, settings, tmp_path):
+        result = self.run(*as_flags(settings))
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+    def test_what_is_wrong_is_said_once(self, settings):
+        result = self.run(*as_flags(settings | {"model_name_or_path": "nope"}))
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr
+        assert result.stderr.count("`--model` is 'nope': there is no such folder") == 1

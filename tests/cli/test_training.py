@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from commands import PROMPT, as_flags, short_settings
 from peft import LoraConfig, get_peft_model
 from tiny import save_rows
@@ -275,7 +276,8 @@ class TestLaunch:
         monkeypatch.setattr(launch, "accelerate_launcher", lambda: launcher)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
-        return given
+        yield given
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a process that has only the rank of one
 
     @both
     def test_flags_of_accelerate_are_taken_out_wherever_they_stand(self, command, launched):

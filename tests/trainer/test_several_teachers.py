@@ -199,7 +199,7 @@ class TestTeachers:
             assert sent.count(whole) == (wholes.count((whole, name)) if name == "code" else 0)
         assert mixed.teacher_model["code"] is None
         mixed.create_model_card("x")
-        assert "**code**: `code`, which ran on a server" in (tmp_path / "run" / "README.md").read_text()
+        assert "**code**: `code` on a server, which saw" in (tmp_path / "run" / "README.md").read_text()
 
     def test_a_teacher_that_no_row_names_is_warned_about(self, several, caplog, propagate):
         several(train_dataset=named(answered_dataset(), "math"))
@@ -363,7 +363,11 @@ class TestModelCard:
         )
         trainer.create_model_card("x")
         card = (tmp_path / "run" / "README.md").read_text()
-        assert "**math**: `lab/mathematician`, which saw this text before the question" in card
+        assert (
+            "**math**: [lab/mathematician](https://huggingface.co/lab/mathematician), which saw this text before"
+            in card
+        )
+        assert "before the question" in card
         assert "\n```\nred blue \n```\n" in card
         assert "**code**: `a model without a name`, from a teacher cache (preset `exact`" in card
         assert "which saw this text after the question" in card

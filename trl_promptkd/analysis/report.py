@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: str) -> Run:
-    """What a run has saved as text: state, samples and settings. No pickle is opened.
+    """What a run has saved as text: state, samples and settings. Nothing that could run code is opened.
 
     Args:
         folder: The run's `output_dir`, whose newest checkpoint is read, or one of its checkpoints.

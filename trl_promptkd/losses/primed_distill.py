@@ -108,7 +108,7 @@ def primed_loss_sums(
     if not with_metrics:
         zero = cross_entropy.new_zeros(())
         none = cross_entropy.new_zeros(num_teachers, 4)
-        return PrimedLossSums._make([loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6, none])
+        return PrimedLossSums(loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6, none)
     with torch.no_grad():
         plain_reverse = beta == 1.0 and skew == 0.0
         best = log_q.argmax(dim=-1)

@@ -106,9 +106,9 @@ def primed_loss_sums(
         divergence = divergence - gap
     loss = alpha * cross_entropy + (1 - alpha) * temperature**2 * divergence
     if not with_metrics:
-        zero = cross_entropy.new_zeros(())
-        none = cross_entropy.new_zeros(num_teachers, 4)
-        return PrimedLossSums(loss, cross_entropy.detach(), divergence.detach(), *[zero] * 6, none)
+        zero, none = cross_entropy.new_zeros(()), cross_entropy.new_zeros(num_teachers, 4)
+        losses = (loss, cross_entropy.detach(), divergence.detach())
+        return PrimedLossSums(*losses, zero, zero, zero, zero, zero, zero, none)
     with torch.no_grad():
         plain_reverse = beta == 1.0 and skew == 0.0
         best = log_q.argmax(dim=-1)

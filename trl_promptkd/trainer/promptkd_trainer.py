@@ -33,17 +33,9 @@ from ..models.soft_prompt import ADAPTER_FOLDER, PromptEncoderConfig, SoftPrompt
 from ..models.teacher import build_teacher, disable_dropout, place_teacher, recomputed_activations, run_teacher
 from ..models.tokenizer import prepare_tokenizer, shared_vocab_size
 from ..teacher_cache.card import hub_id
-from . import shared
+from . import checks, shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
-from .checks import (
-    check_arguments,
-    check_finite,
-    check_found,
-    check_own_teacher,
-    check_soft_prompt,
-    names_processing_class,
-)
 from .completions import Samples, keep_row_kls, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts, tokenize_part
 from .hub import init_hf_repo
@@ -121,7 +113,6 @@ class PromptKDTrainer(GKDTrainer):
     _paper = PROMPTKD_PAPER
 
     prompt_optimizer: PromptOptimizer  # made when the number of steps is known
-
     # `compute_loss` divides by the token count of the whole window itself
     loss_is_scaled_for_ga = True
 
@@ -133,7 +124,7 @@ class PromptKDTrainer(GKDTrainer):
     _push_from_checkpoint = push_later
     _load_from_checkpoint = shared.load_from_checkpoint
 
-    @names_processing_class
+    @checks.names_processing_class
     def __init__(
         self,
         model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
@@ -156,21 +147,20 @@ class PromptKDTrainer(GKDTrainer):
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         prompt_encoder_config = PromptEncoderConfig() if prompt_encoder_config is None else prompt_encoder_config
         given = (peft_config, formatting_func, data_collator, callbacks)
-        check_arguments(PromptKDConfig, args, model, teacher_model, *given)
+        checks.check_arguments(PromptKDConfig, args, model, teacher_model, *given)
         check_best_metric(args, eval_dataset, callbacks)
         check_streamed_evaluation(eval_dataset, "eval_dataset", args)
         check_vllm(args, model, samples=args.lmbda > 0)
         processing_class = prepare_tokenizer(processing_class, model, teacher_model, args)
-        check_soft_prompt(prompt_encoder_config, processing_class)
+        checks.check_soft_prompt(prompt_encoder_config, processing_class)
         self._tokenizes = data_collator is None
         if self._tokenizes:
             data_collator = DataCollatorForPromptCompletion(processing_class.pad_token_id)
-            with_answers = args.lmbda < 1 and not args.seq_kd
-            needed = _ANSWERS_NEEDED if with_answers else None
+            needed = _ANSWERS_NEEDED if args.lmbda < 1 and not args.seq_kd else None
             settings = (processing_class, args)
-            train_dataset = tokenize_part(train_dataset, "train_dataset", *settings, needed, with_answers)
+            train_dataset = tokenize_part(train_dataset, "train_dataset", *settings, needed, needed is not None)
             eval_dataset = map_parts(tokenize_part, eval_dataset, "eval_dataset", *settings)
-        check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
+        checks.check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
         # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and samples without a KV cache under checkpointing.
@@ -195,7 +185,7 @@ class PromptKDTrainer(GKDTrainer):
         self.is_self_distillation = teacher_model is None
         teacher = build_teacher(self.model, teacher_model, args)
         if teacher is self.model:
-            check_own_teacher(args, self.accelerator)
+            checks.check_own_teacher(args, self.accelerator)
         if args.teacher_gradient_checkpointing:
             disable_dropout(teacher)  # some layers would take theirs for training
             with recomputed_activations(teacher, True):
@@ -374,7 +364,7 @@ class PromptKDTrainer(GKDTrainer):
 
         loss = of_student.student_loss
         when = f"at step {self.state.global_step + 1}"
-        check_finite(loss, when, student=student_states, prompted_teacher=prompted, plain_teacher=plain)
+        checks.check_finite(loss, when, student=student_states, prompted_teacher=prompted, plain_teacher=plain)
         logged = {
             "kl/student_prompted": of_student.student_prompted,
             "kl/prompted_student": of_prompt.prompted_student,

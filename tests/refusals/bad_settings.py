@@ -62,15 +62,15 @@ CASES = [
     wrong(PrimedDistillConfig, "a whole number or None", TypeError, teacher_max_length=2.5),
     wrong(PrimedDistillConfig, "a text or None", TypeError, teacher_model_name_or_path=3),
     call(PrimedDistillConfig, "a dict, or one written as JSON", teacher_model_name_or_path="{'math': 'a/teacher'}"),
-    wrong(PrimedDistillConfig, "an address such as 'http://host:8000'", teacher_server="host:8000"),
+    wrong(PrimedDistillConfig, "such as 'http://host:8000'", teacher_server="host:8000"),
     call(
         PrimedDistillConfig,
-        "`teacher_server['math']` is 'host' | an address such as",
+        "`teacher_server['math']` is 'host' | starts with http",
         teacher_server={"math": "host"},
     ),
     call(
         PrimedDistillConfig,
-        "a name or a key, which would be saved | VLLM_API_KEY",
+        "settings are saved and shown | VLLM_API_KEY",
         teacher_server="http://me:key@host",
     ),
     wrong(PrimedDistillConfig, "'bfloat16' or 'float32'", teacher_server_dtype="float16"),
@@ -92,6 +92,10 @@ CASES = [
     by_api("`alpha` is 0.5 | hard labels alone. Set `alpha=1`", alpha=0.5),
     by_api("`top_k` is 50 | Omit it", top_k=50),
     by_api("`generation_kwargs` holds 'stop_strings' | Omit it", generation_kwargs={"stop_strings": ["Q:"]}),
+    by_api(
+        "`metric_for_best_model` is 'kl/student_teacher' | Set it to 'eval_ce'",
+        metric_for_best_model="kl/student_teacher",
+    ),
     by_api("`teacher_max_length` is 512 | not known here. Omit it", teacher_max_length=512),
     call(
         PrimedDistillConfig,

@@ -25,6 +25,11 @@ def with_the_student():
 
 CASES = [
     Case(
+        "teachers by name, and an API",
+        partial(several, args={"teacher_answers_url": "http://host:8000/v1", "response_source": "teacher"}),
+        "there are several teachers ('math', 'code'), and an API is one | Omit it",
+    ),
+    Case(
         "teachers by name, and rows without a column `teacher`",
         several,
         "`train_dataset` has no `teacher` column | 'math', 'code' | ['completion', 'prompt'] | `dataset.add_column`",

@@ -72,6 +72,22 @@ class TestTraining:
             assert teacher_prompt == prompt
             assert completion == [*reversed([23, 24, 25, *prompt]), 0]
 
+    def test_samples_are_not_asked_for_if_completions_are_logged(self, by_api):
+        trainer = by_api(log_completions=True, max_steps=2)
+        trainer.train()
+        assert trainer._samples.row_kls == {}
+
+    def test_named_sets_that_come_later_are_answered_once(self, by_api, server):
+        trainer = by_api(train_dataset=prompt_dataset(2))
+        found = trainer.evaluate({"a": prompt_dataset(4), "b": prompt_dataset(3)})
+        assert {"eval_a_loss", "eval_b_loss"} <= found.keys()
+        asked_for = [asked(body) for body in server.bodies]
+        assert len(asked_for) == len(set(asked_for)) == 4
+
+    def test_no_bar_if_none_is_wanted(self, by_api, capsys):
+        by_api(disable_tqdm=True)
+        assert "Teacher answers" not in capsys.readouterr().err
+
     def test_conversations_are_answered_behind_the_students_own_template(self, by_api, server):
         rows = trained_rows(
             by_api(train_dataset=chat_dataset(), priming=PrimingTemplate("red", "system"), max_steps=4)

@@ -149,6 +149,18 @@ class TestTeachers:
         for name in NAMES:
             assert logs[0][f"priming/gain_nats/{name}"] == pytest.approx(logs[1][f"priming/gain_nats/{name}"])
 
+    def test_one_writes_its_answers_and_the_other_has_written_them_into_a_cache(self, several, tmp_path):
+        teachers, data = two_teachers(), named(answered_dataset(), *NAMES)
+        parts = (tiny_tokenizer(), PRIMINGS["code"], "exact", "teacher")
+        cache = build_teacher_cache(teachers["code"], of(data, "code"), str(tmp_path / "cache"), *parts)
+        settings = {"response_source": "teacher", "train_dataset": data, "eval_dataset": data}
+        mixed = several(teachers={"math": teachers["math"]}, teacher_cache={"code": cache}, **settings)
+        written = {tuple(row["completion_ids"]) for row in cache.rows}
+        rows = [row for row in mixed.train_dataset if row["teacher"] == "code"]
+        assert {tuple(row["completion_ids"]) for row in rows} == written
+        mixed.train()
+        assert mixed.evaluate()["eval_loss"] > 0
+
     @pytest.mark.parametrize("preset", ["exact", "tiny"])
     def test_a_cached_one_says_what_it_says_alone(self, primed, several, tmp_path, preset):
         """Draws too, whose missing entropy is put back for their rows only."""

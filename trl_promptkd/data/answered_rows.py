@@ -116,7 +116,7 @@ def add_answers(
             _with_answer,
             fn_kwargs={"processing_class": processing_class},
             remove_columns=dataset.column_names,
-            features=Features({**dict.fromkeys(ids, List(Value("int64"))), "length": Value("int64")}),
+            features=Features({**dict.fromkeys(ids, List(Value("int32"))), "length": Value("int64")}),
             num_proc=num_proc,
             desc=f"Tokenizing the answers for {name}",
         )

@@ -3,7 +3,6 @@
 The key comes from the environment, and goes into one header of each request. It is kept out of messages.
 """
 
-import os
 import re
 import time
 from email.utils import parsedate_to_datetime
@@ -13,8 +12,10 @@ from urllib.parse import urlsplit
 import httpx2
 from transformers.utils import logging
 
+from .servers import ServerKey
 
-__all__ = ["ENDS", "KEY_VARIABLE", "OpenAIServer", "check_url"]
+
+__all__ = ["ENDS", "KEY_VARIABLE", "OpenAIServer"]
 
 logger = logging.get_logger(__name__)
 
@@ -48,15 +49,9 @@ class OpenAIServer:
 
     def __init__(self, url: str, model: str | None = None, num_connections: int = 1):
         self.url = url.rstrip("/") + ("" if urlsplit(url).path.strip("/") else "/v1")
-        self._key = os.environ.get(KEY_VARIABLE, "").strip()
-        if re.search(r"[^!-~]", self._key):
-            raise ValueError(
-                f"The environment variable {KEY_VARIABLE} holds white space or characters beyond ASCII, which no key "
-                "has. Set it anew."
-            )
+        self._key = ServerKey(KEY_VARIABLE)
         limits = httpx2.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx2.Client(headers=headers, timeout=_TIMEOUT, limits=limits)
+        self._client = httpx2.Client(headers=self._key.headers, timeout=_TIMEOUT, limits=limits)
         self.model = self._only_model() if model is None else model
 
     def complete(self, request: dict[str, Any]) -> tuple[str, str]:
@@ -153,35 +148,7 @@ class OpenAIServer:
 
     def _shown(self, said: Any) -> str:
         """What a server says, cut, and without the key, should it repeat that."""
-        text = said if isinstance(said, str) else repr(said)
-        text = text.replace(self._key, "***") if self._key else text
-        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-def check_url(name: str, url: str) -> None:
-    """Reject a text that is no URL of an API, or one that holds a secret: settings are saved and shown.
-
-    Args:
-        name: Of the field, for messages.
-
-    Raises:
-        ValueError: saying what it must be. A secret is not repeated.
-    """
-    if set("@?#") & set(url):
-        raise ValueError(
-            f"`{name}` holds a user, a query or a fragment, but settings are saved and shown. It must be a bare "
-            f"address, such as 'http://localhost:8000/v1'. A key goes into the environment variable {KEY_VARIABLE}."
-        )
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port or an IPv6 address
-        is_address = False
-    if not is_address:
-        raise ValueError(
-            f"`{name}` is {url!r}; it must be an address that starts with http:// or https://, such as "
-            "'http://localhost:8000/v1'."
-        )
+        return self._key.hidden(said if isinstance(said, str) else repr(said), _SHOWN)
 
 
 def _asked_pause(response: httpx2.Response) -> float:

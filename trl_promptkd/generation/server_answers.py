@@ -37,6 +37,7 @@ def write_server_answers(
     seed: int,
     num_at_once: int,
     title: str,
+    disable_tqdm: bool = False,
 ) -> list[tuple[str, bool]]:
     """The server's answers, in the order of the requests.
 
@@ -98,6 +99,7 @@ def write_server_answers(
         _BATCHES * num_at_once,
         title,
         state,
+        disable_tqdm,
     )
     for part in gather_object([mine]):
         known.update(part)

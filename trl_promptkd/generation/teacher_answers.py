@@ -12,7 +12,7 @@ import pyarrow
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -130,7 +130,8 @@ def write_teacher_answers(
     answers = [known[key] for key in keys]
     lengths = [len(ids) + len(answer) for ids, answer in zip(dataset["teacher_prompt_ids"], answers, strict=True)]
     dataset = dataset.remove_columns([column for column in ("completion_ids", "length") if column in dataset.features])
-    return dataset.add_column("completion_ids", answers).add_column("length", lengths)
+    ids = List(Value("int32"))  # as prepared rows and teacher caches have
+    return dataset.add_column("completion_ids", answers, feature=ids).add_column("length", lengths)
 
 
 def _read_answers(folder: str, wanted: Container[str], num_ids: int) -> dict[str, list[int]]:

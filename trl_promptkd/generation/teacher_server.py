@@ -7,14 +7,12 @@ is the rows' states one after the other. Numbers are all that is read from it: n
 
 import json
 import math
-import os
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx2
 import torch
@@ -23,9 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.forward import TokenStates
 from ..models.output_head import hidden_size
+from .servers import ServerKey, check_url
 
 
-__all__ = ["KEY_VARIABLE", "PendingStates", "TeacherServer", "check_server_url", "decoded_states"]
+__all__ = ["KEY_VARIABLE", "PendingStates", "TeacherServer", "decoded_states"]
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that vLLM's own server takes its key from."""
@@ -71,8 +70,8 @@ class TeacherServer:
     """
     A vLLM server in pooling mode.
 
-    The key, if the server wants one, is taken from the environment variable `VLLM_API_KEY` at every request. It is
-    neither kept nor shown.
+    The key, if the server wants one, is taken from the environment variable `VLLM_API_KEY`. It is neither saved nor
+    shown.
 
     Args:
         url (`str`): Where it listens, such as `"http://host:8000"`.
@@ -86,7 +85,7 @@ class TeacherServer:
     """
 
     def __init__(self, url: str, model: str | None = None, dtype: str = "bfloat16", timeout: float = 120.0):
-        check_server_url("teacher_server", url)
+        check_url("teacher_server", url, KEY_VARIABLE, "http://host:8000")
         if dtype not in _DTYPES:
             raise ValueError(f"`dtype` is {dtype!r}; it must be {' or '.join(map(repr, _DTYPES))}.")
         self.url, self.model, self.dtype, self.timeout = url.rstrip("/"), model, dtype, timeout
@@ -95,8 +94,9 @@ class TeacherServer:
         self.max_length: int | None = None
         """Longest row in tokens, once the server was asked for it; `None` also if it does not say."""
         self._served_name: str | None = None
+        self._key = ServerKey(KEY_VARIABLE)
         limits = httpx2.Limits(max_connections=_MOST_THREADS, max_keepalive_connections=_MOST_THREADS)
-        self._client = httpx2.Client(limits=limits, headers={"Accept-Encoding": "identity"})
+        self._client = httpx2.Client(limits=limits, headers={"Accept-Encoding": "identity", **self._key.headers})
         self._pool = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="teacher-server")
         weakref.finalize(self, self._client.close)  # connections end with the last reference to this
 
@@ -226,7 +226,7 @@ class TeacherServer:
         lengths = [len(row) for row in rows]
 
         def parsed(answer: bytearray, metadata: str | None) -> list[Tensor]:
-            return decoded_states(answer, metadata, lengths, self.dtype, self.hidden_size)
+            return decoded_states(answer, metadata, lengths, self.dtype, self.hidden_size, self._shown)
 
         return self._tried("POST", "/pooling", body, most, parsed)
 
@@ -237,7 +237,7 @@ class TeacherServer:
             except ValueError:
                 value = None
             if not isinstance(value, dict):
-                raise ValueError(f"it is no JSON object: {_shown(answer)!r}")
+                raise ValueError(f"it is no JSON object: {self._shown(answer)!r}")
             return value
 
         return self._tried(method, path, body, _MOST_JSON, parsed)
@@ -268,14 +268,17 @@ class TeacherServer:
             "server runs. A training that was stopped by this resumes with `train(resume_from_checkpoint=True)`."
         )
 
+    def _shown(self, said: bytes | bytearray | str) -> str:
+        """The beginning of an answer, for messages."""
+        text = said if isinstance(said, str) else said[:10_000].decode("utf-8", "replace")
+        return self._key.hidden(" ".join(text.split()), 200)
+
     def _once(self, method: str, path: str, body: Any, most: int, deadline: float) -> tuple[bytearray, str | None]:
         left = max(deadline - time.monotonic(), 0.001)
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx2.Timeout(left, connect=min(left, 10.0))
         received = bytearray()
         try:
-            with self._client.stream(method, self.url + path, json=body, headers=headers, timeout=timeout) as response:
+            with self._client.stream(method, self.url + path, json=body, timeout=timeout) as response:
                 status = response.status_code
                 most = most if status == 200 else _MOST_JSON
                 for chunk in response.iter_bytes():
@@ -288,14 +291,13 @@ class TeacherServer:
             raise _TryAgainError(f"{type(error).__name__}: {error}") from error
         if status == 200:
             return received, response.headers.get("metadata")
-        said = _shown(received)
-        said = said.replace(key, "***") if key else said
+        said = self._shown(received)
         if status in _PASSING:
             raise _TryAgainError(f"status {status}: {said}")
         if status in (401, 403):
             raise ValueError(
                 f"status {status}. Set the environment variable {KEY_VARIABLE} to the server's key "
-                f"(it is {'set to another' if key else 'not set'})."
+                f"(it is {'set to another' if self._key else 'not set'})."
             )
         if 300 <= status < 400:
             raise ValueError(f"status {status}, which sends to another address. Pass that one, if you trust it.")
@@ -303,26 +305,13 @@ class TeacherServer:
         raise ValueError(f"status {status}: {said}.{hint}")
 
 
-def check_server_url(field: str, url: Any) -> None:
-    """Reject what is no address of a server, and one with a key in it, which would be saved with the settings."""
-    if not isinstance(url, str):
-        raise TypeError(f"`{field}` is a {type(url).__name__}; it must be a text such as 'http://host:8000'.")
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query:
-        raise ValueError(
-            f"`{field}` holds a name or a key, which would be saved with the settings. Write 'http://host:8000' and "
-            f"set the environment variable {KEY_VARIABLE}."
-        )
-    try:
-        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_whole = False
-    if not is_whole or parts.fragment:
-        raise ValueError(f"`{field}` is {url!r}; it must be an address such as 'http://host:8000'.")
-
-
 def decoded_states(
-    body: bytearray, metadata: str | None, lengths: Sequence[int], dtype: str, width: int | None = None
+    body: bytearray,
+    metadata: str | None,
+    lengths: Sequence[int],
+    dtype: str,
+    width: int | None = None,
+    shown: Any = repr,
 ) -> list[Tensor]:
     """The rows' states in a body of vLLM's `encoding_format="bytes"`.
 
@@ -332,6 +321,7 @@ def decoded_states(
         lengths: Tokens of each row.
         dtype: What was asked for.
         width (`int`, *optional*): The hidden size, if it is known.
+        shown: What a message says of bytes or a text from the server.
 
     Returns:
         For each row `(tokens, hidden)`.
@@ -342,7 +332,7 @@ def decoded_states(
     if metadata is None:
         raise ValueError(
             f"it has no header `metadata`. Is it stock vLLM ({_COMMAND}), without a proxy that drops headers? It "
-            f"begins with {_shown(body)!r}"
+            f"begins with {shown(body)!r}"
         )
     try:
         items = json.loads(metadata)["data"]
@@ -350,7 +340,7 @@ def decoded_states(
             (x["index"], x["start"], x["end"], list(x["shape"]), x["embed_dtype"], x["endianness"]) for x in items
         ]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"its header `metadata` is not vLLM's: {metadata[:200]!r}") from error
+        raise ValueError(f"its header `metadata` is not vLLM's: {shown(metadata)!r}") from error
     if len(places) != len(lengths):
         raise ValueError(f"it holds {len(places)} rows, and {len(lengths)} were asked for")
     found, offset, size = [], 0, _DTYPES[dtype].itemsize
@@ -393,8 +383,3 @@ def _parts(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         part.append(row)
     if part:
         yield part
-
-
-def _shown(body: bytes | bytearray) -> str:
-    """The beginning of an answer, for messages."""
-    return " ".join(body[:1000].decode("utf-8", "replace").split())[:200]

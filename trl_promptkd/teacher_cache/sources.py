@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import pad_rows
+from ..generation.servers import check_url
 from ..generation.teacher_answers import weights_fingerprint
-from ..generation.teacher_server import TeacherServer, check_server_url
+from ..generation.teacher_server import KEY_VARIABLE, TeacherServer
 from ..generation.vllm_states import VLLMStates, check_engine
 from ..models.compare import check_forward
 from ..models.forward import TokenStates, completion_states, inside_forward, is_sharded
@@ -221,7 +222,7 @@ class ServerStates(HeadStates):
 
     def __init__(self, *args: Any, url: str):
         super().__init__(*args)
-        check_server_url("teacher_server", url)
+        check_url("teacher_server", url, KEY_VARIABLE, "http://host:8000")
         self.url = url
 
     def _decoder(self, processing_class: PreTrainedTokenizerBase, longest: int) -> TeacherServer:

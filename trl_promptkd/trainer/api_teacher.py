@@ -65,6 +65,7 @@ class ApiTeacher:
             self.args.seed,
             self.num_at_once,
             f"Teacher answers for {name}",
+            self.args.disable_tqdm,
         )
         return add_answers(dataset, name, answers, self.processing_class, self.args.dataset_num_proc)
 

@@ -16,8 +16,8 @@ from ..field_checks import (
     check_share,
     check_training,
 )
-from ..generation.openai_server import check_url
-from ..generation.teacher_server import check_server_url
+from ..generation import openai_server, teacher_server
+from ..generation.servers import check_url
 from .best_metric import choose_best_metric
 from .precision import choose_precision
 from .sampling_config import SamplingConfig
@@ -232,9 +232,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         check_positive(self, "kd_temperature", "teacher_max_length", "teacher_server_timeout", "loss_chunk_size")
         if isinstance(self.teacher_server, Mapping):
             for name, url in self.teacher_server.items():
-                check_server_url(f"teacher_server[{name!r}]", url)
+                check_url(f"teacher_server[{name!r}]", url, teacher_server.KEY_VARIABLE, "http://host:8000")
         elif self.teacher_server is not None:
-            check_server_url("teacher_server", self.teacher_server)
+            check_url("teacher_server", self.teacher_server, teacher_server.KEY_VARIABLE, "http://host:8000")
         self.check_sampling()
         check_ignored(self, "primed distillation", _IGNORED)
         samples = self.response_source == "student"
@@ -262,7 +262,9 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
                     "Set it to the address of the API that has this model."
                 )
             return
-        check_url("teacher_answers_url", self.teacher_answers_url)
+        check_url(
+            "teacher_answers_url", self.teacher_answers_url, openai_server.KEY_VARIABLE, "http://localhost:8000/v1"
+        )
         if self.response_source != "teacher":
             raise ValueError(
                 f"`teacher_answers_url` is set, but `response_source` is {self.response_source!r}. Set "
@@ -277,6 +279,12 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             raise ValueError(
                 f"`teacher_max_length` is {self.teacher_max_length} with `teacher_answers_url`, but how many tokens a "
                 "row has for a teacher behind an API is not known here. Omit it; `max_length` bounds the student's."
+            )
+        metric = self.metric_for_best_model or ""
+        if any(metric.endswith(unknown) for unknown in ("kd", "kl/student_teacher", "teacher/top1_agreement")):
+            raise ValueError(
+                f"`metric_for_best_model` is {metric!r} with `teacher_answers_url`: of a teacher behind an API only "
+                "the answers are known, so no evaluation has it. Set it to 'eval_ce' (or omit it)."
             )
         unsent = [name for name in self.generation_kwargs or {} if name != "do_sample"]
         unsent = [f"`generation_kwargs` holds {name!r}" for name in unsent]

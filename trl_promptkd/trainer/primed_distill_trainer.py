@@ -383,13 +383,19 @@ class PrimedDistillTrainer(SFTTrainer):
         )
         when = f"{'at' if torch.is_grad_enabled() else 'in the evaluation at'} step {self.state.global_step + 1}"
         check_finite(sums.loss, when, student=student_states, teacher=teacher_says)
-        keep_row_kls(self, inputs, student_states, {"kl/student_teacher": teacher_says}, args.kd_temperature)
+        if args.response_source == "student":
+            keep_row_kls(self, inputs, student_states, {"kl/student_teacher": teacher_says}, args.kd_temperature)
         return gradients[0].attach(sums.loss) if gradients else sums.loss, trained.sum(), sums
 
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As in the base class; takes raw or tokenized data."""
+        if isinstance(eval_dataset, dict):  # the base class would come back here with prepared rows
+            parts = [
+                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
+            ]
+            return {name: value for part in parts for name, value in part.items()}
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is prepared already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         with nothing_changed(self):

@@ -109,6 +109,11 @@ def teachers_of_run(
     """
     if not isinstance(priming, Mapping):
         return primed_teacher(teacher_model, teacher_cache, teacher_server, args, tokenizes, processing_class, priming)
+    if args.teacher_answers_url is not None:
+        raise ValueError(
+            f"`teacher_answers_url` is set, but there are several teachers ({', '.join(map(repr, priming))}), and an "
+            "API is one. Omit it; or let the API write its answers in a run of its own, and train on them as data."
+        )
     if not tokenizes:
         raise ValueError(
             "Several teachers need rows that the trainer prepares, but `data_collator` is set. Omit `data_collator`."

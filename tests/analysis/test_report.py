@@ -141,13 +141,19 @@ class TestReport:
     def test_shows_samples_of_three_moments(self, tmp_path):
         for step in range(1, 6):
             write_samples(tmp_path, step, completion=[f"{step}{letter}" for letter in "abcd"])
-        page = page_of(write_state(tmp_path, log_of("good")))
+        page = page_of(write_state(tmp_path, [{"step": step, "loss": 1.0} for step in range(1, 6)]))
         assert re.findall(r"<h3>Step (\d+)</h3>", page) == ["1", "3", "5"]
         assert all(f"<pre>3{letter}</pre>" in page for letter in "abcd")
         assert "<pre>2a</pre>" not in page
 
+    def test_leaves_out_samples_of_an_earlier_run_in_the_same_folder(self, tmp_path):
+        for step in (2, 3, 4):
+            write_samples(tmp_path, step, completion=[f"{step}{letter}" for letter in "abcd"])
+        page = page_of(write_state(tmp_path, [{"step": step, "loss": 1.0} for step in (3, 6)]))
+        assert re.findall(r"<h3>Step (\d+)</h3>", page) == ["3"]
+
     def test_takes_whatever_columns_there_are(self, tmp_path):
-        write_samples(tmp_path, length=[3, 4, 5, 6], ended=[True, False, True, True], score=[0.5, None, 1, 2])
+        write_samples(tmp_path, 1, length=[3, 4, 5, 6], ended=[True, False, True, True], score=[0.5, None, 1, 2])
         page = page_of(write_state(tmp_path, [{"step": 1, "mine": 1.0, "text": "x"}, {"step": 2, "mine": 3.0}]))
         assert "length 3 · ended · score 0.5" in page
         assert "length 4 · cut · score nan" in page
@@ -190,6 +196,19 @@ class TestCharts:
         page = page_of(write_state(tmp_path, history))
         assert "KL(teacher ‖ student), on answers (a): 1<" in page
         assert "KL(teacher ‖ student), on answers (b): 2<" in page
+
+    def test_more_lines_than_colours_are_more_charts(self, tmp_path):
+        history = [{"step": 1, **{f"eval_{name}_{side}_kl": 1.0 for name in "abc" for side in ("forward", "reverse")}}]
+        page = page_of(write_state(tmp_path, history))
+        for name in "abc":
+            assert f"on answers ({name})" in page
+            assert f"samples ({name})" in page
+
+    def test_show_every_teacher(self, tmp_path):
+        history = [{"step": 1, "kl/student_teacher": 1.5, "kl/student_teacher/a": 1.0, "kl/student_teacher/b": 2.0}]
+        page = page_of(write_state(tmp_path, history))
+        assert "(a): 1<" in page
+        assert "(b): 2<" in page
 
     def test_of_long_runs_stay_small(self, tmp_path):
         history = [{"step": i, "loss": 1 / (i + 1)} for i in range(100_000)]

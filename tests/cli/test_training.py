@@ -252,6 +252,17 @@ class TestRuns:
         settings |= PROMPT if command == "promptkd" else {"priming": "teacher"}
         assert main([command, *as_flags(settings)]) == 0
 
+    def test_resumes_from_the_newest_checkpoint_and_leaves_a_state_for_reports(self, settings, tmp_path, capsys):
+        settings |= PROMPT | {"save_strategy": "steps", "save_steps": 1}
+        assert main(["promptkd", *as_flags(settings)]) == 0
+        more = settings | {"max_steps": 2, "save_strategy": "no", "resume_from_checkpoint": True}
+        assert main(["promptkd", *as_flags(more)]) == 0
+        state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+        assert state["global_step"] == 2
+        capsys.readouterr()
+        assert main(["promptkd", *as_flags(more | {"resume_from_checkpoint": "nowhere"})]) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("trl-promptkd: `resume_from_checkpoint` is")
+
     def test_an_error_in_training_has_a_traceback(self, settings, monkeypatch, capsys):
         trainer_class = module_of("promptkd").PromptKDTrainer
 
@@ -275,6 +286,7 @@ class TestLaunch:
         launcher.default_config_file = "nowhere"
         monkeypatch.setattr(launch, "accelerate_launcher", lambda: launcher)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         yield given
         AcceleratorState._reset_state(reset_partial_state=True)  # of a process that has only the rank of one
@@ -287,6 +299,18 @@ class TestLaunch:
         assert (args.module, args.training_script, args.num_processes) == (True, "trl_promptkd.cli", 2)
         assert args.config_file.endswith("fsdp2.yaml")
         assert args.training_script_args == [command, "--model", "a", "--learning_rate", "1e-4"]
+
+    def test_several_processes_without_a_gpu_are_refused(self, launched, monkeypatch, capsys):
+        """`accelerate launch` would start one, without a word."""
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        with pytest.raises(SystemExit):
+            main(["promptkd", "--model", "a", "--num_processes", "2"])
+        assert "torchrun --nproc_per_node 2 -m trl_promptkd.cli promptkd" in capsys.readouterr().err
+
+    def test_a_file_may_stand_behind_an_equals_sign(self, launched, monkeypatch, tmp_path):
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert main(["promptkd", "--config=run.yaml"]) == 0
+        assert launched[0].training_script_args == ["promptkd", "--config", "run.yaml"]
 
     def test_several_gpus_have_a_process_each(self, launched, monkeypatch):
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

@@ -21,6 +21,7 @@ def screen(monkeypatch, capsys):
     """What bars have written since the last call; they show from the first look on."""
     monkeypatch.setattr(progress, "_DELAY", 0)
     monkeypatch.setattr(progress, "_INTERVAL", 0)
+    monkeypatch.setattr(progress, "_IN_FILES", 0)
     return lambda: capsys.readouterr().err
 
 

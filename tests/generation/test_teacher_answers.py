@@ -197,6 +197,7 @@ class TestProgress:
         """A batch takes minutes."""
         monkeypatch.setattr(progress, "_DELAY", 0)
         monkeypatch.setattr(progress, "_INTERVAL", 0)
+        monkeypatch.setattr(progress, "_IN_FILES", 0)
         whole = {"rollout_batch_size": 7, "do_sample": True}
         lengths = list(map(len, write(rows(), **whole)["completion_ids"]))
         early = sum(length < max(lengths) for length in lengths)

@@ -114,6 +114,17 @@ class TestRunSigns:
         tables = samples([LENGTHS, LENGTHS, last])
         assert verdicts(primed_log(), tables)["Short answers given up"] == verdict
 
+    def test_named_evaluation_sets_are_judged_each(self):
+        named = [
+            {"eval_a_forward_kl": a, "eval_a_reverse_kl": r, "eval_b_forward_kl": b, "eval_b_reverse_kl": r}
+            for a, b, r in ((1.0, 1.0, 2.0), (0.9, 3.0, 1.0))
+        ]
+        (sign,) = [sign for sign in run_signs(log(GOOD) + named) if sign.name.startswith("Collapse")]
+        assert sign.verdict == "wrong"
+        assert "On 'b': KL(teacher || student) on answers went from 1.00 to 3.00" in sign.text
+        assert collusion(log(COLLUDING) + named).forward == [1.0, 3.0]
+        assert collusion([*log(COLLUDING), {"eval_a_forward_kl": 2.0}, {"eval_a_forward_kl": 1.0}]) is None
+
     def test_what_cannot_be_told_is_unknown(self):
         assert verdicts(log(GOOD[:1])) == {
             "Collusion": "unknown",

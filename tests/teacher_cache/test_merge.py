@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trainers import PRIMING
 
 from trl_promptkd import PrimingTemplate, TeacherCache, build_teacher_cache, merge_teacher_caches
 from trl_promptkd.generation import store
-from trl_promptkd.teacher_cache import merge, sources
+from trl_promptkd.teacher_cache import merge, sources, writer
 
 
 PARTS = ["1/3", "2/3", "3/3"]
@@ -136,6 +137,22 @@ class TestParts:
             build("2/3", folder="new", basis=basis)
         with pytest.raises(ValueError, match="has other coordinates than"):
             build("2/3", basis=basis)
+
+    def test_fewer_coordinates_than_the_preset_keeps_are_refused(self, build, monkeypatch):
+        """Rows of `exact` in the coordinates of a coarser preset would be wrong without a word."""
+        monkeypatch.setitem(writer.PRESETS, "standard", replace(writer.PRESETS["standard"], rank=8))
+        monkeypatch.setattr(writer, "_CALIBRATION_TOKENS", 10**6)
+        settings = {"dataset": answered_dataset(24), "teacher": tiny_model(seed=2, hidden_size=16)}
+        coarse = build(folder="coarse", preset="standard", **settings)
+        basis = os.path.join(coarse.path, "basis.safetensors")
+        assert TeacherCache(coarse.path).basis.analysis.shape[1] == 8
+        with pytest.raises(ValueError, match=r"are 8 of hidden states of \d+ numbers, but the preset 'exact' needs"):
+            build(folder="fine", preset="exact", basis=basis, **settings)
+
+    def test_coordinates_of_another_width_are_refused(self, build, tmp_path):
+        wider = build(folder="wider", teacher=tiny_model(seed=2, hidden_size=64))
+        with pytest.raises(ValueError, match="of hidden states of 64 numbers, but the preset 'exact' needs"):
+            build("2/3", folder="new", basis=os.path.join(wider.path, "basis.safetensors"))
 
     def test_damaged_coordinates_of_a_part_are_not_fitted_anew(self, build, parts):
         path = Path(parts[1], "basis.safetensors")

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from datasets import concatenate_datasets, load_dataset
 from reference import kl, log_probs
 from tiny import WORDS, answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 
-from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache
+from trl_promptkd import PrimedDistillTrainer, PrimingTemplate, TeacherCache, build_teacher_cache, verify_teacher_cache
 from trl_promptkd.generation import store
 from trl_promptkd.teacher_cache import sources, writer
 from trl_promptkd.teacher_cache.codec import PRESETS, Basis, Preset, decode, encode, entropies
@@ -325,6 +326,30 @@ class TestInterruption:
                 ValueError, match=r"was made differently: `(preset|priming|teacher)` is .* there and .* here"
             ):
                 build(**change)
+
+
+def test_rows_of_two_builds_at_once_are_refused(build, tmp_path):
+    """Each has written shards of its own, with some of the same rows."""
+    one = build(folder="one", preset="tiny")
+    other = build(answered_dataset(9), folder="other", preset="tiny")
+    for file in os.listdir(other.path):
+        if file.startswith("shard"):
+            os.link(os.path.join(other.path, file), os.path.join(one.path, file))
+    with pytest.raises(ValueError, match=r"twice: two builds wrote into it at the same time\. Delete that file"):
+        build(folder="one", preset="tiny")
+
+
+def test_a_padded_vocabulary_is_verified_on_its_real_ids(build):
+    teacher = tiny_model(seed=2, vocab_size=48)
+    result = verify_teacher_cache(build(teacher=teacher), teacher)
+    assert result["same_weights"]
+    assert result["kl_mean"] < 5e-3
+
+
+def test_goes_to_other_processes(build):
+    cache = build()
+    there = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(there.log_probs([3]), cache.log_probs([3]))
 
 
 class TestDamage:

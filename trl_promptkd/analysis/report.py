@@ -64,6 +64,7 @@ _CHARTS: list[tuple[str, str, dict[str, str]]] = [
         {"teacher/top1_agreement": "with the teacher", "mean_token_accuracy": "with the answer"},
     ),
 ]
+_LINES = 4  # of one chart: as many as have colours of their own
 _IN_EVALUATION = ", in evaluation"
 _VERDICTS = {"wrong": "Look at this", "fine": "Fine", "unknown": "Cannot tell"}
 _MAX_POINTS = 400
@@ -115,7 +116,9 @@ def read_run(folder: str) -> Run:
     samples = [
         _read_samples(path) for path in sorted(glob.glob(os.path.join(glob.escape(root), "completions/*.parquet")))
     ]
-    samples = [table for table in samples if table["step"].iloc[0] <= states[newest]["global_step"]]
+    # Others are of an earlier run in the same folder
+    logged = {entry.get("step") for entry in states[newest]["log_history"] if isinstance(entry, dict)}
+    samples = [table for table in samples if table["step"].iloc[0] in logged]
     name = os.path.relpath(folder, os.path.dirname(root))
     return Run(
         name,
@@ -238,14 +241,17 @@ def _charts(series: Mapping[str, Points]) -> list[dict[str, Any]]:
             if title.endswith(_IN_EVALUATION):  # of each evaluation set
                 wanted = [known for known in series if re.fullmatch(rf"eval_(.+_)?{re.escape(name)}", known)]
             else:
-                wanted = [name] if name in series else []
+                wanted = [
+                    known for known in series if known == name or known.startswith(f"{name}/")
+                ]  # of each teacher
             for known in wanted:
-                evaluated = known.removeprefix("eval_").removesuffix(name).rstrip("_")
+                evaluated = known.removeprefix("eval_").replace(name, "", 1).strip("_/")
                 lines.append((f"{label} ({evaluated})" if evaluated and len(wanted) > 1 else label, series[known]))
-        if lines:
-            svg = _svg(title, [points for _, points in lines[:4]])
-            shown = [{"label": label, "last": _number(points[-1][1])} for label, points in lines[:4]]
-            charts.append({"title": title, "unit": unit, "lines": shown, "svg": svg})
+        for start in range(0, len(lines), _LINES):
+            part = lines[start : start + _LINES]
+            svg = _svg(title, [points for _, points in part])
+            shown = [{"label": label, "last": _number(points[-1][1])} for label, points in part]
+            charts.append({"title": f"{title} (more)" if start else title, "unit": unit, "lines": shown, "svg": svg})
     return charts
 
 

@@ -27,6 +27,8 @@ def launched_or_here(
         train: Gets what `parser` makes of the words, and returns an exit code.
         launch: Whether processes may be started. Those of a launcher must not start others.
     """
+    pairs = [("--config", word.partition("=")[2]) if word.startswith("--config=") else (word,) for word in words]
+    words = [word for pair in pairs for word in pair]
     if launch and "LOCAL_RANK" not in os.environ:
         launcher = accelerate_launcher()
         others = _unknown(parser, words)
@@ -51,6 +53,11 @@ def _launch_args(launcher: Any, command: str, parser: Any, words: list[str], fla
     accelerate.error = parser.error
     flags = ["--module", *launcher.resolve_accelerate_config_argument(flags)]
     args = accelerate.parse_args([*flags, _MODULE, command, *words])
+    if (args.num_processes or 1) > 1 and not torch.accelerator.is_available():
+        parser.error(
+            f"`--num_processes` is {args.num_processes}, but there is no GPU, and `accelerate launch` starts one "
+            f"process on a CPU. Use `torchrun --nproc_per_node {args.num_processes} -m {_MODULE} {command} ...`."
+        )
     if args.training_script != _MODULE:
         parser.error(f"unrecognized arguments: {args.training_script}")
     return args

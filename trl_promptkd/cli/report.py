@@ -1,6 +1,7 @@
 """`trl-promptkd report`."""
 
 import argparse
+import os
 
 from ..analysis.report import read_run, report_page
 from ..files import write_text
@@ -13,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> int:
+    os.makedirs(os.path.dirname(os.path.abspath(args.output)), exist_ok=True)
     page, signs = report_page(read_run(args.run_folder))
     write_text(args.output, page)
     for sign in signs:

@@ -16,6 +16,7 @@ from transformers import Trainer
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
 from ..models.init_kwargs import check_bitsandbytes
+from ..trainer.checkpoints import checkpoint_to_resume
 from .common import is_file, load_rows
 from .names import check_name
 
@@ -39,7 +40,7 @@ _HELP = {
     "teacher_model_name_or_path": "The teacher: Hub id or folder. By default the student's own starting weights.",
     "dataset_name": "Rows: Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files.",
     "max_length": "Longest row in tokens: prompt and answer of the data, or the prompt if answers are sampled.",
-    "resume_from_checkpoint": "Folder of the checkpoint to resume from.",
+    "resume_from_checkpoint": "Folder of a checkpoint to resume from, or true for the newest whole one.",
 }
 
 
@@ -130,6 +131,9 @@ class DataArguments(ScriptArguments):
     )
 
 
+_TEST_SPLIT = "--dataset` (its split for evaluation, `--dataset_test_split`; or pass `--eval_dataset"
+
+
 def load_splits(args: DataArguments, wants_eval: bool, *columns: Any) -> list[Any]:
     """Training and evaluation data; the latter is `None` if it is not wanted, or not there. `columns` are those of
     [`~common.load_rows`]."""
@@ -138,7 +142,7 @@ def load_splits(args: DataArguments, wants_eval: bool, *columns: Any) -> list[An
     train = (args.dataset_name, args.dataset_config, args.dataset_train_split, "--dataset")
     test: tuple[Any, ...] | None = (args.eval_dataset, None, args.dataset_test_split, "--eval_dataset")
     if args.eval_dataset is None:
-        test = None if is_file(args.dataset_name) else (*train[:2], args.dataset_test_split, "--dataset")
+        test = None if is_file(args.dataset_name) else (*train[:2], args.dataset_test_split, _TEST_SPLIT)
     return [
         part and load_rows(*part[:3], *columns, flag=part[3], streaming=args.dataset_streaming)
         for part in (train, test if wants_eval else None)
@@ -173,9 +177,13 @@ def prepare_models(training_args: Any, model_args: ModelConfig) -> None:
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> int:
     """The exit code of a run. Errors in it have a traceback: what users get wrong has been found before."""
+    wanted: Any = trainer.args.resume_from_checkpoint  # a text, if it was a flag
+    wanted = {"true": True, "false": None}.get(str(wanted).lower(), wanted)
+    checkpoint = checkpoint_to_resume(wanted, trainer.args.output_dir)
     try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
+        trainer.save_state()  # for `trl-promptkd report`
         if trainer.args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.end_training()

@@ -5,6 +5,7 @@ they are counted there. Whoever knows how many rows there are opens the bar, and
 [`~trl_promptkd.generation.rollouts.generate_completions`] moves the one that is open.
 """
 
+import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = ["FinishedRows", "RowsBar", "open_bar", "rows_bar"]
 
 _DELAY = 1.5  # seconds before a bar shows: most windows of a small model take less
 _INTERVAL = 0.5  # seconds between two looks at the rows, each of which waits for the device
+_IN_FILES = 10.0  # seconds between two lines of a bar in a log
 _FORMAT = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}, {left} left"
 
 _open: list["RowsBar"] = []  # at most one: bars do not nest
@@ -42,7 +44,7 @@ class RowsBar(tqdm):
             disable=not shows,
             leave=False,
             delay=_DELAY,
-            mininterval=0,
+            mininterval=0 if sys.stderr.isatty() else _IN_FILES,
             miniters=0,
             bar_format=_FORMAT,
             dynamic_ncols=True,

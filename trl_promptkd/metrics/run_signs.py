@@ -3,6 +3,7 @@
 The warning during training and the report after it share these rules. docs/report.md states them.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,10 +56,13 @@ def collusion(history: Sequence[Entry], share: float = COLLUSION_SHARE) -> Collu
     if len(training) < 2:
         return None
     gain, moved, plain = (training[-1][f"kl/{name}"] for name in ("prompt_gain", "prompted_plain", "student_plain"))
-    forward = [entry["eval_forward_kl"] for entry in history if "eval_forward_kl" in entry]
-    if min(gain, moved) < share * plain or (len(forward) > 1 and forward[-1] <= forward[0]):
+    names = [f"{prefix}forward_kl" for prefix in _evaluated(history)]
+    sets = [[entry[name] for entry in history if name in entry] for name in names]
+    known = [values for values in sets if len(values) > 1]
+    rising = [values for values in known if values[-1] > values[0]]
+    if min(gain, moved) < share * plain or (known and not rising):
         return None
-    return Collusion(gain, moved, plain, forward)
+    return Collusion(gain, moved, plain, (rising or sets or [[]])[0])
 
 
 def run_signs(history: Sequence[Entry], samples: Sequence[DataFrame] = ()) -> list[Sign]:
@@ -93,6 +97,12 @@ def _collusion_sign(history: Sequence[Entry]) -> Sign:
     return Sign(name, "fine", "The prompt gain and the prompt's distance never were both a large share.")
 
 
+def _evaluated(history: Sequence[Entry]) -> list[str]:
+    """What the metrics of each evaluation set begin with."""
+    names = {name for entry in history for name in entry}
+    return sorted(name.removesuffix("forward_kl") for name in names if re.fullmatch(r"eval_(.+_)?forward_kl", name))
+
+
 def _collapse(history: Sequence[Entry], samples: Sequence[DataFrame]) -> Sign:
     name = "Collapse: the student says fewer things"
     advice = (
@@ -104,19 +114,25 @@ def _collapse(history: Sequence[Entry], samples: Sequence[DataFrame]) -> Sign:
         if len(last) >= LEAST_PROMPTS and commonest.iloc[0] >= ALIKE_SHARE * len(last):
             text = f"{commonest.iloc[0]} of the last {len(last)} samples are the same answer to different prompts."
             return Sign(name, "wrong", f"{text} {advice}")
-    forward, reverse = (
-        [entry[f"eval_{side}_kl"] for entry in history if f"eval_{side}_kl" in entry]
-        for side in ("forward", "reverse")
-    )
-    if min(len(forward), len(reverse)) > 1:
-        told = (
-            f"KL(teacher || student) on answers went from {forward[0]:.2f} to {forward[-1]:.2f}, and KL(student || "
-            f"teacher) on the student's samples from {reverse[0]:.2f} to {reverse[-1]:.2f} nats per token."
+    told = []
+    for prefix in _evaluated(history):
+        forward, reverse = (
+            [entry[f"{prefix}{side}_kl"] for entry in history if f"{prefix}{side}_kl" in entry]
+            for side in ("forward", "reverse")
+        )
+        if min(len(forward), len(reverse)) < 2:
+            continue
+        of_set = f"On {prefix.removeprefix('eval_').removesuffix('_')!r}: " if prefix != "eval_" else ""
+        told.append(
+            f"{of_set}KL(teacher || student) on answers went from {forward[0]:.2f} to {forward[-1]:.2f}, and "
+            f"KL(student || teacher) on the student's samples from {reverse[0]:.2f} to {reverse[-1]:.2f} nats per "
+            "token."
         )
         if forward[-1] > FORWARD_RISE * forward[0] and reverse[-1] < reverse[0]:
             why = "The student forgets what its teacher would say, and only says what it is sure of."
-            return Sign(name, "wrong", f"{told} {why} {advice}")
-        return Sign(name, "fine", told)
+            return Sign(name, "wrong", f"{told[-1]} {why} {advice}")
+    if told:
+        return Sign(name, "fine", " ".join(told))
     if samples:
         return Sign(name, "fine", "The last samples differ. Two evaluations with both KLs would tell more.")
     return Sign(name, "unknown", "There are neither two evaluations with both KLs nor samples (`log_completions`).")

@@ -48,11 +48,17 @@ def finish_cache(folder: str, manifest: Manifest, device: torch.device | str = "
         device: Where decoding is timed.
     """
     paths = part_paths(folder, "shard")
-    keys: list[str] = []
+    seen: set[str] = set()
     manifest.shards = []
     for path in paths:
         table = pyarrow.parquet.read_table(path, columns=["key", "completion_ids"])
-        keys += table["key"].to_pylist()
+        own = table["key"].to_pylist()
+        if not seen.isdisjoint(own) or len(set(own)) < len(own):
+            raise ValueError(
+                f"Rows of {path} are in {folder} twice: two builds wrote into it at the same time. Delete that file, "
+                "see that no other build runs there, and build again: only rows that are then missing are made anew."
+            )
+        seen |= set(own)
         lengths = pyarrow.compute.list_value_length(table["completion_ids"])
         manifest.shards.append(
             {
@@ -64,7 +70,7 @@ def finish_cache(folder: str, manifest: Manifest, device: torch.device | str = "
             }
         )
     basis = None if PRESETS[manifest.preset].draws else os.path.join(folder, BASIS_FILE)
-    manifest.data = content_hash(sorted(keys))
+    manifest.data = content_hash(sorted(seen))
     manifest.files = {} if basis is None else {BASIS_FILE: sha256_of(basis)}
     manifest.receipt = receipt = {}
     labels = [label_of(path) for path in paths]

@@ -69,8 +69,7 @@ class CacheRows:
         self._starts: list[int] = []  # the first row of each group
         self._length = 0
         self._remedy = remedy
-        self._footer = lru_cache(_FOOTERS)(pyarrow.parquet.read_metadata)
-        self._group = lru_cache(1)(self._read_group)
+        self._remember()
         for shard in manifest.shards:
             path = os.path.join(folder, shard["file"])
             keys = read_shard(path, manifest, remedy, ("key", *ID_COLUMNS))["key"].to_pylist()
@@ -82,6 +81,18 @@ class CacheRows:
                 self._groups.append((path, group))
                 self._starts.append(self._length)
                 self._length += footer.row_group(group).num_rows
+
+    def _remember(self) -> None:
+        self._footer = lru_cache(_FOOTERS)(pyarrow.parquet.read_metadata)
+        self._group = lru_cache(1)(self._read_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was read, for other processes."""
+        return {name: value for name, value in vars(self).items() if name not in ("_footer", "_group")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
 
     def __len__(self) -> int:
         return self._length

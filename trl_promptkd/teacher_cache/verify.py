@@ -39,7 +39,8 @@ def verify_teacher_cache(cache: TeacherCache, teacher: Any, num_rows: int = 16) 
         row = cache.rows[index]
         batch = pad_rows([row["teacher_prompt_ids"]], [row["completion_ids"]], 0)
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
-        live = completion_states(teacher, ids, mask, labels).logits().log_softmax(dim=-1)
+        states = completion_states(teacher, ids, mask, labels, vocab_size=cache.manifest.vocab_size)
+        live = states.logits().log_softmax(dim=-1)
         kept = cache.log_probs([index])
         if live.shape != kept.shape:
             raise ValueError(

@@ -87,8 +87,16 @@ class CacheWriter:
         return Basis.load(path, vocab_size).to(self.accelerator.device)
 
     def _check_given(self, basis: Basis) -> None:
-        """Refuse coordinates of another teacher: their logits come from another output head."""
-        head, (row, *_) = self.teacher.get_output_embeddings(), self.rows.values()
+        """Refuse coordinates of another teacher, whose logits come from another output head, and too few of them."""
+        head, (row, *_) = self._head(), self.rows.values()
+        hidden, kept = basis.analysis.shape
+        needed = min(self.preset.rank or hidden, hidden)
+        if hidden != head.weight.size(-1) or kept < needed:
+            raise ValueError(
+                f"The coordinates in {self.given_basis} are {kept} of hidden states of {hidden} numbers, but the "
+                f"preset {self.manifest.preset!r} needs {needed} for this teacher, whose hidden states have "
+                f"{head.weight.size(-1)}. Pass `{BASIS_FILE}` of a cache of the same teacher and preset."
+            )
         bias = 0.0 if getattr(head, "bias", None) is None else head.bias.float()
         expected = head.weight.float() @ basis.mean.to(head.weight.device) + bias
         expected = (expected * _logit_scale(self.teacher.config.get_text_config()))[: len(basis.offset)].cpu()
@@ -100,15 +108,20 @@ class CacheWriter:
         for hidden, logits in self.source.states([row]):
             self._check_head(basis.to(hidden.device), hidden, logits)
 
-    def _fit_basis(self) -> Basis:
-        """Coordinates for some rows: the first ones by their keys, whatever the order of the data."""
-        head, settings = self.teacher.get_output_embeddings(), self.teacher.config.get_text_config()
+    def _head(self) -> Any:
+        """The teacher's output head, which coordinates come from."""
+        head = self.teacher.get_output_embeddings()
         if not head.weight.is_floating_point() or head.weight.device.type == "meta":
             raise ValueError(
                 "The teacher's output head is quantized or not in memory, and the coordinates of this preset come "
                 "from it. Leave the head out of the quantization (`llm_int8_skip_modules=['lm_head']`), or use "
                 "`preset='tiny'`."
             )
+        return head
+
+    def _fit_basis(self) -> Basis:
+        """Coordinates for some rows: the first ones by their keys, whatever the order of the data."""
+        head, settings = self._head(), self.teacher.config.get_text_config()
         rows: list[dict[str, Any]] = []
         tokens = 0
         for _, row in sorted(_by_key(self.whole).items()):

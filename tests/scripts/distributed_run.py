@@ -174,8 +174,11 @@ def make_trainer(settings):
         assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", 1)), "each rank built all of the cache"
         source = "dataset"
     if source == "server":  # a stand-in on each rank
-        served = f"{folder}/served{rank}"
-        models["teacher_model"].save_pretrained(served)
+        served = f"{folder}/served"
+        if rank == 0:
+            models["teacher_model"].save_pretrained(served)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         models["teacher_server"] = PoolingServer(models["teacher_model"], name=served).__enter__().url
         models["teacher_model"] = served
         common["teacher_server_dtype"] = "float32"

@@ -24,7 +24,7 @@ def slowly(path: str, temporary: str) -> None:
     """Half of the file for a while, and then all of it."""
     data = Path(path).read_bytes()
     Path(temporary).write_bytes(data[: len(data) // 2])
-    time.sleep(0.05)
+    time.sleep(0.1)
     os.remove(temporary)
     link(path, temporary)
 
@@ -45,7 +45,7 @@ while True:
     while not ended and set(target.glob("*")) == before:  # until it has begun to place files
         ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0.002)
-    time.sleep(0 if ended else chance.uniform(0, 0.4))
+    time.sleep(0 if ended else chance.uniform(0, 0.25))
     if not ended:
         is_done = (target / "manifest.json").exists()
         ended, status = os.waitpid(child, 0 if is_done else os.WNOHANG)

@@ -391,15 +391,15 @@ class PrimedDistillTrainer(SFTTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """As in the base class; takes raw or tokenized data."""
-        if isinstance(eval_dataset, dict):  # the base class would come back here with prepared rows
-            parts = [
-                self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items()
-            ]
-            return {name: value for part in parts for name, value in part.items()}
         if not isinstance(eval_dataset, str):  # a name stands for a data set that is prepared already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         with nothing_changed(self):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if not isinstance(eval_dataset, dict):
+                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics: dict[str, float] = {}  # the base class would come back here with prepared rows
+            for name, part in eval_dataset.items():
+                metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
         """As in the base class; takes raw or tokenized data."""

@@ -264,8 +264,8 @@ class TestCheck:
     def test_finds_nothing_wrong_with_the_teacher(self, model, head, dtype, completes):
         with PoolingServer(model, completes=completes) as server:
             client = TeacherServer(server.url, "teacher", dtype)
-            client.check(head, tiny_tokenizer(), longest=128)
-        assert (client.hidden_size, client.max_length) == (32, 128)
+            client.check(head, tiny_tokenizer(), longest=127)
+        assert (client.hidden_size, client.max_length) == (32, 127)
 
     @pytest.mark.parametrize("name", [None, "teacher", "/models/teacher"])
     def test_knows_the_model_by_its_name_or_its_folder(self, server, head, name):
@@ -277,7 +277,7 @@ class TestCheck:
 
     def test_rows_that_are_too_long(self, server, head):
         with pytest.raises(
-            ValueError, match=r"at most 128 tokens, but the longest row needs 129 .*--max-model-len 129"
+            ValueError, match=r"at most 127 tokens, but the longest row needs 129 .*--max-model-len 130"
         ):
             TeacherServer(server.url).check(head, tiny_tokenizer(), longest=129)
 

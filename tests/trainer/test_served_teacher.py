@@ -271,7 +271,7 @@ class TestRefusals:
     def test_rows_that_are_too_long_for_the_server(self, served, server, when):
         server.max_model_len = 12
         rows = Dataset.from_list([{"prompt": "cat " * 9, "completion": "dog"}])
-        told = "takes rows of at most 12 tokens, but the longest row needs 13 .*--max-model-len 13"
+        told = "takes rows of at most 11 tokens, but the longest row needs 13 .*--max-model-len 14"
         if when == "later":
             trainer = served()
         with pytest.raises(ValueError, match=told):
@@ -279,7 +279,7 @@ class TestRefusals:
 
     def test_samples_that_may_become_too_long_for_the_server(self, served, server):
         server.max_model_len = 12
-        with pytest.raises(ValueError, match="at most 12 tokens, but the longest row needs 17"):
+        with pytest.raises(ValueError, match="at most 11 tokens, but the longest row needs 17"):
             served(response_source="student", max_new_tokens=10)
 
     def test_a_token_before_which_there_is_none(self, served):

@@ -169,8 +169,8 @@ class TeacherServer:
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"The teacher server at {self.url} takes rows of at most {self.max_length} tokens, but the longest "
-                f"row needs {longest} as the teacher sees it. Start the server with `--max-model-len {longest}` or "
-                "more, or lower `teacher_max_length`."
+                f"row needs {longest} as the teacher sees it. Start the server with `--max-model-len {longest + 1}` "
+                "or more, or lower `teacher_max_length`."
             )
 
     def find_model(self) -> str:
@@ -197,7 +197,8 @@ class TeacherServer:
                 f"that model (`--served-model-name` gives it another name), or pass the model that it serves."
             )
         limit = found[0].get("max_model_len")
-        self.max_length = limit if isinstance(limit, int) and limit > 0 else None
+        # vLLM 0.31 never answers a row of its whole length that it computes in chunks: the last token is left out
+        self.max_length = limit - 1 if isinstance(limit, int) and limit > 1 else None
         self._served_name = found[0]["id"]
         return self._served_name
 

@@ -131,7 +131,6 @@ CASES = [
     command(
         f"{EVAL} no/rows --dataset_split test", "`--dataset` is 'no/rows': there is no such folder | Check the name"
     ),
-    command(f"{EVAL} student --dataset_split test", "`--dataset` is 'student', which cannot be read"),
     command(
         f"{EVAL} rows.txt", "`--dataset` is 'rows.txt', a file | .jsonl | Convert it", lambda: written("rows.txt", "x")
     ),

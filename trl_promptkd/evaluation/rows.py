@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -77,7 +78,7 @@ def evaluation_rows(
     references: list[list[Any]] = []
     left_out = 0
     dataset = plain_rows(dataset)
-    for index, row in enumerate(dataset if num_rows is None else dataset.take(num_rows)):
+    for index, row in enumerate(islice(dataset, num_rows)):
         try:
             check_text_only(row)
             prompt_row, answers = _read_row(dict(row), template)

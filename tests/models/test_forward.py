@@ -6,7 +6,13 @@ from padding import ROWS, pad
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import CONFIGS, HEADS, VOCAB_SIZE, dequantized, tiny_model
 
-from trl_promptkd.models.forward import TokenStates, completion_states, forward_logits, inside_forward
+from trl_promptkd.models.forward import (
+    TokenStates,
+    completion_states,
+    forward_logits,
+    inside_forward,
+    prompted_embeddings,
+)
 from trl_promptkd.models.teacher import freeze, load_teacher
 
 
@@ -249,3 +255,21 @@ class TestFourBit:
             four_bit.eval()(input_ids=torch.tensor([[7, 8, 9]]))
         got = self.gradient(freeze(four_bit))
         assert torch.cosine_similarity(got.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_a_soft_prompts_gradient_is_the_same_each_time():
+    """To the bit, on two threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    model = tiny_model(hidden_size=256)
+    soft_prompt = torch.randn(7, 256, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ids = torch.full((8, 100), 5)
+    try:
+        gradients = []
+        for _ in range(20):
+            embeds, _mask = prompted_embeddings(model, ids, torch.ones_like(ids), soft_prompt)
+            weights = torch.randn(embeds.shape, generator=torch.Generator().manual_seed(1))
+            gradients += torch.autograd.grad((embeds * weights).sum(), soft_prompt)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)

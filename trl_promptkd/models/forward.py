@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -385,7 +386,8 @@ def prompted_embeddings(
     source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
     prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
     # Cast after the lookup, so that the gradient of the rows adds up in the prompt's own precision
-    prompt_embeds = soft_prompt.to(token_embeds.device)[prompt_index].to(token_embeds.dtype)
+    # Indexing would add gradients up in another order each time, on several threads
+    prompt_embeds = F.embedding(prompt_index, soft_prompt.to(token_embeds.device)).to(token_embeds.dtype)
     text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
     embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)
     return embeds, torch.where(is_prompt, 1, attention_mask.gather(1, source))

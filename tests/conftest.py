@@ -7,11 +7,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from chat_server import ChatServer
 from runs import short_run
 from tiny import tiny_tokenizer
 from trainers import METHODS, Maker
 
 from trl_promptkd import PrimedDistillConfig, PromptKDConfig
+from trl_promptkd.generation import openai_server
 
 
 torch.set_num_threads(1)
@@ -50,6 +52,15 @@ def primed(tmp_path):
 def make(request, tmp_path):
     """Makes either trainer: the test runs for both."""
     return Maker(request.param, tmp_path)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An API that speaks OpenAI's protocol. (Tests of vLLM's pooling mode have a `server` of their own.)"""
+    monkeypatch.setattr(openai_server, "_PAUSES", (0.01,) * 6)
+    monkeypatch.delenv(openai_server.KEY_VARIABLE, raising=False)
+    with ChatServer() as server:
+        yield server
 
 
 @pytest.fixture

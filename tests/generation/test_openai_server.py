@@ -3,7 +3,6 @@ import time
 from email.utils import formatdate
 
 import pytest
-from chat_server import ChatServer
 
 from trl_promptkd.generation import openai_server
 from trl_promptkd.generation.openai_server import KEY_VARIABLE, OpenAIServer
@@ -11,14 +10,6 @@ from trl_promptkd.generation.openai_server import KEY_VARIABLE, OpenAIServer
 
 CHAT = {"messages": [{"role": "user", "content": "the cat sat"}], "max_tokens": 5}
 TEXT = {"prompt": "the cat sat", "max_tokens": 5}
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(openai_server, "_PAUSES", (0.01,) * 6)
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    with ChatServer() as server:
-        yield server
 
 
 class TestRequests:

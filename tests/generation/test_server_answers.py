@@ -5,22 +5,14 @@ import pytest
 from chat_server import ChatServer, asked, reversed_words
 from datasets import load_dataset
 
-from trl_promptkd.generation import openai_server, server_answers, store
-from trl_promptkd.generation.openai_server import KEY_VARIABLE, OpenAIServer
+from trl_promptkd.generation import server_answers, store
+from trl_promptkd.generation.openai_server import OpenAIServer
 from trl_promptkd.generation.server_answers import write_server_answers
 
 
 SAMPLING = {"max_tokens": 5, "temperature": 0.7, "top_p": 1.0}
 REQUESTS = [{"messages": [{"role": "user", "content": f"red cat {number}"}]} for number in range(9)]
 ANSWERS = [(f"{number} cat red", False) for number in range(9)]
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(openai_server, "_PAUSES", (0.01,) * 6)
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    with ChatServer() as server:
-        yield server
 
 
 @pytest.fixture

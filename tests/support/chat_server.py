@@ -4,10 +4,11 @@ import contextlib
 import json
 import threading
 from collections import deque
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from loopback import LoopbackServer, QuietHandler
 
 
-class ChatServer:
+class ChatServer(LoopbackServer):
     """
     The server and what it was asked; a context, in which it runs.
 
@@ -23,22 +24,12 @@ class ChatServer:
         self.requests: list[tuple[str, dict]] = []  # path and body of each that got an answer
         self.faults: deque = deque()  # (status, headers, body) to say before anything else; None: hangs up
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"chat": self}))
-        self.server.daemon_threads = True
-        self.host = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(_Handler, "chat")
         self.url = f"{self.host}/v1"
 
     @property
     def bodies(self):
         return [body for _, body in self.requests]
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def asked(body):
@@ -50,12 +41,8 @@ def reversed_words(body):
     return " " * ("prompt" in body) + " ".join(reversed(asked(body).split()))
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(QuietHandler):
     chat: ChatServer
-
-    def log_message(self, *_):
-        pass
 
     def do_GET(self):
         if self._refused():

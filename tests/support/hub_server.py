@@ -15,11 +15,11 @@ import re
 import socket
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import yaml
+from loopback import LoopbackServer, QuietHandler
 
 
 USER, TOKEN = "me", "hf_token"
@@ -64,7 +64,7 @@ class Repo:
         return oid
 
 
-class Hub:
+class Hub(LoopbackServer):
     """The server and what it holds; a context, in which it runs."""
 
     def __init__(self):
@@ -74,16 +74,8 @@ class Hub:
         self.uploads_left: int | None = None  # LFS uploads until it dies
         self.takes_commits = True  # or dies before one
         self.dead = False
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(_Handler, "hub")
+        self.url = self.host
 
     def revive(self) -> None:
         self.dead, self.uploads_left, self.takes_commits = False, None, True
@@ -99,19 +91,8 @@ class _Refused(Exception):  # noqa: N818
         self.status, self.code, self.message, self.body = status, code, message or code, body
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def handle_one_request(self) -> None:
-        try:
-            super().handle_one_request()
-        except ConnectionError:
-            self.close_connection = True
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -10,9 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from loopback import LoopbackServer, QuietHandler
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,7 +37,7 @@ class Answer:
         return cls.json(status, {"error": {"message": message, "type": "BadRequestError", "code": status}})
 
 
-class PoolingServer:
+class PoolingServer(LoopbackServer):
     """The server; a context, in which it runs.
 
     Args:
@@ -47,30 +47,15 @@ class PoolingServer:
     """
 
     def __init__(self, model, name="teacher", max_model_len=128, key=None, completes=False, port=0):
-        self.model, self.name, self.max_model_len, self.key, self.completes = (
-            model,
-            name,
-            max_model_len,
-            key,
-            completes,
-        )
+        self.model, self.name, self.max_model_len = model, name, max_model_len
+        self.key, self.completes = key, completes
         self.faults: list[Callable[[Answer], Answer]] = []
         self.before_pooling: Callable[[], None] = lambda: None
         self.bodies: list[dict] = []  # of the requests to /pooling
         self.keys: list[str | None] = []
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"pooling": self}))
-        self.server.daemon_threads = True
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-
-    def __enter__(self) -> "PoolingServer":
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        super().__init__(_Handler, "pooling", port)
+        self.url = self.host
 
     @property
     def rows(self) -> list[list[int]]:
@@ -120,19 +105,8 @@ class PoolingServer:
         return Answer(200, b"".join(states), metadata)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     pooling: PoolingServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args) -> None:
-        pass
-
-    def handle_one_request(self) -> None:
-        try:
-            super().handle_one_request()
-        except ConnectionError:
-            self.close_connection = True
 
     def do_GET(self) -> None:
         self._send(self.pooling.answer(self.path, None, self.headers.get("Authorization")))

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import trl
-from chat_server import ChatServer, asked, reversed_words
+from chat_server import asked, reversed_words
 from datasets import Dataset
 from paths import ROOT
 from runs import short_run
@@ -20,17 +20,8 @@ from trainers import equal, logged, trained, trained_rows
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PrimingTemplate
-from trl_promptkd.generation import openai_server
 from trl_promptkd.generation.openai_server import KEY_VARIABLE
 from trl_promptkd.losses.primed_distill import primed_loss_sums
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(openai_server, "_PAUSES", (0.01,) * 6)
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    with ChatServer() as server:
-        yield server
 
 
 @pytest.fixture

@@ -24,9 +24,8 @@ __all__ = ["write_server_answers"]
 _KIND = "api"  # the local teacher's files in the same folder have another
 _COLUMNS = ("key", "prompt", "completion", "finish_reason", "settings")
 _ANSWERS = pyarrow.schema(dict.fromkeys(_COLUMNS, pyarrow.string()))
-_BATCHES = (
-    4  # rows that are handed out together, for each one that is asked for at once: few threads wait for the last
-)
+# Rows that are handed out together, for each one that is asked for at once: few threads wait for the last
+_BATCHES = 4
 
 
 def write_server_answers(

@@ -50,7 +50,8 @@ def collusion(history: Sequence[Entry], share: float = COLLUSION_SHARE) -> Collu
     """Whether the soft prompt seems to follow the student at the end of `history`; `None` if not.
 
     It does if the prompt gain and KL(prompted || plain) are both at least `share` of KL(student || plain), from the
-    second logged step on. An `eval_forward_kl` that has not risen since the first evaluation clears the prompt.
+    second logged step on. A forward KL that has risen on no evaluation set since the first evaluation clears the
+    prompt.
     """
     training = [entry for entry in history if "kl/prompt_gain" in entry]
     if len(training) < 2:

@@ -142,15 +142,16 @@ def priming_section(trainer) -> MethodSection:
     same = "Both were compared on the same completion tokens."
     if args.teacher_answers_url is not None:
         same = "The student was trained on the teacher's answers alone, which came over an API."
-    unseen = "The student never saw it: it is used with the bare question."
     if isinstance(priming, Mapping):
-        each = "\n\n".join(_one_of_several(trainer, name) for name in priming)
-        told = f"{each}\n\n{unseen if any(priming.values()) else ''} {same}".replace("saw it:", "saw such a text:")
+        parts = [_one_of_several(trainer, name) for name in priming]
+        if any(priming.values()):
+            parts.append("The student never saw such a text: it is used with the bare question.")
         summary = "several teachers, of which the column `teacher` of the data names one for each row"
-        return MethodSection(summary, told, settings)
+        return MethodSection(summary, "\n\n".join([*parts, same]), settings)
     teacher = _primed_teacher_name(trainer, trainer.teacher, trainer.is_self_distillation)
     if priming is None:
         return MethodSection(f"{teacher}, which saw the prompts as they are (no priming)", same, settings)
+    unseen = "The student never saw it: it is used with the bare question."
     details = f"The teacher saw {_text(priming)}\n\n{unseen} {same}"
     return MethodSection(f"{teacher}, which saw a priming text that the student does not see", details, settings)
 

@@ -85,6 +85,25 @@ class TestOneStep:
         assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
+    @pytest.mark.parametrize("update", ["sequential", "simultaneous"])
+    def test_a_prompt_that_does_not_learn_is_a_fixed_one(self, promptkd, update):
+        """The student learns from the teacher behind it as from any, and the teacher runs once a micro-batch: neither
+        plain nor with a gradient."""
+        student, teacher = tiny_model(seed=1), tiny_model(seed=2)
+        ref_student, ref_teacher = copy.deepcopy(student), copy.deepcopy(teacher)
+        fixed = {"prompt_learning_rate": 0.0}
+        settings = SGD | {"logging_steps": 100, "logging_first_step": False}
+        trainer = promptkd(
+            student, teacher, prompt=fixed, gradient_accumulation_steps=2, prompt_update=update, **settings
+        )
+        soft_prompt = trainer.prompt_embeddings().clone()
+        windows, gradients = keep_windows(trainer), counted_passes(teacher, torch.is_grad_enabled)
+        trainer.train()
+        promptkd_step(ref_student, ref_teacher, soft_prompt.clone(), windows[0], 0.05, 0.0, update)
+        assert gradients == [False, False]
+        assert difference(weights(trainer.model), weights(ref_student)) < 1e-4
+        assert torch.equal(trainer.prompt_embeddings(), soft_prompt)
+
     def test_logged_values_equal_rows_alone(self, promptkd):
         student, teacher = tiny_model(seed=1), tiny_model(seed=2)
         reference = copy.deepcopy(student)

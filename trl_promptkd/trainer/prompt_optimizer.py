@@ -85,6 +85,11 @@ class PromptOptimizer:
         )
 
     @property
+    def learns(self) -> bool:
+        """Whether the prompt is trained; with a learning rate of 0 it stays what it is, and costs what a text costs."""
+        return bool(self.optimizer.defaults["lr"] > 0)
+
+    @property
     def learning_rate(self) -> float:
         return self.scheduler.get_last_lr()[0]
 

@@ -334,23 +334,26 @@ class PromptKDTrainer(GKDTrainer):
             "beta": self.beta,
             "temperature": args.loss_temperature,
         }
-        window_ends = self.accelerator.sync_gradients
+        learns = self.prompt_optimizer.learns
+        window_ends = learns and self.accelerator.sync_gradients
         prompt_leads = window_ends and args.prompt_update == "sequential"  # the student learns from the stepped prompt
 
         student_states = self._states(student, inputs)
         with run_teacher(self.teacher_model, student) as teacher:
             plain = None
-            if weight > 0 or is_logged_step(self):
+            if (learns and weight > 0) or is_logged_step(self):
                 with torch.no_grad():
                     plain = self._teacher_states(teacher, inputs).detach()
             with recomputed_activations(teacher, args.teacher_gradient_checkpointing):
-                prompted = self._teacher_states(teacher, inputs, self.soft_prompt())
+                with torch.set_grad_enabled(learns):
+                    prompted = self._teacher_states(teacher, inputs, self.soft_prompt())
                 known = student_states.detach() if prompt_leads else student_states
                 losses = "prompt" if prompt_leads else "both"
                 of_prompt, gradients = chunked_sums(
                     promptkd_loss_sums, args.loss_chunk_size, known, prompted, plain, losses=losses, **settings
                 )
-                self.prompt_optimizer.accumulate(gradients[-1], num_tokens)
+                if learns:
+                    self.prompt_optimizer.accumulate(gradients[-1], num_tokens)
             if window_ends:
                 self._train_means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
                 self._train_means.add("prompt/grad_norm", self.prompt_optimizer.step())

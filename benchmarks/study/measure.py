@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from models import teacher as load_teacher
 from transformers import GenerationConfig
-from world import WRITERS, Problem, make_problem, make_tokenizer, said_result
+from world import Problem, gold_answer, make_problem, make_tokenizer, said_result, writer_of
 
 from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import entropy, kl_divergence
@@ -24,11 +24,17 @@ def problems(split: str, number: int) -> list[Problem]:
 
 
 def prompt_ids(questions: list[str], line: str = "") -> list[list[int]]:
+    """Of questions behind a line, which ends with a space if there is one."""
     return TOKENIZER([f"{line}{question} answer :" for question in questions]).input_ids
 
 
+def answer_ids(texts: list[str]) -> list[list[int]]:
+    """With the end of text."""
+    return [[*ids, TOKENIZER.eos_token_id] for ids in TOKENIZER(texts).input_ids]
+
+
 def answers(model, prompts: list[list[int]], seed: int | None, batch_size: int = 250) -> list[list[int]]:
-    """Token ids, end of text included; greedy where `seed` is None."""
+    """Token ids, end of text included; greedy if `seed` is None."""
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=seed is not None,
@@ -40,9 +46,19 @@ def answers(model, prompts: list[list[int]], seed: int | None, batch_size: int =
         return generate_completions(model, prompts, config, batch_size)
 
 
+def texts_of(found: list[list[int]]) -> list[str]:
+    return TOKENIZER.batch_decode(found, skip_special_tokens=True)
+
+
 def share_right(found: list[list[int]], of: list[Problem]) -> float:
-    texts = TOKENIZER.batch_decode(found, skip_special_tokens=True)
+    texts = texts_of(found)
     return sum(said_result(text) == problem.result for text, problem in zip(texts, of, strict=True)) / len(of)
+
+
+def shares_of_writers(found: list[list[int]], of: list[Problem]) -> dict[str, float]:
+    """Which share of the answers each writer may have written (see `writer_of`)."""
+    writers = [writer_of(text, problem) for text, problem in zip(texts_of(found), of, strict=True)]
+    return {f"{writer}_share": writers.count(writer) / len(of) for writer in ("careful", "brief", "pupil")}
 
 
 @torch.no_grad()
@@ -59,64 +75,96 @@ def log_probs(model, prompts, completions, soft_prompt=None, batch_size: int = 1
     return torch.cat(parts)
 
 
+def nll(log_probs_: torch.Tensor, completions: list[list[int]]) -> torch.Tensor:
+    """Of the completions' tokens: `(num_tokens,)`."""
+    ids = torch.tensor([token for row in completions for token in row])
+    return -log_probs_.gather(1, ids[:, None])[:, 0]
+
+
 class Measures:
     """The measures of one split, with the teacher's own part of them done once."""
 
-    def __init__(self, folder: Path, split: str, num_greedy: int = 1000, num_sampled: int = 250):
+    def __init__(self, folder: Path, split: str, num_greedy: int = 1000, num_sampled: int = 500):
         self.teacher = load_teacher(folder)
         self.problems = problems(split, num_greedy)
-        self.prompts = prompt_ids([problem.question for problem in self.problems])
+        self.questions = [problem.question for problem in self.problems]
+        self.prompts = prompt_ids(self.questions)
+        self.of_sampled = self.problems[:num_sampled]
         self.sampled = self.prompts[:num_sampled]
+        rng = random.Random(f"{split} gold")
+        self.gold = answer_ids([gold_answer(problem, rng) for problem in self.of_sampled])
         self.teacher_samples = answers(self.teacher, self.sampled, seed=1)
         self.teacher_on_own = log_probs(self.teacher, self.sampled, self.teacher_samples)
 
-    def of_teacher(self) -> dict[str, dict[str, float]]:
-        """Accuracies of the teacher behind no line, and behind the first line of each writer."""
-        found = {}
-        for writer, line in {"no line": "", **{name: lines[0] + " " for name, lines in WRITERS.items()}}.items():
-            prompts = prompt_ids([problem.question for problem in self.problems], line)
-            number = len(self.sampled)
-            found[f"{writer}: {line}" if line else writer] = {
-                "accuracy": share_right(answers(self.teacher, prompts, None), self.problems),
-                "sampled_accuracy": share_right(answers(self.teacher, prompts[:number], 2), self.problems[:number]),
-            }
-        return found
+    def _means(self, name: str, values: torch.Tensor) -> dict[str, float]:
+        """A mean per token, and one per answer."""
+        return {name: values.mean().item(), f"{name}_per_answer": values.sum().item() / len(self.sampled)}
 
-    def of(self, student, soft_prompt=None) -> dict[str, float]:
-        """Accuracies (shares), KLs and entropies (nats a token) of a student, and of the prompted teacher where there
-        is one."""
+    def of_answers(self, found: list[list[int]]) -> dict[str, float]:
+        return {
+            "sampled_accuracy": share_right(found, self.of_sampled),
+            **shares_of_writers(found, self.of_sampled),
+            "mean_length": sum(map(len, found)) / len(found),
+            "ended_share": sum(ids[-1] == TOKENIZER.eos_token_id for ids in found) / len(found),
+        }
+
+    def of_teacher(self, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
+        """Of the teacher behind a line or a soft prompt: what it samples, and how far it is from the plain one."""
+        prompts = prompt_ids(self.questions[: len(self.sampled)], line)
+        model = self.teacher if soft_prompt is None else with_soft_prompt(self.teacher, soft_prompt)
+        values = self.of_answers(answers(model, prompts, seed=4))
+        on_own = log_probs(self.teacher, prompts, self.teacher_samples, soft_prompt)
+        on_gold = log_probs(self.teacher, prompts, self.gold, soft_prompt)
+        return {
+            **values,
+            **self._means("gold_nll", nll(on_gold, self.gold)),
+            **self._means("plain_prompted", kl_divergence(self.teacher_on_own, on_own)),
+        }
+
+    def of(self, student, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
+        """Of a student, and of the teacher behind what the student was trained with. Accuracies and shares are shares
+        of 1; KLs, entropies and NLLs in nats a token, and an answer if the name says so."""
         was_training = student.training
         student.eval()
-        number = len(self.sampled)
-        greedy = answers(student, self.prompts, None)
-        samples, others = (answers(student, self.sampled, seed) for seed in (2, 3))
+        samples = answers(student, self.sampled, 2)
         q = log_probs(student, self.sampled, samples)
         p = log_probs(self.teacher, self.sampled, samples)
-        texts = TOKENIZER.batch_decode(samples + others, skip_special_tokens=True)
+        on_teachers = log_probs(student, self.sampled, self.teacher_samples)
         values = {
-            "accuracy": share_right(greedy, self.problems),
-            "sampled_accuracy": share_right(samples, self.problems[:number]),
-            "reverse_kl": kl_divergence(q, p).mean().item(),
-            "forward_kl": kl_divergence(self.teacher_on_own, log_probs(student, self.sampled, self.teacher_samples))
-            .mean()
-            .item(),
+            "accuracy": share_right(answers(student, self.prompts, None), self.problems),
+            **self.of_answers(samples),
+            **self._means("reverse_kl", kl_divergence(q, p)),
+            **self._means("forward_kl", kl_divergence(self.teacher_on_own, on_teachers)),
+            **self._means("gold_nll", nll(log_probs(student, self.sampled, self.gold), self.gold)),
             "student_entropy": entropy(q).mean().item(),
-            "mean_length": sum(map(len, samples)) / number,
-            "brief_share": sum(len(ids) < 6 for ids in samples) / number,
-            "two_samples_differ": sum(a != b for a, b in zip(texts[:number], texts[number:], strict=True)) / number,
         }
-        if soft_prompt is not None:
-            prompted = log_probs(self.teacher, self.sampled, samples, soft_prompt)
+        if line or soft_prompt is not None:
+            prompts = prompt_ids(self.questions[: len(self.sampled)], line)
+            prompted = log_probs(self.teacher, prompts, samples, soft_prompt)
+            of_teacher = self.of_teacher(line, soft_prompt)
             values |= {
-                "reverse_kl_prompted": kl_divergence(q, prompted).mean().item(),
-                "prompted_student": kl_divergence(prompted, q).mean().item(),
-                "prompted_plain": kl_divergence(prompted, p).mean().item(),
-                "prompted_entropy": entropy(prompted).mean().item(),
-                "prompted_forward_kl": kl_divergence(
-                    self.teacher_on_own, log_probs(self.teacher, self.sampled, self.teacher_samples, soft_prompt)
-                )
-                .mean()
-                .item(),
+                **self._means("student_prompted", kl_divergence(q, prompted)),
+                **self._means("prompted_plain", kl_divergence(prompted, p)),
+                **{f"teacher_{name}": value for name, value in of_teacher.items()},
             }
         student.train(was_training)
         return values
+
+
+def with_soft_prompt(teacher, soft_prompt: torch.Tensor):
+    """The teacher behind a soft prompt, as PEFT's model, which `generate` takes."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(soft_prompt))
+    model = get_peft_model(load_like(teacher), config)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(soft_prompt)
+    return model.eval()
+
+
+def load_like(teacher):
+    """The same model with weights that are shared: PEFT marks what it wraps."""
+    copy = type(teacher)(teacher.config)
+    copy.load_state_dict(teacher.state_dict(), assign=True)
+    copy.tie_weights()
+    return copy

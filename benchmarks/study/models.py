@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
-from world import gold_answer, make_problem, make_tokenizer, teacher_text
+from world import Problem, gold_answer, make_problem, make_tokenizer, teacher_text, write_answer
 
 
 TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -38,8 +38,9 @@ def learn(model, next_rows, steps: int, peak_rate: float, batch_size: int, name:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps, pct_start=0.05)
     model.train()
     for _ in (bar := tqdm(range(steps), desc=name, mininterval=5)):
-        rows = [(tokenizer(prompt).input_ids, tokenizer(answer).input_ids) for prompt, answer in next_rows(batch_size)]
-        rows = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in rows]
+        texts = next_rows(batch_size)
+        prompts, answers = (tokenizer(list(part)).input_ids for part in zip(*texts, strict=True))
+        rows = [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.tensor([p + a + [tokenizer.pad_token_id] * (width - len(p) - len(a)) for p, a in rows])
         labels = torch.tensor([[-100] * len(p) + a + [-100] * (width - len(p) - len(a)) for p, a in rows])
@@ -63,14 +64,14 @@ def save(model, path: Path) -> None:
         unfinished.rename(path)
 
 
-def teacher(folder: Path, steps: int = 3000) -> LlamaForCausalLM:
+def teacher(folder: Path, steps: int = 2000) -> LlamaForCausalLM:
     """About a million parameters, trained on an endless stream of answers by all three writers."""
     path = folder / f"teacher_{steps}"
     if not path.exists():
         rng = random.Random(0)
         model = new_model(TEACHER, seed=0)
         start = time.time()
-        learn(model, lambda size: [teacher_text(rng) for _ in range(size)], steps, 2e-3, 64, "teacher")
+        learn(model, lambda size: [teacher_text(rng) for _ in range(size)], steps, 2e-3, 48, "teacher")
         print(f"The teacher took {time.time() - start:.0f} s.")
         save(model, path)
     return LlamaForCausalLM.from_pretrained(path).eval().requires_grad_(False)
@@ -79,21 +80,30 @@ def teacher(folder: Path, steps: int = 3000) -> LlamaForCausalLM:
 def training_rows(num_rows: int) -> list[tuple[str, str]]:
     """(question, gold answer): the finite training set, the same for all seeds."""
     rng = random.Random("train")
-    problems = [make_problem(rng) for _ in range(num_rows)]
+    problems = training_problems(num_rows)
     return [(problem.question, gold_answer(problem, rng)) for problem in problems]
 
 
-def student(folder: Path, seed: int, steps: int, num_rows: int) -> LlamaForCausalLM:
-    """About 75,000 parameters, after `steps` of SFT with 32 rows each on the training set; 0 for none."""
-    path = folder / f"student_{seed}_{steps}_{num_rows}"
+def training_problems(num_rows: int) -> list[Problem]:
+    rng = random.Random("train problems")
+    return [make_problem(rng) for _ in range(num_rows)]
+
+
+def student(folder: Path, seed: int, steps: int, num_rows: int, writer: str = "gold") -> LlamaForCausalLM:
+    """About 75,000 parameters, after `steps` of SFT with 32 rows each on the training set's questions, answered as
+    the data does, or by one writer."""
+    path = folder / f"student_{seed}_{steps}_{num_rows}_{writer}"
     if not path.exists():
         rows, rng = training_rows(num_rows), random.Random(seed)
+        if writer != "gold":
+            by_writer = random.Random(writer)
+            problems = training_problems(num_rows)
+            rows = [(problem.question, write_answer(problem, writer, by_writer)) for problem in problems]
         model = new_model(STUDENT, seed=1000 + seed)
 
         def next_rows(size: int):
             return [(f"{question} answer :", answer) for question, answer in rng.choices(rows, k=size)]
 
-        if steps:
-            learn(model, next_rows, steps, 3e-3, 32, f"student {seed}")
+        learn(model, next_rows, steps, 3e-3, 32, f"student {seed}, {writer}")
         save(model, path)
     return LlamaForCausalLM.from_pretrained(path)

@@ -1,139 +1,191 @@
 """All runs of the small world, each kept in a file: what is finished is not run again, and several processes share the
 work.
 
-python benchmarks/study/run.py --folder study                 # everything; start it once a core
-python benchmarks/study/run.py --folder study --groups tune   # a part
+    python benchmarks/study/costs.py --folder study               # once; the committed costs.json is this machine's
+    python benchmarks/study/run.py --folder study                 # everything; start it once a core
+    python benchmarks/study/run.py --folder study --groups tune   # a part
+    python benchmarks/study/run.py --folder study --collect       # finished runs into results.jsonl
 """
 
 import argparse
 import hashlib
 import json
 import os
+import statistics
 import time
 from pathlib import Path
 
 
-STUDENT_STEPS, NUM_ROWS = 1500, 800  # of the warm start by SFT
-TUNING_STEPS = 300
-STEPS = 200  # of optimizer steps where methods are compared at equal steps
-HALF = STEPS // 2
-PRIMING_STEPS = 1000  # after 200 nothing could be told apart
-SECONDS = 30.0  # of one core, about what PromptKD takes for half of them, where they are compared at equal time
-SEEDS = [0, 1, 2, 3, 4]
-TUNING_SEED = 102
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
+COSTS = json.loads((HERE / "costs.json").read_text())
+NUM_ROWS, WARM_STEPS = 800, 1000
+BUDGET = 150 * COSTS["promptkd"]  # seconds of one core
+SEEDS = list(range(10))
+TUNING_SEEDS = [100, 101, 102]
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
-METHODS = {
-    "SFT": {"method": "sft"},
-    "KD, forward": {"method": "kd", "beta": 0.0},
-    "KD, reverse": {"method": "kd", "beta": 1.0},
-    "SeqKD": {"method": "seqkd"},
-    "GKD": {"method": "gkd", "beta": 1.0},
-    "PromptKD": {"method": "promptkd", "beta": 1.0, "prompt": {}},
-}
-ABLATIONS = {
-    "1 virtual token": {"num_virtual_tokens": 1},
-    "20 virtual tokens": {"num_virtual_tokens": 20},
-    "init vocab": {"prompt_init": "vocab"},
-    "init random": {"prompt_init": "random"},
-    "init careful text": {"prompt_init_text": "you are a careful teacher ."},
-    "forward prompt loss": {"prompt_divergence": "forward"},
-    "no regulariser": {"regularization_coef": 0.0},
-    "constant regulariser": {"regularization_schedule": "constant"},
-    "simultaneous": {"prompt_update": "simultaneous"},
-}
-PROMPT_RATES = [0.1, 1.0, 10.0, 100.0]  # times the student's
-REGULARIZERS = {
-    "none": {"regularization_coef": 0.0},
-    "linear": {"regularization_coef": 1.0},
-    "constant": {"regularization_coef": 1.0, "regularization_schedule": "constant"},
-}
-GRID_SEEDS = [0, 1]
-WARM_STARTS = {"short": 400, "full": STUDENT_STEPS}
-BASE = {"data": "finite", "num_rows": NUM_ROWS, "warm_steps": STUDENT_STEPS, "steps": STEPS, "beta": 1.0}
-TUNING = {"seed": TUNING_SEED, "split": "val", "steps": TUNING_STEPS}
+FIRST_RATES = [1e-3, 3e-3]
+NUM_RANKED = 100  # training questions on which the lines are ranked
+SCORE = "sampled_accuracy"
+CAREFUL, PUPIL = "you are a careful teacher . ", "a child writes here . "
 
 
-def best_rates(folder: Path) -> dict[str, float]:
-    """The learning rate of each method with the best accuracy on the validation split."""
-    rates = {}
-    for name, settings in METHODS.items():
-        scores = {}
-        for rate in RATES:
-            path = file_of(folder, BASE | settings | TUNING | {"learning_rate": rate})
-            scores[rate] = json.loads(path.read_text())["measures"][-1]["accuracy"]
-        rates[name] = max(scores, key=scores.get)
-    return rates
+def stage(kind: str, seconds: float = BUDGET, **fields) -> dict:
+    """A stage that takes so long; what comes before its first step has been taken off."""
+    method = "promptkd" if kind == "anchored" else kind
+    return {"method": method, "steps": int(seconds / COSTS[kind]), **fields}
 
 
-def plan(folder: Path, group: str) -> list[tuple[str, dict]]:
-    """(name, settings) of a group's runs; all but `tune` need the learning rates that `tune` found."""
-    if group == "tune":
-        return [
-            (name, BASE | settings | TUNING | {"learning_rate": rate})
-            for name, settings in METHODS.items()
-            for rate in RATES
-        ]
-    rates = best_rates(folder)
-    rate = rates["PromptKD"]
-    promptkd = BASE | METHODS["PromptKD"] | {"learning_rate": rate}
-    if group in ("finite", "fresh"):
-        # PromptKD takes STEPS steps, which its regulariser's schedule is over. The others run until they took as long
-        # as half of them.
-        as_long = {"steps": 100_000, "seconds": SECONDS, "snapshots": [HALF, STEPS]}
-        return [
-            (
-                name,
-                BASE
-                | settings
-                | ({"snapshots": [HALF]} if name == "PromptKD" else as_long)
-                | {"data": group, "seed": seed, "learning_rate": rates[name]},
-            )
-            for seed in SEEDS
-            for name, settings in METHODS.items()
-        ]
-    if group == "ablations":
-        return [
-            (name, promptkd | {"seed": seed, "prompt": prompt}) for seed in SEEDS for name, prompt in ABLATIONS.items()
-        ]
-    if group == "grid":
-        settings = [(regularizer, "full") for regularizer in REGULARIZERS] + [("linear", "short")]
-        return [
-            (
-                f"{prompt_rate:g}, {regularizer}, {warm}",
-                promptkd
-                | {"seed": seed, "warm_steps": WARM_STARTS[warm]}
-                | {"prompt": {"prompt_learning_rate": prompt_rate * rate} | REGULARIZERS[regularizer]},
-            )
-            for seed in GRID_SEEDS
-            for regularizer, warm in settings
-            for prompt_rate in PROMPT_RATES
-        ] + [
-            (
-                f"GKD, {warm}",
-                BASE | METHODS["GKD"] | {"seed": seed, "warm_steps": steps, "learning_rate": rates["GKD"]},
-            )
-            for seed in GRID_SEEDS
-            for warm, steps in WARM_STARTS.items()
-        ]
-    return [
-        (
-            f"{line or 'no line'}, {source}",
-            BASE
-            | {"method": "primed", "line": line, "response_source": source, "beta": 0.0, "seed": seed}
-            | {"learning_rate": rates["KD, forward"], "steps": PRIMING_STEPS, "snapshots": [STEPS]},
-        )
-        for seed in SEEDS
-        for source in ("dataset", "teacher")
-        for line in (None, "careful", "pupil")
-    ]
+def after(kind: str, setup: float, seconds: float = BUDGET, **fields) -> dict:
+    """A stage whose preparation of `setup` seconds is part of its time."""
+    return stage(kind, seconds - setup, **fields)
 
 
-GROUPS = ["tune", "finite", "grid", "priming", "fresh", "ablations"]
+WRITING = NUM_ROWS * COSTS["greedy_answer"]
+RANKING = 8 * NUM_RANKED * COSTS["sampled_answer"]
+RIGHT = NUM_ROWS * COSTS["right_answer"]
+
+
+def methods(seconds: float) -> dict[str, list[dict]]:
+    """Name -> stages, without their learning rates."""
+    half = seconds / 2
+    seqkd = after("sft", WRITING, half, answers="")
+    return {
+        "SFT": [stage("sft", seconds)],
+        "SeqKD": [after("sft", WRITING, seconds, answers="")],
+        "SeqKD, fixed text": [after("sft", WRITING + RANKING, seconds, answers=CAREFUL)],
+        "KD, reverse": [stage("kd", seconds)],
+        "GKD": [stage("gkd", seconds)],
+        "GKD, fixed text": [after("gkd", RANKING, seconds, line=CAREFUL)],
+        "PromptKD": [stage("promptkd", seconds)],
+        "SeqKD then GKD": [seqkd, stage("gkd", half)],
+        "SeqKD then PromptKD": [seqkd, stage("promptkd", half)],
+        "SeqKD, fixed text, then GKD, fixed text": [
+            after("sft", WRITING + RANKING, half, answers=CAREFUL),
+            stage("gkd", half, line=CAREFUL),
+        ],
+    }
+
+
+def anchored(seconds: float, source: str, weight: float, prompt_rate: float | None = None, **fields) -> list[dict]:
+    prompt = {} if prompt_rate is None else {"prompt_learning_rate": prompt_rate}
+    setup = RIGHT if source == "right" else 0.0
+    return [after("anchored", setup, seconds, anchor=source, anchor_weight=weight, prompt=prompt, **fields)]
+
+
+def frozen(seconds: float, **fields) -> dict:
+    """A prompt that never learns costs what a text costs: a step of GKD."""
+    return stage("gkd", seconds) | {"method": "promptkd", "prompt": {"prompt_learning_rate": 0.0}, **fields}
+
+
+def tuned_first(seconds: float, source: str, steps: int, rate: float) -> list[dict]:
+    """A prompt that is tuned on answers, and then stays."""
+    setup = steps * COSTS["tuned"] + (RIGHT if source == "right" else 0.0)
+    return [frozen(seconds - setup, anchor=source, tune_steps=steps, tune_rate=rate)]
+
+
+def candidates(seconds: float) -> dict[str, list[dict]]:
+    """Tried on the tuning students: what may be better than the paper."""
+    plain = stage("promptkd", seconds)
+    return {
+        "PromptKD, prompt lr 0": [frozen(seconds)],
+        "PromptKD, prompt lr 0.01": [plain | {"prompt": {"prompt_learning_rate": 1e-2}}],
+        "anchored on gold, 1": anchored(seconds, "gold", 1.0),
+        "anchored on gold, 1, lr 0.01": anchored(seconds, "gold", 1.0, 1e-2),
+        "anchored on right answers, 1, lr 0.01": anchored(seconds, "right", 1.0, 1e-2),
+        "anchored on right answers, 10, lr 0.01": anchored(seconds, "right", 10.0, 1e-2),
+        "tuned on gold, frozen": tuned_first(seconds, "gold", 60, 1e-2),
+        "tuned on right answers, frozen": tuned_first(seconds, "right", 60, 1e-2),
+        "budget of 0.2 nats": [plain | {"budget": 0.2, "prompt": {"regularization_schedule": "constant"}}],
+        "PromptKD, beta 0.5": [plain | {"beta": 0.5}],
+        "GKD, beta 0.5": [stage("gkd", seconds, beta=0.5)],
+        "GKD, fixed text, beta 0": [after("gkd", RANKING, seconds, line=CAREFUL, beta=0.0)],
+    }
+
+
+def with_rate(stages: list[dict], rates: dict[str, float]) -> list[dict]:
+    """Each stage with the learning rate of its kind."""
+    return [one | {"learning_rate": rates[one["method"]]} for one in stages]
+
+
+def settings_of(stages: list[dict], seed: int, split: str = "test", writer: str = "gold") -> dict:
+    common = {"num_rows": NUM_ROWS, "warm_steps": WARM_STEPS, "writer": writer}
+    return common | {"seed": seed, "split": split, "stages": stages}
 
 
 def file_of(folder: Path, settings: dict) -> Path:
     text = json.dumps(settings, sort_keys=True)
     return folder / "runs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+CONTROLS = ("GKD", "GKD, fixed text", "PromptKD")  # beside the candidates
+TUNED = {"sft": "SeqKD", "kd": "KD, reverse", "gkd": "GKD", "promptkd": "PromptKD"}
+
+
+def tuning(kind: str, rate: float) -> list[dict]:
+    """The settings of a kind's runs at one learning rate, in half the time, on the tuning students."""
+    stages = methods(BUDGET / 2)[TUNED[kind]]
+    return [settings_of(with_rate(stages, {kind: rate}), seed, "val") for seed in TUNING_SEEDS]
+
+
+def score(folder: Path, several: list[dict]) -> float | None:
+    """The mean of several runs; None if one is not there."""
+    files = [file_of(folder, settings) for settings in several]
+    if not all(file.exists() for file in files):
+        return None
+    return statistics.fmean(json.loads(file.read_text())["end"][SCORE] for file in files)
+
+
+def best_rate(folder: Path, kind: str) -> tuple[float | None, list[float]]:
+    """(the best learning rate, those to try next): from the better of two on, until it gets no better."""
+    scores = {rate: score(folder, tuning(kind, rate)) for rate in RATES}
+    waiting = [rate for rate in FIRST_RATES if scores[rate] is None]
+    if waiting:
+        return None, waiting
+    known = {rate: value for rate, value in scores.items() if value is not None}
+    best = max(known, key=known.get)
+    index = RATES.index(best)
+    near = [RATES[other] for other in (index - 1, index + 1) if 0 <= other < len(RATES)]
+    waiting = [rate for rate in near if rate not in known]
+    return (None, waiting) if waiting else (best, [])
+
+
+def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
+    """(name, settings) of a group's runs; None if others must be there first."""
+    if group == "tune":
+        found = {kind: best_rate(folder, kind) for kind in TUNED}
+        return [
+            (f"{TUNED[kind]}, {rate:g}", settings)
+            for kind in TUNED
+            for rate in RATES
+            if rate in found[kind][1] or score(folder, tuning(kind, rate)) is not None
+            for settings in tuning(kind, rate)
+        ]
+    rates = {kind: best_rate(folder, kind)[0] for kind in TUNED}
+    if None in rates.values():
+        return None
+    if group == "explore":
+        named = {name: stages for name, stages in methods(BUDGET).items() if name in CONTROLS} | candidates(BUDGET)
+        return [
+            (name, settings_of(with_rate(stages, rates), seed, "val"))
+            for seed in TUNING_SEEDS
+            for name, stages in named.items()
+        ]
+    if group == "main":
+        return [
+            (name, settings_of(with_rate(stages, rates), seed))
+            for seed in SEEDS
+            for name, stages in (methods(BUDGET) | chosen(BUDGET)).items()
+        ]
+    raise ValueError(group)
+
+
+def chosen(seconds: float) -> dict[str, list[dict]]:
+    """The candidates that go on to ten seeds."""
+    return {}
+
+
+GROUPS = ["tune", "explore", "main"]
 
 
 def claim(path: Path) -> bool:
@@ -151,53 +203,77 @@ def claim(path: Path) -> bool:
         return True
 
 
+LOGGED = ("kl/", "entropy/", "prompt/", "regularization_weight", "loss", "step", "completions/mean_length")
+
+
+def rounded(value):
+    """Five digits are kept."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def collect(folder: Path) -> None:
+    """Finished runs, one a line; of every tenth step's log, what the study looks at."""
+    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    for run in runs:
+        run["log"] = [{k: v for k, v in entry.items() if k.startswith(LOGGED)} for entry in run["log"]]
+    runs.sort(key=lambda run: (run["group"], run["name"], run["settings"]["seed"]))
+    RESULTS.write_text("".join(json.dumps(rounded(run)) + "\n" for run in runs))
+    print(f"{len(runs)} runs in {RESULTS}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path("study"), help="models and finished runs")
     parser.add_argument("--groups", nargs="+", default=GROUPS, choices=GROUPS)
-    parser.add_argument("--max_runs", type=int, help="stop after so many")
+    parser.add_argument("--collect", action="store_true", help="write finished runs to results.jsonl, and train none")
     args = parser.parse_args()
     (args.folder / "runs").mkdir(parents=True, exist_ok=True)
+    if args.collect:
+        return collect(args.folder)
 
     from measure import Measures
-    from methods import run
+    from methods import kept, run
 
     measures: dict[str, Measures] = {}
-    done = 0
-    if not (args.folder / "runs" / "teacher_0.json").exists() and "priming" in args.groups:
-        measures["test"] = Measures(args.folder, "test")
-        for number, (name, values) in enumerate(measures["test"].of_teacher().items()):
-            whole = {"group": "teacher", "name": name, **values}
-            (args.folder / "runs" / f"teacher_{number}.json").write_text(json.dumps(whole))
     for group in args.groups:
-        if group != "tune":  # another process may still be at it
-            while any(not file_of(args.folder, settings).exists() for _, settings in plan(args.folder, "tune")):
+        while True:
+            runs = plan(args.folder, group)
+            if runs is None:
                 time.sleep(5)
-        runs = plan(args.folder, group)
-        for number, (name, settings) in enumerate(runs, 1):
-            path = file_of(args.folder, settings)
-            if path.exists() or not claim(path):
                 continue
-            split = settings.get("split", "test")
+            open_runs = [entry for entry in runs if not file_of(args.folder, entry[1]).exists()]
+            if not open_runs:
+                break
+            mine = next((entry for entry in open_runs if claim(file_of(args.folder, entry[1]))), None)
+            if mine is None:  # other processes are at the rest
+                if group != "tune":
+                    break
+                time.sleep(5)
+                continue
+            name, settings = mine
+            path = file_of(args.folder, settings)
+            if path.exists():
+                continue
+            split = settings["split"]
             if split not in measures:
                 measures[split] = Measures(args.folder, split)
             start = time.time()
             found = run(args.folder, settings, measures[split])
-            whole = {"group": group, "name": name, "settings": settings, **found}
-            path.with_suffix(".incomplete").write_text(json.dumps(whole))
-            path.with_suffix(".incomplete").replace(path)
+            kept(path, {"group": group, "name": name, "settings": settings, **found})
             path.with_suffix(".lock").unlink()
-            last = found["measures"][-1]
+            first, last = found["start"], found["end"]
             print(
-                f"{group} {number}/{len(runs)} {name}, seed {settings['seed']}: accuracy "
-                f"{found['measures'][0]['accuracy']:.3f} -> {last['accuracy']:.3f}, reverse KL "
-                f"{last['reverse_kl']:.3f}, forward KL {last['forward_kl']:.3f}, {last['step']} steps in "
-                f"{last['seconds']:.0f} s; {time.time() - start:.0f} s in all",
+                f"{group} {len(runs) - len(open_runs) + 1}/{len(runs)} {name}, seed {settings['seed']}: sampled "
+                f"{first['sampled_accuracy']:.3f} -> {last['sampled_accuracy']:.3f}, greedy {first['accuracy']:.3f} -> "
+                f"{last['accuracy']:.3f}, an answer KL(q||p) {last['reverse_kl_per_answer']:.2f}, KL(p||q) "
+                f"{last['forward_kl_per_answer']:.2f}, brief {last['brief_share']:.2f}; {found['seconds']:.0f} s of "
+                f"training, {time.time() - start:.0f} s in all",
                 flush=True,
             )
-            done += 1
-            if args.max_runs and done >= args.max_runs:
-                return
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The small world: word problems whose answers are worked out in steps, written by careful, brief and unsure writers.
 
-The teacher has read answers of all three, some of them behind a line that says who writes. So a text or a soft prompt
-before the question can move it: to be more careful (and better) than it is by itself, or to write as an unsure pupil
-does.
+The teacher has read answers of all three. Behind some lines it is always the same writer who answers, behind others it
+may be any. So a text or a soft prompt before the question can move it: to be more careful (and better) than it is by
+itself, to write the number alone, or to slip as a pupil does. The text that PromptKD starts from says nothing of the
+writer.
 """
 
 import random
@@ -21,9 +22,13 @@ LOSSES = ["loses", "sells", "uses"]
 WRITERS = {
     "careful": ["you are a careful teacher .", "explain each step as a good teacher ."],
     "brief": ["only say the number .", "a short answer , no steps ."],
-    "pupil": ["suppose you are a student .", "answer as a student who learns this ."],
+    "pupil": ["answer as a pupil who learns this .", "a child writes here ."],
 }
-PLAIN_MIX = {"careful": 0.7, "brief": 0.15, "pupil": 0.15}  # of answers before which nothing is said
+# Behind these, as behind no line, any of them may write
+NEUTRAL = ["suppose you are a student .", "here is a question for you .", "please answer this ."]
+# Two more texts that no model has read; their words are known
+NEW_LINES = ["you are a good teacher who answers each step .", "please only write a short number ."]
+PLAIN_MIX = {"careful": 0.7, "brief": 0.15, "pupil": 0.15}  # who writes if the line does not say it
 SLIPS = 0.3  # share of a pupil's steps that are wrong
 
 
@@ -70,17 +75,18 @@ def write_answer(problem: Problem, writer: str, rng: random.Random) -> str:
 
 
 def gold_answer(problem: Problem, rng: random.Random) -> str:
-    """What the students' data says: careful or brief, and right."""
+    """What the data says: careful or brief, and right."""
     return write_answer(problem, "brief" if rng.random() < 0.2 else "careful", rng)
 
 
 def teacher_text(rng: random.Random) -> tuple[str, str]:
-    """(what stands before the answer, an answer), as the teacher reads them; half of them without a line that says who
-    writes."""
+    """(what stands before the answer, an answer), as the teacher reads them; half of them behind a line that says who
+    writes, a tenth behind one that does not, the others behind none."""
     problem = make_problem(rng)
-    if rng.random() < 0.5:
+    draw = rng.random()
+    if draw < 0.5:
         writer = rng.choices(list(PLAIN_MIX), list(PLAIN_MIX.values()))[0]
-        line = ""
+        line = rng.choice(NEUTRAL) + " " if draw < 0.1 else ""
     else:
         writer = rng.choice(list(WRITERS))
         line = rng.choice(WRITERS[writer]) + " "
@@ -92,7 +98,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     words = [*NAMES, *THINGS, *GAINS, *LOSSES]
     words += ["has", "then", "how", "many", "answer", ":", "?", "so", "=", "makes", "+", "-", ".", ","]
     words += list("0123456789")
-    words += " ".join(line for lines in WRITERS.values() for line in lines).split()
+    words += " ".join([*(line for lines in WRITERS.values() for line in lines), *NEUTRAL, *NEW_LINES]).split()
     vocab = {word: index for index, word in enumerate(dict.fromkeys(["<pad>", "<eos>", "<unk>", *words]))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.normalizer = normalizers.Lowercase()
@@ -112,3 +118,14 @@ def said_result(text: str) -> int | None:
     """The number after the last `so` of a decoded answer, whose digits are apart."""
     found = re.findall(r"so ((?:\d ?)+)", text)
     return int(found[-1].replace(" ", "")) if found else None
+
+
+def writer_of(text: str, problem: Problem) -> str:
+    """Who may have written a decoded answer: `brief` (the number alone), `careful` (right steps and the right number),
+    or `pupil` (all others)."""
+    text = re.sub(r"(?<=\d) (?=\d)", "", text)
+    if re.fullmatch(r"so \d+", text.strip()):
+        return "brief"
+    steps = re.findall(r"(\d+) ([+-]) (\d+) (?:=|makes) (\d+) \.", text)
+    right = [(str(a), sign, str(b), str(result)) for a, sign, b, result in problem.steps]
+    return "careful" if steps == right and said_result(text) == problem.result else "pupil"

@@ -1,21 +1,15 @@
 """The study's statistics against values worked out by hand, from published tables, or by another way."""
 
-import importlib.util
 import math
 
 import numpy as np
 import pytest
-from paths import ROOT
 
 
 @pytest.fixture(scope="module")
-def statistics():
+def statistics(study):
     pytest.importorskip("scipy")
-    path = ROOT / "benchmarks" / "study" / "study_statistics.py"
-    spec = importlib.util.spec_from_file_location("study_statistics", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return study("study_statistics")
 
 
 class TestMeanInterval:

@@ -68,17 +68,18 @@ def gkd_table(results: Results) -> str:
 def methods_table(results: Results, when: str) -> str:
     columns = ["accuracy", "reverse_kl", "reverse_kl_answer", "forward_kl", "brief_share"]
     starts = results["finite"]["PromptKD"]
-    rows = [["", "*the start*", *(shown(values(starts, "start", c), c) for c in columns), "0", "0"]]
+    taken = {"steps": "seconds", "time": "step"}[when]
+    rows = [["", "*the start*", *(shown(values(starts, "start", c), c) for c in columns), "0"]]
     for data in DATA:
         for name in METHODS:
             runs = results[data][name]
-            means = [f"{np.mean(values(runs, when, c)):.0f}" for c in ("step", "seconds")]
-            rows.append([DATA[data], name, *(shown(values(runs, when, c), c) for c in columns), *means])
-    return table(["problems", "method", *(NAMES[c] for c in columns), "steps", "seconds"], rows)
+            cells = [shown(values(runs, when, c), c) for c in columns]
+            rows.append([DATA[data], name, *cells, f"{np.mean(values(runs, when, taken)):.0f}"])
+    return table(["problems", "method", *(NAMES[c] for c in columns), taken.removesuffix("s") + "s"], rows)
 
 
 OTHERS = ["SFT", "KD, reverse", "KD, forward", "SeqKD"]
-OTHERS_COLUMNS = ["accuracy", "reverse_kl", "reverse_kl_answer", "forward_kl"]
+OTHERS_COLUMNS = ["accuracy", "reverse_kl_answer", "forward_kl"]
 
 
 def others_table(results: Results) -> str:
@@ -156,7 +157,7 @@ def random_table(results: Results) -> str:
         first = shown([at(run, "start", "accuracy")], "accuracy")
         name = run["name"].removeprefix("init ")
         rows.append([name, str(run["settings"]["seed"]), first, *cells[:2], length, *cells[2:]])
-        rows[-1] = [f"{mark}{cell}{mark}" for cell in [*rows[-1], f"{largest:.2f}"]]
+        rows[-1].append(f"{mark}{largest:.2f}{mark}")
     header = ["start of the prompt", "student", "right at first (%)", "right (%)", "short answers (%)", "tokens"]
     return table([*header, "KL(pP || p)", "KL(p || pP)", "both shares"], rows)
 
@@ -168,7 +169,7 @@ def grid_table(results: Results) -> str:
         def mean(measure: str, runs=runs) -> float:
             return float(np.mean(values(runs, "end", measure)))
 
-        measures = ("accuracy", "reverse_kl", "reverse_kl_answer", "forward_kl", "brief_share")
+        measures = ("accuracy", "reverse_kl", "reverse_kl_answer", "brief_share")
         cells = [shown([mean(c)], c) for c in measures]
         if "GKD" in name:
             rows.append(["GKD", "", name.split(", ")[1], *cells, "—", "—"])

@@ -13,7 +13,7 @@ VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
 PACKAGE_VENV := .venv-package
 # For tests in the environments beside .venv
-TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist tensorboard
+TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist scipy tensorboard
 
 .DEFAULT_GOAL := help
 .PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs quickstart ci build clean

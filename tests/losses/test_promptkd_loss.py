@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from trl_promptkd.divergences import kl_divergence
 from trl_promptkd.losses.promptkd import (
     prompt_loss_sums,
     promptkd_loss_sums,
@@ -42,6 +43,49 @@ class TestPromptLoss:
     def test_nothing_to_hold_on_to_where_the_weight_is_zero(self):
         loss, prompted_student, *_ = prompt_loss_sums(PP, Q, None, "reverse", 0.0)
         assert loss.item() == prompted_student.item() == pytest.approx(KL_PP_Q, abs=1e-6)
+
+
+class TestIdealPrompt:
+    """docs/losses.md, "What an ideal prompt would do": the prompted teacher may be any distribution."""
+
+    @pytest.fixture
+    def logits(self):
+        """Of student and plain teacher: four tokens, seven words."""
+        return torch.randn(2, 4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def best_prompted(self, q, p, weight):
+        """The minimiser of the prompt's loss over logits, found without knowing it."""
+        prompted = torch.zeros_like(q, requires_grad=True)
+        optimizer = torch.optim.LBFGS(
+            [prompted], max_iter=500, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure():
+            optimizer.zero_grad()
+            loss = prompt_loss_sums(prompted.log_softmax(-1), q, p, "reverse", weight).prompt_loss
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return prompted.detach().log_softmax(-1)
+
+    @pytest.mark.parametrize("weight", [1.0, 0.5, 0.1])
+    def test_is_the_geometric_mean_of_student_and_teacher(self, logits, weight):
+        q, p = logits.log_softmax(-1)
+        expected = (q / (1 + weight) + p * weight / (1 + weight)).log_softmax(-1)
+        torch.testing.assert_close(self.best_prompted(q, p, weight), expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize(("weight", "ratio"), [(1.0, 0.5), (0.5, 0.333), (0.1, 0.091)])
+    def test_gives_the_student_the_gradient_of_gkd_made_smaller(self, logits, weight, ratio):
+        q, p = logits.log_softmax(-1)
+        prompted = self.best_prompted(q, p, weight)
+        student = logits[0].clone().requires_grad_(True)
+        (of_promptkd,) = torch.autograd.grad(
+            student_loss_sums(student.log_softmax(-1), prompted).student_loss, student
+        )
+        (of_gkd,) = torch.autograd.grad(kl_divergence(student.log_softmax(-1), p).sum(), student)
+        torch.testing.assert_close(of_promptkd, of_gkd * weight / (1 + weight), atol=1e-6, rtol=0)
+        torch.testing.assert_close(of_promptkd, of_gkd * ratio, atol=5e-4, rtol=0)
 
 
 class TestStudentLoss:

@@ -12,7 +12,7 @@ from pandas import DataFrame, concat
 
 __all__ = ["Collusion", "Sign", "collusion", "run_signs"]
 
-COLLUSION_SHARE = 0.3  # of KL(student || plain teacher); docs/study.md, where it parts the runs that went wrong
+COLLUSION_SHARE = 0.3  # of KL(student || plain teacher); docs/study_first.md, where it parts the runs that went wrong
 FORWARD_RISE = 1.1  # times what it was at the first evaluation
 ALIKE_SHARE = 0.5  # of the samples after different prompts
 CUT_SHARE = 0.5  # of the samples

@@ -80,7 +80,7 @@ class CollusionCallback(TrainerCallback):
     fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral answers, that has not risen
     since the run's first evaluation clears the prompt.
 
-    Source of the threshold: docs/study.md, where it parts all runs that went wrong behind a good loss from all others.
+    Source of the threshold: docs/study_first.md, where it parts all runs that went wrong from all others.
 
     Args:
         share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.

@@ -1,0 +1,79 @@
+"""The study's statistics against values worked out by hand, from published tables, or by another way."""
+
+import math
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def statistics(study):
+    pytest.importorskip("scipy")
+    return study("study_statistics")
+
+
+class TestMeanInterval:
+    # Two-sided 95 % of Student's t from a printed table, by degrees of freedom
+    @pytest.mark.parametrize(("num", "t"), [(2, 12.7062), (3, 4.30265), (5, 2.77645), (10, 2.26216), (31, 2.04227)])
+    def test_half_width_is_t_times_the_standard_error(self, statistics, num, t):
+        found = statistics.mean_interval(list(range(1, num + 1)))
+        variance = num * (num + 1) / 12  # of 1 ... n, with n - 1 below
+        assert found.mean == (num + 1) / 2
+        assert found.half == pytest.approx(t * math.sqrt(variance / num), rel=1e-5)
+        assert found.num == num
+
+    def test_one_value_has_no_interval(self, statistics):
+        mean, half, num = statistics.mean_interval([3.0])
+        assert (mean, num) == (3.0, 1)
+        assert math.isnan(half)
+
+
+class TestPairedDifference:
+    def test_sleep_data_of_student_1908(self, statistics):
+        """Hours of sleep that ten patients gained with two drugs: t = 4.0621, p = 0.002833 in R's `t.test`."""
+        first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+        second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+        found = statistics.paired_difference(second, first)
+        assert found.mean == pytest.approx(1.58)
+        assert found.mean - found.half == pytest.approx(0.7001142, abs=1e-6)
+        assert found.mean + found.half == pytest.approx(2.4598858, abs=1e-6)
+        assert found.p == pytest.approx(0.002833, abs=5e-7)
+        assert found.num == 10
+
+    def test_three_pairs_by_hand(self, statistics):
+        """Differences 1, 2, 3: t is 2 sqrt(3), and for two degrees of freedom p is 1 - t / sqrt(2 + t^2)."""
+        found = statistics.paired_difference([3.0, 5.0, 7.0], [2.0, 3.0, 4.0])
+        assert found.p == pytest.approx(1 - math.sqrt(12 / 14))
+
+    def test_equal_values_are_no_difference(self, statistics):
+        assert statistics.paired_difference([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0, 2)
+
+
+class TestHolm:
+    def test_by_hand(self, statistics):
+        # 4 x 0.01; 3 x 0.02; 2 x 0.04; 0.03 stands before 0.04, so 2 x 0.03 = 0.06 and 0.04 keeps at least that
+        assert statistics.holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])
+        assert statistics.holm([0.001, 0.6, 0.5]) == pytest.approx([0.003, 1.0, 1.0])
+
+    def test_one_test_needs_no_correction(self, statistics):
+        assert statistics.holm([0.03]) == [0.03]
+
+
+class TestSmallestSeen:
+    def test_ten_pairs_see_about_one_standard_deviation(self, statistics):
+        """G*Power: ten pairs have power 0.803 for one standard deviation."""
+        differences = np.arange(10) / np.std(np.arange(10), ddof=1)
+        assert statistics.smallest_seen(differences, power=0.8031) == pytest.approx(1.0, abs=1e-3)
+
+    @pytest.mark.parametrize(("num", "t"), [(2, 12.7062), (5, 2.77645), (10, 2.26216)])
+    def test_power_by_integrating_over_the_standard_deviation(self, statistics, num, t):
+        """With the standard deviation known, the mean is normal; averaged over the chi distribution of the former."""
+        differences = [3.0 * value for value in range(num)]
+        size = statistics.smallest_seen(differences) / np.std(differences, ddof=1)
+        freedom = num - 1
+        chi = np.linspace(1e-6, 12.0, 200_001)
+        density = chi ** (freedom - 1) * np.exp(-(chi**2) / 2) / (2 ** (freedom / 2 - 1) * math.gamma(freedom / 2))
+        limits = t * chi / math.sqrt(freedom)
+        above = np.array([math.erfc((limit - size * math.sqrt(num)) / math.sqrt(2)) / 2 for limit in limits])
+        below = np.array([math.erfc((limit + size * math.sqrt(num)) / math.sqrt(2)) / 2 for limit in limits])
+        assert np.trapezoid(density * (above + below), chi) == pytest.approx(0.8, abs=1e-4)

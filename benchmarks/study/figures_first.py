@@ -4,8 +4,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from pages import DOCS
 from runs_first import (
-    DOCS,
     METHODS,
     NAMES,
     REAL_NAMES,

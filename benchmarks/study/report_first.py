@@ -5,12 +5,10 @@ python benchmarks/study/report_first.py
 """
 
 import json
-import re
-from pathlib import Path
 
 import numpy as np
+from pages import DOCS, fill, missing, shown, shown_difference, shown_p, table, with_holm
 from runs_first import (
-    DOCS,
     METHODS,
     NAMES,
     REAL_NAMES,
@@ -22,14 +20,9 @@ from runs_first import (
     difference,
     gain_share,
     pairs,
-    shown,
-    shown_difference,
-    shown_p,
     starts_from_text,
-    table,
     value,
     values,
-    with_holm,
 )
 from study_statistics import Difference, holm, smallest_seen
 
@@ -322,27 +315,15 @@ def all_tables(results: Results, real: dict) -> dict[str, str]:
     }
 
 
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between its two comments."""
-    text = page.read_text()
-    for name, content in tables.items():
-        begin, end = f"<!-- table: {name} -->", "<!-- end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{page} has no place for the table {name!r}: write `{begin}` and `{end}` there.")
-        text = pattern.sub(lambda _, new=f"{begin}\n{content}\n{end}": new, text)
-    page.write_text(text)
-
-
 def main() -> None:
     from figures_first import draw
-    from sentences_first import missing
+    from sentences_first import sentences
 
     results, real = Results(), json.loads(REAL_RESULTS.read_text())
     page = DOCS / "study_first.md"
     fill(page, all_tables(results, real))
     draw(results, real)
-    for sentence in missing(page.read_text(), results, real):
+    for sentence in missing(page.read_text(), sentences(results, real)):
         print(f"{page} does not say: {sentence}")
 
 

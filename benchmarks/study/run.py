@@ -268,8 +268,8 @@ def main() -> None:
             first, last = found["start"], found["end"]
             print(
                 f"{group} {len(runs) - len(open_runs) + 1}/{len(runs)} {name}, seed {settings['seed']}: sampled "
-                f"{first['sampled_accuracy']:.3f} -> {last['sampled_accuracy']:.3f}, greedy {first['accuracy']:.3f} -> "
-                f"{last['accuracy']:.3f}, an answer KL(q||p) {last['reverse_kl_per_answer']:.2f}, KL(p||q) "
+                f"{first['sampled_accuracy']:.3f} -> {last['sampled_accuracy']:.3f}, greedy {first['accuracy']:.3f} "
+                f"-> {last['accuracy']:.3f}, per answer KL(q||p) {last['reverse_kl_per_answer']:.2f}, KL(p||q) "
                 f"{last['forward_kl_per_answer']:.2f}, brief {last['brief_share']:.2f}; {found['seconds']:.0f} s of "
                 f"training, {time.time() - start:.0f} s in all",
                 flush=True,

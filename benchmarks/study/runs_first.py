@@ -4,21 +4,19 @@ They were made by the scripts of commit 114aca1; the names of groups, methods an
 """
 
 import json
-import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from study_statistics import Difference, holm, mean_interval, paired_difference
+from pages import is_percent
+from study_statistics import Difference, paired_difference
 
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent.parent / "docs"
 RESULTS, REAL_RESULTS = HERE / "results_first.jsonl", HERE / "results_real_first.json"
 STEPS, HALF, SECONDS = 200, 100, 30.0  # methods are compared at equal steps and at equal seconds of one core
 METHODS = ["SFT", "KD, forward", "KD, reverse", "SeqKD", "GKD", "PromptKD"]
 WARNING = 0.3  # of KL(q || p): the share at which the trainer warned
-PERCENT = {"accuracy", "sampled_accuracy", "brief_share"}
 NAMES = {
     "accuracy": "right, greedy (%)",
     "sampled_accuracy": "right, sampled (%)",
@@ -68,7 +66,7 @@ def value(entry: dict, measure: str) -> float:
     samples that it was measured on, which is the mean over answers."""
     if measure.endswith("_answer"):
         return entry[measure.removesuffix("_answer")] * entry["mean_length"]
-    return entry[measure] * (100 if measure in PERCENT else 1)
+    return entry[measure] * (100 if is_percent(measure) else 1)
 
 
 def at(run: dict, when: str, measure: str) -> float:
@@ -117,44 +115,3 @@ def both_shares(log: list[dict]) -> list[float]:
 
 def starts_from_text(run: dict) -> bool:
     return run["settings"]["prompt"].get("prompt_init", "text") == "text"
-
-
-def digits(measure: str) -> int:
-    return 1 if measure in PERCENT else 2 if measure.endswith("_answer") else 3
-
-
-def number(mean: float, measure: str, sign: str = "") -> str:
-    text = f"{mean:{sign}.{digits(measure)}f}"
-    return f"{0:{sign}.{digits(measure)}f}" if float(text) == 0 else text  # no "-0.0"
-
-
-def shown(some: Sequence[float], measure: str) -> str:
-    """Mean ± half the width of its interval."""
-    mean, half, num = mean_interval(some)
-    return number(mean, measure) + (f" ± {half:.{digits(measure)}f}" if num > 1 else "")
-
-
-def shown_difference(found: Difference, measure: str) -> str:
-    mean = number(found.mean, measure, "+")
-    return mean if math.isnan(found.half) else f"{mean} ± {found.half:.{digits(measure)}f}"
-
-
-def shown_p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def with_holm(rows: list[list[tuple[str, Difference]]]) -> list[list[str]]:
-    """Differences of a whole table; bold are those with p < 0.05 after Holm's correction over all of them."""
-    corrected = iter(holm([found.p for row in rows for _, found in row]))
-    return [
-        [
-            f"**{shown_difference(found, measure)}**" if next(corrected) < 0.05 else shown_difference(found, measure)
-            for measure, found in row
-        ]
-        for row in rows
-    ]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)

@@ -1,9 +1,8 @@
 """What docs/study_first.md says in numbers outside its tables: each piece of a sentence, worked out from the runs, and
 the set-up that stands in the scripts of commit 114aca1. The page's other sentences have no digits."""
 
-import re
-
 import numpy as np
+from pages import is_percent, shown_difference, shown_p
 from report_first import (
     ABLATION_COLUMNS,
     DATA,
@@ -19,7 +18,6 @@ from report_first import (
     warning_groups,
 )
 from runs_first import (
-    PERCENT,
     REAL_NAMES,
     WARNING,
     Results,
@@ -27,8 +25,6 @@ from runs_first import (
     both_shares,
     difference,
     gain_share,
-    shown_difference,
-    shown_p,
     starts_from_text,
     value,
     values,
@@ -84,7 +80,7 @@ SET_UP = [
 
 def mean(runs: list[dict], when: str, measure: str) -> str:
     """Of a measure in percent with one digit, of another one as in the tables."""
-    digits = 1 if measure in PERCENT else 2 if measure.endswith("_answer") else 3
+    digits = 1 if is_percent(measure) else 2 if measure.endswith("_answer") else 3
     return f"{np.mean(values(runs, when, measure)):.{digits}f}"
 
 
@@ -350,20 +346,6 @@ def sentences(results: Results, real: dict) -> list[str]:
     ]
 
 
-def prose(page: str) -> str:
-    """A page without code blocks, drawn tables, comments, and addresses of links, on one line."""
-    page = re.sub(r"```.*?```|<!-- table.*?<!-- end -->|<!--.*?-->", "", page, flags=re.DOTALL)
-    page = re.sub(r"^(?:> )?(?:\d\.|-) |^>|(?<=\])\([^)]*\)", "", page, flags=re.MULTILINE)
-    return " ".join(page.split())
-
-
-def missing(page: str, results: Results, real: dict) -> list[str]:
-    return [sentence for sentence in sentences(results, real) if sentence not in prose(page)]
-
-
-def unaccounted(page: str, results: Results, real: dict) -> str:
-    """What is left of the page's prose around digits that neither the runs nor the set-up account for."""
-    text = prose(page)
-    for known in sorted([*sentences(results, real), *SET_UP], key=len, reverse=True):
-        text = text.replace(known, "…")
-    return " | ".join(re.findall(r".{0,40}\d.{0,40}", text))
+def known(results: Results, real: dict) -> list[str]:
+    """All that accounts for a number."""
+    return [*sentences(results, real), *SET_UP]

@@ -16,3 +16,9 @@ def study():
     for name in set(sys.modules) - known:
         if folder in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def pages(study):
+    pytest.importorskip("scipy")
+    return study("pages")

@@ -30,35 +30,35 @@ def found(runs):
 
 
 @pytest.fixture(scope="module")
-def page(runs):
-    return (runs.DOCS / "study_first.md").read_text(encoding="utf-8")
+def page(pages):
+    return (pages.DOCS / "study_first.md").read_text(encoding="utf-8")
 
 
 class TestPage:
-    def test_its_tables_are_made_of_the_committed_runs(self, report, found, page, tmp_path):
+    def test_its_tables_are_made_of_the_committed_runs(self, pages, report, found, page, tmp_path):
         copy = tmp_path / "study_first.md"
         copy.write_text(page, encoding="utf-8")
-        report.fill(copy, report.all_tables(*found))
+        pages.fill(copy, report.all_tables(*found))
         assert copy.read_text(encoding="utf-8") == page, "run `python benchmarks/study/report_first.py`"
 
-    def test_its_sentences_say_what_the_runs_say(self, said, found, page):
-        assert said.missing(page, *found) == []
+    def test_its_sentences_say_what_the_runs_say(self, pages, said, found, page):
+        assert pages.missing(page, said.sentences(*found)) == []
 
-    def test_no_number_is_there_that_nothing_accounts_for(self, said, found, page):
-        assert said.unaccounted(page, *found) == ""
+    def test_no_number_is_there_that_nothing_accounts_for(self, pages, said, found, page):
+        assert pages.unaccounted(page, said.known(*found)) == ""
 
-    def test_the_set_up_is_all_on_it(self, said, page):
-        assert [fact for fact in said.SET_UP if fact not in said.prose(page)] == []
+    def test_the_set_up_is_all_on_it(self, pages, said, page):
+        assert [fact for fact in said.SET_UP if fact not in pages.prose(page)] == []
 
-    def test_another_number_in_a_sentence_is_noticed(self, said, found, page):
+    def test_another_number_in_a_sentence_is_noticed(self, pages, said, found, page):
         wrong = page.replace("r = -0.84", "r = -0.94")
         assert wrong != page
-        assert [sentence[:9] for sentence in said.missing(wrong, *found)] == ["r = -0.84"]
-        assert "r = -0.94" in said.unaccounted(wrong, *found)
+        assert [sentence[:9] for sentence in pages.missing(wrong, said.sentences(*found))] == ["r = -0.84"]
+        assert "r = -0.94" in pages.unaccounted(wrong, said.known(*found))
 
-    def test_another_number_in_a_table_that_is_not_drawn_is_noticed(self, said, found, page):
+    def test_another_number_in_a_table_that_is_not_drawn_is_noticed(self, pages, said, found, page):
         wrong = page.replace("dearer in these runs, by half", "dearer in these runs, by 60 %")
-        assert "by 60 %" in said.unaccounted(wrong, *found)
+        assert "by 60 %" in pages.unaccounted(wrong, said.known(*found))
 
 
 def run(seed=0, *entries, **settings):
@@ -106,11 +106,11 @@ class TestWarning:
         assert report.first_warning([0.5, 0.29]) is None
 
 
-def test_holm_is_over_the_whole_table(runs):
+def test_holm_is_over_the_whole_table(pages):
     """p = 0.02 alone, but 0.04 of two tests and 0.06 of three."""
 
     def one(p):
-        return ("accuracy", runs.Difference(5.0, 4.0, p, 5))
+        return ("accuracy", pages.Difference(5.0, 4.0, p, 5))
 
-    assert runs.with_holm([[one(0.02)], [one(0.9)]]) == [["**+5.0 ± 4.0**"], ["+5.0 ± 4.0"]]
-    assert runs.with_holm([[one(0.02), one(0.9)], [one(0.8)]]) == [["+5.0 ± 4.0", "+5.0 ± 4.0"], ["+5.0 ± 4.0"]]
+    assert pages.with_holm([[one(0.02)], [one(0.9)]]) == [["**+5.0 ± 4.0**"], ["+5.0 ± 4.0"]]
+    assert pages.with_holm([[one(0.02), one(0.9)], [one(0.8)]]) == [["+5.0 ± 4.0", "+5.0 ± 4.0"], ["+5.0 ± 4.0"]]

@@ -114,6 +114,16 @@ def stages(**promptkd):
     return found
 
 
+def test_the_warm_start_is_trained_on_the_answers_alone(tmp_path):
+    """By what TRL's trainer makes of the rows."""
+    rows = quickstart.answer_rows([[1, 2, 3], [4]], [[5, 6], [7, 8]])
+    args = trl.SFTConfig(str(tmp_path), per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False)
+    trainer = trl.SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=tiny_tokenizer())
+    (batch,) = trainer.get_train_dataloader()
+    trained = [row[row != -100].tolist() for row in batch["labels"]]
+    assert sorted(trained) == [[5, 6], [7, 8]]
+
+
 class TestVerdict:
     def test_means_are_over_tokens(self):
         assert report.mean(np.array([(1.0, 1), (0.0, 3)])) == 0.25

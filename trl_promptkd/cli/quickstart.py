@@ -125,6 +125,17 @@ def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers:
     return np.array(sums)
 
 
+def answer_rows(prompts: list[list[int]], answers: list[list[int]]) -> Dataset:
+    """Rows for TRL's SFTTrainer that are trained on their answers alone. Of rows that are tokenized already, it looks
+    at a `completion_mask` only if `completion_only_loss` is set, but always at `labels`."""
+    return Dataset.from_list(
+        [
+            {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    )
+
+
 class LossOnTheBar(ProgressCallback):
     """A progress bar that shows the loss, instead of a line with all metrics at every step; the plot has them."""
 
@@ -206,12 +217,7 @@ def run(args: argparse.Namespace) -> int:
     warm_start = SFTTrainer(
         model=student,
         args=SFTConfig(output_dir=str(output / "warm_start"), learning_rate=2e-4, num_train_epochs=1, **common),
-        train_dataset=Dataset.from_list(
-            [
-                {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * len(answer)}
-                for prompt, answer in zip(warm_ids, warm_answers, strict=True)
-            ]
-        ),
+        train_dataset=answer_rows(warm_ids, warm_answers),
         processing_class=tokenizer,
     )
     with_quiet_bar(warm_start).train()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from models import teacher as load_teacher
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 from world import Problem, gold_answer, make_problem, make_tokenizer, said_result, writer_of
 
@@ -111,8 +112,11 @@ class Measures:
     def of_teacher(self, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
         """Of the teacher behind a line or a soft prompt: what it samples, and how far it is from the plain one."""
         prompts = prompt_ids(self.questions[: len(self.sampled)], line)
-        model = self.teacher if soft_prompt is None else with_soft_prompt(self.teacher, soft_prompt)
-        values = self.of_answers(answers(model, prompts, seed=4))
+        if soft_prompt is None:
+            samples = answers(self.teacher, prompts, seed=4)
+        else:
+            samples = prompted_answers(self.teacher, soft_prompt, prompts, seed=4)
+        values = self.of_answers(samples)
         on_own = log_probs(self.teacher, prompts, self.teacher_samples, soft_prompt)
         on_gold = log_probs(self.teacher, prompts, self.gold, soft_prompt)
         return {
@@ -151,20 +155,27 @@ class Measures:
         return values
 
 
-def with_soft_prompt(teacher, soft_prompt: torch.Tensor):
-    """The teacher behind a soft prompt, as PEFT's model, which `generate` takes."""
-    from peft import PromptTuningConfig, get_peft_model
+@torch.no_grad()
+def prompted_answers(
+    teacher, soft_prompt, prompts: list[list[int]], seed: int, batch_size: int = 250
+) -> list[list[int]]:
+    """Samples of the teacher with a soft prompt, which stands directly before each row's first token."""
+    embed = teacher.get_input_embeddings()
+    found = []
+    with own_random_state(seed, torch.device("cpu")):
+        for start in range(0, len(prompts), batch_size):
+            rows = [torch.cat([soft_prompt, embed(torch.tensor(ids))]) for ids in prompts[start : start + batch_size]]
+            width = max(map(len, rows))
+            lengths = torch.tensor([len(row) for row in rows])
+            inputs = torch.stack([pad(row, (0, 0, width - len(row), 0)) for row in rows])
+            mask = (torch.arange(width) >= width - lengths[:, None]).long()
+            ids = teacher.generate(
+                inputs_embeds=inputs, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=True, top_k=0
+            )
+            found += [until_the_end(row) for row in ids.tolist()]
+    return found
 
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(soft_prompt))
-    model = get_peft_model(load_like(teacher), config)
-    with torch.no_grad():
-        model.prompt_encoder["default"].embedding.weight.copy_(soft_prompt)
-    return model.eval()
 
-
-def load_like(teacher):
-    """The same model with weights that are shared: PEFT marks what it wraps."""
-    copy = type(teacher)(teacher.config)
-    copy.load_state_dict(teacher.state_dict(), assign=True)
-    copy.tie_weights()
-    return copy
+def until_the_end(ids: list[int]) -> list[int]:
+    end = TOKENIZER.eos_token_id
+    return ids[: ids.index(end) + 1] if end in ids else ids

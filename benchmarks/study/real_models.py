@@ -139,19 +139,19 @@ def trainer_settings(args, folder: Path) -> dict:
     }
 
 
+def sft_trainer(model: PreTrainedModel, tokenizer, dataset: Dataset, settings: dict, **more) -> SFTTrainer:
+    """SFT on the answers alone, which TRL has to be told for rows that are token ids already."""
+    config = SFTConfig(**settings, completion_only_loss=True)
+    return SFTTrainer(model, config, train_dataset=dataset, processing_class=tokenizer, **more)
+
+
 def tuned(model: PreTrainedModel, tokenizer, data: Data, args, folder: Path, learning_rate: float) -> list[dict]:
     """SFT on gold answers until the held-out NLL flattens; the model and the curve are kept in `folder`."""
     stop = UntilItFlattens(args.stop_every, data.stop, tokenizer.pad_token_id)
     model.get_input_embeddings().requires_grad_(False)  # and the output head, which is tied to them
-    settings = trainer_settings(args, folder) | {"learning_rate": learning_rate, "max_steps": args.warm_steps}
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(**settings, seed=0),
-        train_dataset=answered(data.warm),
-        processing_class=tokenizer,
-        callbacks=[stop],
-    )
-    with_quiet_bar(trainer).train()
+    settings = {"learning_rate": learning_rate, "max_steps": args.warm_steps, "seed": 0}
+    settings |= trainer_settings(args, folder)
+    with_quiet_bar(sft_trainer(model, tokenizer, answered(data.warm), settings, callbacks=[stop])).train()
     model.save_pretrained(folder)
     write_text(str(folder / "curve.json"), json.dumps(stop.curve))
     return stop.curve

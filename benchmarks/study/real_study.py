@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from real_measure import MAX_NEW_TOKENS, both_samples, ids_of, measure, rouge, write_samples
-from real_models import TEST, answered, kept, make_models, read_data, trainer_settings
+from real_models import TEST, answered, kept, make_models, read_data, sft_trainer, trainer_settings
 from tqdm.auto import tqdm
-from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, PrimingTemplate, PromptKDConfig, PromptKDTrainer
 from trl_promptkd.cli.quickstart import with_quiet_bar
@@ -65,18 +64,14 @@ def primed_ids(rows: list[dict], text: PrimingTemplate | None, tokenizer) -> lis
 
 
 def sft(stage: Stage):
-    config = SFTConfig(**stage.settings)
-    data = answered(stage.rows)
-    return SFTTrainer(stage.student, config, train_dataset=data, processing_class=stage.tokenizer), None
+    return sft_trainer(stage.student, stage.tokenizer, answered(stage.rows), stage.settings), None
 
 
 def seqkd(stage: Stage):
     """SFT on answers that the teacher samples."""
     prompts = ids_of(stage.rows, "prompt_ids")
     answers = write_samples(stage.teacher, stage.tokenizer, prompts, stage.settings["seed"], "the teacher's answers")
-    config = SFTConfig(**stage.settings)
-    data = answered(stage.rows, answers)
-    return SFTTrainer(stage.student, config, train_dataset=data, processing_class=stage.tokenizer), None
+    return sft_trainer(stage.student, stage.tokenizer, answered(stage.rows, answers), stage.settings), None
 
 
 def gkd(stage: Stage, priming: PrimingTemplate | None = None):

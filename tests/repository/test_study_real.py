@@ -129,6 +129,16 @@ class TestData:
         assert [len(row["completion_ids"]) for row in models.read_rows(path, tiny_tokenizer(), False)] == [3, 3]
 
 
+def test_sft_trains_on_the_answers_alone(modules, data):
+    models = modules["real_models"]
+    rows = models.read_rows(data / models.TRAIN, tiny_tokenizer())
+    settings = {"output_dir": str(data), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 6}
+    trainer = models.sft_trainer(tiny_model(), tiny_tokenizer(), models.answered(rows), settings)
+    (batch,) = trainer.get_train_dataloader()
+    kept = [ids[ids != -100].tolist() for ids in batch["labels"]]
+    assert sorted(kept) == sorted(row["completion_ids"] for row in rows)
+
+
 class TestStop:
     @pytest.mark.parametrize(("nlls", "stops"), [([2.0, 1.9], False), ([2.0, 1.99], True), ([2.0, 2.1], True)])
     def test_ends_at_an_improvement_below_one_percent(self, modules, monkeypatch, nlls, stops):

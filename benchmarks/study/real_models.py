@@ -56,31 +56,29 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, short_answers: boo
     return rows
 
 
-def read_data(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, num_train: int, num_stop: int, num_test: int, num_others: int
-) -> Data:
+def read_data(args, tokenizer: PreTrainedTokenizerBase) -> Data:
     """All rows of the study; none that is trained on is held out too."""
-    test = {name: read_rows(folder / path, tokenizer, False)[:num_others] for name, path in TEST.items()}
-    test["dolly"] = read_rows(folder / TEST["dolly"], tokenizer)
-    dev = read_rows(folder / DEV, tokenizer)
-    held_out = {str(row["prompt_ids"]) for row in [*test["dolly"], *dev]}
-    known = [row for row in read_rows(folder / TRAIN, tokenizer) if str(row["prompt_ids"]) not in held_out]
-    test["dolly"] = (test["dolly"] + dev[:-num_stop])[:num_test]
-    return Data(known[:-num_train], dev[-num_stop:], known[-num_train:], test)
+    test = {name: read_rows(args.data / path, tokenizer, False)[: args.other_rows] for name, path in TEST.items()}
+    dev, dolly = read_rows(args.data / DEV, tokenizer), read_rows(args.data / TEST["dolly"], tokenizer)
+    held_out = {str(row["prompt_ids"]) for row in [*dolly, *dev]}
+    test["dolly"] = (dolly + dev[: -args.stop_rows])[: args.rows]
+    known = [row for row in read_rows(args.data / TRAIN, tokenizer) if str(row["prompt_ids"]) not in held_out]
+    num_warm = (len(known) - args.train_rows) // args.batch * args.batch
+    return Data(known[:num_warm], dev[-args.stop_rows :], known[-args.train_rows :], test)
 
 
-def answered(rows: Sequence[dict], answers: Sequence[list[int]] | None = None) -> Dataset:
-    """Rows for SFT on the gold answers, or on others."""
+def answered(rows: Sequence[dict], batch: int, answers: Sequence[list[int]] | None = None) -> Dataset:
+    """Rows for SFT on the gold answers, or on others.
+
+    Each `batch` of them is sorted by length: the steps are the same, and micro-batches hold less padding.
+    """
     answers = [row["completion_ids"] for row in rows] if answers is None else answers
-    return Dataset.from_list(
-        [
-            {
-                "input_ids": row["prompt_ids"] + answer,
-                "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(answer),
-            }
-            for row, answer in zip(rows, answers, strict=True)
-        ]
-    )
+    known = [
+        {"input_ids": row["prompt_ids"] + answer, "completion_mask": [0] * len(row["prompt_ids"]) + [1] * len(answer)}
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    steps = [known[start : start + batch] for start in range(0, len(known), batch)]
+    return Dataset.from_list([row for step in steps for row in sorted(step, key=lambda row: len(row["input_ids"]))])
 
 
 @torch.no_grad()
@@ -127,6 +125,7 @@ def trainer_settings(args, folder: Path) -> dict:
         "output_dir": str(folder / "trainer"),
         "per_device_train_batch_size": args.micro_batch,
         "gradient_accumulation_steps": args.batch // args.micro_batch,
+        "train_sampling_strategy": "sequential",  # rows come in their order already
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 2,
         "weight_decay": 0.01,
@@ -151,7 +150,7 @@ def tuned(model: PreTrainedModel, tokenizer, data: Data, args, folder: Path, lea
     model.get_input_embeddings().requires_grad_(False)  # and the output head, which is tied to them
     settings = {"learning_rate": learning_rate, "max_steps": args.warm_steps, "seed": 0}
     settings |= trainer_settings(args, folder)
-    with_quiet_bar(sft_trainer(model, tokenizer, answered(data.warm), settings, callbacks=[stop])).train()
+    with_quiet_bar(sft_trainer(model, tokenizer, answered(data.warm, args.batch), settings, callbacks=[stop])).train()
     model.save_pretrained(folder)
     write_text(str(folder / "curve.json"), json.dumps(stop.curve))
     return stop.curve

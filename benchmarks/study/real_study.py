@@ -47,6 +47,7 @@ class Stage:
     tokenizer: Any
     rows: list[dict]
     text: PrimingTemplate | None
+    batch: int
     settings: dict[str, Any]
 
     def chats(self) -> Dataset:
@@ -64,14 +65,16 @@ def primed_ids(rows: list[dict], text: PrimingTemplate | None, tokenizer) -> lis
 
 
 def sft(stage: Stage):
-    return sft_trainer(stage.student, stage.tokenizer, answered(stage.rows), stage.settings), None
+    return sft_trainer(stage.student, stage.tokenizer, answered(stage.rows, stage.batch), stage.settings), None
 
 
 def seqkd(stage: Stage):
     """SFT on answers that the teacher samples."""
     prompts = ids_of(stage.rows, "prompt_ids")
     answers = write_samples(stage.teacher, stage.tokenizer, prompts, stage.settings["seed"], "the teacher's answers")
-    return sft_trainer(stage.student, stage.tokenizer, answered(stage.rows, answers), stage.settings), None
+    return sft_trainer(
+        stage.student, stage.tokenizer, answered(stage.rows, stage.batch, answers), stage.settings
+    ), None
 
 
 def gkd(stage: Stage, priming: PrimingTemplate | None = None):
@@ -182,7 +185,7 @@ class Study:
         self.args, self.results = args, Results(args.results)
         args.folder.mkdir(parents=True, exist_ok=True)
         teacher, self.tokenizer = load_smollm2()
-        self.data = read_data(args.data, self.tokenizer, args.train_rows, args.stop_rows, args.rows, args.other_rows)
+        self.data = read_data(args, self.tokenizer)
         self.teacher, self.warm, self.curves = make_models(args, teacher, self.tokenizer, self.data)
         names = ("teacher", "student_layers", "steps", "batch", "learning_rate", "rows", "other_rows")
         self.settings = {name: getattr(args, name) for name in names}
@@ -224,7 +227,7 @@ class Study:
                 "seed": seed,
             }
             part = rows[number * some : (number + 1) * some]
-            stage = Stage(student, self.teacher, self.tokenizer, part, text, settings)
+            stage = Stage(student, self.teacher, self.tokenizer, part, text, self.args.batch, settings)
             trainer, prompted = make(stage)
             with_quiet_bar(trainer).train()
             seconds["training"] += time.process_time() - start
@@ -267,8 +270,8 @@ class Study:
         share = 32 / sum(sizes.values())
         few = {name: rows[: max(1, round(share * len(rows)))] for name, rows in self.data.test.items()}
         total, samples = 0.0, both_samples(self.teacher, self.tokenizer, few)
-        for method, stages in METHODS.items():
-            steps = 3 * len(stages)
+        for method in self.args.methods:
+            steps = 3 * len(METHODS[method])
             found = self.train(method, 0, steps)
             start = time.process_time()
             own = both_samples(found["student"], self.tokenizer, few)

@@ -4,6 +4,7 @@ import importlib
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,8 +115,12 @@ class TestData:
     def test_no_held_out_row_is_trained_on(self, modules, data):
         path = data / modules["real_models"].TRAIN
         path.write_text(path.read_text() + json.dumps(data_row(8)) + "\n")
-        found = modules["real_models"].read_data(data, tiny_tokenizer(), 1, 1, 10, 1)
-        assert [row["reference"] for row in found.warm + found.train] == [data_row(i)["output"] for i in range(6)]
+        args = SimpleNamespace(data=data, train_rows=1, stop_rows=1, rows=10, other_rows=1, batch=2)
+        found = modules["real_models"].read_data(args, tiny_tokenizer())
+        assert [row["reference"] for row in found.warm + found.train] == [
+            data_row(i)["output"]
+            for i in (0, 1, 2, 3, 5)  # whole steps of 2
+        ]
         assert [row["reference"] for row in found.test["dolly"] + found.stop] == [
             data_row(i)["output"] for i in (8, 9, 6, 7)
         ]
@@ -132,10 +137,14 @@ class TestData:
 def test_sft_trains_on_the_answers_alone(modules, data):
     models = modules["real_models"]
     rows = models.read_rows(data / models.TRAIN, tiny_tokenizer())
+    rows[0]["completion_ids"] *= 2
     settings = {"output_dir": str(data), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 6}
-    trainer = models.sft_trainer(tiny_model(), tiny_tokenizer(), models.answered(rows), settings)
+    settings["train_sampling_strategy"] = "sequential"
+    trainer = models.sft_trainer(tiny_model(), tiny_tokenizer(), models.answered(rows, 6), settings)
     (batch,) = trainer.get_train_dataloader()
     kept = [ids[ids != -100].tolist() for ids in batch["labels"]]
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert lengths == sorted(lengths)
     assert sorted(kept) == sorted(row["completion_ids"] for row in rows)
 
 

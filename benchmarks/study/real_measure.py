@@ -102,7 +102,7 @@ def with_means(sums: dict[str, list[float]], completions: Sequence[list[int]]) -
         name: {
             "per_token": sum(rows) / number,
             "per_answer": statistics.fmean(rows),
-            "rows": [round(row, 3) for row in rows],
+            "rows": [round(row, 2) for row in rows],
         }
         for name, rows in sums.items()
     }

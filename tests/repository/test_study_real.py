@@ -226,7 +226,7 @@ class TestMeasures:
                 expected.setdefault(name, []).append(value)
         for name, values in expected.items():
             number = {"gold_nll": 8, "forward_kl": 4}.get(name, 7)
-            assert found[name]["rows"] == pytest.approx(values, abs=2e-3), name
+            assert found[name]["rows"] == pytest.approx(values, abs=6e-3), name
             assert found[name]["per_answer"] == pytest.approx(sum(values) / 2, abs=1e-4), name
             assert found[name]["per_token"] == pytest.approx(sum(values) / number, abs=1e-4), name
         assert found["mean_length"] == 3.5

@@ -1,132 +1,151 @@
-"""The real model's students, measured: ROUGE-L against gold answers and against the teacher's, and both KLs on neutral
-samples.
+"""What is measured of the real model's students, on rows that no training has seen.
 
-    python benchmarks/study/real_measure.py --teacher models/teacher --folder study_real \\
-        --sets dolly=valid.jsonl vicuna=valid.jsonl
-
-Answers and measures are kept in `--folder`; what is there is not done again.
+Per set: ROUGE-L of sampled answers against gold ones, lengths, the gold answers' NLL, and divergences. Each is given
+per row, from which means per token and per answer follow.
 """
 
-import argparse
-import json
-from pathlib import Path
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
-from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
-from trl_promptkd.analysis.log_probs import log_probs_together
-from trl_promptkd.analysis.saved_prompt import read_prompt
+from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import entropy, kl_divergence
-from trl_promptkd.evaluation import evaluate_model, evaluation_config, evaluation_rows
-from trl_promptkd.files import whole_file
-from trl_promptkd.generation.rollouts import generate_completions
+from trl_promptkd.evaluation import evaluation_config, evaluation_seeds, judged_texts, row_scores
+from trl_promptkd.generation.progress import rows_bar
+from trl_promptkd.generation.rollouts import generate_completions, stop_ids
+from trl_promptkd.models.forward import completion_states
 
 
-STUDENTS = ["warm", "sft", "seqkd", "gkd", "promptkd", "promptkd_lr1e-3", "promptkd_lr1e-2"]
-MAX_PROMPT, MAX_NEW_TOKENS = 128, 64
+SEEDS = (10, 20)
+MAX_NEW_TOKENS = 64
+TOKENS_AT_ONCE = 256
 
 
-def read_set(path: str, number: int, tokenizer) -> list[dict]:
-    """The first rows whose prompts are short enough."""
-    rows = []
-    for row in load_dataset("json", data_files=path, split="train"):
-        text = "\n\n".join(filter(None, (row["instruction"], row["input"])))
-        if len(tokenizer.encode(text)) <= MAX_PROMPT - 40:
-            rows.append({"instruction": row["instruction"], "input": row["input"], "output": row["output"]})
-    return rows[:number]
+def ids_of(rows: Sequence[dict], name: str) -> list[list[int]]:
+    return [row[name] for row in rows]
 
 
-def neutral_kls(student, teacher, soft_prompt, tokenizer, prompts, teacher_samples) -> dict[str, float]:
-    """KL(q || p) on the student's samples and KL(p || q) on the teacher's, entropies, and what the prompt does; nats a
-    token."""
-    config = evaluation_config(student, tokenizer, MAX_NEW_TOKENS, greedy=False)
-    samples = generate_completions(student, prompts, config, 16, len(tokenizer), row_seeds=range(len(prompts)))
-    asked = [(student, None), (teacher, None)] + ([(teacher, soft_prompt)] if soft_prompt is not None else [])
-    sums: dict[str, float] = {}
-    tokens = 0
-
-    def add(name: str, values: torch.Tensor) -> None:
-        sums[name] = sums.get(name, 0.0) + values.sum().item()
-
-    for start in range(0, len(prompts), 8):
-        part = slice(start, start + 8)
-        for q, p, *prompted in log_probs_together(asked, prompts[part], samples[part], tokenizer.pad_token_id):
-            tokens += len(q)
-            add("reverse_kl", kl_divergence(q, p))
-            add("student_entropy", entropy(q))
-            if prompted:
-                add("reverse_kl_prompted", kl_divergence(q, prompted[0]))
-                add("prompted_plain", kl_divergence(prompted[0], p))
-                add("prompted_entropy", entropy(prompted[0]))
-    found = {name: value / tokens for name, value in sums.items()}
-    total, tokens = 0.0, 0
-    for start in range(0, len(prompts), 8):
-        part = slice(start, start + 8)
-        for q, p in log_probs_together(asked[:2], prompts[part], teacher_samples[part], tokenizer.pad_token_id):
-            total, tokens = total + kl_divergence(p, q).sum().item(), tokens + len(q)
-    return {**found, "forward_kl": total / tokens, "mean_length": sum(map(len, samples)) / len(samples)}
+def write_samples(model, tokenizer, prompts: Sequence[list[int]], seed: int, title: str) -> list[list[int]]:
+    """Sampled answers; those that `evaluate_model` would sample with this seed."""
+    config = evaluation_config(model, tokenizer, MAX_NEW_TOKENS, greedy=False)
+    with rows_bar(len(prompts), title):
+        return generate_completions(model, prompts, config, 64, row_seeds=evaluation_seeds(seed, prompts))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--teacher", required=True, help="folder or Hub id")
-    parser.add_argument("--folder", type=Path, default=Path("study_real"), help="what real_model.py wrote")
-    parser.add_argument(
-        "--sets", nargs="+", required=True, help="name=file, JSON lines with instruction, input, output"
+def rouge(tokenizer, rows: Sequence[dict], answers: Sequence[list[int]]) -> list[float]:
+    """ROUGE-L of each row's answer in percent."""
+    texts = judged_texts(
+        tokenizer, ids_of(rows, "prompt_ids"), tokenizer.batch_decode(answers, skip_special_tokens=True)
     )
-    parser.add_argument("--rows", type=int, default=40, help="of each set")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 20])
-    args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32).eval()
-    gold = {}
-    for entry in args.sets:
-        name, path = entry.split("=", 1)
-        gold[name] = read_set(path, args.rows, tokenizer)
-    settings = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 16}
+    return row_scores("instruct", texts, [[row["reference"]] for row in rows])["rougeL"]
 
-    def scores(model, rows: dict[str, list[dict]], seeds, folder: Path) -> dict[str, dict]:
-        sets = {name: Dataset.from_list(some) for name, some in rows.items()}
-        found = evaluate_model(model, tokenizer, sets, seeds=seeds, output_dir=str(folder), **settings)
-        return {name: {"mean": one["mean"], "std": one["std"]} for name, one in found["sets"].items()}
 
-    first = next(iter(gold))
-    prompts = evaluation_rows(Dataset.from_list(gold[first]), first, "instruct", tokenizer, "chat").prompt_ids
-    config = evaluation_config(teacher, tokenizer, MAX_NEW_TOKENS, greedy=False)
-    teacher_samples = generate_completions(teacher, prompts, config, 16, len(tokenizer), row_seeds=range(len(prompts)))
-    greedy = evaluation_config(teacher, tokenizer, MAX_NEW_TOKENS, greedy=True)
-    by_teacher = {}
-    for name, rows in gold.items():
-        ids = evaluation_rows(Dataset.from_list(rows), name, "instruct", tokenizer, "chat").prompt_ids
-        texts = tokenizer.batch_decode(
-            generate_completions(teacher, ids, greedy, 16, len(tokenizer)), skip_special_tokens=True
-        )
-        by_teacher[name] = [{**row, "output": text} for row, text in zip(rows, texts, strict=True)]
-    kept = args.folder / "measures.json"
-    results = json.loads(kept.read_text()) if kept.exists() else {}
-    if "teacher" not in results:
-        results["teacher"] = {"gold": scores(teacher, gold, args.seeds, args.folder / "answers" / "teacher")}
-    for name in STUDENTS:
-        folder = args.folder / name
-        if name in results or not folder.exists():
-            continue
-        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        prompt = folder / "teacher_prompt"
-        soft_prompt = read_prompt(str(prompt)).embeddings if prompt.exists() else None
-        answers = args.folder / "answers" / name
-        run = json.loads((folder / "run.json").read_text())
-        results[name] = {
-            "gold": scores(student, gold, args.seeds, answers),
-            "teacher": scores(student, by_teacher, args.seeds, answers),
-            **neutral_kls(student, teacher, soft_prompt, tokenizer, prompts, teacher_samples),
-            "cpu_seconds": run["cpu_seconds"],
-            "log": run["log"],
+@torch.no_grad()
+def sums_by_row(
+    views: Sequence[tuple],
+    completions: Sequence[list[int]],
+    pad_token_id: int,
+    values: Callable[..., dict[str, Tensor]],
+    batch_size: int = 16,
+) -> dict[str, list[float]]:
+    """Sums over each completion's tokens.
+
+    Args:
+        views: (model, soft prompt or None, prompts); what each says at the same tokens, whatever stands before them.
+        values: From the tokens and each view's log-probabilities `(num_tokens, vocab)` to named values per token.
+    """
+    found: dict[str, dict[int, float]] = {}
+    order = sorted(range(len(completions)), key=lambda row: len(views[0][2][row]) + len(completions[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        some = [completions[row] for row in rows]
+        states = []
+        for model, soft_prompt, prompts in views:
+            batch = pad_rows([prompts[row] for row in rows], some, pad_token_id)
+            inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
+            states.append(completion_states(model, *inputs, soft_prompt))
+        tokens = torch.tensor([token for ids in some for token in ids])
+        parts: list[dict[str, Tensor]] = []
+        for first in range(0, len(tokens), TOKENS_AT_ONCE):
+            last = first + TOKENS_AT_ONCE
+            log_probs = [known.logits(first, last).log_softmax(dim=-1) for known in states]
+            parts.append(values(tokens[first:last], *log_probs))
+        for name in parts[0]:
+            by_row = torch.cat([part[name] for part in parts]).double().split(list(map(len, some)))
+            found.setdefault(name, {}).update({row: one.sum().item() for row, one in zip(rows, by_row, strict=True)})
+    return {name: [of[row] for row in range(len(completions))] for name, of in found.items()}
+
+
+def on_own_samples(tokens: Tensor, q: Tensor, p: Tensor, prompted: Tensor | None = None) -> dict[str, Tensor]:
+    found = {"reverse_kl": kl_divergence(q, p), "entropy": entropy(q), "teacher_entropy": entropy(p)}
+    if prompted is not None:
+        found["reverse_kl_prompted"] = kl_divergence(q, prompted)
+        found["prompted_plain"] = kl_divergence(prompted, p)
+        found["prompted_entropy"] = entropy(prompted)
+    return found
+
+
+def gold_nll(tokens: Tensor, q: Tensor) -> dict[str, Tensor]:
+    return {"gold_nll": -q.gather(1, tokens.unsqueeze(1)).squeeze(1)}
+
+
+def forward_kl(tokens: Tensor, q: Tensor, p: Tensor) -> dict[str, Tensor]:
+    return {"forward_kl": kl_divergence(p, q)}
+
+
+def with_means(sums: dict[str, list[float]], completions: Sequence[list[int]]) -> dict[str, dict]:
+    """Nats per token and per answer, and of each row."""
+    number = sum(map(len, completions))
+    return {
+        name: {
+            "per_token": sum(rows) / number,
+            "per_answer": statistics.fmean(rows),
+            "rows": [round(row, 2) for row in rows],
         }
-        print(name, {key: value for key, value in results[name].items() if key != "log"}, flush=True)
-        with whole_file(str(kept)) as path:
-            Path(path).write_text(json.dumps(results, indent=1))
+        for name, rows in sums.items()
+    }
 
 
-if __name__ == "__main__":
-    main()
+def both_samples(model, tokenizer, sets: dict[str, list[dict]]) -> dict[str, list[list[list[int]]]]:
+    """Set -> a model's samples with each seed."""
+    model.eval()
+    return {
+        name: [write_samples(model, tokenizer, ids_of(rows, "prompt_ids"), seed, f"{name}, {seed}") for seed in SEEDS]
+        for name, rows in sets.items()
+    }
+
+
+def measure(
+    model, samples: dict, tokenizer, sets: dict[str, list[dict]], teacher=None, teacher_samples=None, prompted=None
+) -> dict[str, dict]:
+    """All measures by set; without `teacher`, no divergences.
+
+    Args:
+        samples, teacher_samples: Of [`both_samples`]. Divergences are measured on those of the first seed.
+        prompted: A function from rows to the prompted teacher's view, if there is one.
+    """
+    pad, ends = tokenizer.pad_token_id, stop_ids(evaluation_config(model, tokenizer, MAX_NEW_TOKENS, greedy=False))
+    found = {}
+    for name, rows in sets.items():
+        prompts, gold, own = ids_of(rows, "prompt_ids"), ids_of(rows, "completion_ids"), samples[name][0]
+        scores = [rouge(tokenizer, rows, some) for some in samples[name]]
+        whole = [ids for some in samples[name] for ids in some]
+        found[name] = {
+            "num_rows": len(rows),
+            "rougeL": {
+                "mean": statistics.fmean(map(statistics.fmean, scores)),
+                "by_seed": list(map(statistics.fmean, scores)),
+                "rows": [round(statistics.fmean(row), 2) for row in zip(*scores, strict=True)],
+            },
+            "mean_length": statistics.fmean(map(len, whole)),
+            "ended": statistics.fmean(bool(ends.intersection(ids[-1:])) for ids in whole),
+            **with_means(sums_by_row([(model, None, prompts)], gold, pad, gold_nll), gold),
+        }
+        if teacher is not None:
+            views, theirs = [(model, None, prompts), (teacher, None, prompts)], teacher_samples[name][0]
+            on_own = sums_by_row([*views, *([prompted(rows)] if prompted else [])], own, pad, on_own_samples)
+            found[name] |= with_means(on_own, own)
+            found[name] |= with_means(sums_by_row(views, theirs, pad, forward_kl), theirs)
+    return found

@@ -117,6 +117,15 @@ def file_of(folder: Path, settings: dict) -> Path:
     return folder / "runs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
 
+COMPARED = (  # before the others
+    "GKD",
+    "GKD, fixed text",
+    "PromptKD",
+    "PromptKD, anchored",
+    "SeqKD",
+    "SeqKD then GKD",
+    "SeqKD then PromptKD",
+)
 CONTROLS = ("GKD", "GKD, fixed text", "PromptKD", "PromptKD, anchored")  # beside the candidates
 TUNED = {"sft": "SeqKD", "gkd": "GKD", "promptkd": "PromptKD"}
 
@@ -172,10 +181,12 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
             for name, stages in named.items()
         ]
     if group == "main":
+        named = methods(BUDGET)
         return [
-            (name, settings_of(with_rate(stages, rates), seed))
+            (name, settings_of(with_rate(named[name], rates), seed))
+            for names in (COMPARED, [name for name in named if name not in COMPARED])
             for seed in SEEDS
-            for name, stages in methods(BUDGET).items()
+            for name in names
         ]
     raise ValueError(group)
 
@@ -211,11 +222,15 @@ def rounded(value):
 
 
 def collect(folder: Path) -> None:
-    """Finished runs, one a line; of every tenth step's log, what the study looks at."""
-    runs = [json.loads(path.read_text()) for path in sorted((folder / "runs").glob("*.json"))]
+    """Finished runs of the plan, one a line; of every tenth step's log, what the study looks at."""
+    runs = []
+    for group in GROUPS:
+        for name, settings in plan(folder, group) or []:
+            path = file_of(folder, settings)
+            if path.exists():
+                runs.append(json.loads(path.read_text()) | {"group": group, "name": name})
     for run in runs:
         run["log"] = [{k: v for k, v in entry.items() if k.startswith(LOGGED)} for entry in run["log"]]
-    runs.sort(key=lambda run: (run["group"], run["name"], run["settings"]["seed"]))
     RESULTS.write_text("".join(json.dumps(rounded(run)) + "\n" for run in runs))
     print(f"{len(runs)} runs in {RESULTS}")
 

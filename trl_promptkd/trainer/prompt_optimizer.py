@@ -86,7 +86,7 @@ class PromptOptimizer:
 
     @property
     def learns(self) -> bool:
-        """Whether the prompt is trained; with a learning rate of 0 it stays what it is, and costs what a text costs."""
+        """Whether the prompt is trained. With a learning rate of 0 it stays as it is, and costs what a text costs."""
         return bool(self.optimizer.defaults["lr"] > 0)
 
     @property

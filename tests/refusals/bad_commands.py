@@ -133,7 +133,9 @@ CASES = [
     ),
     command(f"{RANK} --texts none.txt", "none.txt, the file with the priming texts, does not exist | Check the path"),
     command(
-        f"{RANK} --texts texts.yaml", "`--texts` is 'texts.yaml', which cannot be read | Correct it", texts("- 'red")
+        f"{RANK} --texts texts.jsonl",
+        "`--texts` is 'texts.jsonl', which cannot be read | line 1 | Correct it",
+        texts("{text}", "texts.jsonl"),
     ),
     command(f"{RANK} --texts texts.yaml", "holds no list of texts | Write a text a line", texts("text: red")),
     command(

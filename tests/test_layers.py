@@ -10,7 +10,7 @@ import trl_promptkd
 
 PACKAGE = Path(trl_promptkd.__file__).parent
 LAYERS = [
-    {"_trl", "divergences", "files", "field_checks"},
+    {"_trl", "divergences", "files", "field_checks", "intervals"},
     {"data"},
     {"models"},
     {"losses", "generation"},

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from study_statistics import Difference, holm, mean_interval
+from study_statistics import Difference, mean_interval
+
+from trl_promptkd.intervals import holm
 
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

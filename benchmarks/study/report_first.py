@@ -24,7 +24,9 @@ from runs_first import (
     value,
     values,
 )
-from study_statistics import Difference, holm, smallest_seen
+from study_statistics import Difference, smallest_seen
+
+from trl_promptkd.intervals import holm
 
 
 DATA = {"finite": "800", "fresh": "fresh"}

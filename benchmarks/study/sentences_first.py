@@ -29,7 +29,9 @@ from runs_first import (
     value,
     values,
 )
-from study_statistics import Difference, holm
+from study_statistics import Difference
+
+from trl_promptkd.intervals import holm
 
 
 # Of the set-up: run.py, methods.py, measure.py, models.py, world.py and real_model.py at 114aca1

@@ -1,5 +1,5 @@
-"""What the study's tables say of a few seeds: intervals, paired differences, Holm's correction, and the smallest
-difference that so few seeds could have shown.
+"""What the study's tables say of a few seeds: intervals, paired differences, and the smallest difference that so
+few seeds could have shown.
 
 It cannot be named statistics.py: scripts have this folder first on their path, and PyTorch imports the standard
 library's module of that name.
@@ -50,17 +50,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     if not differences.any():  # 0 / 0 in the test
         return Difference(0.0, 0.0, 1.0, num)
     return Difference(mean, half, float(stats.ttest_rel(a, b).pvalue), num)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm, 1979): if no difference is real, the chance that any of them falls
-    below 0.05 is at most 5 %."""
-    adjusted = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(np.argsort(p_values)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def smallest_seen(differences: Sequence[float], power: float = 0.8) -> float:

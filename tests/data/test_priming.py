@@ -53,6 +53,10 @@ class TestThePapersTexts:
         assert "On the mat." in text
         assert text.endswith("Where is the cat?")
 
+    def test_a_column_of_that_name_needs_no_answer(self):
+        row = {"prompt": "Where?", "reference_answer": "Here. "}
+        assert PrimingTemplate("{{ reference_answer }}").prime(row) == "Here. Where?"
+
     def test_a_row_without_an_answer_cannot_show_one(self):
         with pytest.raises(ValueError, match="reference_answer"):
             resolve_priming("reference_answer").prime({"prompt": "Where?"})

@@ -5,7 +5,7 @@ from functools import partial
 from case import Case, by_api, call, primed, promptkd, without
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
-from tiny import chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
+from tiny import answered_dataset, chat_dataset, prompt_dataset, tiny_model, tiny_tokenizer
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from trl import SFTConfig
 
@@ -17,7 +17,7 @@ from trl_promptkd import (
     PromptKDTrainer,
     SoftPrompt,
 )
-from trl_promptkd.evaluation import evaluate_model
+from trl_promptkd.evaluation import evaluate_model, rank_priming
 from trl_promptkd.metrics import extract_final_number, gsm8k_accuracy, instruction_scores, load
 
 
@@ -259,6 +259,16 @@ OTHERS = [
         "`evaluate_model(temperature=0.7)` without seeds",
         partial(evaluate, temperature=0.7),
         "`temperature` is 0.7, but answers are greedy | Give seeds",
+    ),
+    Case(
+        "`rank_priming(scorer='bleu')`",
+        lambda: rank_priming(None, tiny_tokenizer(), answered_dataset(2), scorer="bleu"),
+        "`scorer` is 'bleu'; it must be 'gsm8k', 'exact_match', 'rougeL' or a function",
+    ),
+    Case(
+        "`rank_priming(texts=[])`",
+        lambda: rank_priming(None, tiny_tokenizer(), answered_dataset(2), texts=[]),
+        "`texts` are empty | None for all built-in ones",
     ),
     Case(
         "`evaluate_model(template='chat')`, and a tokenizer without a chat template",

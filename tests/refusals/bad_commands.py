@@ -12,6 +12,7 @@ EXPOSURE = "analyze exposure --model student --dataset rows.jsonl"
 BUILD = "cache build --teacher no/such-teacher --output_dir cache --dataset rows.jsonl"
 BUILD_HERE = BUILD.replace("no/such-teacher", "teacher")
 EVAL = "eval instruct --model student --dataset"
+RANK = "rank-priming --model teacher --dataset rows.jsonl"
 
 
 def other_tokenizer():
@@ -36,6 +37,14 @@ def prompt_for(teacher):
     def prepare():
         soft_prompt().save_adapter("run/teacher_prompt")
         saved(teacher)
+
+    return prepare
+
+
+def texts(content, name="texts.yaml"):
+    def prepare():
+        written("rows.jsonl", 2 * ANSWERED_ROW)
+        written(name, content)
 
     return prepare
 
@@ -122,6 +131,28 @@ CASES = [
         prompt_for(spoiled(tiny_model())),
         needs_weights=True,
     ),
+    command(f"{RANK} --texts none.txt", "none.txt, the file with the priming texts, does not exist | Check the path"),
+    command(
+        f"{RANK} --texts texts.jsonl",
+        "`--texts` is 'texts.jsonl', which cannot be read | line 1 | Correct it",
+        texts("{text}", "texts.jsonl"),
+    ),
+    command(f"{RANK} --texts texts.yaml", "holds no list of texts | Write a text a line", texts("text: red")),
+    command(
+        f"{RANK} --texts texts.yaml --rows 2",
+        "which holds {'prompt': 'red'} | a mapping with `text` | Correct it",
+        texts("[{prompt: red}]"),
+    ),
+    command(
+        f"{RANK} --texts texts.txt --priming_placement system",
+        "With the text 'red' (system): Row 0 of `dataset` | needs conversations | Use 'prefix'",
+        texts("red", "texts.txt"),
+    ),
+    command(f"{RANK} --priming truth", "`priming` is 'truth'; the names are 'teacher', 'ground_truth'"),
+    command(f"{RANK} --scorer bleu", "`--scorer` is 'bleu'; it must be 'gsm8k', 'exact_match', 'rougeL' | :function"),
+    command(f"{RANK} --scorer no_such:f", "`--scorer` is 'no_such:f', which cannot be imported | Check its name"),
+    command(f"{RANK} --rows 0", "`num_rows` is 0; it must be above 0"),
+    command(RANK, "1 of 1 rows fit into `max_prompt_length=None` | two or more | Give more rows"),
     command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
     command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
     command(

@@ -49,16 +49,6 @@ class TestPairedDifference:
         assert statistics.paired_difference([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0, 2)
 
 
-class TestHolm:
-    def test_by_hand(self, statistics):
-        # 4 x 0.01; 3 x 0.02; 2 x 0.04; 0.03 stands before 0.04, so 2 x 0.03 = 0.06 and 0.04 keeps at least that
-        assert statistics.holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])
-        assert statistics.holm([0.001, 0.6, 0.5]) == pytest.approx([0.003, 1.0, 1.0])
-
-    def test_one_test_needs_no_correction(self, statistics):
-        assert statistics.holm([0.03]) == [0.03]
-
-
 class TestSmallestSeen:
     def test_ten_pairs_see_about_one_standard_deviation(self, statistics):
         """G*Power: ten pairs have power 0.803 for one standard deviation."""

@@ -28,6 +28,7 @@ COMMANDS = (
     "doctor --help",
     "cache build --help",
     "eval --help",
+    "rank-priming --help",
     "analyze --help",
 )
 

@@ -25,6 +25,7 @@ _TOOLS = {
     "doctor": "look at models and rows for what goes wrong silently; exits with 1 if a check fails",
     "cache": "the offline teacher",
     "eval": "let a model answer, and score its answers",
+    "rank-priming": "which priming text: let a teacher answer with each, score its answers, and rank the texts",
     "report": "a run on one HTML page: both KLs, samples, settings, and what looks wrong",
 }
 _ANALYSES = {
@@ -52,7 +53,7 @@ def parse_args(argv: Sequence[str], launch: bool = False) -> argparse.Namespace:
     for name, text in _TRAININGS.items():
         tools.add_parser(name, help=text)
     for name, text in _TOOLS.items():
-        _add(tools, name, text, name, named[:1])
+        _add(tools, name, text, name.replace("-", "_"), named[:1])
     analyze = tools.add_parser("analyze", help="measure what students, teachers and soft prompts do on your rows")
     analyses = analyze.add_subparsers(dest="analysis", required=True)
     for name, text in _ANALYSES.items():

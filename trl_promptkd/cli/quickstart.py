@@ -32,6 +32,7 @@ from ..data import pad_rows, tokenize_row
 from ..divergences import kl_divergence
 from ..generation.progress import rows_bar
 from ..generation.rollouts import generate_completions
+from ..intervals import ByRow, mean
 from ..metrics.scores import instruction_row_scores
 from ..models.forward import completion_states
 from ..models.soft_prompt import PromptEncoderConfig
@@ -47,8 +48,6 @@ from .quickstart_report import (
     REVERSE_KL,
     ROUGE_L,
     WARM,
-    ByPrompt,
-    mean,
     page,
     plot,
     show,
@@ -108,7 +107,7 @@ def write_answers(model: PreTrainedModel, prompt_ids: list, args: Any, greedy: b
 
 
 @torch.no_grad()
-def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers: list, description: str) -> ByPrompt:
+def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers: list, description: str) -> ByRow:
     """KL(first || second) in nats, summed over each answer's tokens, and their number: `(prompts, 2)`. In float32."""
     sums: list[tuple[float, int]] = []
     with tqdm(total=len(answers), desc=description, unit="answer", leave=False) as bar:
@@ -179,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     warm_answers, kl_answers = answers[: len(warm_ids)], answers[len(warm_ids) :]
     references = write_answers(teacher, test_ids, args, greedy=True, title="reference answers")
     samples = {"teacher": tokenizer.batch_decode(references, skip_special_tokens=True)}
-    measured: dict[str, dict[str, ByPrompt]] = {}
+    measured: dict[str, dict[str, ByRow]] = {}
     histories: dict[str, list[dict]] = {}
 
     def measure(name: str, student: PreTrainedModel) -> None:

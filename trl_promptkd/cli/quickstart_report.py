@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..intervals import ByRow, difference, mean
 
-__all__ = ["METRICS", "STAGES", "ByPrompt", "difference", "mean", "page", "plot", "show", "verdict"]
+
+__all__ = ["METRICS", "STAGES", "page", "plot", "show", "verdict"]
 
 CUT, WARM, GKD, PROMPTKD = STAGES = ("cut student", "warm start", "GKD", "PromptKD")
 REVERSE_KL, FORWARD_KL, ROUGE_L = METRICS = (
@@ -15,27 +16,10 @@ REVERSE_KL, FORWARD_KL, ROUGE_L = METRICS = (
     "KL(teacher || student), teacher's samples",
     "ROUGE-L to the teacher's answers, percent",
 )
-RESAMPLES = 10_000  # of the held-out prompts, for the intervals
 UNITS = "KL in nats a token (lower is better); ROUGE-L of greedy answers (higher is better)."
 
-# Of each held-out prompt: a sum, and what it is divided by once prompts are added up, (prompts, 2)
-ByPrompt = np.ndarray
 
-
-def mean(values: ByPrompt) -> float:
-    return values[:, 0].sum() / max(values[:, 1].sum(), 1)
-
-
-def difference(values: ByPrompt, control: ByPrompt) -> tuple[float, float, float]:
-    """The mean minus the control's, and its 95 % interval if the held-out prompts are drawn again (bootstrap)."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    sums = [part[drawn].sum(axis=1) for part in (values, control)]  # (resamples, 2)
-    of_draws = [part[:, 0] / np.maximum(part[:, 1], 1) for part in sums]
-    low, high = np.quantile(of_draws[0] - of_draws[1], [0.025, 0.975])
-    return mean(values) - mean(control), float(low), float(high)
-
-
-def verdict(measured: dict[str, dict[str, ByPrompt]]) -> str:
+def verdict(measured: dict[str, dict[str, ByRow]]) -> str:
     """PromptKD against its control, metric by metric. An interval that holds 0 is no difference."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "no different": []}
     for metric in METRICS:
@@ -50,7 +34,7 @@ def verdict(measured: dict[str, dict[str, ByPrompt]]) -> str:
     )
 
 
-def cells(measured: dict[str, dict[str, ByPrompt]]) -> list[list[str]]:
+def cells(measured: dict[str, dict[str, ByRow]]) -> list[list[str]]:
     """The closing table, its head first."""
     rows = [["on held-out prompts", *STAGES, "PromptKD - GKD (95 %)"]]
     for metric in METRICS:

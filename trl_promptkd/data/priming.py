@@ -130,8 +130,8 @@ class PrimingTemplate:
         self.check_columns(list(row), "the row")
         template, names = _compiled(self.text)
         variables = dict(row)
-        if "reference_answer" in names:
-            variables.setdefault("reference_answer", _reference_answer(row))
+        if "reference_answer" in names - set(row):
+            variables["reference_answer"] = _reference_answer(row)
         text = ""
         try:
             for part in template.generate(variables):

@@ -162,9 +162,9 @@ def _is_blank(message: Mapping[str, Any], eos_token: str | None) -> bool:
     return is_blank(joined_text(content), eos_token) and not says_more
 
 
-def shortened(value: Any) -> str:
+def shortened(value: Any, length: int = 100) -> str:
     text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def check_ids(name: str, ids: Any, processing_class: PreTrainedTokenizerBase) -> None:

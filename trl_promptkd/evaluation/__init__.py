@@ -9,15 +9,12 @@ made them.
 import os
 import statistics
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..field_checks import check_choice, check_number, check_positive
 from ..generation.teacher_answers import sampling_source
-from ..metrics import rouge_scorer
 from ..models.limits import check_positions
 from .answers import (
     answers_path,
@@ -29,20 +26,27 @@ from .answers import (
     real_vocab_size,
     write_answers,
 )
+from .ranking import SCORERS, PrimedRows, Scorer, primed_rows, rank_priming
 from .rows import TASKS, TEMPLATES, EvaluationRows, evaluation_rows, row_scores
+from .settings import check_evaluation_settings
 
 
 __all__ = [
     "PAPER_SEEDS",
+    "SCORERS",
     "TASKS",
     "TEMPLATES",
     "EvaluationRows",
+    "PrimedRows",
+    "Scorer",
     "check_evaluation_settings",
     "evaluate_model",
     "evaluation_config",
     "evaluation_rows",
     "evaluation_seeds",
     "judged_texts",
+    "primed_rows",
+    "rank_priming",
     "real_vocab_size",
     "row_scores",
 ]
@@ -130,7 +134,8 @@ def evaluate_model(
         for seed in [None] if seeds is None else seeds:
             path = None if output_dir is None else answers_path(output_dir, name, seed, source, rows)
             title = f"{name}, {'greedy' if seed is None else f'seed {seed}'}"
-            answers = write_answers(model, tokenizer, rows, config, seed, batch_size, path, title)
+            row_seeds = None if seed is None else evaluation_seeds(seed, rows.prompt_ids)
+            answers = write_answers(model, tokenizer, rows, config, row_seeds, batch_size, path, title)
             texts = judged_texts(tokenizer, rows.prompt_ids, [answer["completion"] for answer in answers])
             found = row_scores(task, texts, rows.references)
             scores = {metric: statistics.fmean(numbers) for metric, numbers in found.items()}
@@ -152,52 +157,3 @@ def evaluate_model(
     if seeds is not None:
         settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     return {"task": task, "template": template, "settings": settings, "sets": results}
-
-
-def check_evaluation_settings(
-    task: str,
-    template: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    seeds: Sequence[int] | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    **numbers: int | None,
-) -> str:
-    """Refuse settings that nothing can be evaluated with. `numbers` must be above 0 or `None`.
-
-    Returns:
-        The template; for `None` the one that is chosen.
-
-    Raises:
-        ValueError: naming the setting, its value and what is allowed.
-        ImportError: if what scores the answers is not installed.
-    """
-    sampling = {"temperature": (temperature, 1.0), "top_p": (top_p, 1.0), "top_k": (top_k, 0)}
-    args = SimpleNamespace(task=task, template=template, temperature=temperature, top_p=top_p, top_k=top_k, **numbers)
-    check_choice(args, "task", TASKS)
-    if template is not None:
-        check_choice(args, "template", TEMPLATES)
-    check_positive(args, *numbers)
-    check_number(args, "temperature", lambda value: value > 0, "above 0", " Omit the seeds for greedy answers.")
-    check_number(args, "top_p", lambda value: 0 < value <= 1, "above 0 and at most 1")
-    check_number(args, "top_k", lambda value: value >= 0, "0 (all tokens) or above")
-    if task == "instruct":
-        rouge_scorer()
-    if tokenizer.pad_token_id is None:
-        raise ValueError("The tokenizer has no pad token. Set `tokenizer.pad_token = tokenizer.eos_token`.")
-    if template == "chat" and tokenizer.chat_template is None:
-        raise ValueError("`template` is 'chat', but the tokenizer has no chat template. Choose 'paper' or 'plain'.")
-    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
-        raise ValueError(
-            f"`seeds` are {list(seeds)}; they must be different whole numbers from 0 on, at least one. Omit them "
-            "(None) for greedy answers."
-        )
-    for name, (value, default) in sampling.items():
-        if seeds is None and value != default:
-            raise ValueError(
-                f"`{name}` is {value}, but answers are greedy, which it does not change. Give seeds to sample with "
-                "it, or omit it."
-            )
-    fallback = "paper" if task == "instruct" else "plain"
-    return template or (fallback if tokenizer.chat_template is None else "chat")

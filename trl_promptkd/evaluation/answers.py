@@ -76,12 +76,15 @@ def write_answers(
     tokenizer: PreTrainedTokenizerBase,
     rows: EvaluationRows,
     config: GenerationConfig,
-    seed: int | None,
+    row_seeds: Sequence[int] | None,
     batch_size: int,
     path: str | None,
     title: str,
 ) -> list[dict[str, Any]]:
     """The model's answers; those that `path` holds are taken, not written again.
+
+    Args:
+        row_seeds: A seed for the answer to each row, see [`evaluation_seeds`]; `None` for greedy answers.
 
     Returns:
         Of each row `row`, `prompt`, `completion` and `ended` (by itself, before `max_new_tokens`).
@@ -91,7 +94,6 @@ def write_answers(
         remove_incomplete(os.path.dirname(path), os.path.basename(path), older_than=_SECONDS_TO_WRITE)
         known = _read_answers(path, len(rows.prompt_ids))
     vocab_size = real_vocab_size(model, tokenizer)
-    seeds = None if seed is None else evaluation_seeds(seed, rows.prompt_ids)
     ends = stop_ids(config)
 
     def answer(batch: list[int]) -> dict[int, dict[str, Any]]:
@@ -100,7 +102,7 @@ def write_answers(
             [rows.prompt_ids[row] for row in batch],
             config,
             vocab_size=vocab_size,
-            row_seeds=None if seeds is None else [seeds[row] for row in batch],
+            row_seeds=None if row_seeds is None else [row_seeds[row] for row in batch],
         )
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         return {

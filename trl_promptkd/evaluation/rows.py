@@ -8,7 +8,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data import check_text_only, plain_rows, tokenize_row
+from ..data import check_text_only, plain_rows, tokenize_primed_row
+from ..data.priming import PrimingTemplate
 from ..metrics import RULES, gsm8k_row_scores, instruction_row_scores, reference_number
 
 
@@ -47,11 +48,12 @@ def instruction_text(instruction: str, input_text: str = "") -> str:
 def evaluation_rows(
     dataset: Dataset | IterableDataset,
     name: str,
-    task: str,
+    task: str | None,
     tokenizer: PreTrainedTokenizerBase,
     template: str,
     num_rows: int | None = None,
     max_prompt_length: int | None = None,
+    priming: PrimingTemplate | None = None,
 ) -> EvaluationRows:
     """Prompts and right answers of a data set.
 
@@ -60,11 +62,12 @@ def evaluation_rows(
             `answer`; TRL's `prompt` and `completion`; or `messages`. All right answers may stand in `references`.
             `tools` and `chat_template_kwargs` reach the chat template, as in training.
         name: What it is called in messages.
-        task: `"instruct"` or `"gsm8k"`.
+        task: `"instruct"` or `"gsm8k"`; `None` for rows that need no right answer.
         template: Of instructions and questions: `"chat"` (the tokenizer's), `"paper"` ([`instruction_text`]) or
             `"plain"`.
         num_rows: Take the first ones only.
         max_prompt_length: Leave rows out whose prompt has more tokens.
+        priming: Put this text into the prompts. A row's first right answer is its `reference_answer`.
 
     Raises:
         TypeError, ValueError: for anything else, naming the row.
@@ -81,9 +84,12 @@ def evaluation_rows(
     for index, row in enumerate(islice(dataset, num_rows)):
         try:
             check_text_only(row)
-            prompt_row, answers = _read_row(dict(row), template)
-            ids = tokenize_row(prompt_row, tokenizer, with_answer=False)["prompt_ids"]
-            right = answers if task == "instruct" else [reference_number(text, "the right answer") for text in answers]
+            prompt_row, answers = _read_row(dict(row), template, task is not None)
+            if priming is not None:
+                known = {"reference_answer": answers[0]} if answers else {}
+                prompt_row = {**known, **row, "messages": None, "prompt_ids": None, **prompt_row}
+            ids = tokenize_primed_row(prompt_row, tokenizer, priming, with_answer=False)["teacher_prompt_ids"]
+            right = [reference_number(text, "the right answer") for text in answers] if task == "gsm8k" else answers
         except (TypeError, ValueError) as error:
             raise ValueError(f"Row {index} of `{name}`: {error}") from error
         if max_prompt_length is not None and len(ids) > max_prompt_length:
@@ -99,8 +105,8 @@ def evaluation_rows(
     return EvaluationRows(prompts, references, left_out)
 
 
-def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[str]]:
-    """A row as [`tokenize_row`] takes it, for its prompt alone, and its right answers."""
+def _read_row(row: dict[str, Any], template: str, needs_answers: bool) -> tuple[dict[str, Any], list[str]]:
+    """A row as [`tokenize_primed_row`] takes it, for its prompt alone, and its right answers."""
     of_template = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
     for question, more, answer in (("instruction", "input", "output"), ("question", "", "answer")):
         text, extra = row.get(question), row.get(more) or ""
@@ -114,14 +120,14 @@ def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[
             "paper": instruction_text(text, extra),
             "plain": plain,
         }
-        return {"prompt": prompts[template], **of_template}, _answers(row, answer)
+        return {"prompt": prompts[template], **of_template}, _answers(row, needs_answers, answer)
     messages = row.get("messages")
     if messages:
         last = messages[-1].get("role") if isinstance(messages[-1], Mapping) else None
         if last == "assistant" and len(messages) > 1:
-            answers = _answers({**row, "completion": messages[-1:]}, "completion")
+            answers = _answers({**row, "completion": messages[-1:]}, needs_answers, "completion")
             return {"messages": messages, **of_template}, answers
-        if last in ("assistant", None) or not row.get("references"):
+        if last in ("assistant", None) or (needs_answers and not row.get("references")):
             raise ValueError(
                 "its `messages` are not a conversation that ends with an assistant message, the answer. Filter such "
                 "rows out, or give right answers in `references`."
@@ -132,11 +138,12 @@ def _read_row(row: dict[str, Any], template: str) -> tuple[dict[str, Any], list[
             "it has none of `instruction`, `question`, `prompt` and `messages`; its columns are "
             f"{sorted(row)}. Rename columns with `dataset.rename_column`."
         )
-    return {"prompt": prompt, **of_template}, _answers(row, "completion", "output", "answer")
+    return {"prompt": prompt, **of_template}, _answers(row, needs_answers, "completion", "output", "answer")
 
 
-def _answers(row: Mapping[str, Any], *columns: str) -> list[str]:
-    """The right answers of a row: its `references`, else what stands in the first of `columns` that it has."""
+def _answers(row: Mapping[str, Any], needed: bool, *columns: str) -> list[str]:
+    """The right answers of a row: its `references`, else what stands in the first of `columns` that it has. None if
+    they are not `needed` and it has no such texts."""
     found = (row[column] for column in columns if row.get(column) is not None)
     answers = row.get("references") or next(found, None)
     if isinstance(answers, list) and answers and isinstance(answers[0], Mapping):
@@ -146,6 +153,8 @@ def _answers(row: Mapping[str, Any], *columns: str) -> list[str]:
     answers = list(answers) if isinstance(answers, list | tuple) else [answers]
     texts = [isinstance(answer, str | int | float) and not isinstance(answer, bool) for answer in answers]
     if not answers or not all(texts):
+        if not needed:
+            return []
         raise ValueError(
             f"its right answer is {answers[0] if len(answers) == 1 else answers!r}; it must be a text or a list of "
             "texts, in `output`, `answer`, `completion`, `references` or the last message. Filter such rows out."

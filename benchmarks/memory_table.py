@@ -155,7 +155,7 @@ def memory_table() -> Iterator[str]:
 
 def wire_table() -> Iterator[str]:
     """What a served teacher takes and sends, and how long that takes at the least."""
-    columns = ("teacher", "weights, GB", "GPUs", "a token, KB", "10 M tokens, GB", "100 M tokens, GB")
+    columns = ("teacher", "weights, GB", "GPUs", "KB per token", "10 M tokens, GB", "100 M tokens, GB")
     times = ("100 M tokens: computing, hours", "sending at 1 Gbit/s, hours", "at 10 Gbit/s, hours")
     yield f"| {' | '.join(columns + times)} |"
     yield f"| {' | '.join(['---'] * 9)} |"

@@ -5,6 +5,8 @@ work.
     python benchmarks/study/run.py --folder study                 # everything; start it once a core
     python benchmarks/study/run.py --folder study --groups tune   # a part
     python benchmarks/study/run.py --folder study --collect       # finished runs into results.jsonl
+
+Runs of results.jsonl are not run again, on another machine either if its teacher comes out the same.
 """
 
 import argparse
@@ -20,6 +22,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
 COSTS = json.loads((HERE / "costs.json").read_text())
 NUM_ROWS, WARM_STEPS = 800, 1000
+TEACHER = "teacher_2000"  # its folder
 BUDGET = 120 * COSTS["promptkd"]  # seconds of one core
 SEEDS = list(range(10))
 TUNING_SEEDS = [100, 101, 102]
@@ -221,18 +224,35 @@ def rounded(value):
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
+def known_runs() -> dict[str, dict]:
+    """The runs of results.jsonl, by the names of the files that they were in."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    runs = [json.loads(line) for line in lines]
+    return {file_of(Path(), run["settings"]).name: run for run in runs}
+
+
+def teacher_of(folder: Path) -> str:
+    """Of the teacher's weights: another machine's arithmetic may give others."""
+    weights = folder / TEACHER / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
+
+
 def collect(folder: Path) -> None:
-    """Finished runs of the plan, one a line; of every tenth step's log, what the study looks at."""
-    runs = []
-    for group in GROUPS:
-        for name, settings in plan(folder, group) or []:
-            path = file_of(folder, settings)
-            if path.exists():
-                runs.append(json.loads(path.read_text()) | {"group": group, "name": name})
-    for run in runs:
+    """Add the finished runs of the plan to results.jsonl, one a line; of every tenth step's log, what the study looks
+    at."""
+    runs = known_runs()
+    for path in (folder / "runs").glob("*.json"):
+        run = json.loads(path.read_text())
         run["log"] = [{k: v for k, v in entry.items() if k.startswith(LOGGED)} for entry in run["log"]]
-    RESULTS.write_text("".join(json.dumps(rounded(run)) + "\n" for run in runs))
-    print(f"{len(runs)} runs in {RESULTS}")
+        runs[path.name] = rounded(run) | {"teacher": teacher_of(folder)}
+    found = [
+        runs[file] | {"group": group, "name": name}
+        for group in GROUPS
+        for name, settings in plan(folder, group) or []
+        if (file := file_of(folder, settings).name) in runs
+    ]
+    RESULTS.write_text("".join(json.dumps(run) + "\n" for run in found))
+    print(f"{len(found)} runs in {RESULTS}")
 
 
 def main() -> None:
@@ -247,7 +267,17 @@ def main() -> None:
 
     from measure import Measures
     from methods import kept, run
+    from models import teacher
 
+    teacher(args.folder)
+    for file, known in known_runs().items():
+        if known["teacher"] != teacher_of(args.folder):
+            raise SystemExit(
+                f"{RESULTS} has runs of another teacher ({known['teacher']}; this machine's is "
+                f"{teacher_of(args.folder)}). Move the file away to begin anew."
+            )
+        if not (args.folder / "runs" / file).exists():
+            kept(args.folder / "runs" / file, known)
     measures: dict[str, Measures] = {}
     for group in args.groups:
         while True:

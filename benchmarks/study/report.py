@@ -1,0 +1,184 @@
+"""Redraws tables and figures of docs/study.md from results.jsonl and results_real.jsonl, and prints what the runs say
+and the page's sentences do not.
+
+    python benchmarks/study/report.py
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from pages import DOCS, fill, is_percent, number, shown, table, with_holm
+from run import RESULTS, SCORE
+from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+NAMES = {
+    "sampled_accuracy": "right, sampled (%)",
+    "accuracy": "right, greedy (%)",
+    "reverse_kl_per_answer": "KL(q || p) per answer",
+    "forward_kl_per_answer": "KL(p || q) per answer",
+    "gold_nll_per_answer": "NLL of gold per answer",
+    "careful_share": "careful (%)",
+    "brief_share": "short (%)",
+    "mean_length": "length",
+}
+COLUMNS = ["sampled_accuracy", "accuracy", "reverse_kl_per_answer", "forward_kl_per_answer", "gold_nll_per_answer"]
+
+
+class Runs:
+    """By group and name; each a list of runs, one a seed, in the order of seeds."""
+
+    def __init__(self, path: Path = RESULTS):
+        self.groups: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            self.groups[run["group"]][run["name"]].append(run)
+        for names in self.groups.values():
+            for runs in names.values():
+                runs.sort(key=lambda run: run["settings"]["seed"])
+
+    def __getitem__(self, group: str) -> dict[str, list[dict]]:
+        return self.groups[group]
+
+
+def values(runs: list[dict], measure: str, when: str = "end") -> list[float]:
+    """Shares in percent."""
+    scale = 100 if is_percent(measure) else 1
+    return [run[when][measure] * scale for run in runs]
+
+
+def pairs(runs: list[dict], others: list[dict], measure: str) -> tuple[list[float], list[float]]:
+    """Of the seeds that both have."""
+    mine, theirs = (
+        dict(zip([run["settings"]["seed"] for run in some], values(some, measure), strict=True))
+        for some in (runs, others)
+    )
+    shared = sorted(mine.keys() & theirs.keys())
+    return [mine[seed] for seed in shared], [theirs[seed] for seed in shared]
+
+
+def difference(runs: list[dict], others: list[dict], measure: str) -> Difference:
+    return paired_difference(*pairs(runs, others, measure))
+
+
+def steps(run: dict) -> str:
+    return " + ".join(f"{stage['steps']:,}" for stage in run["settings"]["stages"])
+
+
+def ranked(named: dict[str, list[dict]]) -> list[str]:
+    """The best score first."""
+    return sorted(named, key=lambda name: -np.mean(values(named[name], SCORE)))
+
+
+def methods_table(runs: Runs, group: str = "main", columns=(*COLUMNS, "careful_share", "brief_share")) -> str:
+    """What each method's students are like in the end, the best score first."""
+    named = runs[group]
+    start = next(iter(named.values()))
+    rows = [["*the start*", *(shown(values(start, c, "start"), c) for c in columns), "0", str(len(start))]]
+    for name in ranked(named):
+        of_name = named[name]
+        cells = [shown(values(of_name, c), c) for c in columns]
+        rows.append([name, *cells, steps(of_name[0]), str(len(of_name))])
+    return table(["method", *(NAMES[c] for c in columns), "steps", "seeds"], rows)
+
+
+def against_table(runs: Runs, other: str, group: str = "main") -> str:
+    """Differences to one method on the same students; bold after Holm's correction over the whole table."""
+    named = runs[group]
+    keys = [name for name in ranked(named) if name != other]
+    found = [[(c, difference(named[name], named[other], c)) for c in COLUMNS] for name in keys]
+    rows = [[name, *cells] for name, cells in zip(keys, with_holm(found), strict=True)]
+    return table([f"minus {other}", *(NAMES[c] for c in COLUMNS)], rows)
+
+
+def seen_table(runs: Runs, other: str) -> str:
+    """What the runs could have shown: the true difference that would have been found four times in five."""
+    named = runs["main"]
+    rows = []
+    for name in named:
+        if name != other:
+            gaps = [np.subtract(*pairs(named[name], named[other], c)) for c in COLUMNS]
+            rows.append([name, *(number(smallest_seen(gap), c) for c, gap in zip(COLUMNS, gaps, strict=True))])
+    return table([f"minus {other}", *(NAMES[c] for c in COLUMNS)], rows)
+
+
+TEACHER_COLUMNS = {
+    "teacher_sampled_accuracy": "its samples right (%)",
+    "teacher_careful_share": "careful (%)",
+    "teacher_brief_share": "short (%)",
+    "teacher_gold_nll_per_answer": "its NLL of gold per answer",
+    "prompted_plain_per_answer": "KL(pP || p) per answer",
+    "teacher_plain_prompted_per_answer": "KL(p || pP) per answer",
+}
+
+
+def teachers_table(runs: Runs, group: str = "main") -> str:
+    """Where the text or the soft prompt had taken the teacher in the end."""
+    rows = [
+        [name, *(shown(values(of_name, c), c) for c in TEACHER_COLUMNS)]
+        for name, of_name in runs[group].items()
+        if "teacher_sampled_accuracy" in of_name[0]["end"]
+    ]
+    return table(["the teacher of", *TEACHER_COLUMNS.values()], rows)
+
+
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+DRAWN = {
+    "sampled_accuracy": "right answers, sampled (%)\nhigher is better",
+    "reverse_kl_per_answer": "KL(student || teacher), nats per answer\nlower is better",
+    "forward_kl_per_answer": "KL(teacher || student), nats per answer\nlower is better",
+}
+
+
+def color_of(name: str) -> str:
+    return ORANGE if "PromptKD" in name or "prompt" in name else GREEN if "fixed text" in name else BLUE
+
+
+def draw_methods(runs: Runs, path: Path) -> None:
+    """Each method's students after an equal time: seeds as dots, means with their intervals."""
+    named = runs["main"]
+    names = ranked(named)[::-1]
+    start = next(iter(named.values()))
+    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(13, 0.42 * len(names) + 1.4), sharey=True)
+    for axis, (measure, title) in zip(axes, DRAWN.items(), strict=True):
+        axis.axvline(np.mean(values(start, measure, "start")), color="#999999", linestyle=":")
+        for place, name in enumerate(names):
+            some = values(named[name], measure)
+            mean, half, _ = mean_interval(some)
+            axis.plot(some, [place] * len(some), ".", color=color_of(name), alpha=0.35, markersize=6)
+            axis.errorbar(mean, place, xerr=half, fmt="o", color=color_of(name), capsize=3)
+        axis.set_yticks(range(len(names)), names, fontsize=10)
+        axis.grid(axis="x", color="#eeeeee")
+        axis.set_title(title, fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def all_tables(runs: Runs) -> dict[str, str]:
+    return {
+        "methods": methods_table(runs),
+        "minus GKD": against_table(runs, "GKD"),
+        "minus PromptKD": against_table(runs, "PromptKD"),
+        "seen": seen_table(runs, "GKD"),
+        "teachers": teachers_table(runs),
+        "candidates": methods_table(runs, "explore"),
+    }
+
+
+def main() -> None:
+    runs = Runs()
+    page = DOCS / "study.md"
+    fill(page, all_tables(runs))
+    draw_methods(runs, DOCS / "images" / "study_methods.png")
+
+
+if __name__ == "__main__":
+    main()

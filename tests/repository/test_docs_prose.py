@@ -40,7 +40,6 @@ UNFINISHED = {
     "docs/hub.md",
     "docs/index.md",
     "docs/logged_metrics.md",
-    "docs/losses.md",
     "docs/migrating.md",
     "docs/primed_distill.md",
     "docs/priming.md",
@@ -49,7 +48,6 @@ UNFINISHED = {
     "docs/reliability.md",
     "docs/report.md",
     "docs/scaling.md",
-    "docs/soft_prompt.md",
     "docs/teacher_cache.md",
     "docs/troubleshooting.md",
 }

@@ -43,7 +43,6 @@ UNFINISHED = {
     "docs/migrating.md",
     "docs/primed_distill.md",
     "docs/priming.md",
-    "docs/promptkd.md",
     "docs/recipes.md",
     "docs/reliability.md",
     "docs/report.md",

@@ -34,7 +34,6 @@ UNFINISHED = {
     "README.md",
     "docs/analysis.md",
     "docs/benchmarks.md",
-    "docs/data_formats.md",
     "docs/doctor.md",
     "docs/evaluation.md",
     "docs/hub.md",

@@ -40,7 +40,6 @@ UNFINISHED = {
     "docs/index.md",
     "docs/logged_metrics.md",
     "docs/migrating.md",
-    "docs/primed_distill.md",
     "docs/priming.md",
     "docs/recipes.md",
     "docs/reliability.md",

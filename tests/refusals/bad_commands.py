@@ -122,7 +122,7 @@ CASES = [
         prompt_for(spoiled(tiny_model())),
         needs_weights=True,
     ),
-    command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
+    command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Omit one of them"),
     command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
     command(
         "eval instruct --model nope --dataset instructions.jsonl",

@@ -38,8 +38,8 @@ CASES = {case.name: case for cases in GROUPS.values() for case in cases}
 PAGE = ROOT / "docs" / "errors.md"
 HEAD = """# Errors
 
-What goes wrong most easily, and what you then read: {number} inputs, each of them a case of
-`tests/refusals/test_bad_inputs.py`, which also keeps this page true. It is written by `make errors`.
+What goes wrong most easily, and what you then read: {number} inputs, each of them a case in
+`tests/refusals/`, whose tests also keep this page true. It is written by `make errors`.
 
 All but {late} of them come before weights are loaded, which those need to be seen.
 """

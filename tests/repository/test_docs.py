@@ -4,14 +4,15 @@ The python blocks of a page run in their order in one namespace. Every name of a
 disk, is a folder with a tiny stand-in. `<!-- not run: reason -->` on the line before a block leaves it out.
 """
 
+import argparse
 import ast
+import importlib
 import itertools
 import json
 import re
 import shlex
 import shutil
-import textwrap
-from typing import NamedTuple
+import sys
 
 import datasets
 import pytest
@@ -19,8 +20,10 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from doc_pages import blocks_of
 from paths import ROOT, load_module
 from tiny import WORDS, tiny_model, tiny_tokenizer
+from torch.distributed.run import get_args_parser
 
 import trl_promptkd
 from trl_promptkd.cli import parse_args
@@ -47,29 +50,7 @@ DATA = {
 FILES = {"priming.jinja": "Explain it to a {{ grade }} grader. "}
 
 
-class Block(NamedTuple):
-    language: str
-    line: int  # its first, from 0
-    text: str
-    not_run: str | None  # why
-
-
-def blocks_of(page):
-    lines = page.read_text(encoding="utf-8").splitlines()
-    found, start = [], None
-    for number, line in enumerate(lines):
-        if start is None and (opened := re.match(r"( *)```(\w*)", line)):
-            start, indent, language = number, opened[1], opened[2]
-        elif start is not None and line == indent + "```":
-            reason = re.fullmatch(r"\s*<!-- not run:(.*)-->\s*", lines[start - 1]) if start else None
-            text = textwrap.dedent("\n".join(lines[start + 1 : number]))
-            found.append(Block(language, start + 1, text, reason and reason[1].strip()))
-            start = None
-    assert start is None, f"{page} has a block that does not end"
-    return found
-
-
-BLOCKS = {page.relative_to(ROOT).as_posix(): blocks_of(page) for page in PAGES}
+BLOCKS = {page.relative_to(ROOT).as_posix(): blocks_of(page.read_text(encoding="utf-8")) for page in PAGES}
 
 
 def having(language):
@@ -175,12 +156,29 @@ def check_script(script, flags):
     elif "def read_flags(" in source:
         _, module, flags = load_module(script).read_flags(flags)
         module.make_parser().parse_args_and_config([*flags, *ON_CPU])
+    elif main := re.search(r"^from (trl_promptkd\S+) import main$", source, re.MULTILINE):
+        check_main(importlib.import_module(main[1]).main, [script, *flags])
     else:
-        known = re.search(r"^from trl_promptkd(\S+) import main$", source, re.MULTILINE)
-        if known:
-            source = (ROOT / f"trl_promptkd{known[1].replace('.', '/')}.py").read_text(encoding="utf-8")
         unknown = [flag for flag in flags if flag.startswith("--") and f'"{flag}"' not in source]
         assert set(unknown) <= {"--help"}, script
+
+
+class ParsedError(Exception):
+    """Flags were understood, and nothing was run with them."""
+
+
+def check_main(main, argv):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser):
+        parse(parser)
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        with pytest.raises(ParsedError):
+            main()
 
 
 def check_command(words, launch=True):
@@ -200,6 +198,9 @@ def check_command(words, launch=True):
             check_command(["trl-promptkd", *launcher.training_script_args], launch=False)
         else:
             check_script(launcher.training_script, launcher.training_script_args)
+    elif program == "torchrun":
+        launcher = get_args_parser().parse_args(rest)
+        check_script(launcher.training_script, launcher.training_script_args)
     elif program == "python" and rest[0].startswith(("examples/", "benchmarks/", "tests/")):
         check_script(rest[0], rest[1:])
     elif program == "make":
@@ -229,6 +230,8 @@ def test_commands_are_understood(page, monkeypatch):
         "accelerate launch examples/promptkd.py --config examples/configs/quickstart.yaml --lambda 1",
         "trl-promptkd promptkd --config examples/configs/quickstart.yaml --lambda 1",
         "python examples/smollm2.py --folder models",
+        "python examples/smollm2.py --student_layers none",
+        "torchrun --nproc_per_node 2 examples/promptkd.py --config examples/configs/quickstart.yaml --lambda 1",
         "python benchmarks/none.py",
         "make everything",
         "pip install '.[gpu]'",

@@ -74,8 +74,8 @@ def _seeds(args: argparse.Namespace) -> list[int] | None:
         return args.seeds
     if args.greedy and args.seeds is not None:
         raise ValueError(
-            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Leave one of "
-            "them away."
+            f"`--greedy` and `--seeds` {args.seeds} are both given, but greedy answers have no seeds. Omit one of "
+            "them."
         )
     return None if args.greedy else args.seeds or list(PAPER_SEEDS)
 

@@ -53,7 +53,8 @@ class PromptEncoderConfig:
             network that produces them (PEFT P-tuning) and starts at the same embeddings.
         prompt_learning_rate (`float`, *optional*):
             Learning rate of the prompt. `None` takes the student's, as the paper does. A prompt that learns much
-            faster than its student follows it instead of leading it.
+            faster than its student follows it instead of leading it. `0` keeps the prompt as it starts, and a step
+            then costs what plain on-policy distillation costs.
         prompt_weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of the prompt's AdamW.
         prompt_lr_scheduler_type (`str`, *optional*):
@@ -78,7 +79,8 @@ class PromptEncoderConfig:
         metadata={"help": "Train the embeddings, or a small network that produces them.", "choices": list(_ENCODERS)},
     )
     prompt_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the soft prompt; by default the student's."}
+        default=None,
+        metadata={"help": "Learning rate of the soft prompt; by default the student's. 0 keeps it fixed."},
     )
     prompt_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the soft prompt."})
     prompt_lr_scheduler_type: str | None = field(

@@ -98,6 +98,14 @@ class TestCommands:
         assert made.rstrip().endswith("## doctor")
 
 
+class TestSketches:
+    def test_are_those_of_the_script(self):
+        figures = load_module("docs/figures.py")
+        for name, (title, lines) in figures.SKETCHES.items():
+            drawn = (DOCS / "images" / name).read_text(encoding="utf-8")
+            assert figures.sketch(title, lines) == drawn, "run `python docs/figures.py`"
+
+
 class TestDocstrings:
     @pytest.fixture(scope="class")
     def package(self):

@@ -61,7 +61,7 @@ def plot_style(scheme: Scheme = LIGHT) -> Iterator[None]:
     check_matplotlib()
     import matplotlib
 
-    settings = {
+    settings: Any = {
         "font.size": FONT_SIZE,
         "axes.titlesize": FONT_SIZE,
         "legend.fontsize": FONT_SIZE - 1,

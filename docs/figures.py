@@ -1,22 +1,21 @@
-"""Draws the figure of losses.md, for light and for dark pages: python docs/figures.py"""
+"""Draws the figure of losses.md, for light and for dark pages, and the sketches of cheat_sheet.md:
 
+python docs/figures.py
+"""
+
+import math
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
+from trl_promptkd.analysis.plot_style import DARK, LIGHT, new_figure, plot_style, save_figure
 from trl_promptkd.divergences import forward_kl, generalized_jsd, reverse_kl
 
 
 IMAGES = Path(__file__).parent / "images"
 TOKENS = torch.arange(40.0)
-# Text and lines, background, and a palette that colour-blind readers can tell apart on it (Okabe and Ito)
-SCHEMES = {
-    "divergences.png": ("#222222", "#ffffff", ("#0072B2", "#009E73", "#D55E00", "#AA5588")),
-    "divergences_dark.png": ("#dddddd", "#1e2129", ("#56B4E9", "#2fc79a", "#ff9d5c", "#e5a3cc")),
-}
+SCHEMES = {"divergences.png": LIGHT, "divergences_dark.png": DARK}
 DIVERGENCES = {
     "forward KL (0.0)": forward_kl,
     "JSD (0.5)": partial(generalized_jsd, beta=0.5),
@@ -33,7 +32,67 @@ def bell(center, width):
     return (-0.5 * ((TOKENS - center) / width) ** 2).log_softmax(dim=-1)
 
 
+# What curves look like that mean trouble. Nothing is measured here: of each curve its name and a shape over 0 to 1
+SKETCHES = {
+    "trouble_follows.svg": (
+        "The prompt follows the student",
+        {
+            "kl/student_plain": lambda x: 0.78 - 0.12 * x,
+            "kl/prompt_gain": lambda x: 0.08 + 0.46 * x,
+            "eval_forward_kl": lambda x: 0.86 - 0.1 * x + 0.2 * x**2,
+        },
+    ),
+    "trouble_collapse.svg": (
+        "The student collapses",
+        {
+            "eval_reverse_kl": lambda x: 0.15 + 0.5 * math.exp(-3 * x),
+            "eval_forward_kl": lambda x: 0.8 - 0.4 * x + 0.5 * x**2,
+        },
+    ),
+    "trouble_cut.svg": (
+        "Samples never stop",
+        {
+            "rollout/mean_length": lambda x: 0.9 - 0.45 * math.exp(-6 * x),
+            "rollout/terminated_share": lambda x: 0.06 + 0.34 * math.exp(-6 * x),
+        },
+    ),
+}
+
+
+def sketch(title, lines):
+    """Curves with their names, as SVG for light and dark pages."""
+    width, height, bottom = 300, 250, 150
+    styles = {".paper": ("fill", "paper"), "text": ("fill", "ink"), ".axis": ("stroke", "muted")}
+
+    def css(scheme):
+        rules = [f"{part} {{ {what}: {getattr(scheme, color)} }}" for part, (what, color) in styles.items()]
+        rules += [f".s{index} {{ stroke: {scheme.lines[index]} }}" for index in range(len(lines))]
+        return " ".join(rules)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"><title>{title}</title>',
+        "<style>",
+        "  text { font: 13px sans-serif } path { fill: none; stroke-width: 2.5; stroke-linecap: round }",
+        "  .axis { stroke-width: 1 } .s1 { stroke-dasharray: 8 5 } .s2 { stroke-dasharray: 2 5 }",
+        f"  {css(LIGHT)}",
+        f"  @media (prefers-color-scheme: dark) {{ {css(DARK)} }}",
+        "</style>",
+        f'<rect class="paper" width="{width}" height="{height}" rx="6"/>',
+        f'<text x="14" y="22" font-weight="bold">{title}</text>',
+        f'<path class="axis" d="M14 34V{bottom}H286"/>',
+        f'<text x="286" y="{bottom + 17}" text-anchor="end">steps</text>',
+    ]
+    for index, (name, shape) in enumerate(lines.items()):
+        points = [f"{14 + 272 * i / 24:.1f},{bottom - 112 * shape(i / 24):.1f}" for i in range(25)]
+        y = bottom + 40 + 21 * index
+        parts.append(f'<path class="s{index}" d="M{" ".join(points)}"/>')
+        parts.append(f'<path class="s{index}" d="M14 {y - 4}H48"/><text x="58" y="{y}">{name}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
 def main():
+    for name, (title, lines) in SKETCHES.items():
+        (IMAGES / name).write_text(sketch(title, lines), encoding="utf-8")
     teacher = torch.logaddexp(bell(11, 2.5) + torch.tensor(0.65).log(), bell(28, 3.5) + torch.tensor(0.35).log())
     centers, widths = torch.meshgrid(torch.linspace(5, 35, 241), torch.linspace(1, 14, 105), indexing="ij")
     students = bell(centers.reshape(-1, 1), widths.reshape(-1, 1))
@@ -48,17 +107,17 @@ def main():
     p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.1, 0.3, 0.6]).log()
     betas = torch.linspace(0.001, 0.999, 999)
     jsd = [generalized_jsd(q, p, float(beta)) for beta in betas]
-    for name, (ink, paper, colors) in SCHEMES.items():
-        look = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
-        with matplotlib.rc_context({**look, "font.size": 11}):
-            figure = Figure(figsize=(9, 3.6), layout="constrained", facecolor=paper)
+    for name, scheme in SCHEMES.items():
+        with plot_style(scheme):
+            ink, paper, colors = scheme.ink, scheme.paper, scheme.lines
+            figure = new_figure(9, 3.8)
             left, right = figure.subplots(1, 2)
             left.bar(TOKENS, teacher.exp(), width=1, color=ink, alpha=0.25, label="teacher")
-            for (label, student), color in zip(best.items(), colors, strict=True):
+            for (label, student), color in zip(best.items(), colors, strict=False):
                 left.plot(TOKENS, student.exp(), color=color, linewidth=2, label=label, linestyle=STYLES[label])
             left.set(title="The best single bell curve under each", xlabel="token", ylabel="probability")
             left.set_ylim(top=0.19)
-            left.legend(fontsize=9, labelcolor=ink, frameon=False, loc="upper right")
+            left.legend(loc="upper right")
             right.plot(betas, jsd, color=colors[1], linewidth=2, label="generalized JSD")
             right.plot(0, forward_kl(q, p), "o", color=colors[0], label="forward KL (0.0)", clip_on=False, zorder=3)
             right.plot(1, reverse_kl(q, p), "o", color=colors[2], label="reverse KL (1.0)", clip_on=False, zorder=3)
@@ -66,11 +125,8 @@ def main():
                 right.plot(end, 0, "o", color=colors[1], markerfacecolor=paper, clip_on=False, zorder=3)
             right.set(title="Two distributions of three tokens", xlabel="beta", ylabel="nats", xlim=(0, 1))
             right.set_ylim(bottom=0)
-            right.legend(fontsize=9, labelcolor=ink, frameon=False, loc="center")
-            for axes in (left, right):
-                axes.set_facecolor(paper)
-                axes.spines[["top", "right"]].set_visible(False)
-            figure.savefig(IMAGES / name, dpi=130)
+            right.legend(loc="center")
+            save_figure(figure, IMAGES / name)
     print("forward, reverse:", float(forward_kl(q, p)), float(reverse_kl(q, p)))
     print({beta: round(float(generalized_jsd(q, p, beta)), 4) for beta in (0.01, 0.1, 0.5, 0.9, 0.99)})
 

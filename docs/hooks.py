@@ -1,9 +1,12 @@
-"""What mkdocs does with the pages beyond its own: formulas become MathML, and links out of docs/ become names of
-files."""
+"""What mkdocs does with the pages beyond its own: formulas become MathML, links out of docs/ become names of files,
+and docs/commands.md gets the commands' flags."""
 
 import html
+import os
 import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -30,6 +33,28 @@ _FORMULA = re.compile(
 _FUNCTION = re.compile(r"<mi>(?:log|max|min)</mi>(?!<mo[^>]*>(?:&#x00028;|\())")  # would touch what it is applied to
 
 
+COMMANDS = "<!-- commands -->"
+_running = {}
+
+
+def on_startup(command, dirty):
+    """The commands import torch and TRL. That runs beside the making of the other pages, which come first."""
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    script = [sys.executable, str(ROOT / "docs" / "commands.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    _running["commands"] = subprocess.Popen(script, env=quiet, text=True, encoding="utf-8", **pipes)
+
+
+def commands_text():
+    """The Markdown of all commands, once for a run of mkdocs."""
+    if "text" not in _running:
+        text, errors = _running["commands"].communicate()
+        if _running["commands"].returncode:
+            log.error("docs/commands.py failed: %s", errors)
+        _running["text"] = text
+    return _running["text"]
+
+
 def on_files(files, config):
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
@@ -38,7 +63,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Links to files that are not pages, such as ../examples/configs/x.yaml, become the files' names: there is no
-    server of sources."""
+    server of sources. The commands' flags are put into their page."""
+    if COMMANDS in markdown:
+        markdown = markdown.replace(COMMANDS, commands_text())
     source = (
         "" if page.file.src_uri in PAGES.values() else posixpath.join("docs", posixpath.dirname(page.file.src_uri))
     )

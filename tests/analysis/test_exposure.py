@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from trl_promptkd import PromptEncoderConfig, SoftPrompt
 from trl_promptkd.analysis.exposure import exposure_bias, prefix_kl, sample_prefixes
-from trl_promptkd.analysis.plots import check_matplotlib, plot_exposure, well_covered
+from trl_promptkd.analysis.plot_style import check_matplotlib
+from trl_promptkd.analysis.plots import plot_exposure, well_covered
 from trl_promptkd.cli import main
 
 

@@ -153,7 +153,7 @@ CASES = [
     command(f"{RANK} --scorer no_such:f", "`--scorer` is 'no_such:f', which cannot be imported | Check its name"),
     command(f"{RANK} --rows 0", "`num_rows` is 0; it must be above 0"),
     command(RANK, "1 of 1 rows fit into `max_prompt_length=None` | two or more | Give more rows"),
-    command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Leave one of them"),
+    command(f"{EVAL} instructions.jsonl --greedy --seeds 1", "`--greedy` and `--seeds` [1] | Omit one of them"),
     command(f"{EVAL} rows.jsonl --dataset rows.jsonl", "is given twice in `--dataset` | Give each once"),
     command(
         "eval instruct --model nope --dataset instructions.jsonl",

@@ -74,13 +74,13 @@ class Case:
             return _neutral(str(error), folder)
         raise AssertionError("was accepted")
 
-    def row(self, message: str) -> str:
-        """Of the table."""
+    def cell(self, message: str) -> str:
+        """What the user reads, in a table."""
         error = "exit code 2" if self.error is ExitCode2 else f"`{self.error.__name__}`"
         text = message if len(message) <= 600 else f"{message[:600].rsplit(' ', 1)[0]} ..."
         for old, new in (("\n", " "), ("|", r"\|"), ("<", "&lt;"), ("*", r"\*")):
             text = text.replace(old, new)
-        return f"| {self.does} | {error}: {text} |"
+        return f"{error}: {text}"
 
 
 def _neutral(message: str, folder: Path) -> str:

@@ -1,12 +1,14 @@
 """What the documentation site makes of pages and docstrings beyond what mkdocs does."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
 from paths import ROOT, load_module
 
 import trl_promptkd
+from trl_promptkd import cli
 
 
 griffe = pytest.importorskip("griffe", reason="the extra `docs` is not installed")
@@ -56,6 +58,52 @@ class TestFormulas:
             assert part in drawn
         block = '<div class="arithmatex">\\[a\nb\\]</div>'
         assert 'display="block"' in hooks.on_page_content(block, None, None, None)
+
+
+class TestCommands:
+    """Compared with what `--help` prints, which argparse and the training parser write themselves."""
+
+    @pytest.fixture(scope="class")
+    def sections(self):
+        """By the words of the command."""
+        parts = re.split(r"^#{2,3} (.+)$", load_module("docs/commands.py").main(), flags=re.MULTILINE)[1:]
+        return dict(zip(parts[::2], parts[1::2], strict=True))
+
+    def test_each_command_is_there(self, sections):
+        assert set(sections) >= {*cli._TRAININGS, *cli._TOOLS, *(f"analyze {name}" for name in cli._ANALYSES)}
+
+    def test_each_flag_of_a_tool_is_there(self, sections, capsys):
+        tools = [title.split() for title, text in sections.items() if "\ntrl-promptkd" in text and ":" not in title]
+        tools = [words for words in tools if words[0] not in cli._TRAININGS]
+        assert len(tools) > len(cli._TOOLS)
+        for words in tools:
+            with pytest.raises(SystemExit):
+                cli.parse_args([*words, "--help"])
+            flags = set(re.findall(r"--\w+", capsys.readouterr().out)) - {"--help"}
+            assert {flag for flag in flags if f"`{flag}`" not in sections[" ".join(words)]} == set(), words
+
+    @pytest.mark.parametrize("command", cli._TRAININGS)
+    def test_each_flag_of_a_training_is_there(self, sections, command, capsys):
+        page = "".join(text for title, text in sections.items() if title.split(":")[0] == command)
+        with pytest.raises(SystemExit):
+            cli.parse_args([command, "--help_all"])
+        flags = re.findall(r"--\w+", "".join(re.findall(r"^  (--.+)$", capsys.readouterr().out, re.MULTILINE)))
+        assert len(flags) > 100
+        assert [flag for flag in flags if f"`{flag}`" not in page] == []
+
+    def test_they_are_put_into_their_page(self, hooks, monkeypatch):
+        monkeypatch.setitem(hooks._running, "text", "## doctor")
+        page_text = (DOCS / "commands.md").read_text(encoding="utf-8")
+        made = hooks.on_page_markdown(page_text, page("commands.md"), None, None)
+        assert made.rstrip().endswith("## doctor")
+
+
+class TestSketches:
+    def test_are_those_of_the_script(self):
+        figures = load_module("docs/figures.py")
+        for name, (title, lines) in figures.SKETCHES.items():
+            drawn = (DOCS / "images" / name).read_text(encoding="utf-8")
+            assert figures.sketch(title, lines) == drawn, "run `python docs/figures.py`"
 
 
 class TestDocstrings:

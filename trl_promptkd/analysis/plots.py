@@ -1,21 +1,19 @@
-"""The analyses for a reader: plots of one look, readable by colour-blind readers and in print, and a page of
-examples."""
+"""The analyses for a reader: plots, and a page of examples."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from pandas import DataFrame, option_context
 from torch import Tensor
 
-from ..files import whole_file
 from .attention import MEASURES, SHARE_ABOVE
+from .plot_style import LIGHT, LOWER, new_figure, plot_style, save_figure, whole_numbers
 
 
 __all__ = [
     "changes_page",
-    "check_matplotlib",
     "plot_classes",
     "plot_drift",
     "plot_exposure",
@@ -24,8 +22,6 @@ __all__ = [
     "plot_similarity",
 ]
 
-# Okabe and Ito's palette, without its yellow, which is too light for lines on white
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHADED = 4  # lines whose intervals can be told apart
 _TITLES = {
     "entropy": ("Entropy of a query's attention", "nats"),
@@ -33,51 +29,18 @@ _TITLES = {
     "sparsity": (f"Weights above {SHARE_ABOVE}", "share of the visible ones"),
     "similarity": ("Likeness to the layer before", "cosine"),
 }
-_MAX_NAMED_TOKENS = 36  # as many as there is room for
-
-
-def check_matplotlib() -> None:
-    """Refuse to start hours of work if plots cannot be made."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "The plots need matplotlib, which is not installed. Install it with "
-            '`pip install "trl_promptkd[analysis]"`.'
-        ) from error
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; without pyplot, whose state and windows belong to the user."""
-    check_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+_MAX_NAMED_TOKENS = 20  # as many as there is room for
 
 
 def _line_colors(number: int) -> Sequence[Any]:
     """As many colours, all different: of a colour-blind-safe palette, or from dark to light if it has too few
     (viridis)."""
-    if number <= len(_COLORS):
-        return _COLORS[:number]
+    if number <= len(LIGHT.lines):
+        return LIGHT.lines[:number]
     import matplotlib
 
     shades = matplotlib.colormaps["viridis"]
     return [shades(0.92 * index / (number - 1)) for index in range(number)]
-
-
-def _finish_axes(panels: Iterable[Any], xlabel: str) -> None:
-    """Of plots over whole numbers: steps, layers, positions."""
-    for panel in panels:
-        panel.set_xlabel(xlabel)
-        panel.grid(alpha=0.3, linewidth=0.5)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _save_figure(figure: Any, path: str) -> None:
-    """Write a PNG file."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
 
 
 def well_covered(found: DataFrame) -> DataFrame:
@@ -88,6 +51,7 @@ def well_covered(found: DataFrame) -> DataFrame:
     return found[: enough.sum()] if enough.any() else found
 
 
+@plot_style()
 def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> None:
     """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
 
@@ -98,7 +62,7 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, _line_colors(len(students)), strict=True))
     styles = dict(zip(teachers, ("-", "--"), strict=False))
-    figure = _new_figure(9, 6.6 + 0.1 * len(results))
+    figure = new_figure(9, 6.6 + 0.1 * len(results))
     axes = figure.subplot_mosaic([["error", "error"], ["student", "teacher"]], height_ratios=[1.25, 1])
     for (student, teacher), result in results.items():
         shown, color = well_covered(result), colors[student]
@@ -109,22 +73,25 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
         if len(results) <= _SHADED:
             axes["error"].fill_between(shown.index, shown.low, shown.high, color=color, alpha=0.1)
     told = " (shaded: 95 % interval over rows)" if len(results) <= _SHADED else ""
-    axes["error"].set(title=f"Exposure bias{told}", ylabel="ExAccErr(l), %")
-    axes["error"].axhline(0, color="gray", linewidth=0.6)
-    axes["student"].set(title="On the student's prefixes", ylabel="KL(teacher || student), nats", ylim=(0, None))
+    axes["error"].set(title=f"Exposure bias{told}", ylabel=f"ExAccErr(l), % ({LOWER})")
+    axes["error"].axhline(0, color=LIGHT.muted, linewidth=0.8)
+    axes["student"].set(
+        title="On the student's prefixes", ylabel=f"KL(teacher || student),\nnats ({LOWER})", ylim=(0, None)
+    )
     axes["teacher"].set(title="On the teacher's prefixes")
     axes["teacher"].sharey(axes["student"])
-    _finish_axes(axes.values(), "position l")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
-    _save_figure(figure, path)
+    whole_numbers(axes.values(), "position l")
+    figure.legend(loc="outside lower center", ncols=2)
+    save_figure(figure, path)
 
 
+@plot_style()
 def plot_measures(measures: DataFrame, path: str) -> None:
     """The four measures, a line per model, over the layers; over relative depth if models have different numbers of
     them."""
     models = dict(list(measures.groupby(level="model", sort=False)))
     same = len(set(map(len, models.values()))) == 1
-    figure = _new_figure(9, 6)
+    figure = new_figure(9, 6)
     panels = figure.subplots(2, 2)
     for axes, measure in zip(panels.flat, MEASURES, strict=True):
         for color, (name, values) in zip(_line_colors(len(models)), models.items(), strict=True):
@@ -132,54 +99,57 @@ def plot_measures(measures: DataFrame, path: str) -> None:
             axes.plot(layers, values[measure], label=name, color=color, marker="o", markersize=4)
         title, unit = _TITLES[measure]
         axes.set(title=title, ylabel=unit)
-    _finish_axes(panels.flat, "layer" if same else "depth (0: first layer, 1: last)")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-    _save_figure(figure, path)
+    whole_numbers(panels.flat, "layer" if same else "depth (0: first layer, 1: last)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    save_figure(figure, path)
 
 
+@plot_style()
 def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, tokens: Sequence[str], path: str) -> None:
     """Heat maps of some heads on one row: a line of maps per model, a column per head.
 
     Args:
         matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last
             tokens.
-        tokens: The row's, as texts; up to 36 of them are written at the axes, of longer rows their numbers.
+        tokens: The row's, as texts; up to 20 of them are written at the axes, of longer rows their numbers.
     """
-    figure = _new_figure(1 + 3.4 * len(heads), 0.9 + 3.2 * len(matrices))
+    figure = new_figure(1 + 3.4 * len(heads), 0.9 + 3.2 * len(matrices))
     panels = figure.subplots(len(matrices), len(heads), squeeze=False, sharex=True, sharey=True)
     for line, (name, of_model) in zip(panels, matrices.items(), strict=True):
         for axes, head, matrix in zip(line, heads.itertuples(), of_model, strict=True):
             first = len(tokens) - len(matrix)  # number of the first query
             extent = (-0.5, len(tokens) - 0.5, len(tokens) - 0.5, first - 0.5)
             image = axes.imshow(matrix.sqrt(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
-            axes.set_title(f"{name}\nlayer {head.layers[name]}, head {head.head}", fontsize=9)
+            axes.set_title(f"{name}\nlayer {head.layers[name]}, head {head.head}")
             if len(tokens) <= _MAX_NAMED_TOKENS:
-                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=6, parse_math=False)
-                axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=6, parse_math=False)
+                axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9, parse_math=False)
+                axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=9, parse_math=False)
         line[0].set_ylabel("from token")
     for axes in panels[-1]:
         axes.set_xlabel("to token")
     figure.colorbar(image, ax=panels, label="square root of the attention weight", shrink=0.8, aspect=30)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
+@plot_style()
 def plot_classes(classes: DataFrame, path: str) -> None:
     """Mean KL divergences by token class, of [`~trl_promptkd.analysis.prompt.by_class`]."""
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
     keys = [key for key in titles if key in classes]
-    figure = _new_figure(5 * len(keys), 1 + 0.36 * len(classes))
+    figure = new_figure(5 * len(keys), 1 + 0.36 * len(classes))
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     names = [f"{name} ({tokens:,})" for name, tokens in classes.tokens.items()]
     for panel, key, color in zip(panels, keys, _line_colors(2), strict=False):
         bars = panel.barh(names, classes[key], color=color, height=0.7)
-        panel.bar_label(bars, fmt="%#.3g", padding=3, fontsize=9)
+        panel.bar_label(bars, fmt="%#.3g", padding=3)
         panel.set(title=titles[key], xlabel="mean, nats per token")
         panel.margins(x=0.16)
     panels[0].invert_yaxis()
     panels[0].set_ylabel("class of the token (tokens)")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
+@plot_style()
 def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -> None:
     """How far each virtual token has come, over checkpoints.
 
@@ -188,7 +158,7 @@ def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -
             first. A prompt that was saved after its run has the step `None` and stands last.
         start (`int`): The step of what the drift is taken from.
     """
-    figure = _new_figure(9, 4)
+    figure = new_figure(9, 4)
     panels = figure.subplots(1, 2)
     steps = [start, *(drift["step"] for drift in drifts if drift["step"] is not None)]
     positions = [*steps, *[steps[-1] + 1] * (len(drifts) + 1 - len(steps))]
@@ -198,18 +168,19 @@ def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -
             values = [at_start, *(drift[key][token] for drift in drifts)]
             panel.plot(positions, values, color=color, marker="o", markersize=2, label=str(token + 1))
     overall = [0.0, *(drift["overall"] for drift in drifts)]
-    panels[0].plot(positions, overall, color="dimgray", linewidth=2.6, linestyle="--", label="all together")
+    panels[0].plot(positions, overall, color=LIGHT.muted, linewidth=2.6, linestyle="--", label="all together")
     panels[0].set(title="Distance from the start (share of its norm)", ylim=(0, None))
     panels[1].set(title="Cosine with the start")
-    _finish_axes(panels, "step" if len(steps) > len(drifts) else "step (the last point: saved after the run)")
+    whole_numbers(panels, "step" if len(steps) > len(drifts) else "step (the last point: saved after the run)")
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=11, fontsize=8, title="virtual token")
-    _save_figure(figure, path)
+    figure.legend(*handles, loc="outside lower center", ncols=8, title="virtual token")
+    save_figure(figure, path)
 
 
+@plot_style()
 def plot_similarity(cosines: Tensor, path: str) -> None:
     """The cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`, as a heat map."""
-    figure = _new_figure(5.2, 4.4)
+    figure = new_figure(5.2, 4.4)
     axes = figure.subplots()
     end = len(cosines) + 0.5
     image = axes.imshow(cosines, cmap="PuOr_r", vmin=-1, vmax=1, extent=(0.5, end, end, 0.5))
@@ -217,7 +188,7 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, label="cosine")
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def changes_page(changes: DataFrame, title: str, summary: str) -> str:

@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..files import read_text
 from ..metrics.run_signs import Sign, run_signs
+from .plot_style import DARK, LIGHT
 
 
 __all__ = ["Run", "read_run", "report_page"]
@@ -187,6 +188,8 @@ def report_page(run: Run) -> tuple[str, list[Sign]]:
         .from_string(resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
         .render(
             name=run.name,
+            light=LIGHT,
+            dark=DARK,
             facts=_facts(run, series),
             signs=[sign._replace(text=_marked(sign.text)) for sign in signs],
             verdicts=_VERDICTS,

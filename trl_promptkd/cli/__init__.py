@@ -46,7 +46,15 @@ def parse_args(argv: Sequence[str], launch: bool = False) -> argparse.Namespace:
     warnings.filterwarnings("ignore", category=FutureWarning)  # TRL's and transformers', on their own names
     if argv and argv[0] in _TRAININGS:
         return import_module(f".{argv[0]}", __name__).parse(argv[1:], launch)
-    named = [word for word in argv if not word.startswith("-")][:2]
+    return make_parser([word for word in argv if not word.startswith("-")][:2]).parse_args(argv)
+
+
+def make_parser(named: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of the command.
+
+    Args:
+        named: The words of the tool that is called, such as `["analyze", "prompt"]`. Only its flags are there.
+    """
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Training and tools of trl_promptkd.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     tools = parser.add_subparsers(dest="command", required=True)
@@ -58,7 +66,7 @@ def parse_args(argv: Sequence[str], launch: bool = False) -> argparse.Namespace:
     analyses = analyze.add_subparsers(dest="analysis", required=True)
     for name, text in _ANALYSES.items():
         _add(analyses, name, text, f"analyze_{name}", named[1:] if named[:1] == ["analyze"] else [])
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add(tools: Any, name: str, text: str, module: str, named: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ import os
 from typing import Any
 
 from ..analysis.attention import QUERIES, head_matrices, measure_attention, num_queries
-from ..analysis.plots import check_matplotlib, plot_heads, plot_measures
+from ..analysis.plot_style import check_matplotlib
+from ..analysis.plots import plot_heads, plot_measures
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
 from . import common

@@ -8,7 +8,8 @@ import pandas
 from torch import Tensor
 
 from ..analysis.exposure import READ_AT, exposure_bias, prefix_kl, sample_prefixes
-from ..analysis.plots import check_matplotlib, plot_exposure
+from ..analysis.plot_style import check_matplotlib
+from ..analysis.plots import plot_exposure
 from ..analysis.saved_prompt import check_fits, find_prompts
 from ..models.tokenizer import shared_vocab_size
 from . import common

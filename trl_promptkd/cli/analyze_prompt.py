@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.exposure import sample_prefixes
-from ..analysis.plots import changes_page, check_matplotlib, plot_classes, plot_drift, plot_similarity
+from ..analysis.plot_style import check_matplotlib
+from ..analysis.plots import changes_page, plot_classes, plot_drift, plot_similarity
 from ..analysis.prompt import by_class, nearest_tokens, prompt_drift, prompt_effect, similarity
 from ..analysis.saved_prompt import SavedPrompt, check_fits, find_prompts, initial_prompt
 from ..generation.rollouts import stop_ids

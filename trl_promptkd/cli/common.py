@@ -53,7 +53,7 @@ _INIT_KWARGS = {"type": json_dict, "default": {}, "help": "JSON for from_pretrai
 _FLAGS: dict[str, dict[str, Any]] = {
     "model_init_kwargs": _INIT_KWARGS,
     "teacher_init_kwargs": _INIT_KWARGS,
-    "trust_remote_code": {"action": "store_true"},
+    "trust_remote_code": {"action": "store_true", "help": "run code that comes with a model"},
     "teacher": {"help": "Hub id or folder"},
     "dataset": {"help": "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"},
     "dataset_config": {"help": "its configuration"},

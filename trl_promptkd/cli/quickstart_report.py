@@ -5,7 +5,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure, whole_numbers
 from ..intervals import ByRow, difference, mean
+
 
 
 __all__ = ["METRICS", "STAGES", "page", "plot", "show", "verdict"]
@@ -16,7 +18,7 @@ REVERSE_KL, FORWARD_KL, ROUGE_L = METRICS = (
     "KL(teacher || student), teacher's samples",
     "ROUGE-L to the teacher's answers, percent",
 )
-UNITS = "KL in nats a token (lower is better); ROUGE-L of greedy answers (higher is better)."
+UNITS = "KL in nats per token (lower is better); ROUGE-L of greedy answers (higher is better)."
 
 
 def verdict(measured: dict[str, dict[str, ByRow]]) -> str:
@@ -82,22 +84,18 @@ def show(measured, samples, questions: list[str]) -> None:
     console.print(told)
 
 
+@plot_style()
 def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
     """Training, what the soft prompt does, and the held-out prompts at all four stages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colours = dict(zip(STAGES, ("#bbbbbb", "#777777", "#0072b2", "#d55e00"), strict=True))  # for all eyes
-    figure, panels = plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    colours = dict(zip(STAGES, (LIGHT.rule, LIGHT.muted, *LIGHT.lines[:2]), strict=True))
+    figure = new_figure(9, 8)
+    panels = figure.subplots(2, 2).flat
 
     def line(axes, stage: str, key: str, label: str, style: str = "-") -> None:
         logs = [entry for entry in histories[stage] if key in entry]
         steps, values = [entry["step"] for entry in logs], [entry[key] for entry in logs]
         axes.plot(steps, values, style, color=colours[stage], label=label)
-        axes.set(xlabel="step", ylabel="nats a token")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(ylabel="nats per token")
 
     line(panels[0], GKD, "kl/student_teacher", "GKD")
     line(panels[0], PROMPTKD, "kl/student_plain", "PromptKD")
@@ -106,20 +104,21 @@ def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
     panels[0].set_ylim(0, None)
     line(panels[1], PROMPTKD, "kl/prompt_gain", "gain: plain minus prompted")
     line(panels[1], PROMPTKD, "kl/prompted_plain", "drift: KL(prompted || plain)", "--")
-    panels[1].axhline(0, color="gray", linewidth=0.5)
+    panels[1].axhline(0, color=LIGHT.muted, linewidth=0.8)
     panels[1].set(title="What the soft prompt changes")
+    whole_numbers(panels[:2], "step")
     for axes in panels[:2]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False)
-    groups = ((panels[2], METRICS[:2], "nats a token, lower is better"), (panels[3], [ROUGE_L], "higher is better"))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    groups = ((panels[2], METRICS[:2], f"nats per token, {LOWER}"), (panels[3], [ROUGE_L], f"percent, {HIGHER}"))
     for axes, metrics, label in groups:
         for offset, stage in enumerate(STAGES):
             values = [mean(measured[stage][metric]) for metric in metrics]
             bars = axes.bar(
                 [x + 0.2 * offset for x in range(len(metrics))], values, 0.18, color=colours[stage], label=stage
             )
-            axes.bar_label(bars, fmt="%.1f" if ROUGE_L in metrics else "%.2f", fontsize=8)
+            axes.bar_label(bars, fmt="%.1f" if ROUGE_L in metrics else "%.2f")
         axes.set_xticks([x + 0.3 for x in range(len(metrics))], [metric.replace(", ", ",\n") for metric in metrics])
         axes.set(ylabel=label, title="Held-out prompts")
         axes.margins(y=0.1)
-    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, frameon=False)
-    figure.savefig(path, dpi=110)
+    panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    save_figure(figure, path)

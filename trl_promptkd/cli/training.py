@@ -78,22 +78,26 @@ class TrainingParser(RecipeParser):
     def format_usage(self) -> str:
         return f"usage: {self.prog} [--config FILE.yaml] [--flag VALUE ...]\n"
 
-    def format_help(self, everything: bool = False) -> str:
+    def sections(self, everything: bool = False) -> dict[str, list[Field]]:
+        """The flags by title: the usual ones, those of this package, and with `everything` TRL's and transformers'."""
         flags = {x.name: x for group in self.dataclass_types for x in fields(group) if x.init}
         usual = _USUAL.split()
         left_out = set(usual) if everything else {*usual, *(x.name for x in fields(SFTConfig))}
-        sections = {"the usual flags": usual}
+        found = {"the usual flags": [flags[name] for name in usual]}
         for group in self.dataclass_types:
-            names = [x.name for x in fields(group) if x.init and x.name not in left_out]
-            sections[f"flags of {group.__name__}"] = names
+            own = [x for x in fields(group) if x.init and x.name not in left_out]
+            found[f"flags of {group.__name__}"] = [flags[x.name] for x in own]
+        return found
+
+    def format_help(self, everything: bool = False) -> str:
         lines = [
             self.format_usage(),
             self.description,
             "--config: a YAML file of flags without their dashes. Flags on the command line win over it.",
             "--help: the usual flags and this package's. --help_all: also the rest of SFTConfig's.",
         ]
-        for title, names in sections.items():
-            lines += ["", f"{title}:", *(_entry(flags[name]) for name in names)]
+        for title, flags in self.sections(everything).items():
+            lines += ["", f"{title}:", *map(_entry, flags)]
         return "\n".join(lines) + "\n"
 
     def error(self, message: str) -> NoReturn:
@@ -109,13 +113,19 @@ class TrainingParser(RecipeParser):
             self.error(str(error))
 
 
-def _entry(flag: Field) -> str:
+def told(flag: Field) -> tuple[str, str, str]:
+    """A flag with its short name, its help, and its default or nothing."""
+    names = [*(f"--{alias}" for alias, name in ALIASES.items() if name == flag.name), f"--{flag.name}"]
     text = _HELP.get(flag.name, flag.metadata.get("help", "")).replace("%%", "%")
-    default = "" if flag.default in (None, MISSING) else f" (default: {flag.default})"
+    return ", ".join(names), text, "" if flag.default in (None, MISSING) else str(flag.default)
+
+
+def _entry(flag: Field) -> str:
+    names, text, default = told(flag)
     indent = " " * 8
-    wrapped = textwrap.fill(text + default, 110, initial_indent=indent, subsequent_indent=indent)
-    short = "".join(f"--{alias}, " for alias, name in ALIASES.items() if name == flag.name)
-    return f"  {short}--{flag.name}\n{wrapped}"
+    text += f" (default: {default})" if default else ""
+    wrapped = textwrap.fill(text, 110, initial_indent=indent, subsequent_indent=indent)
+    return f"  {names}\n{wrapped}"
 
 
 @dataclass

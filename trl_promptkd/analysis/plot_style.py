@@ -1,0 +1,104 @@
+"""One look for all plots of this package and of its pages, on light and on dark paper."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from ..files import whole_file
+
+
+__all__ = ["DARK", "HIGHER", "LIGHT", "LOWER", "Scheme", "check_matplotlib", "new_figure", "plot_style", "save_figure"]
+
+
+class Scheme(NamedTuple):
+    """Colours as hexadecimal RGB."""
+
+    paper: str
+    ink: str
+    """Texts and axes."""
+    muted: str
+    """Lines to compare with, and what is less important."""
+    rule: str
+    """Grids."""
+    lines: tuple[str, ...]
+    """Colours that colour-blind readers can tell apart, the most visible ones first."""
+
+
+# Okabe and Ito's palette. Its yellow is too light for lines on white, and its black for lines on dark paper
+LIGHT = Scheme(
+    paper="#ffffff",
+    ink="#222222",
+    muted="#6b7280",
+    rule="#d8dde3",
+    lines=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"),
+)
+DARK = Scheme(
+    paper="#1e2129",
+    ink="#dddddd",
+    muted="#9aa5b1",
+    rule="#3a414c",
+    lines=("#56B4E9", "#FF9D5C", "#2FC79A", "#E5A3CC", "#F0E442", "#7FA8FF", "#FFFFFF"),
+)
+LOWER, HIGHER = "lower is better", "higher is better"
+FONT_SIZE = 11  # points. A figure of 9 inches has labels of 9 points on a page that is 7.4 inches wide
+_DOTS_PER_INCH = 110
+
+
+def check_matplotlib() -> None:
+    """Refuse to start hours of work if plots cannot be made."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "The plots need matplotlib, which is not installed. Install it with "
+            '`pip install "trl_promptkd[analysis]"`.'
+        ) from error
+
+
+@contextmanager
+def plot_style(scheme: Scheme = LIGHT) -> Iterator[None]:
+    """What is drawn inside, or in a function that this decorates, has the look. The user's settings stay."""
+    check_matplotlib()
+    import matplotlib
+
+    settings: Any = {
+        "font.size": FONT_SIZE,
+        "axes.titlesize": FONT_SIZE,
+        "legend.fontsize": FONT_SIZE - 1,
+        "legend.title_fontsize": FONT_SIZE - 1,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.facecolor": scheme.paper,
+        "figure.facecolor": scheme.paper,
+        "savefig.facecolor": scheme.paper,
+        "grid.color": scheme.rule,
+        "grid.linewidth": 0.6,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"),
+            scheme.ink,
+        ),
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches; without pyplot, whose state and windows belong to the user."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def whole_numbers(panels: Iterable[Any], xlabel: str) -> None:
+    """Of plots over whole numbers: steps, layers, positions."""
+    for panel in panels:
+        panel.set_xlabel(xlabel)
+        panel.grid()
+        panel.xaxis.get_major_locator().set_params(integer=True)
+
+
+def save_figure(figure: Any, path: Any) -> None:
+    """Write a PNG file."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)

@@ -9,7 +9,6 @@ from ..analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, 
 from ..intervals import ByRow, difference, mean
 
 
-
 __all__ = ["METRICS", "STAGES", "page", "plot", "show", "verdict"]
 
 CUT, WARM, GKD, PROMPTKD = STAGES = ("cut student", "warm start", "GKD", "PromptKD")

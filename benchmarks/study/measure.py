@@ -7,7 +7,17 @@ import torch
 from models import teacher as load_teacher
 from torch.nn.functional import pad
 from transformers import GenerationConfig
-from world import Problem, gold_answer, make_problem, make_tokenizer, said_result, writer_of
+from world import (
+    NEUTRAL,
+    NEW_LINES,
+    WRITERS,
+    Problem,
+    gold_answer,
+    make_problem,
+    make_tokenizer,
+    said_result,
+    writer_of,
+)
 
 from trl_promptkd.data import pad_rows
 from trl_promptkd.divergences import entropy, kl_divergence
@@ -124,6 +134,11 @@ class Measures:
             **self._means("gold_nll", nll(on_gold, self.gold)),
             **self._means("plain_prompted", kl_divergence(self.teacher_on_own, on_own)),
         }
+
+    def of_lines(self) -> dict[str, dict[str, float]]:
+        """Of the teacher behind no line, and behind every line that there is."""
+        lines = ["", *NEUTRAL, *(line for known in WRITERS.values() for line in known), *NEW_LINES]
+        return {line: self.of_teacher(f"{line} " if line else "") for line in lines}
 
     def of(self, student, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
         """Of a student, and of the teacher behind what the student was trained with. Accuracies and shares are shares

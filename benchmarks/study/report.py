@@ -8,15 +8,12 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from pages import DOCS, fill, is_percent, number, shown, table, with_holm
 from run import RESULTS, SCORE
 from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
 
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
 
 
 NAMES = {
@@ -129,37 +126,35 @@ def teachers_table(runs: Runs, group: str = "main") -> str:
     return table(["the teacher of", *TEACHER_COLUMNS.values()], rows)
 
 
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+BLUE, ORANGE, GREEN = LIGHT.lines[:3]
 DRAWN = {
-    "sampled_accuracy": "right answers, sampled (%)\nhigher is better",
-    "reverse_kl_per_answer": "KL(student || teacher), nats per answer\nlower is better",
-    "forward_kl_per_answer": "KL(teacher || student), nats per answer\nlower is better",
+    "sampled_accuracy": f"right samples, points\n({HIGHER})",
+    "reverse_kl_per_answer": f"KL(student || teacher) per answer\n({LOWER})",
+    "forward_kl_per_answer": f"KL(teacher || student) per answer\n({LOWER})",
 }
 
 
 def color_of(name: str) -> str:
-    return ORANGE if "PromptKD" in name or "prompt" in name else GREEN if "fixed text" in name else BLUE
+    return ORANGE if "PromptKD" in name else GREEN if "fixed text" in name else BLUE
 
 
+@plot_style()
 def draw_methods(runs: Runs, path: Path) -> None:
-    """Each method's students after an equal time: seeds as dots, means with their intervals."""
+    """What each method changed in an equal time: students as dots, means with their intervals."""
     named = runs["main"]
     names = ranked(named)[::-1]
-    start = next(iter(named.values()))
-    figure, axes = pyplot.subplots(1, len(DRAWN), figsize=(13, 0.42 * len(names) + 1.4), sharey=True)
-    for axis, (measure, title) in zip(axes, DRAWN.items(), strict=True):
-        axis.axvline(np.mean(values(start, measure, "start")), color="#999999", linestyle=":")
+    figure = new_figure(12, 0.45 * len(names) + 1.2)
+    for axis, (measure, title) in zip(figure.subplots(1, len(DRAWN), sharey=True), DRAWN.items(), strict=True):
+        axis.axvline(0, color=LIGHT.muted, linestyle=":")
         for place, name in enumerate(names):
-            some = values(named[name], measure)
-            mean, half, _ = mean_interval(some)
-            axis.plot(some, [place] * len(some), ".", color=color_of(name), alpha=0.35, markersize=6)
+            changes = np.subtract(values(named[name], measure), values(named[name], measure, "start"))
+            mean, half, _ = mean_interval(changes)
+            axis.plot(changes, [place] * len(changes), ".", color=color_of(name), alpha=0.35)
             axis.errorbar(mean, place, xerr=half, fmt="o", color=color_of(name), capsize=3)
-        axis.set_yticks(range(len(names)), names, fontsize=10)
-        axis.grid(axis="x", color="#eeeeee")
-        axis.set_title(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(axis="x")
+        axis.set_title(f"change in {title}")
+    save_figure(figure, path)
 
 
 def all_tables(runs: Runs) -> dict[str, str]:

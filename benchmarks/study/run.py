@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results.jsonl"
+RESULTS, LINES = HERE / "results.jsonl", HERE / "lines.json"
 COSTS = json.loads((HERE / "costs.json").read_text())
 NUM_ROWS, WARM_STEPS = 800, 1000
 TEACHER = "teacher_2000"  # its folder
@@ -279,6 +279,9 @@ def main() -> None:
         if not (args.folder / "runs" / file).exists():
             kept(args.folder / "runs" / file, known)
     measures: dict[str, Measures] = {}
+    if not LINES.exists():
+        measures["test"] = Measures(args.folder, "test")
+        kept(LINES, {"teacher": teacher_of(args.folder), "lines": measures["test"].of_lines()})
     for group in args.groups:
         while True:
             runs = plan(args.folder, group)

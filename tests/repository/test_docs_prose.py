@@ -33,20 +33,10 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 UNFINISHED = {
     "README.md",
     "docs/analysis.md",
-    "docs/benchmarks.md",
     "docs/doctor.md",
-    "docs/evaluation.md",
     "docs/hub.md",
     "docs/index.md",
-    "docs/logged_metrics.md",
-    "docs/migrating.md",
     "docs/priming.md",
-    "docs/recipes.md",
-    "docs/reliability.md",
-    "docs/report.md",
-    "docs/scaling.md",
-    "docs/teacher_cache.md",
-    "docs/troubleshooting.md",
 }
 
 

@@ -9,8 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from pages import DOCS, fill, is_percent, number, shown, table, with_holm
-from run import RESULTS, SCORE
+from pages import DOCS, fill, is_percent, missing, number, shown, table, with_holm
+from run import LINES, RESULTS, SCORE
 from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
 
 from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
@@ -45,6 +45,13 @@ class Runs:
         return self.groups[group]
 
 
+MIN_SEEDS = 5  # a method with fewer finished runs is not shown yet
+
+
+def compared(runs: Runs) -> dict[str, list[dict]]:
+    return {name: of_name for name, of_name in runs["main"].items() if len(of_name) >= MIN_SEEDS}
+
+
 def values(runs: list[dict], measure: str, when: str = "end") -> list[float]:
     """Shares in percent."""
     scale = 100 if is_percent(measure) else 1
@@ -74,10 +81,9 @@ def ranked(named: dict[str, list[dict]]) -> list[str]:
     return sorted(named, key=lambda name: -np.mean(values(named[name], SCORE)))
 
 
-def methods_table(runs: Runs, group: str = "main", columns=(*COLUMNS, "careful_share", "brief_share")) -> str:
+def methods_table(named: dict[str, list[dict]], columns=(*COLUMNS, "careful_share", "brief_share")) -> str:
     """What each method's students are like in the end, the best score first."""
-    named = runs[group]
-    start = next(iter(named.values()))
+    start = max(named.values(), key=len)
     rows = [["*the start*", *(shown(values(start, c, "start"), c) for c in columns), "0", str(len(start))]]
     for name in ranked(named):
         of_name = named[name]
@@ -86,18 +92,16 @@ def methods_table(runs: Runs, group: str = "main", columns=(*COLUMNS, "careful_s
     return table(["method", *(NAMES[c] for c in columns), "steps", "seeds"], rows)
 
 
-def against_table(runs: Runs, other: str, group: str = "main") -> str:
+def against_table(named: dict[str, list[dict]], other: str) -> str:
     """Differences to one method on the same students; bold after Holm's correction over the whole table."""
-    named = runs[group]
     keys = [name for name in ranked(named) if name != other]
     found = [[(c, difference(named[name], named[other], c)) for c in COLUMNS] for name in keys]
     rows = [[name, *cells] for name, cells in zip(keys, with_holm(found), strict=True)]
     return table([f"minus {other}", *(NAMES[c] for c in COLUMNS)], rows)
 
 
-def seen_table(runs: Runs, other: str) -> str:
+def seen_table(named: dict[str, list[dict]], other: str) -> str:
     """What the runs could have shown: the true difference that would have been found four times in five."""
-    named = runs["main"]
     rows = []
     for name in named:
         if name != other:
@@ -116,21 +120,38 @@ TEACHER_COLUMNS = {
 }
 
 
-def teachers_table(runs: Runs, group: str = "main") -> str:
+def teachers_table(named: dict[str, list[dict]]) -> str:
     """Where the text or the soft prompt had taken the teacher in the end."""
     rows = [
         [name, *(shown(values(of_name, c), c) for c in TEACHER_COLUMNS)]
-        for name, of_name in runs[group].items()
+        for name, of_name in named.items()
         if "teacher_sampled_accuracy" in of_name[0]["end"]
     ]
     return table(["the teacher of", *TEACHER_COLUMNS.values()], rows)
 
 
+def lines_table(lines: dict[str, dict[str, float]]) -> str:
+    """What the plain teacher samples with each line."""
+    columns = ["sampled_accuracy", "careful_share", "brief_share", "pupil_share"]
+    header = ["line before the question", "right, sampled (%)", "careful (%)", "short (%)", "slips (%)"]
+    rows = [[line or "none", *(number(found[c] * 100, c) for c in columns)] for line, found in lines.items()]
+    return table(header, rows)
+
+
+def tune_table(tuned: dict[str, list[dict]]) -> str:
+    """The score of each learning rate."""
+    rows = [
+        [name.split(", ")[0], name.split(", ")[1], shown(values(of_name, SCORE), SCORE), str(len(of_name))]
+        for name, of_name in tuned.items()
+    ]
+    return table(["method", "learning rate", NAMES[SCORE], "students"], rows)
+
+
 BLUE, ORANGE, GREEN = LIGHT.lines[:3]
 DRAWN = {
-    "sampled_accuracy": f"right samples, points\n({HIGHER})",
-    "reverse_kl_per_answer": f"KL(student || teacher) per answer\n({LOWER})",
-    "forward_kl_per_answer": f"KL(teacher || student) per answer\n({LOWER})",
+    "sampled_accuracy": f"right samples, points\n{HIGHER}",
+    "reverse_kl_per_answer": f"KL(student || teacher), nats\n{LOWER}",
+    "forward_kl_per_answer": f"KL(teacher || student), nats\n{LOWER}",
 }
 
 
@@ -141,7 +162,7 @@ def color_of(name: str) -> str:
 @plot_style()
 def draw_methods(runs: Runs, path: Path) -> None:
     """What each method changed in an equal time: students as dots, means with their intervals."""
-    named = runs["main"]
+    named = compared(runs)
     names = ranked(named)[::-1]
     figure = new_figure(12, 0.45 * len(names) + 1.2)
     for axis, (measure, title) in zip(figure.subplots(1, len(DRAWN), sharey=True), DRAWN.items(), strict=True):
@@ -153,19 +174,52 @@ def draw_methods(runs: Runs, path: Path) -> None:
             axis.errorbar(mean, place, xerr=half, fmt="o", color=color_of(name), capsize=3)
         axis.set_yticks(range(len(names)), names)
         axis.grid(axis="x")
-        axis.set_title(f"change in {title}")
+        axis.set_title(title)
     save_figure(figure, path)
 
 
 def all_tables(runs: Runs) -> dict[str, str]:
+    named = compared(runs)
     return {
-        "methods": methods_table(runs),
-        "minus GKD": against_table(runs, "GKD"),
-        "minus PromptKD": against_table(runs, "PromptKD"),
-        "seen": seen_table(runs, "GKD"),
-        "teachers": teachers_table(runs),
-        "candidates": methods_table(runs, "explore"),
+        "methods": methods_table(named),
+        "minus GKD": against_table(named, "GKD"),
+        "minus PromptKD": against_table(named, "PromptKD"),
+        "seen": seen_table(named, "GKD"),
+        "lines": lines_table(json.loads(LINES.read_text())["lines"]),
+        "teachers": teachers_table(named),
+        "tune": tune_table(runs["tune"]),
     }
+
+
+# What the page's sentences say of the set-up: run.py, models.py, world.py, measure.py
+SET_UP = [
+    "27 apples . then ann buys 15 . then ann loses 8",
+    "27 + 15 = 42 . 42 - 8 = 34 . so 34",
+    "so 34",
+    "1.0 M parameters",
+    "70 % of the answers are careful, 15 % brief and 15 % a pupil's",
+    "170,000 parameters",
+    "SFT on 800 problems",
+    "for 1,000 steps",
+    "the 800 questions",
+    "Batches have 16 rows",
+    "learning rate is 0.01",
+    "greedy answers to 1,000 of them",
+    "samples at temperature 1 for 500",
+    "95 % intervals",
+    "below 0.05",
+    "SmolLM2-135M-Instruct",
+    "20 of its layers",
+]
+
+
+def sentences(runs: Runs) -> list[str]:
+    """Pieces of the page's sentences, worked out from the runs."""
+    promptkd, gkd = (runs["main"][name][0] for name in ("PromptKD", "GKD"))
+    return [
+        f"the time of {steps(promptkd)} steps of PromptKD",
+        f"it takes {steps(promptkd)} where GKD takes {steps(gkd)}",
+    ]
 
 
 def main() -> None:
@@ -173,6 +227,8 @@ def main() -> None:
     page = DOCS / "study.md"
     fill(page, all_tables(runs))
     draw_methods(runs, DOCS / "images" / "study_methods.png")
+    for sentence in missing(page.read_text(), sentences(runs)):
+        print(f"{page} does not say: {sentence}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pandas
 import pytest
 import trl
 from packaging.version import Version
+from rich.console import Console
 from trainers import logged
 from transformers import Trainer
 
@@ -126,7 +127,7 @@ class TestTable:
 )
 class TestPrinted:
     def test_are_four_rows_with_the_same_columns(self, make, capsys, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(Console, "_environ", {"COLUMNS": "200"})  # whatever rich took for the environment
         trainer = run(make)
         printed = capsys.readouterr().out
         assert printed.count("├─") == 3
@@ -137,7 +138,7 @@ class TestPrinted:
 
     def test_are_the_first_rows_and_not_drawn_from_pythons_random_state(self, promptkd, capsys, monkeypatch):
         monkeypatch.setattr(random, "sample", None)
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(Console, "_environ", {"COLUMNS": "200"})  # whatever rich took for the environment
         first, *others = table_of(run(promptkd, num_completions_to_print=1))["completion"]
         printed = capsys.readouterr().out
         assert first in printed

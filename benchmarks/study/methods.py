@@ -154,16 +154,6 @@ def run(folder: Path, settings: dict, measures: Measures) -> dict:
     return {"start": json.loads(start.read_text()), "end": end, "seconds": seconds, "log": logs}
 
 
-def rank_lines(teacher, lines: list[str], num_rows: int, num_questions: int) -> dict[str, float]:
-    """Share of right samples of the teacher behind each line, on the first training questions."""
-    from measure import share_right
-    from models import training_problems
-
-    problems = training_problems(num_rows)[:num_questions]
-    questions = [problem.question for problem in problems]
-    return {line: share_right(answers(teacher, prompt_ids(questions, line), seed=7), problems) for line in lines}
-
-
 def kept(path: Path, value) -> None:
     """Write JSON whole or not at all."""
     unfinished = path.with_suffix(f".{os.getpid()}")

@@ -1,5 +1,5 @@
-"""Redraws tables and figures of docs/study.md from results.jsonl and results_real.jsonl, and prints what the runs say
-and the page's sentences do not.
+"""Redraws tables and figures of docs/study.md from results.jsonl, and prints what the runs say and the
+page's sentences do not.
 
     python benchmarks/study/report.py
 """
@@ -9,8 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from pages import DOCS, fill, is_percent, missing, number, shown, table, with_holm
-from run import LINES, RESULTS, SCORE
+from pages import DOCS, fill, is_percent, missing, number, shown, shown_difference, table, with_holm
+from run import LINES, RESULTS, SCORE, SEEDS
 from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
 
 from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
@@ -24,7 +24,6 @@ NAMES = {
     "gold_nll_per_answer": "NLL of gold per answer",
     "careful_share": "careful (%)",
     "brief_share": "short (%)",
-    "mean_length": "length",
 }
 COLUMNS = ["sampled_accuracy", "accuracy", "reverse_kl_per_answer", "forward_kl_per_answer", "gold_nll_per_answer"]
 
@@ -215,8 +214,15 @@ SET_UP = [
 
 def sentences(runs: Runs) -> list[str]:
     """Pieces of the page's sentences, worked out from the runs."""
-    promptkd, gkd = (runs["main"][name][0] for name in ("PromptKD", "GKD"))
+    named = compared(runs)
+    promptkd, gkd = (named[name][0] for name in ("PromptKD", "GKD"))
+    text = difference(named["GKD, fixed text"], named["GKD"], SCORE)
+    slips = values(named["PromptKD"], "teacher_pupil_share")
+    plain = json.loads(LINES.read_text())["lines"][""]["pupil_share"] * 100
     return [
+        f"from {min(map(len, named.values()))} of {len(SEEDS)} students",
+        f"A fixed text** is worth {shown_difference(text, SCORE)} points of right samples over GKD",
+        f"slip in {shown(slips, SCORE)} % of its samples, where the plain teacher has {plain:.1f} %",
         f"the time of {steps(promptkd)} steps of PromptKD",
         f"it takes {steps(promptkd)} where GKD takes {steps(gkd)}",
     ]

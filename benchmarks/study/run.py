@@ -30,18 +30,13 @@ RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 FIRST_RATES = {"sft": [1e-3, 3e-3], "gkd": [3e-4, 1e-3], "promptkd": [3e-4, 1e-3]}
 NUM_RANKED = 100  # training questions on which the lines are ranked
 SCORE = "sampled_accuracy"
-CAREFUL, PUPIL = "you are a careful teacher . ", "a child writes here . "
+CAREFUL = "you are a careful teacher . "
 
 
-def stage(kind: str, seconds: float = BUDGET, **fields) -> dict:
-    """A stage that takes so long; what comes before its first step has been taken off."""
+def stage(kind: str, seconds: float, **fields) -> dict:
+    """A stage that takes so long. What is needed before its first step has been taken off."""
     method = "promptkd" if kind == "anchored" else kind
     return {"method": method, "steps": int(seconds / COSTS[kind]), **fields}
-
-
-def after(kind: str, setup: float, seconds: float = BUDGET, **fields) -> dict:
-    """A stage whose preparation of `setup` seconds is part of its time."""
-    return stage(kind, seconds - setup, **fields)
 
 
 WRITING = NUM_ROWS * COSTS["greedy_answer"]
@@ -52,19 +47,19 @@ RIGHT = NUM_ROWS * COSTS["right_answer"]
 def methods(seconds: float) -> dict[str, list[dict]]:
     """Name -> stages, without their learning rates."""
     half = seconds / 2
-    seqkd = after("sft", WRITING, half, answers="")
+    seqkd = stage("sft", half - WRITING, answers="")
     return {
         "SFT": [stage("sft", seconds)],
-        "SeqKD": [after("sft", WRITING, seconds, answers="")],
-        "SeqKD, fixed text": [after("sft", WRITING + RANKING, seconds, answers=CAREFUL)],
+        "SeqKD": [stage("sft", seconds - WRITING, answers="")],
+        "SeqKD, fixed text": [stage("sft", seconds - (WRITING + RANKING), answers=CAREFUL)],
         "GKD": [stage("gkd", seconds)],
-        "GKD, fixed text": [after("gkd", RANKING, seconds, line=CAREFUL)],
+        "GKD, fixed text": [stage("gkd", seconds - RANKING, line=CAREFUL)],
         "PromptKD": [stage("promptkd", seconds)],
         "PromptKD, anchored": anchored(seconds, "gold", 1.0, 1e-2),
         "SeqKD then GKD": [seqkd, stage("gkd", half)],
         "SeqKD then PromptKD": [seqkd, stage("promptkd", half)],
         "SeqKD, fixed text, then GKD, fixed text": [
-            after("sft", WRITING + RANKING, half, answers=CAREFUL),
+            stage("sft", half - (WRITING + RANKING), answers=CAREFUL),
             stage("gkd", half, line=CAREFUL),
         ],
     }
@@ -73,7 +68,7 @@ def methods(seconds: float) -> dict[str, list[dict]]:
 def anchored(seconds: float, source: str, weight: float, prompt_rate: float | None = None, **fields) -> list[dict]:
     prompt = {} if prompt_rate is None else {"prompt_learning_rate": prompt_rate}
     setup = RIGHT if source == "right" else 0.0
-    return [after("anchored", setup, seconds, anchor=source, anchor_weight=weight, prompt=prompt, **fields)]
+    return [stage("anchored", seconds - setup, anchor=source, anchor_weight=weight, prompt=prompt, **fields)]
 
 
 def frozen(seconds: float, **fields) -> dict:
@@ -101,7 +96,7 @@ def candidates(seconds: float) -> dict[str, list[dict]]:
         "budget of 0.2 nats": [plain | {"budget": 0.2, "prompt": {"regularization_schedule": "constant"}}],
         "PromptKD, beta 0.5": [plain | {"beta": 0.5}],
         "GKD, beta 0.5": [stage("gkd", seconds, beta=0.5)],
-        "GKD, fixed text, beta 0": [after("gkd", RANKING, seconds, line=CAREFUL, beta=0.0)],
+        "GKD, fixed text, beta 0": [stage("gkd", seconds - RANKING, line=CAREFUL, beta=0.0)],
     }
 
 
@@ -212,7 +207,7 @@ def claim(path: Path) -> bool:
         return True
 
 
-LOGGED = ("kl/", "entropy/", "prompt/", "regularization_weight", "loss", "step", "completions/mean_length")
+LOGGED = ("kl/", "entropy/", "prompt/", "regularization_weight", "loss", "step")
 
 
 def rounded(value):

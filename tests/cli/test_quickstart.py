@@ -9,6 +9,7 @@ import torch
 import trl
 from commands import as_flags
 from tiny import WORDS, tiny_model, tiny_tokenizer
+from trainers import needs_sft
 
 from trl_promptkd.cli import main, quickstart, smollm2
 from trl_promptkd.cli import quickstart_report as report
@@ -79,8 +80,7 @@ def test_the_wheel_of_the_model_is_not_imported(tmp_path, monkeypatch):
 def test_it_runs_with_few_prompts(warm, test, kl, tmp_path, monkeypatch):
     """From end to end, with a tiny model in the place of SmolLM2."""
     pytest.importorskip("rouge_score")
-    if trl.trainer.utils._ChunkedLogProbFunction is None:
-        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
+    needs_sft()
     model, tokenizer = tiny_model(num_hidden_layers=3, vocab_size=30), tiny_tokenizer(WORDS)
     monkeypatch.setattr(quickstart, "check_installed", lambda *modules: None)
     monkeypatch.setattr(quickstart, "load_smollm2", lambda: (model, tokenizer))

@@ -1,43 +1,28 @@
 """The real model's study at tiny shapes: what is finished is kept, and what is kept is not run again."""
 
-import importlib
 import json
 import random
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from paths import ROOT
 from tiny import tiny_model, tiny_tokenizer, words
+from trainers import needs_sft
 
 from trl_promptkd import PrimingTemplate
 from trl_promptkd.evaluation import evaluate_model
 
 
-STUDY = ROOT / "benchmarks" / "study"
 FLAGS = (
     "--methods PromptKD SFT --seeds 0 --steps 1 --batch 2 --micro_batch 1 --rows 2 --other_rows 1 --student_layers 1 "
     "--train_rows 2 --warm_steps 2 --stop_every 2 --stop_rows 1 --text_rows 2"
 )
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The study's scripts, which import each other by their bare names."""
-    known = set(sys.modules)
-    sys.path.insert(0, str(STUDY))
-    yield {name: importlib.import_module(name) for name in ("real_models", "real_measure", "real_study")}
-    sys.path.remove(str(STUDY))
-    for name in set(sys.modules) - known:
-        if str(STUDY) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-@pytest.fixture(scope="module")
-def study(modules):
-    return modules["real_study"]
+@pytest.fixture
+def driver(study):
+    return study("real_study")
 
 
 def data_row(number):
@@ -45,9 +30,9 @@ def data_row(number):
 
 
 @pytest.fixture
-def data(tmp_path, modules):
+def data(tmp_path, study):
     """Six rows to train on, and the held-out ones of every set."""
-    models = modules["real_models"]
+    models = study("real_models")
     rows = {models.TRAIN: range(6), models.DEV: [6, 7], **{path: [8, 9] for path in models.TEST.values()}}
     for path, numbers in rows.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -56,67 +41,68 @@ def data(tmp_path, modules):
 
 
 @pytest.fixture
-def tiny(study, modules, monkeypatch):
-    monkeypatch.setattr(study, "load_smollm2", lambda: (tiny_model(), tiny_tokenizer()))
+def tiny(study, driver, monkeypatch):
+    needs_sft()
+    monkeypatch.setattr(driver, "load_smollm2", lambda: (tiny_model(), tiny_tokenizer()))
     for name in ("real_measure", "real_study"):
-        monkeypatch.setattr(modules[name], "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(study, "TEXTS", [PrimingTemplate("red "), PrimingTemplate("blue ")])
+        monkeypatch.setattr(study(name), "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(driver, "TEXTS", [PrimingTemplate("red "), PrimingTemplate("blue ")])
 
 
 class TestDriver:
-    def test_finished_runs_are_lines_and_are_not_run_again(self, study, tiny, data, monkeypatch):
+    def test_finished_runs_are_lines_and_are_not_run_again(self, driver, tiny, data, monkeypatch):
         results = data / "results.jsonl"
         flags = [*FLAGS.split(), "--data", str(data), "--folder", str(data / "kept"), "--results", str(results)]
-        study.main(flags)
+        driver.main(flags)
         found = [json.loads(line) for line in results.read_text().splitlines()]
         assert [one["record"] for one in found] == ["teacher", "texts", "warm student", "run", "run"]
         assert [one["settings"]["method"] for one in found[3:]] == ["PromptKD", "SFT"]
         of_promptkd, of_sft = (one["measures"]["dolly"] for one in found[3:])
         assert set(of_promptkd) - set(of_sft) == {"reverse_kl_prompted", "prompted_plain", "prompted_entropy"}
         before = results.read_bytes()
-        monkeypatch.setattr(study.Study, "train", lambda *args: pytest.fail("was run again"))
-        study.main(flags)
+        monkeypatch.setattr(driver.Study, "train", lambda *args: pytest.fail("was run again"))
+        driver.main(flags)
         assert results.read_bytes() == before
 
-    def test_a_bare_machine_goes_on_from_the_lines_alone(self, study, tiny, data):
+    def test_a_bare_machine_goes_on_from_the_lines_alone(self, driver, tiny, data):
         """A second method, after the folder of models is lost: the same warm student, and the chosen text."""
         results = data / "results.jsonl"
         common = [*FLAGS.split(), "--data", str(data), "--results", str(results)]
-        study.main([*common, "--folder", str(data / "kept"), "--methods", "SFT"])
-        study.main([*common, "--folder", str(data / "other"), "--methods", "SFT", "GKD, fixed text"])
+        driver.main([*common, "--folder", str(data / "kept"), "--methods", "SFT"])
+        driver.main([*common, "--folder", str(data / "other"), "--methods", "SFT", "GKD, fixed text"])
         found = [json.loads(line) for line in results.read_text().splitlines()]
         assert [one["record"] for one in found] == ["teacher", "texts", "warm student", "run", "run"]
         assert found[3]["warm_nll"] == found[4]["warm_nll"]
         assert found[4]["seconds"]["before"] == found[1]["seconds"] > 0
 
     @pytest.mark.parametrize("method", ["GKD", "SeqKD", "SeqKD then GKD, fixed text"])
-    def test_other_methods_change_the_student(self, study, tiny, data, method):
+    def test_other_methods_change_the_student(self, driver, tiny, data, method):
         flags = [*FLAGS.split(), "--batch", "1", "--train_rows", "4", "--data", str(data), "--folder", str(data)]
-        args = study.parse([*flags, "--results", str(data / "results.jsonl")])
-        runs = study.Study(args)
+        args = driver.parse([*flags, "--results", str(data / "results.jsonl")])
+        runs = driver.Study(args)
         found = runs.train(method, 0, 4)  # the first step's learning rate is 0
-        warm = study.kept(runs.warm)[0].state_dict()
+        warm = driver.kept(runs.warm)[0].state_dict()
         changed = {name for name, value in found["student"].state_dict().items() if not value.equal(warm[name])}
         assert any("layers" in name for name in changed)
         assert not any("embed" in name for name in changed)
         assert len(found["log"]) == (2 if "then" in method else 1)
 
-    def test_the_tuned_teacher_is_another_one_and_is_kept(self, study, tiny, data):
+    def test_the_tuned_teacher_is_another_one_and_is_kept(self, driver, tiny, data):
         flags = [*FLAGS.split(), "--teacher", "tuned", "--data", str(data), "--folder", str(data / "kept")]
-        args = study.parse([*flags, "--results", str(data / "results.jsonl")])
-        teacher = study.Study(args).teacher.state_dict()
-        again = study.Study(args).teacher.state_dict()
+        args = driver.parse([*flags, "--results", str(data / "results.jsonl")])
+        teacher = driver.Study(args).teacher.state_dict()
+        again = driver.Study(args).teacher.state_dict()
         plain = tiny_model().state_dict()
         assert all(value.equal(again[name]) for name, value in teacher.items())
         assert any(not value.equal(plain[name]) for name, value in teacher.items())
 
 
 class TestData:
-    def test_no_held_out_row_is_trained_on(self, modules, data):
-        path = data / modules["real_models"].TRAIN
+    def test_no_held_out_row_is_trained_on(self, study, data):
+        path = data / study("real_models").TRAIN
         path.write_text(path.read_text() + json.dumps(data_row(8)) + "\n")
         args = SimpleNamespace(data=data, train_rows=1, stop_rows=1, rows=10, other_rows=1, batch=2)
-        found = modules["real_models"].read_data(args, tiny_tokenizer())
+        found = study("real_models").read_data(args, tiny_tokenizer())
         assert [row["reference"] for row in found.warm + found.train] == [
             data_row(i)["output"]
             for i in (0, 1, 2, 3, 5)  # whole steps of 2
@@ -126,16 +112,16 @@ class TestData:
         ]
         assert len(found.test["vicuna"]) == 1
 
-    def test_long_rows_are_left_out_and_long_answers_elsewhere_cut(self, modules, data, monkeypatch):
-        models = modules["real_models"]
+    def test_long_rows_are_left_out_and_long_answers_elsewhere_cut(self, study, data, monkeypatch):
+        models = study("real_models")
         monkeypatch.setattr(models, "MAX_ANSWER", 3)  # an answer has three words and its end
         path = data / models.TEST["vicuna"]
         assert models.read_rows(path, tiny_tokenizer()) == []
         assert [len(row["completion_ids"]) for row in models.read_rows(path, tiny_tokenizer(), False)] == [3, 3]
 
 
-def test_sft_trains_on_the_answers_alone(modules, data):
-    models = modules["real_models"]
+def test_sft_trains_on_the_answers_alone(study, data):
+    models = study("real_models")
     rows = models.read_rows(data / models.TRAIN, tiny_tokenizer())
     rows[0]["completion_ids"] *= 2
     settings = {"output_dir": str(data), "use_cpu": True, "bf16": False, "per_device_train_batch_size": 6}
@@ -150,14 +136,14 @@ def test_sft_trains_on_the_answers_alone(modules, data):
 
 class TestStop:
     @pytest.mark.parametrize(("nlls", "stops"), [([2.0, 1.9], False), ([2.0, 1.99], True), ([2.0, 2.1], True)])
-    def test_ends_at_an_improvement_below_one_percent(self, modules, monkeypatch, nlls, stops):
+    def test_ends_at_an_improvement_below_one_percent(self, study, monkeypatch, nlls, stops):
         class State:
             global_step = 25
             should_training_stop = False
 
         values = iter(nlls)
-        monkeypatch.setattr(modules["real_models"], "answers_nll", lambda *args: next(values))
-        rule, state = modules["real_models"].UntilItFlattens(25, [], 0), State()
+        monkeypatch.setattr(study("real_models"), "answers_nll", lambda *args: next(values))
+        rule, state = study("real_models").UntilItFlattens(25, [], 0), State()
         rule.on_train_begin(None, state, state)
         rule.on_step_end(None, state, state)
         assert state.should_training_stop is stops
@@ -166,12 +152,12 @@ class TestStop:
 
 class TestMeasures:
     @pytest.fixture
-    def rows(self, modules, data):
-        return modules["real_models"].read_rows(data / modules["real_models"].TEST["dolly"], tiny_tokenizer())
+    def rows(self, study, data):
+        return study("real_models").read_rows(data / study("real_models").TEST["dolly"], tiny_tokenizer())
 
-    def test_rouge_is_that_of_evaluate_model(self, modules, rows):
+    def test_rouge_is_that_of_evaluate_model(self, study, rows):
         """Equal, although samples are drawn once for all measures."""
-        measures, model, tokenizer = modules["real_measure"], tiny_model(), tiny_tokenizer()
+        measures, model, tokenizer = study("real_measure"), tiny_model(), tiny_tokenizer()
         samples = measures.both_samples(model, tokenizer, {"dolly": rows})
         found = measures.measure(model, samples, tokenizer, {"dolly": rows})["dolly"]
         asked = Dataset.from_list([data_row(8), data_row(9)])
@@ -183,11 +169,11 @@ class TestMeasures:
         assert found["ended"] == pytest.approx(known["terminated_share"])
 
     @torch.no_grad()
-    def test_sums_are_those_of_each_row_alone(self, modules, rows):
+    def test_sums_are_those_of_each_row_alone(self, study, rows):
         """Every value again, from the whole logits of one row without padding."""
-        measures, tokenizer = modules["real_measure"], tiny_tokenizer()
+        measures, tokenizer = study("real_measure"), tiny_tokenizer()
         student, teacher, text = tiny_model(seed=1), tiny_model(seed=2), PrimingTemplate("red ")
-        primed = modules["real_study"].primed_ids(rows, text, tokenizer)
+        primed = study("real_study").primed_ids(rows, text, tokenizer)
         assert [len(ids) - len(row["prompt_ids"]) for ids, row in zip(primed, rows, strict=True)] == [1, 1]
         random.seed(0)
         samples = [[random.randrange(6, 30) for _ in range(length)] for length in (2, 5)]
@@ -232,6 +218,6 @@ class TestMeasures:
         assert found["mean_length"] == 3.5
 
 
-def test_interval_by_hand(study):
+def test_interval_by_hand(driver):
     # Variance 10 / 4 of five numbers
-    assert study.mean_and_half([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([3.0, 1.96 * 2.5**0.5 / 5**0.5])
+    assert driver.mean_and_half([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx([3.0, 1.96 * 2.5**0.5 / 5**0.5])

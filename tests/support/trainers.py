@@ -2,7 +2,9 @@
 
 import inspect
 
+import pytest
 import torch
+import trl
 from peft import LoraConfig
 from runs import short_run
 from tiny import answered_dataset, tiny_model, tiny_tokenizer, weights
@@ -26,6 +28,12 @@ SGD = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant"}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1}
 BEST = {**SAVES, **EVALUATES, "load_best_model_at_end": True}
+
+
+def needs_sft() -> None:
+    """Skips a test that trains with TRL's own `SFTTrainer` if that cannot train here."""
+    if trl.trainer.utils._ChunkedLogProbFunction is None:
+        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
 
 
 class Maker:

@@ -9,14 +9,13 @@ import sys
 
 import pytest
 import torch
-import trl
 from chat_server import asked, reversed_words
 from datasets import Dataset
 from paths import ROOT
 from runs import short_run
 from safetensors.torch import load_file
 from tiny import answered_dataset, chat_dataset, difference, prompt_dataset, tiny_model, tiny_tokenizer, weights
-from trainers import equal, logged, trained, trained_rows
+from trainers import equal, logged, needs_sft, trained, trained_rows
 from trl import SFTConfig, SFTTrainer
 
 from trl_promptkd import PrimingTemplate
@@ -38,8 +37,7 @@ def by_api(primed, server):
 class TestTraining:
     def test_equals_supervised_fine_tuning_on_the_primed_answers(self, by_api, server, tmp_path):
         """TRL's own trainer on the same rows: losses of six steps, and the weights after them."""
-        if trl.trainer.utils._ChunkedLogProbFunction is None:
-            pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
+        needs_sft()
         steps = {"max_steps": 6, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.05}
         trainer = by_api(train_dataset=prompt_dataset(), loss_chunk_size=5, **steps)
         assert trainer.args.alpha == 1.0

@@ -6,10 +6,9 @@ import numpy
 import pandas
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from tiny import answered_dataset, chat_dataset, difference, tiny_model, tiny_tokenizer, weights
-from trainers import EVALUATES, METHODS, SAVES, Maker, logged
+from trainers import EVALUATES, METHODS, SAVES, Maker, logged, needs_sft
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -53,8 +52,7 @@ def make_trainer(kind, folder, **overrides):
         return GKDTrainer(
             teacher_model=tiny_model(seed=2), args=args, **{**more, "train_dataset": rows, "eval_dataset": rows}
         )
-    if trl.trainer.utils._ChunkedLogProbFunction is None:
-        pytest.skip("TRL 1.15's SFTTrainer needs Triton, which PyTorch's CPU build does not have")
+    needs_sft()
     return SFTTrainer(args=SFTConfig(**settings), train_dataset=answered_dataset(), **more)
 
 

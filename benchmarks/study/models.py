@@ -3,10 +3,10 @@
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from world import Problem, gold_answer, make_problem, make_tokenizer, teacher_text, write_answer
@@ -64,16 +64,25 @@ def save(model, path: Path) -> None:
         unfinished.rename(path)
 
 
+KEPT_TEACHER = Path(__file__).parent / "teacher.safetensors"
+
+
 def teacher(folder: Path, steps: int = 2000) -> LlamaForCausalLM:
-    """About a million parameters, trained on an endless stream of answers by all three writers."""
+    """About a million parameters, trained on an endless stream of answers by all three writers.
+
+    Training gives other weights on another kind of CPU, so one teacher is kept in half precision, and taken if it is
+    there. Delete the file to train one.
+    """
     path = folder / f"teacher_{steps}"
     if not path.exists():
-        rng = random.Random(0)
         model = new_model(TEACHER, seed=0)
-        start = time.time()
-        learn(model, lambda size: [teacher_text(rng) for _ in range(size)], steps, 2e-3, 48, "teacher")
-        print(f"The teacher took {time.time() - start:.0f} s.")
-        save(model, path)
+        if KEPT_TEACHER.exists():
+            load_model(model, KEPT_TEACHER)
+        else:
+            rng = random.Random(0)
+            learn(model, lambda size: [teacher_text(rng) for _ in range(size)], steps, 2e-3, 48, "teacher")
+            save_model(model.half(), str(KEPT_TEACHER))
+        save(model.float(), path)
     return LlamaForCausalLM.from_pretrained(path).eval().requires_grad_(False)
 
 

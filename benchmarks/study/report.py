@@ -109,6 +109,19 @@ def seen_table(named: dict[str, list[dict]], other: str) -> str:
     return table([f"minus {other}", *(NAMES[c] for c in COLUMNS)], rows)
 
 
+def candidates_table(named: dict[str, list[dict]]) -> str:
+    """Each candidate's score, and its difference to two methods on the same students."""
+    others = [name for name in ("GKD", "PromptKD") if name in named]
+    header = ["method", *(NAMES[c] for c in COLUMNS[:4]), *(f"minus {other}" for other in others), "steps", "students"]
+    rows = []
+    for name in ranked(named):
+        of_name = named[name]
+        cells = [shown(values(of_name, c), c) for c in COLUMNS[:4]]
+        gaps = ["" if name == o else shown_difference(difference(of_name, named[o], SCORE), SCORE) for o in others]
+        rows.append([name, *cells, *gaps, steps(of_name[0]), str(len(of_name))])
+    return table(header, rows)
+
+
 TEACHER_COLUMNS = {
     "teacher_sampled_accuracy": "its samples right (%)",
     "teacher_careful_share": "careful (%)",
@@ -186,6 +199,7 @@ def all_tables(runs: Runs) -> dict[str, str]:
         "seen": seen_table(named, "GKD"),
         "lines": lines_table(json.loads(LINES.read_text())["lines"]),
         "teachers": teachers_table(named),
+        "candidates": candidates_table(runs["explore"]),
         "tune": tune_table(runs["tune"]),
     }
 

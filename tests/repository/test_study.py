@@ -35,11 +35,15 @@ class TestPage:
         assert pages.missing(page, [*said, *report.SET_UP]) == []
         assert pages.unaccounted(page, [*said, *report.SET_UP]) == ""
 
-    def test_all_runs_had_one_teacher(self, report):
+    def test_runs_that_are_compared_had_one_teacher(self, report):
+        first = json.loads(report.LINES.read_text())["teacher"]
         teachers = {
-            run["teacher"] for names in report.Runs().groups.values() for runs in names.values() for run in runs
+            group: {run["teacher"] for runs in names.values() for run in runs}
+            for group, names in report.Runs().groups.items()
         }
-        assert teachers == {json.loads(report.LINES.read_text())["teacher"]}
+        assert teachers["tune"] == teachers["main"] == {first}
+        (second,) = teachers["explore"]
+        assert teachers["final"] == {second} != {first}
 
     def test_equal_time(self, study):
         """Each method's steps and what comes before them take the time of 120 steps of PromptKD, to a step."""

@@ -33,7 +33,6 @@ PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").gl
 UNFINISHED = {
     "README.md",
     "docs/index.md",
-    "docs/priming.md",
 }
 
 

@@ -3,7 +3,7 @@ loss.
 
     python benchmarks/divergence_memory.py --output_dir divergence_memory_benchmark
 
-Models of one small layer with Qwen's vocabulary (151,936) train on answers of the data, so that nothing but the
+Models of one small layer with Qwen's vocabulary (151,936) train on answers of the data, so that only the
 divergence counts. Each run is a process of its own, and its peak is what the operating system (or CUDA) saw. A run
 that the machine has no memory for is said to be so. Ends with a table, a chart and `results.json`.
 """

@@ -235,7 +235,7 @@ def main() -> None:
         start = START.format(name)
         page, found = re.subn(f"{start}.*?{END}", f"{start}\n{lines}\n{END}", page, flags=re.DOTALL)
         if found != 1:
-            sys.exit(f"{PAGE} does not hold the marker {start} once, with {END} behind it.")
+            sys.exit(f"{PAGE} does not hold the marker {start} once, with {END} after it.")
     if args.write:
         PAGE.write_text(page, encoding="utf-8")
 

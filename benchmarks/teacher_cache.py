@@ -195,7 +195,8 @@ def chart(kept: dict[str, dict[str, float]], path: Path) -> None:
         axis.plot([p[0] for p in points], [p[1] for p in points], "o-", color=color, label=label)
         for x, y, name in points:
             axis.annotate(name.split(",")[0], (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axis.set(xscale="log", yscale="log", xlabel="bytes a token on disk", ylabel="KL(teacher || kept), nats a token")
+    axis.set(xscale="log", xlabel="bytes per token on disk")
+    axis.set(yscale="log", ylabel="KL(teacher || kept), nats per token")
     axis.grid(alpha=0.3, which="both")
     axis.legend(fontsize=8)
     figure.tight_layout()
@@ -241,7 +242,7 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     chart(kept, folder / "fidelity.png")
 
-    print("\n| kept | bytes a token | KL, nats a token |\n| --- | --- | --- |")
+    print("\n| kept | bytes per token | KL, nats per token |\n| --- | --- | --- |")
     for name, values in sorted(kept.items(), key=lambda item: item[1]["bytes_per_token"]):
         divergence = f"{values['kl_mean']:.4f}" if values.get("kl_mean") is not None else "(forward KL unbiased)"
         print(f"| {name} | {values['bytes_per_token']:.1f} | {divergence} |")

@@ -49,7 +49,7 @@ class CandidateTrainer(PromptKDTrainer):
     Args:
         anchor: Prompt -> answer, see [`anchor_answers`].
         anchor_weight: `a` of `a * NLL(answer | x, P)`, a mean over the answers' tokens.
-        budget: nats an answer that KL(pP || p) is to keep to: the regulariser's weight rises above it and falls below.
+        budget: KL(pP || p) to keep to, in nats per answer. The regulariser's weight rises above it and falls below.
     """
 
     def __init__(self, *args, anchor=None, anchor_weight: float = 0.0, budget: float | None = None, **kwargs):
@@ -57,7 +57,7 @@ class CandidateTrainer(PromptKDTrainer):
         self.anchor, self.anchor_weight, self.budget = anchor or {}, anchor_weight, budget
 
     def anchor_loss(self, teacher, prompts: list[list[int]]) -> torch.Tensor | None:
-        """Mean NLL of the answers that are known, a token."""
+        """Mean NLL per token of the answers that are known."""
         known = [(prompt, self.anchor[tuple(prompt)]) for prompt in prompts if tuple(prompt) in self.anchor]
         if not known:
             return None

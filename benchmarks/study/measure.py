@@ -35,7 +35,7 @@ def problems(split: str, number: int) -> list[Problem]:
 
 
 def prompt_ids(questions: list[str], line: str = "") -> list[list[int]]:
-    """Of questions behind a line, which ends with a space if there is one."""
+    """Prompts of `line` and a question. A line ends with a space."""
     return TOKENIZER([f"{line}{question} answer :" for question in questions]).input_ids
 
 
@@ -120,7 +120,7 @@ class Measures:
         }
 
     def of_teacher(self, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
-        """Of the teacher behind a line or a soft prompt: what it samples, and how far it is from the plain one."""
+        """What the teacher samples after a line or a soft prompt, and how far it is from the plain teacher."""
         prompts = prompt_ids(self.questions[: len(self.sampled)], line)
         if soft_prompt is None:
             samples = answers(self.teacher, prompts, seed=4)
@@ -136,13 +136,16 @@ class Measures:
         }
 
     def of_lines(self) -> dict[str, dict[str, float]]:
-        """Of the teacher behind no line, and behind every line that there is."""
+        """[`of_teacher`] without a line, and with every line of the study."""
         lines = ["", *NEUTRAL, *(line for known in WRITERS.values() for line in known), *NEW_LINES]
         return {line: self.of_teacher(f"{line} " if line else "") for line in lines}
 
     def of(self, student, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
-        """Of a student, and of the teacher behind what the student was trained with. Accuracies and shares are shares
-        of 1; KLs, entropies and NLLs in nats a token, and an answer if the name says so."""
+        """Measures of a student, and of the teacher with the line or prompt that the student was trained with.
+
+        Accuracies and shares are shares of 1. KLs, entropies and NLLs are in nats per token, or per answer if the
+        name says so.
+        """
         was_training = student.training
         student.eval()
         samples = answers(student, self.sampled, 2)

@@ -48,7 +48,7 @@ class Clock(TrainerCallback):
 
 
 def answers_of(teacher, line: str, num_rows: int) -> list[str]:
-    """The teacher's greedy answers to the training questions, behind a line if there is one."""
+    """The teacher's greedy answers to the training questions, each after `line`."""
     questions = [question for question, _ in training_rows(num_rows)]
     return texts_of(answers(teacher, prompt_ids(questions, line), seed=None))
 
@@ -58,7 +58,7 @@ def make_trainer(stage: dict, student, teacher, seed: int, num_rows: int, work: 
 
     Args:
         stage: `method` ("sft", "kd", "gkd" or "promptkd"), `learning_rate`, `steps`; besides, if wanted,
-            `answers` of "sft": None for the data's, else the line behind which the teacher writes them ("": none);
+            `answers` of "sft": None for the data's, else the line after which the teacher writes them ("": none);
             `beta` of the divergence (1.0: the reverse KL); `line` before the teacher's questions, of "gkd";
             `prompt`, fields of PromptKD's two configurations; `anchor` ("gold" or "right"), `anchor_weight`, `budget`
             of [`CandidateTrainer`], and `tune_steps`, `tune_rate` of a prompt that is tuned before the training.

@@ -1,6 +1,6 @@
 """The small world: word problems whose answers are worked out in steps, written by careful, brief and unsure writers.
 
-The teacher has read answers of all three. Behind some lines it is always the same writer who answers, behind others it
+The teacher has read answers of all three. After some lines it is always the same writer who answers, after others it
 may be any. So a text or a soft prompt before the question can move it: to be more careful (and better) than it is by
 itself, to write the number alone, or to slip as a pupil does. The text that PromptKD starts from says nothing of the
 writer.
@@ -24,7 +24,7 @@ WRITERS = {
     "brief": ["only say the number .", "a short answer , no steps ."],
     "pupil": ["answer as a pupil who learns this .", "a child writes here ."],
 }
-# Behind these, as behind no line, any of them may write
+# After these lines, as without a line, any of them may write
 NEUTRAL = ["suppose you are a student .", "here is a question for you .", "please answer this ."]
 # Two more texts that no model has read; their words are known
 NEW_LINES = ["you are a good teacher who answers each step .", "please only write a short number ."]
@@ -80,8 +80,10 @@ def gold_answer(problem: Problem, rng: random.Random) -> str:
 
 
 def teacher_text(rng: random.Random) -> tuple[str, str]:
-    """(what stands before the answer, an answer), as the teacher reads them; half of them behind a line that says who
-    writes, a tenth behind one that does not, the others behind none."""
+    """A prompt and an answer, as the teacher reads them.
+
+    Four in ten are without a line. One in ten has a line that says nothing of the writer, and half have one that does.
+    """
     problem = make_problem(rng)
     draw = rng.random()
     if draw < 0.5:

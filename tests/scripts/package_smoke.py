@@ -44,11 +44,10 @@ def save_model(folder: str) -> None:
 
 
 def tiny(code: str, folder: str) -> str:
-    """An example of README with a tiny model for the Hub's, and one step on the CPU."""
-    code = re.sub(r'"Qwen/[^"]*"', repr(folder), code)
-    short = "max_steps=1, use_cpu=True, bf16=False, report_to='none'"
-    code = re.sub(r'(Config\(output_dir="[^"]*")', rf"\1, {short}", code, count=1)
-    return code.replace("trainer.push_to_hub()", "trainer.save_model()")
+    """An example of README with a tiny model for the Hub's. All else stays, as it must run with and without a GPU."""
+    code, replaced = re.subn(r'"HuggingFaceTB/[^"]*"', repr(folder), code)
+    assert replaced == 2, code
+    return code
 
 
 def rows(name: str, *args, **kwargs) -> datasets.Dataset:
@@ -78,7 +77,7 @@ def check(readme: Path) -> None:
             namespace: dict = {}
             exec(tiny(code, folder), namespace)
             trainer = namespace["trainer"]
-            assert trainer.state.global_step == 1
+            assert trainer.state.global_step == trainer.args.max_steps
             assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
             print(f"{type(trainer).__name__}: {len(code.strip().splitlines())} lines of README ran.")
 

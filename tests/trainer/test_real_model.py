@@ -84,7 +84,7 @@ class TestPadding:
 
     @pytest.mark.parametrize("init", ["text", "random"])
     def test_pefts_own_forward_is_off(self, smollm2, rows, init):
-        """The figures that the README gives."""
+        """The figures that docs/soft_prompt.md gives."""
         model, tokenizer, _ = smollm2
         prompted = get_peft_model(
             copy.deepcopy(model), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
@@ -101,7 +101,7 @@ class TestPadding:
             expected = log_probs(model, [*ids[0, 9:].tolist(), 0], 1, soft_prompt)
             ours = forward_logits(model, ids, mask, soft_prompt)[0, 9:].log_softmax(-1)
         off = [(expected.exp() * (expected - got)).sum(-1).mean().item() for got in (theirs, ours)]
-        print(f"PEFT under 9 pads on the left, {init} prompt: {off[0]:.2f} nats a token; this package: {off[1]:.1e}")
+        print(f"PEFT under 9 pads on the left, {init} prompt: {off[0]:.2f} nats per token; this package: {off[1]:.1e}")
         assert off[0] > 0.01
         assert abs(off[1]) < 1e-4
 

@@ -31,7 +31,7 @@ def token_classes(
 
     - first token: at the completion's first place, whatever it is;
     - end of text: one of `ends`; other special tokens are "other";
-    - whitespace: nothing but blanks and line breaks;
+    - whitespace: only blanks and line breaks;
     - number: a digit and no letter;
     - word start: a letter, after a blank or anything but a letter, a digit or an apostrophe;
     - word continuation: any other letter;

@@ -146,6 +146,6 @@ def verify_cache(args: argparse.Namespace) -> int:
         return 1
     limit = args.max_kl if args.max_kl is not None else 2 * cache.manifest.receipt.get("kl_mean", 0.0) + 1e-3
     if result.get("kl_mean", 0.0) > limit:
-        print(f"The mean KL of {result['kl_mean']:.4f} nats a token is above {limit:.4f}.")
+        print(f"The mean KL of {result['kl_mean']:.4f} nats per token is above {limit:.4f}.")
         return 1
     return 0

@@ -55,7 +55,7 @@ def evaluation_config(
 
 
 def evaluation_seeds(seed: int, prompt_ids: Sequence[Sequence[int]]) -> list[int]:
-    """A seed for the answer to each prompt, of nothing but the prompt and how many equal ones came before it."""
+    """A seed for the answer to each prompt. It depends on the prompt, and on how many equal ones came before it."""
     asked: Counter[str] = Counter()
     seeds = []
     for ids in prompt_ids:

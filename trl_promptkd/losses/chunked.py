@@ -27,7 +27,7 @@ class StateGradient(NamedTuple):
     """The gradient of a loss with respect to a model's hidden states and its head's trainable parameters."""
 
     tensors: list[Tensor]
-    """`states` `(num_tokens, hidden)` first, with the graph behind them; then the parameters."""
+    """`states` `(num_tokens, hidden)` first, with their graph, then the parameters."""
     gradients: list[Any]
     """In float32; `None` for a parameter that plays no part."""
 

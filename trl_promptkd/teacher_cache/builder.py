@@ -89,10 +89,10 @@ def build_teacher_cache(
             that of the first, as rows in other coordinates cannot be merged; the preset `"tiny"` has none.
 
     Returns:
-        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats a token, on
-        `kl_tokens` tokens: an eighth of the batches; the percentile from 256 of them a shard), `tail_mass_p50` and
-        `tail_mass_p95` (of what is not kept token by token), `bytes_per_token` on disk without the basis,
-        `basis_bytes` and `decode_microseconds_per_token`.
+        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats per token).
+        They come from `kl_tokens` tokens, which are an eighth of the batches, and the percentile from 256 tokens per
+        shard. `tail_mass_p50` and `tail_mass_p95` are of the mass that is not kept token by token. The others are
+        `bytes_per_token` (on disk, without the basis), `basis_bytes` and `decode_microseconds_per_token`.
 
     Raises:
         ConnectionError, TimeoutError: if a server stops. What is there is kept; start again.

@@ -20,7 +20,7 @@ _AT_ONCE = 32  # requests of one rank under way: servers batch them
 
 class ApiTeacher:
     """
-    A teacher behind an OpenAI-compatible API, whose weights need not be here, and may be nobody's.
+    A teacher behind an OpenAI-compatible API. Its weights are not needed.
 
     Args:
         args ([`PrimedDistillConfig`]): The run's settings.

@@ -106,6 +106,12 @@ class TestSketches:
             assert figures.sketch(title, lines) == drawn, "run `python docs/figures.py`"
 
 
+class TestPictures:
+    def test_are_those_of_the_script(self):
+        for name, draw in load_module("docs/pictures.py").PICTURES.items():
+            assert draw() == (DOCS / "images" / name).read_text(encoding="utf-8"), "run `python docs/pictures.py`"
+
+
 class TestDocstrings:
     @pytest.fixture(scope="class")
     def package(self):

@@ -129,6 +129,11 @@ class TestDocstrings:
         assert found["lmbda"] == ("float", "1.0")
         assert found["loss_chunk_size"] == ("int", "256")
 
+    def test_arguments_that_share_a_line_have_their_type_too(self):
+        google = load_module("docs/hf_docstrings.py")._google
+        text = google("Args:\n    p, q (`Tensor` of shape `(rows, seq)`, *optional*): Of both.\n", {})
+        assert text == "Args:\n    p, q (Tensor of shape (rows, seq)): Of both.\n"
+
     def test_what_is_returned_is_text(self, package):
         text = package["trainer.promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value
         assert "**Returns:** `Tensor` of shape `(batch, seq, vocab)`" in text

@@ -1,4 +1,4 @@
-"""Draws the figures of losses.md and primed_distill.md, and the sketches of cheat_sheet.md:
+"""Draws figures of losses.md, analysis.md and primed_distill.md, and the sketches of cheat_sheet.md:
 
 python docs/figures.py
 """
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from pandas import DataFrame
 
 from trl_promptkd.analysis.plot_style import (
     DARK,
@@ -20,6 +21,7 @@ from trl_promptkd.analysis.plot_style import (
     save_figure,
     whole_numbers,
 )
+from trl_promptkd.analysis.plots import plot_classes
 from trl_promptkd.divergences import forward_kl, generalized_jsd, reverse_kl
 
 
@@ -144,8 +146,24 @@ def draw_primed():
     save_figure(figure, IMAGES / "plots" / "primed_gsm8k.svg")
 
 
+# What `trl-promptkd analyze prompt` measured for analysis.md: tokens, and both KLs in nats per token
+CLASSES = {
+    "first token": (24, 0.0878, 0.968),
+    "word start": (448, 0.0871, 0.997),
+    "word continuation": (140, 0.117, 1.69),
+    "number": (38, 0.0487, 0.924),
+    "punctuation": (90, 0.0747, 0.996),
+    "whitespace": (11, 0.136, 1.14),
+    "end of text": (13, 0.0834, 1.11),
+    "other": (2, 0.286, 2.07),
+    "all tokens": (766, 0.0904, 1.13),
+}
+
+
 def main():
     draw_primed()
+    classes = DataFrame.from_dict(CLASSES, "index", columns=["tokens", "prompted_plain", "prompted_student"])
+    plot_classes(classes, IMAGES / "plots" / "prompt_classes.svg")
     for name, (title, lines) in SKETCHES.items():
         (IMAGES / name).write_text(sketch(title, lines), encoding="utf-8")
     teacher = torch.logaddexp(bell(11, 2.5) + torch.tensor(0.65).log(), bell(28, 3.5) + torch.tensor(0.35).log())

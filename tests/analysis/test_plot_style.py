@@ -62,6 +62,8 @@ def test_an_svg_file_is_for_light_and_dark_pages_and_the_same_each_time(tmp_path
 
     drawn = draw(tmp_path / "plot.svg")
     line, paper = (re.search(rf"(--c\d+): {color}; ", drawn)[1] for color in (LIGHT.lines[0], LIGHT.paper))
+    black = re.search(r"(--c\d+): #000000", drawn)[1]
+    assert f":root {{ fill: var({black}); " in drawn  # matplotlib leaves it out
     light, dark = drawn.split("@media (prefers-color-scheme: dark)")
     assert f"stroke: var({line})" in light
     assert light.count(LIGHT.lines[0]) == 1  # no line keeps the colour of light pages

@@ -126,5 +126,6 @@ def _with_both_schemes(svg: str) -> str:
         "; ".join(f"{name}: {color}" for name, color in zip(names.values(), colors, strict=True))
         for colors in (light, dark)
     )
-    style = f":root {{ {on_light} }} @media (prefers-color-scheme: dark) {{ :root {{ {on_dark} }} }}"
+    fill = f"fill: var({names['#000000']})"  # matplotlib does not write that of what is black
+    style = f":root {{ {fill}; {on_light} }} @media (prefers-color-scheme: dark) {{ :root {{ {on_dark} }} }}"
     return svg.replace("</svg>", f"<style>{style}</style>\n</svg>")

@@ -1,21 +1,33 @@
-"""Draws the figure of losses.md, for light and for dark pages, and the sketches of cheat_sheet.md:
+"""Draws figures of losses.md, analysis.md and primed_distill.md, and the sketches of cheat_sheet.md:
 
 python docs/figures.py
 """
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 
 import torch
+from pandas import DataFrame
 
-from trl_promptkd.analysis.plot_style import DARK, LIGHT, new_figure, plot_style, save_figure
+from trl_promptkd.analysis.plot_style import (
+    DARK,
+    HIGHER,
+    LIGHT,
+    LOWER,
+    new_figure,
+    plot_style,
+    save_figure,
+    whole_numbers,
+)
+from trl_promptkd.analysis.plots import plot_classes
 from trl_promptkd.divergences import forward_kl, generalized_jsd, reverse_kl
 
 
-IMAGES = Path(__file__).parent / "images"
+DOCS = Path(__file__).parent
+IMAGES = DOCS / "images"
 TOKENS = torch.arange(40.0)
-SCHEMES = {"divergences.png": LIGHT, "divergences_dark.png": DARK}
 DIVERGENCES = {
     "forward KL (0.0)": forward_kl,
     "JSD (0.5)": partial(generalized_jsd, beta=0.5),
@@ -90,7 +102,68 @@ def sketch(title, lines):
     return "\n".join([*parts, "</svg>", ""])
 
 
+@plot_style()
+def draw(teacher, best, betas, jsd, ends):
+    """On the left the closest students, on the right the generalized JSD over beta, and both KLs."""
+    colors = LIGHT.lines
+    figure = new_figure(9, 3.8)
+    left, right = figure.subplots(1, 2)
+    left.bar(TOKENS, teacher.exp(), width=1, color=LIGHT.ink, alpha=0.25, label="teacher")
+    for (label, student), color in zip(best.items(), colors, strict=False):
+        left.plot(TOKENS, student.exp(), color=color, linewidth=2, label=label, linestyle=STYLES[label])
+    left.set(title="The best single bell curve under each", xlabel="token", ylabel="probability", ylim=(0, 0.21))
+    left.legend(loc="upper right")
+    right.plot(betas, jsd, color=colors[1], linewidth=2, label="generalized JSD")
+    for beta, name, color in ((0, "forward KL (0.0)", colors[0]), (1, "reverse KL (1.0)", colors[2])):
+        right.plot(beta, ends[beta], "o", color=color, label=name, clip_on=False, zorder=3)
+        right.plot(beta, 0, "o", color=colors[1], markerfacecolor=LIGHT.paper, clip_on=False, zorder=3)
+    right.set(title="Two distributions of three tokens", xlabel="beta", ylabel="nats", xlim=(0, 1))
+    right.set_ylim(bottom=0)
+    right.legend(loc="center")
+    save_figure(figure, IMAGES / "plots" / "divergences.svg")
+
+
+# Rows of the table in primed_distill.md that are drawn
+MEASURES = {
+    "eval_ce": ("Cross-entropy", f"nats per token ({LOWER})"),
+    "eval_kl/student_teacher": ("KL(student || primed teacher)", f"nats per token ({LOWER})"),
+    "eval_teacher/top1_agreement": ("Same likeliest token", f"share of tokens ({HIGHER})"),
+}
+
+
+@plot_style()
+def draw_primed():
+    """The run of primed_distill.md on held-out questions, from that page's table."""
+    page = (DOCS / "primed_distill.md").read_text(encoding="utf-8")
+    figure = new_figure(9, 3)
+    panels = figure.subplots(1, len(MEASURES))
+    for panel, (name, (title, ylabel)), color in zip(panels, MEASURES.items(), LIGHT.lines, strict=False):
+        cells = re.search(rf"^\| `{name}`[^|]*\|(.+)\|$", page, re.MULTILINE)[1]
+        panel.plot([float(cell) for cell in cells.split("|")], "o-", color=color, linewidth=2)
+        panel.set(title=title, ylabel=ylabel)
+        panel.set_ylim(bottom=0)
+    whole_numbers(panels, "epoch")
+    save_figure(figure, IMAGES / "plots" / "primed_gsm8k.svg")
+
+
+# What `trl-promptkd analyze prompt` measured for analysis.md: tokens, and both KLs in nats per token
+CLASSES = {
+    "first token": (24, 0.0878, 0.968),
+    "word start": (448, 0.0871, 0.997),
+    "word continuation": (140, 0.117, 1.69),
+    "number": (38, 0.0487, 0.924),
+    "punctuation": (90, 0.0747, 0.996),
+    "whitespace": (11, 0.136, 1.14),
+    "end of text": (13, 0.0834, 1.11),
+    "other": (2, 0.286, 2.07),
+    "all tokens": (766, 0.0904, 1.13),
+}
+
+
 def main():
+    draw_primed()
+    classes = DataFrame.from_dict(CLASSES, "index", columns=["tokens", "prompted_plain", "prompted_student"])
+    plot_classes(classes, IMAGES / "plots" / "prompt_classes.svg")
     for name, (title, lines) in SKETCHES.items():
         (IMAGES / name).write_text(sketch(title, lines), encoding="utf-8")
     teacher = torch.logaddexp(bell(11, 2.5) + torch.tensor(0.65).log(), bell(28, 3.5) + torch.tensor(0.35).log())
@@ -107,26 +180,7 @@ def main():
     p, q = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.1, 0.3, 0.6]).log()
     betas = torch.linspace(0.001, 0.999, 999)
     jsd = [generalized_jsd(q, p, float(beta)) for beta in betas]
-    for name, scheme in SCHEMES.items():
-        with plot_style(scheme):
-            ink, paper, colors = scheme.ink, scheme.paper, scheme.lines
-            figure = new_figure(9, 3.8)
-            left, right = figure.subplots(1, 2)
-            left.bar(TOKENS, teacher.exp(), width=1, color=ink, alpha=0.25, label="teacher")
-            for (label, student), color in zip(best.items(), colors, strict=False):
-                left.plot(TOKENS, student.exp(), color=color, linewidth=2, label=label, linestyle=STYLES[label])
-            left.set(title="The best single bell curve under each", xlabel="token", ylabel="probability")
-            left.set_ylim(top=0.19)
-            left.legend(loc="upper right")
-            right.plot(betas, jsd, color=colors[1], linewidth=2, label="generalized JSD")
-            right.plot(0, forward_kl(q, p), "o", color=colors[0], label="forward KL (0.0)", clip_on=False, zorder=3)
-            right.plot(1, reverse_kl(q, p), "o", color=colors[2], label="reverse KL (1.0)", clip_on=False, zorder=3)
-            for end in (0, 1):
-                right.plot(end, 0, "o", color=colors[1], markerfacecolor=paper, clip_on=False, zorder=3)
-            right.set(title="Two distributions of three tokens", xlabel="beta", ylabel="nats", xlim=(0, 1))
-            right.set_ylim(bottom=0)
-            right.legend(loc="center")
-            save_figure(figure, IMAGES / name)
+    draw(teacher, best, betas, jsd, [forward_kl(q, p), reverse_kl(q, p)])
     print("forward, reverse:", float(forward_kl(q, p)), float(reverse_kl(q, p)))
     print({beta: round(float(generalized_jsd(q, p, beta)), 4) for beta in (0.01, 0.1, 0.5, 0.9, 0.99)})
 

@@ -15,7 +15,7 @@ import griffe
 _API = Path(__file__).parent / "api"
 _REFERENCE = re.compile(r"\[`~?(?P<path>[\w.]+)`\](?!\[|\()")
 _RETURNS = re.compile(r"^Returns:\n(?P<text>(?: .*(?:\n|$)|\n(?= ))+)", re.MULTILINE)
-_ARGUMENT = re.compile(r"^(?P<start> +\*{0,2}\w+ )\((?P<type>.*?)\):(?=\s|$)", re.MULTILINE)
+_ARGUMENT = re.compile(r"^(?P<start> +\*{0,2}\w+(?:, \w+)* )\((?P<type>.*?)\):(?=\s|$)", re.MULTILINE)
 
 
 class HuggingFaceDocstrings(griffe.Extension):

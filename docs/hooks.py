@@ -38,7 +38,7 @@ _running = {}
 
 
 def on_startup(command, dirty):
-    """The commands import torch and TRL. That runs beside the making of the other pages, which come first."""
+    """The commands import torch and TRL. That runs beside the making of the other pages."""
     quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     script = [sys.executable, str(ROOT / "docs" / "commands.py")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -58,6 +58,9 @@ def commands_text():
 def on_files(files, config):
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    waits = files.get_file_from_path("commands.md")
+    files.remove(waits)
+    files.append(waits)  # pages are made in this order
     return files
 
 

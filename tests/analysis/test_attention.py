@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from pandas import DataFrame
+from pandas import DataFrame, MultiIndex
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from tiny import CONFIGS, WORDS, save_models, save_rows, tiny_model, tiny_tokenizer
@@ -22,7 +22,7 @@ from trl_promptkd.analysis.attention import (
     same_depth,
     visible_entries,
 )
-from trl_promptkd.analysis.plots import plot_heads
+from trl_promptkd.analysis.plots import plot_heads, plot_measures
 from trl_promptkd.cli import main
 from trl_promptkd.data import tokenize_row
 
@@ -206,6 +206,13 @@ def test_head_matrices_are_those_of_the_row():
             assert matrix.numpy() == pytest.approx(alone(model, ROWS[1])[head.layers[name]][head.head][6:], abs=1e-5)
 
 
+def test_depth_has_more_marks_than_its_ends(tmp_path):
+    layers = [("m", 0), ("m", 1), ("m", 2), ("n", 0), ("n", 1)]
+    measures = DataFrame(0.5, MultiIndex.from_tuples(layers, names=["model", "layer"]), list(MEASURES))
+    plot_measures(measures, tmp_path / "measures.svg")
+    assert ">0.4</text>" in (tmp_path / "measures.svg").read_text().split("depth")[0]
+
+
 def test_tokens_are_no_formulas(tmp_path):
     heads = DataFrame({"head": [0], "layers": [{"m": 0}]})
     plot_heads({"m": [torch.eye(3)[1:]]}, heads, [r"$\no$", "$$", "x"], str(tmp_path / "heads.png"))
@@ -252,6 +259,12 @@ class TestCommand:
         result = json.loads(capsys.readouterr().out)
         assert result == json.loads((folder / "out" / "attention.json").read_text())
         assert result["num_queries"] == 4 * (3 + 3)
+
+    def test_plots_as_svg(self, folder):
+        assert main(flags(folder, "--plot_format", "svg")) == 0
+        plots = {"attention_heads.svg", "attention_measures.svg"}
+        assert set(os.listdir(folder / "out")) == {"attention.json", *plots}
+        assert all((folder / "out" / name).read_text().rstrip().endswith("</svg>") for name in plots)
 
     def test_the_soft_prompt_takes_positions_too(self, folder, capsys):
         """128 positions: enough for 127 tokens, not for three virtual ones before them."""

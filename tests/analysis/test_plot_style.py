@@ -1,5 +1,7 @@
 """The look of all plots."""
 
+import re
+
 import pytest
 
 from trl_promptkd.analysis.plot_style import DARK, LIGHT, new_figure, plot_style, save_figure
@@ -47,3 +49,25 @@ def test_the_look_is_that_of_the_decorated_function_and_the_users_settings_stay(
     assert figure.axes[0].xaxis.label.get_fontsize() >= 9
     assert dict(matplotlib.rcParams) == before
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_an_svg_file_is_for_light_and_dark_pages_and_the_same_each_time(tmp_path):
+    @plot_style()
+    def draw(path):
+        figure = new_figure(2, 1)
+        figure.subplots().plot([0, 1], color=LIGHT.lines[0], label="a text")
+        figure.legend()
+        save_figure(figure, path)
+        return path.read_text(encoding="utf-8")
+
+    drawn = draw(tmp_path / "plot.svg")
+    line, paper = (re.search(rf"(--c\d+): {color}; ", drawn)[1] for color in (LIGHT.lines[0], LIGHT.paper))
+    black = re.search(r"(--c\d+): #000000", drawn)[1]
+    assert f":root {{ fill: var({black}); " in drawn  # matplotlib leaves it out
+    light, dark = drawn.split("@media (prefers-color-scheme: dark)")
+    assert f"stroke: var({line})" in light
+    assert light.count(LIGHT.lines[0]) == 1  # no line keeps the colour of light pages
+    for name, color in ((line, DARK.lines[0]), (paper, DARK.paper)):
+        assert f"{name}: {color}" in dark
+    assert ">a text</text>" in drawn
+    assert draw(tmp_path / "again.svg") == drawn

@@ -106,6 +106,12 @@ class TestSketches:
             assert figures.sketch(title, lines) == drawn, "run `python docs/figures.py`"
 
 
+class TestPictures:
+    def test_are_those_of_the_script(self):
+        for name, draw in load_module("docs/pictures.py").PICTURES.items():
+            assert draw() == (DOCS / "images" / name).read_text(encoding="utf-8"), "run `python docs/pictures.py`"
+
+
 class TestDocstrings:
     @pytest.fixture(scope="class")
     def package(self):
@@ -122,6 +128,11 @@ class TestDocstrings:
         found = {argument.name: (str(argument.annotation), argument.default) for argument in arguments}
         assert found["lmbda"] == ("float", "1.0")
         assert found["loss_chunk_size"] == ("int", "256")
+
+    def test_arguments_that_share_a_line_have_their_type_too(self):
+        google = load_module("docs/hf_docstrings.py")._google
+        text = google("Args:\n    p, q (`Tensor` of shape `(rows, seq)`, *optional*): Of both.\n", {})
+        assert text == "Args:\n    p, q (Tensor of shape (rows, seq)): Of both.\n"
 
     def test_what_is_returned_is_text(self, package):
         text = package["trainer.promptkd_trainer.PromptKDTrainer.prompted_teacher_logits"].docstring.value

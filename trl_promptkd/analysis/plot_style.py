@@ -1,10 +1,12 @@
 """One look for all plots of this package and of its pages, on light and on dark paper."""
 
+import io
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from ..files import whole_file
+from ..files import whole_file, write_text
 
 
 __all__ = ["DARK", "HIGHER", "LIGHT", "LOWER", "Scheme", "check_matplotlib", "new_figure", "plot_style", "save_figure"]
@@ -40,8 +42,10 @@ DARK = Scheme(
     lines=("#56B4E9", "#FF9D5C", "#2FC79A", "#E5A3CC", "#F0E442", "#7FA8FF", "#FFFFFF"),
 )
 LOWER, HIGHER = "lower is better", "higher is better"
-FONT_SIZE = 11  # points. A figure of 9 inches has labels of 9 points on a page that is 7.4 inches wide
+FONT_SIZE = 11  # points. A figure of 9 inches has texts of 9 points on a page that is 7.4 inches wide
 _DOTS_PER_INCH = 110
+# Texts stay texts, in the reader's font, and the same figure gives the same file
+_SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "trl_promptkd"}
 
 
 def check_matplotlib() -> None:
@@ -64,8 +68,8 @@ def plot_style(scheme: Scheme = LIGHT) -> Iterator[None]:
     settings: Any = {
         "font.size": FONT_SIZE,
         "axes.titlesize": FONT_SIZE,
-        "legend.fontsize": FONT_SIZE - 1,
-        "legend.title_fontsize": FONT_SIZE - 1,
+        "legend.fontsize": FONT_SIZE,
+        "legend.title_fontsize": FONT_SIZE,
         "legend.frameon": False,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -99,6 +103,29 @@ def whole_numbers(panels: Iterable[Any], xlabel: str) -> None:
 
 
 def save_figure(figure: Any, path: Any) -> None:
-    """Write a PNG file."""
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
+    """Write a PNG file. If `path` ends in `.svg`, write an SVG file for light and dark pages: the colours of `LIGHT`
+    become those of `DARK` if the reader prefers dark."""
+    if not str(path).endswith(".svg"):
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
+        return
+    import matplotlib
+
+    with io.StringIO() as file, matplotlib.rc_context(_SVG):
+        figure.savefig(file, format="svg", dpi=2 * _DOTS_PER_INCH, metadata={"Date": None})
+        drawn = file.getvalue()
+    write_text(path, _with_both_schemes(drawn))
+
+
+def _with_both_schemes(svg: str) -> str:
+    """Colours of `LIGHT` become variables, which have other values on dark pages."""
+    light, dark = ([scheme.paper, scheme.ink, scheme.muted, scheme.rule, *scheme.lines] for scheme in (LIGHT, DARK))
+    names = {color.lower(): f"--c{index}" for index, color in enumerate(light)}
+    svg = re.sub(f"(?<=fill: |roke: )({'|'.join(names)})", lambda match: f"var({names[match[0]]})", svg)
+    on_light, on_dark = (
+        "; ".join(f"{name}: {color}" for name, color in zip(names.values(), colors, strict=True))
+        for colors in (light, dark)
+    )
+    fill = f"fill: var({names['#000000']})"  # matplotlib does not write that of what is black
+    style = f":root {{ {fill}; {on_light} }} @media (prefers-color-scheme: dark) {{ :root {{ {on_dark} }} }}"
+    return svg.replace("</svg>", f"<style>{style}</style>\n</svg>")

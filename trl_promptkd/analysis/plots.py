@@ -29,7 +29,7 @@ _TITLES = {
     "sparsity": (f"Weights above {SHARE_ABOVE}", "share of the visible ones"),
     "similarity": ("Likeness to the layer before", "cosine"),
 }
-_MAX_NAMED_TOKENS = 20  # as many as there is room for
+_NAMES_PER_INCH = 7.5  # of tokens beside each other
 
 
 def _line_colors(number: int) -> Sequence[Any]:
@@ -57,7 +57,7 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
 
     Args:
         results: By student and teacher.
-        path: Of the PNG file.
+        path: Of the PNG file, or of an SVG file.
     """
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, _line_colors(len(students)), strict=True))
@@ -99,7 +99,12 @@ def plot_measures(measures: DataFrame, path: str) -> None:
             axes.plot(layers, values[measure], label=name, color=color, marker="o", markersize=4)
         title, unit = _TITLES[measure]
         axes.set(title=title, ylabel=unit)
-    whole_numbers(panels.flat, "layer" if same else "depth (0: first layer, 1: last)")
+    if same:
+        whole_numbers(panels.flat, "layer")
+    else:
+        for axes in panels.flat:
+            axes.set_xlabel("depth (0: first layer, 1: last)")
+            axes.grid()
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
@@ -111,23 +116,27 @@ def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, token
     Args:
         matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last
             tokens.
-        tokens: The row's, as texts; up to 20 of them are written at the axes, of longer rows their numbers.
+        tokens: The row's, as texts. If there is room for them, they are written at the axes: 20 beside three heads.
+            Otherwise their numbers are.
     """
-    figure = new_figure(1 + 3.4 * len(heads), 0.9 + 3.2 * len(matrices))
+    side = min(2.7, 8 / len(heads))
+    figure = new_figure(1 + side * len(heads), 0.7 + (side + 0.3) * len(matrices))
     panels = figure.subplots(len(matrices), len(heads), squeeze=False, sharex=True, sharey=True)
     for line, (name, of_model) in zip(panels, matrices.items(), strict=True):
         for axes, head, matrix in zip(line, heads.itertuples(), of_model, strict=True):
             first = len(tokens) - len(matrix)  # number of the first query
             extent = (-0.5, len(tokens) - 0.5, len(tokens) - 0.5, first - 0.5)
-            image = axes.imshow(matrix.sqrt(), vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+            image = axes.imshow(matrix.sqrt(), vmin=0, vmax=1, aspect="auto", interpolation="none", extent=extent)
             axes.set_title(f"{name}\nlayer {head.layers[name]}, head {head.head}")
-            if len(tokens) <= _MAX_NAMED_TOKENS:
+            if len(tokens) <= _NAMES_PER_INCH * side:
                 axes.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=9, parse_math=False)
                 axes.set_yticks(range(first, len(tokens)), tokens[first:], fontsize=9, parse_math=False)
         line[0].set_ylabel("from token")
     for axes in panels[-1]:
         axes.set_xlabel("to token")
-    figure.colorbar(image, ax=panels, label="square root of the attention weight", shrink=0.8, aspect=30)
+    figure.colorbar(
+        image, ax=panels, label="square root of the attention weight", shrink=0.8, aspect=40, fraction=0.03
+    )
     save_figure(figure, path)
 
 

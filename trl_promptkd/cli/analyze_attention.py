@@ -1,7 +1,6 @@
 """`trl-promptkd analyze attention`."""
 
 import argparse
-import os
 from typing import Any
 
 from ..analysis.attention import QUERIES, head_matrices, measure_attention, num_queries
@@ -59,13 +58,13 @@ def run_attention(args: argparse.Namespace) -> Any:
     result["measures"] = {name: of_model.to_dict("list") for name, of_model in of_models}
     result["heads"] = heads.to_dict("records")
     common.save(args, "attention.json", result)
-    plot_measures(measures, os.path.join(args.output_dir, "attention_measures.png"))
+    plot_measures(measures, common.plot_path(args, "attention_measures"))
     shown = heads.head(args.heads)
     if len(shown):
         matrices = head_matrices(models, rows[0], shown, prompts, args.queries)
         ids = rows[0]["prompt_ids"] + rows[0]["completion_ids"]
         tokens = [repr(tokenizer.decode([token]))[1:-1] for token in ids]
-        plot_heads(matrices, shown, tokens, os.path.join(args.output_dir, "attention_heads.png"))
+        plot_heads(matrices, shown, tokens, common.plot_path(args, "attention_heads"))
 
     def show() -> None:
         title = f"Attention of {result['num_queries']} tokens in {len(rows)} rows of {args.dataset}, means over layers"

@@ -43,7 +43,7 @@ def run_exposure(args: argparse.Namespace) -> Any:
     table = pandas.concat(found, names=["student", "teacher"])
     common.save(args, "exposure.csv", table.to_csv(lineterminator="\n"))
     shown = {(names[student], teacher): positions for (student, teacher), positions in found.items()}
-    plot_exposure(shown, os.path.join(args.output_dir, "exposure.png"))
+    plot_exposure(shown, common.plot_path(args, "exposure"))
     return result, lambda: show(shown, args.output_dir), 0
 
 
@@ -94,7 +94,7 @@ def show(results: dict[tuple[str, str], pandas.DataFrame], output_dir: str) -> N
         lines.append([name, position, at.regret, at.expected, _cell(result, position), rows])
     columns = ["", "l", "R(l), nats", "eps(l), nats", "ExAccErr(l), %", "rows with l: student's, teacher's"]
     print_table(f"Read at l = {READ_AT}, or the last position before it", columns, lines)
-    print(f"All positions: {os.path.join(output_dir, 'exposure.csv')} and .json; plot: exposure.png beside them.")
+    print(f"All positions: {os.path.join(output_dir, 'exposure.csv')} and .json; plot beside them.")
 
 
 def _cell(result: pandas.DataFrame, position: int) -> str:

@@ -66,7 +66,7 @@ def run_prompt(args: argparse.Namespace) -> Any:
             f"After the soft prompt, the teacher's likeliest next token is another one at {changed:,} of "
             f"{len(tokens):,} tokens ({100 * changed / len(tokens):.1f} %) of {whose}."
         )
-        plot_classes(classes, os.path.join(args.output_dir, "kl_by_class.png"))
+        plot_classes(classes, common.plot_path(args, "kl_by_class"))
         title = "Where the soft prompt changed the teacher's next token"
         common.save(args, "changes.html", changes_page(changes, title, summary))
         result |= {"classes": classes.to_dict("index"), "changed": {"tokens": changed, "of": len(tokens)}}
@@ -81,14 +81,14 @@ def look_at(
     """What can be said of the prompt without any text, and its plots."""
     os.makedirs(args.output_dir, exist_ok=True)
     last = prompts[-1].embeddings
-    plot_similarity(similarity(last), os.path.join(args.output_dir, "similarity.png"))
+    plot_similarity(similarity(last), common.plot_path(args, "similarity"))
     initial, known_by = initial_prompt(prompts, teacher, tokenizer)
     drifts = []
     if initial is not None:
         drifts = [{"name": p.name, "step": p.step, **prompt_drift(p.embeddings, initial)} for p in prompts]
     if len(drifts) > 1:
         start = drifts[0]["step"] or 0 if initial is prompts[0].embeddings else 0
-        plot_drift(drifts, os.path.join(args.output_dir, "drift.png"), start)
+        plot_drift(drifts, common.plot_path(args, "drift"), start)
     nearest = nearest_tokens(last, teacher, shared_vocab_size(teacher, teacher, tokenizer), args.nearest)
     for token in (token for of_token in nearest for tokens in of_token.values() for token in tokens):
         token["token"] = tokenizer.decode([token["id"]])

@@ -214,6 +214,8 @@ def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
     command.add_argument("--rows", type=at_least_one, default=rows, help="how many rows, from the first (%(default)s)")
     told = "longest row in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut"
     command.add_argument("--max_length", type=at_least_one, default=512, help=told)
+    told = "of the plots (%(default)s); svg is for light and dark pages"
+    command.add_argument("--plot_format", choices=["png", "svg"], default="png", help=told)
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
@@ -231,6 +233,11 @@ def save(args: argparse.Namespace, name: str, text: str | dict[str, Any]) -> Non
     """Write a file of `--output_dir`, a dict as JSON."""
     os.makedirs(args.output_dir, exist_ok=True)
     write_text(os.path.join(args.output_dir, name), text if isinstance(text, str) else json_text(text))
+
+
+def plot_path(args: argparse.Namespace, name: str) -> str:
+    """Of a plot in `--output_dir`."""
+    return os.path.join(args.output_dir, f"{name}.{args.plot_format}")
 
 
 def shared_tokenizer(flag: str, models: Mapping[str, dict[str, Any]], trust_remote_code: bool) -> Any:

@@ -95,8 +95,8 @@ class TeacherCache:
         """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read
         again.
 
-        Everything appears in one commit: an upload that was killed has changed nothing and can be repeated. Older
-            shards are removed.
+        Everything appears in one commit. An upload that was killed has changed nothing, and can be repeated. Older
+        shards are removed.
         """
         push_cache(self.path, self.manifest, repo_id, private, token)
 

@@ -55,13 +55,13 @@ _GAIN_EVERY = 16  # `priming/gain_nats` costs one more teacher pass, for one mic
 
 class PrimedDistillTrainer(SFTTrainer):
     """
-    Trainer for response priming: the teacher sees a priming text beside the question, the student sees the bare
-    question, and both are compared on the same completion tokens.
+    Trainer for response priming. The teacher sees a priming text beside the question, and the student sees the bare
+    question. Both are compared on the same completion tokens.
 
-    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`, with CE the cross-entropy of the completion and D the
-    divergence of both distributions at temperature tau: sums over completion tokens, end of text included, divided by
-    the number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846, whose released
-    code compares the tokens of different texts; here they are the same ones.
+    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`. CE is the cross-entropy of the completion, D the divergence of
+    both distributions at temperature tau. Both are sums over completion tokens, end of text included, divided by the
+    number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846. Its released code
+    compares the tokens of different texts. Here they are the same ones.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

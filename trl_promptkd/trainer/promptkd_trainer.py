@@ -57,17 +57,17 @@ _ANSWERS_NEEDED = (
 
 class PromptKDTrainer(GKDTrainer):
     """
-    Trainer for PromptKD: a few embeddings before a frozen teacher's input are tuned with the student's guidance, so
-    that the teacher becomes student-friendly; the student learns from that teacher on its own samples.
+    Trainer for PromptKD. A few embeddings before a frozen teacher's input are tuned with the student's guidance. The
+    student learns from that teacher on its own samples.
 
-    One optimizer step, with `q` the student, `p` the plain teacher and `pP` the teacher with the soft prompt `P`:
+    `q` is the student, `p` the plain teacher, and `pP` the teacher with the soft prompt `P`. In one optimizer step
 
-    1. the student samples a completion for every prompt of the accumulation window;
-    2. `P` is stepped on KL(pP || q) + w KL(pP || p);
-    3. the student is stepped on KL(q || pP).
+    1. the student samples a completion for every prompt of the accumulation window
+    2. `P` takes a step on KL(pP || q) + w KL(pP || p)
+    3. the student takes a step on KL(q || pP).
 
-    Losses are sums over completion tokens, end of text included, divided by the number of those tokens in the whole
-    window on all ranks: nats per token. Source: Kim et al., PromptKD (arXiv 2402.12842).
+    Losses are in nats per token. They are sums over completion tokens, end of text included, divided by the number of
+    those tokens in the whole window on all ranks. Source: Kim et al., PromptKD (arXiv 2402.12842).
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -87,7 +87,8 @@ def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
 
 def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row where the mask is set; `ids` and `mask` of shape `(batch, seq)`."""
-    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    ids, mask = ids.cpu(), mask.cpu().bool()  # at once: each row's own way from a GPU would wait for it
+    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
 @dataclass

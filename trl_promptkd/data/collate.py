@@ -20,6 +20,7 @@ __all__ = [
     "grouped_by_length",
     "masked_rows",
     "pad_rows",
+    "warn_if_untrained",
     "without_repeats",
 ]
 
@@ -71,9 +72,14 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
     """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
-    if total == 0:
-        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
+    warn_if_untrained(int(total), step)
     return total
+
+
+def warn_if_untrained(num_tokens: int, step: int) -> None:
+    """Say so if a window has no token to train on."""
+    if num_tokens == 0:
+        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:

@@ -25,7 +25,9 @@ SETTINGS = {
     "size": 16,  # rows of the training data
     "student": "full",  # lora, or self: lora, and its own teacher
     "config": {},  # more of the trainer's settings
+    "order": [],  # of the first rows of that data, if it is another one
     "empty_rank": -1,  # this rank's batches have nothing to train on
+    "short_rank": -1,  # this rank's second batch lacks its last row
     "interrupted_rank": -1,  # this rank gets a SIGTERM in its second step
     "resume": False,  # go on from the newest checkpoint
     "family": "llama",
@@ -83,6 +85,17 @@ class NothingToTrain:
 
     def __call__(self, rows):
         return {name: value.fill_(-100) if "labels" in name else value for name, value in self.inner(rows).items()}
+
+
+class LacksARow:
+    """The collator of a trainer; the second batch is without its last row."""
+
+    def __init__(self, inner):
+        self.inner, self.batches = inner, 0
+
+    def __call__(self, rows):
+        self.batches += 1
+        return self.inner(rows[:-1] if self.batches == 2 else rows)
 
 
 class Interrupt(TrainerCallback):
@@ -145,10 +158,11 @@ def make_trainer(settings):
         del models["teacher_model"]
     torch.manual_seed(0)
     if settings["method"] == "promptkd":
+        data = (answered_dataset if common.get("lmbda", 1.0) < 1 else prompt_dataset)(settings["size"])
         return PromptKDTrainer(
             **models,
             args=short_run(PromptKDConfig, Path(folder), {"prompt_update": "simultaneous", **common}),
-            train_dataset=(answered_dataset if common.get("lmbda", 1.0) < 1 else prompt_dataset)(settings["size"]),
+            train_dataset=data.select(settings["order"] or range(len(data))),
             eval_dataset=answered_dataset(5),
             prompt_encoder_config=PromptEncoderConfig(prompt_learning_rate=0.01, prompt_init="vocab"),
         )
@@ -204,6 +218,8 @@ def run(settings):
     trainer = make_trainer(settings)
     if settings["empty_rank"] == rank:
         trainer.data_collator = NothingToTrain(trainer.data_collator)
+    if settings["short_rank"] == rank:
+        trainer.data_collator = LacksARow(trainer.data_collator)
     if settings["interrupted_rank"] == rank:
         trainer.add_callback(Interrupt())
     trainer.train(resume_from_checkpoint=settings["resume"])

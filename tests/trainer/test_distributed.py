@@ -25,10 +25,21 @@ DEEPSPEED = Path(sys.prefix) / "deepspeed"
 WAYS = ["ddp", "fsdp2", "zero2", "zero3"]
 
 SEQUENTIAL = {"config": {"prompt_update": "sequential"}}
+# Each rank's first row teaches the soft prompt: the first and the third of all
+FIRST_OF_RANKS = {"alone": {"order": [0, 2, 1, 3, 4, 5, 6, 7]}}
 # Compared with one process: a step, with accumulation
 ALIKE = {
     "simultaneous": {},
     "sequential": SEQUENTIAL,
+    "share": {"config": {"prompt_share": 0.25}, **FIRST_OF_RANKS},
+    "share_sequential": {"config": {"prompt_share": 0.25, "prompt_update": "sequential"}, **FIRST_OF_RANKS},
+    "share_self": {"student": "self", "config": {"prompt_share": 0.25}, **FIRST_OF_RANKS},
+    # Three rows of the one rank teach, and two of the other
+    "share_uneven": {
+        "config": {"prompt_share": 0.6, "prompt_update": "sequential"},
+        "short_rank": 1,
+        "alone": {"short_rank": 0},
+    },
     "lora": {"student": "lora"},
     "self": {"student": "self"},
     "self_sequential": {"student": "self", **SEQUENTIAL},
@@ -85,7 +96,8 @@ def results(tmp_path_factory):
         for name, settings in runs.items():
             path = folder / {"resumed": "interrupted"}.get(name, name)
             path.mkdir(exist_ok=True)
-            jobs.append({"folder": str(path), **settings, "rows": 4 if way == "alone" else 2})
+            one_process = {"rows": 4, **settings.get("alone", {})} if way == "alone" else {"rows": 2}
+            jobs.append({"folder": str(path), **settings, **one_process})
         sharding = way if way in ("fsdp2", "zero2", "zero3") else ""
         if sharding:
             cache = launch("alone") / "primed_cache" / "cache"

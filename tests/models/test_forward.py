@@ -147,6 +147,48 @@ class TestCompletionStates:
         torch.testing.assert_close(known.logits(), expected, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(known.logits(2, 5), expected[2:5], atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.parametrize("side", ["left", "right", "both"])
+    @pytest.mark.parametrize("family", sorted({*FAMILIES, *HEADS} - {"opt"}))
+    def test_rows_end_to_end_give_what_padded_rows_give(self, family, side):
+        """OPT's mask does not come from positions."""
+        model = tiny_model(family)
+        ids, mask, _ = pad(ROWS, side)
+        labels = torch.where(mask == 1, ids, -100)
+        labels[:, 1:][mask[:, :-1] == 0] = -100
+        expected = completion_states(model, ids, mask, labels)
+        known = completion_states(model, ids, mask, labels, padding_free=True)
+        assert known.hidden_states.shape == expected.hidden_states.shape
+        torch.testing.assert_close(known.logits(), expected.logits(), atol=1e-5, rtol=1e-5)
+
+    def test_rows_end_to_end_are_tokens_alone_with_positions_of_their_own(self):
+        model = tiny_model("llama")
+        given = []
+        model.get_decoder().register_forward_pre_hook(lambda _, __, inputs: given.append(inputs), with_kwargs=True)
+        ids, mask, _ = pad(ROWS, "both")
+        labels = torch.full_like(ids, -100)
+        labels[:, 3] = ids[:, 3]
+        completion_states(model, ids, mask, labels, padding_free=True)
+        assert given[0]["input_ids"].tolist() == [[token for row in ROWS for token in row]]
+        assert given[0]["position_ids"].tolist() == [[index for row in ROWS for index in range(len(row))]]
+        assert given[0].get("attention_mask") is None
+
+    @pytest.mark.parametrize("padding_free", [True, False])
+    def test_every_label_has_a_state(self, padding_free):
+        """One on padding too, though it means nothing."""
+        model = tiny_model("llama")
+        ids, mask, _ = pad(ROWS, "left")
+        labels = torch.full_like(ids, -100)
+        labels[1, 6] = 3  # the row starts here
+        labels[0, -1], labels[2, -2] = 4, 5
+        known = completion_states(model, ids, mask, labels, padding_free=padding_free)
+        expected = torch.cat([alone(model, ROWS[0])[-2:-1], alone(model, ROWS[2])[-3:-2]])
+        torch.testing.assert_close(known.logits()[::2].log_softmax(-1), expected, atol=1e-4, rtol=0)
+
+    @pytest.mark.parametrize("padding_free", [True, False])
+    def test_a_single_token_has_nothing_to_predict_it(self, padding_free):
+        one = torch.ones(2, 1, dtype=torch.long)
+        assert len(completion_states(tiny_model("llama"), one, one, one, padding_free=padding_free)) == 0
+
     def test_a_scaled_head_is_told_from_a_bare_one(self):
         """Else the test above could pass on models whose scale happens to be 1."""
         for family in HEADS:

@@ -123,6 +123,11 @@ KINDS = [
         "LlamaForCausalLM without trainable weights | Call `model.requires_grad_(True)`",
     ),
     Case(
+        "a Mamba student, and `padding_free=True`",
+        lambda: primed(model=tiny_model("mamba"), teacher_model=tiny_model(), args={"padding_free": True}),
+        "student (MambaForCausalLM) gives rows that stand end to end | Set `padding_free=False`",
+    ),
+    Case(
         "a student by `PeftModel.from_pretrained` without `is_trainable=True`",
         lambda: primed(model=frozen_adapter()),
         "adapter 'default' is frozen | `PeftModel.from_pretrained(model, folder, is_trainable=True)`",

@@ -77,6 +77,13 @@ CASES = [
     wrong(PrimedDistillConfig, "'bfloat16' or 'float32'", teacher_server_dtype="float16"),
     wrong(PrimedDistillConfig, "above 0", teacher_server_timeout=0),
     wrong(PrimedDistillConfig, "above 0", pad_to_multiple_of=-8),
+    call(PrimedDistillConfig, "`packing=True` | `padding_free=True`", packing=True),
+    call(
+        PrimedDistillConfig,
+        "`pad_to_multiple_of` is 8 with `padding_free=True` | Omit one",
+        padding_free=True,
+        pad_to_multiple_of=8,
+    ),
     call(
         PrimedDistillConfig,
         "`teacher_answers_url` is 'localhost:8000' | starts with http:// or https://",

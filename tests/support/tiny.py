@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BloomConfig,
     Cohere2Config,
     CohereConfig,
     FalconConfig,
@@ -34,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3Config,
     Qwen3MoeConfig,
     RwkvConfig,
 )
@@ -103,7 +105,7 @@ HEADS = {
 }
 # Of other kinds: a state instead of attention (RWKV's ignores the attention mask), dropout that is read from the
 # configuration (Falcon), embeddings for each layer beside the input's (Gemma 4), itself as its decoder (Llama 4), its
-# head as its decoder (ModernBERT)
+# head as its decoder (ModernBERT), distances instead of positions (BLOOM), norms of queries and keys (Qwen 3)
 OTHERS = {
     "mamba": (MambaConfig, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "rwkv": (RwkvConfig, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
@@ -114,6 +116,8 @@ OTHERS = {
         {**_GLU, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8},
     ),
     "modernbert": (ModernBertDecoderConfig, {**_SMALL, "intermediate_size": 48}),
+    "bloom": (BloomConfig, {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "qwen3": (Qwen3Config, {**_GLU, "head_dim": 8}),
 }
 
 

@@ -48,6 +48,7 @@ ALIKE = {
     "by_name": {"by_name": True},
     "checkpointing": {"config": {"gradient_checkpointing": True, "teacher_gradient_checkpointing": True}},
     "primed": {"method": "primed"},
+    "primed_padding_free": {"method": "primed", "config": {"padding_free": True}},
     "primed_self": {"method": "primed", "student": "self"},
     "primed_cache": {"method": "primed", "source": "cache"},
     "several": {"method": "primed", "several": ["a", "b"]},
@@ -153,6 +154,14 @@ def test_two_ranks_of_two_rows_equal_one_of_four(results, way, name):
         limit = 5e-3 if key == "prompt" else 1e-4
         assert (first[key] - value).abs().max() / value.abs().max().clamp(min=1) < limit, key
     assert_ranks_agree(first, second)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_without_padding_equal_two_with_it(results, way):
+    """Token counts among what is logged."""
+    padded, free = results(way, "primed"), results(way, "primed_padding_free")
+    for key, value in padded.items():
+        torch.testing.assert_close(free[key], value, atol=1e-5, rtol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("way", WAYS)

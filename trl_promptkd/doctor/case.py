@@ -199,5 +199,6 @@ class Case:
         soft_prompt: Tensor | None = None,
     ) -> Tensor:
         """Logits `(num_tokens, vocab)` at the answers of [`~Case.batch`], by the pass that losses are taken from."""
-        batch = self.batch(view, rows)
-        return completion_states(model, **batch, soft_prompt=soft_prompt, vocab_size=self.vocab_size).logits()
+        ids, mask, labels = self.batch(view, rows).values()
+        padding_free = self.args.padding_free
+        return completion_states(model, ids, mask, labels, soft_prompt, self.vocab_size, padding_free).logits()

@@ -80,7 +80,8 @@ def _padding(case: Case, view: str, soft_prompt: Tensor | None, told: str = "", 
     """Compare the passes of the trainers with the model's own call on every row alone."""
     model, prompts = (case.student, "prompt_ids") if view == "student" else (case.teacher, "teacher_prompt_ids")
     rows = [{"prompt_ids": row[prompts], "completion_ids": row["completion_ids"]} for row in case.probes]
-    distances = distances_from_own_forward(model, rows, case.tokenizer.pad_token_id, soft_prompt, case.vocab_size)
+    settings = (case.tokenizer.pad_token_id, soft_prompt, case.vocab_size)
+    distances = distances_from_own_forward(model, rows, *settings, padding_free=case.args.padding_free)
     worst = max(distances, key=lambda way: distances[way].log_probs)
     difference, kl = distances[worst]
     values |= {"difference": difference, "kl": kl}

@@ -1,7 +1,8 @@
 """The passes that losses are taken from, compared with a model's own forward pass.
 
 Trainers compute hidden states, then logits, in padded batches and after a soft prompt. There a model may compute
-something else: it may ignore the attention mask, or need more than input embeddings. `check_forward` finds that on two
+something else: it may ignore the attention mask, or need more than input embeddings. If rows stand end to end, it may
+not see where one ends: its state runs on, or its mask does not come from positions. `check_forward` finds that on two
 short rows before training starts. The doctor makes the same comparison on rows of the user's own.
 """
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data import pad_rows
 from ..divergences import kl_divergence
@@ -22,9 +24,12 @@ from .side_effects import flags_restored
 
 __all__ = ["Distance", "check_forward", "distance", "distances_from_own_forward", "is_exact", "is_same"]
 
+logger = logging.get_logger(__name__)
+
 _MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats per token (16 bits, quantized)
 _SLACK = 5.0  # what stops a run must be wrong beyond doubt
 PADDED, WHOLE, ALONE = "of the loss, padded", "of whole rows, padded", "of the loss, row by row"
+PADDING_FREE = "of the loss, padding-free"
 
 
 class Distance(NamedTuple):
@@ -63,6 +68,7 @@ def distances_from_own_forward(
     soft_prompt: Tensor | None = None,
     vocab_size: int | None = None,
     own: Tensor | None = None,
+    padding_free: bool = False,
 ) -> dict[str, Distance]:
     """How far the logits at the rows' completions are from those of the model's own forward on each row alone.
 
@@ -72,9 +78,11 @@ def distances_from_own_forward(
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row.
         vocab_size (`int`, *optional*): Only the first entries count.
         own: The model's own logits, if they are known.
+        padding_free: Whether losses see the rows end to end, too.
 
     Returns:
-        `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one.
+        `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one; with
+        `padding_free` also for the rows end to end.
     """
     own = _own_logits(model, rows, soft_prompt, vocab_size) if own is None else own
 
@@ -89,7 +97,11 @@ def distances_from_own_forward(
     ids, mask, labels = batch(rows, (7, 3))
     padded = completion_states(model, ids, mask, labels, soft_prompt, vocab_size).logits()
     whole = forward_logits(model, ids, mask, soft_prompt)[:, :-1][labels[:, 1:] != -100][:, :vocab_size]
-    return {ALONE: distance(torch.cat(alone), own), PADDED: distance(padded, own), WHOLE: distance(whole, own)}
+    found = {ALONE: distance(torch.cat(alone), own), PADDED: distance(padded, own), WHOLE: distance(whole, own)}
+    if padding_free:
+        joined = completion_states(model, ids, mask, labels, None, vocab_size, padding_free=True).logits()
+        found[PADDING_FREE] = distance(joined, own)
+    return found
 
 
 def _own_logits(
@@ -117,6 +129,7 @@ def check_forward(
     accelerator: Accelerator,
     soft_prompt: Tensor | None = None,
     vocab_size: int | None = None,
+    padding_free: bool = False,
 ) -> None:
     """Stop before training if losses would be taken from logits that are not the model's.
 
@@ -125,13 +138,18 @@ def check_forward(
 
     Args:
         role: For messages: `"student"`, `"teacher"` or `"prompted teacher"`.
-        soft_prompt, vocab_size: As for [`distances_from_own_forward`].
+        soft_prompt, vocab_size, padding_free: As for [`distances_from_own_forward`].
     """
     devices = {parameter.device.type for parameter in model.parameters()}
-    if is_sharded(model) or devices != {accelerator.device.type}:
-        return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = f"{role} ({type(base).__name__})"
+    if is_sharded(model) or devices != {accelerator.device.type}:
+        if padding_free:
+            logger.warning(
+                f"`padding_free` is True, but whether the {name} keeps rows apart was not measured, as its weights "
+                "are sharded or not on their device yet. Run `trl-promptkd doctor` with `padding_free: true` once."
+            )
+        return
     rows = _probe_rows(processing_class, vocab_size)
     own = None
     with flags_restored(model), accelerator.autocast():
@@ -139,14 +157,16 @@ def check_forward(
         try:
             own = _own_logits(model, rows, soft_prompt, vocab_size)
             pad_token_id = processing_class.pad_token_id or 0
-            found = distances_from_own_forward(model, rows, pad_token_id, soft_prompt, vocab_size, own)
+            settings = (pad_token_id, soft_prompt, vocab_size, own, padding_free)
+            found = distances_from_own_forward(model, rows, *settings)
         except Exception as error:  # a model's code may raise anything
             if own is None and soft_prompt is None:
                 return  # it cannot be run at all, and says so itself at the first step
             needs = " A soft prompt needs a model that computes everything from `inputs_embeds`."
             raise ValueError(
                 f"The {name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}."
-                f"{'' if soft_prompt is None else needs} Choose another model."
+                f"{'' if soft_prompt is None else needs} Choose another model"
+                f"{', or set `padding_free=False`' if padding_free else ''}."
             ) from error
     if not torch.isfinite(own).all():
         return  # the loss of the first step says what is not finite
@@ -159,6 +179,13 @@ def check_forward(
             raise ValueError(
                 f"The logits of the {name} are not its output head applied to its last hidden state: they are off by "
                 f"{about}. Losses would be wrong. Choose another model, or use transformers' own class for this one."
+            )
+        if way == PADDING_FREE:
+            raise ValueError(
+                f"The {name} gives rows that stand end to end in one sequence other logits than each row alone: they "
+                f"are off by {about}. It does not see that positions start again, so each row would depend on the "
+                "rows before it. Set `padding_free=False`, or choose a model or an attention implementation that "
+                "keeps such rows apart."
             )
         raise ValueError(
             f"The {name} gives a padded row other logits than the row alone: they are off by {about}. Its forward "

@@ -3,7 +3,8 @@
 `forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens,
 and makes logits of them a few at a time: no tensor of (tokens x vocabulary) need exist. Positions are counted
 from the attention mask, and a soft prompt stands directly before a row's first token, so padding on either side
-changes nothing: for rotary, learned and sliding-window positions alike.
+changes nothing: for rotary, learned and sliding-window positions alike. Or there is no padding: `completion_states`
+can lay the rows end to end.
 """
 
 import inspect
@@ -241,6 +242,7 @@ def completion_states(
     labels: Int[Tensor, "batch seq"],
     soft_prompt: Float[Tensor, "virtual hidden"] | None = None,
     vocab_size: int | None = None,
+    padding_free: bool = False,
 ) -> TokenStates:
     """The states that predict the trained tokens, and no others.
 
@@ -250,17 +252,24 @@ def completion_states(
         labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has
             nothing before it and is left out.
         vocab_size (`int`, *optional*): See [`TokenStates`].
+        padding_free (`bool`): Run the rows end to end in one sequence, without their padding. Only where positions
+            start again does a row begin: [`~trl_promptkd.models.compare.check_forward`] measures whether the model
+            keeps rows apart. Not with a soft prompt.
 
     Returns:
         [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already if the model is sharded.
     """
     decoder = _decoder(_base(model))
-    trained = labels[:, 1:] != -100  # (batch, seq - 1)
     width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not needed
-    inputs = _inputs(model, decoder, input_ids[:, :width], attention_mask[:, :width], soft_prompt)
-    output = decoder(**inputs)
-    states = output.last_hidden_state[:, -width:].to(input_ids.device)
-    known = TokenStates(states[:, : trained.size(1)][trained], model, vocab_size)
+    rows = input_ids[:, :width], attention_mask[:, :width]
+    trained = F.pad(labels, (0, 1), value=-100)[:, 1 : width + 1] != -100  # (batch, width)
+    if padding_free:
+        kept = rows[1].bool() | trained  # a label on padding means nothing, but counts, as in a padded batch
+        inputs, trained = _end_to_end(decoder, *rows, kept), trained[kept].unsqueeze(0)  # (1, tokens)
+    else:
+        inputs = _inputs(model, decoder, *rows, soft_prompt)
+    states = decoder(**inputs).last_hidden_state[:, -trained.size(1) :].to(input_ids.device)
+    known = TokenStates(states[trained], model, vocab_size)
     return known.with_logits() if is_sharded(model) else known
 
 
@@ -278,10 +287,29 @@ def _inputs(
     else:
         inputs["inputs_embeds"], attention_mask = prompted_embeddings(bare, input_ids, attention_mask, soft_prompt)
     inputs["attention_mask"] = attention_mask
-    # The class's signature: wrappers may hide it. BLOOM and MPT have no positions and count from the mask themselves.
-    if "position_ids" in inspect.signature(type(module).forward).parameters:
-        inputs["position_ids"] = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+    # BLOOM and MPT have no positions and count from the mask themselves
+    if _takes_positions(module):
+        inputs["position_ids"] = _positions(attention_mask)
     return inputs | without_router_logits(module)
+
+
+def _end_to_end(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, kept: Tensor) -> dict[str, Any]:
+    """Arguments for the forward of `module`: what is kept of all rows, in one sequence.
+
+    With a mask, or with a cache, transformers would not look for rows in the positions.
+    """
+    inputs: dict[str, Any] = {"use_cache": False, "input_ids": input_ids[kept].unsqueeze(0)}
+    if _takes_positions(module):
+        inputs["position_ids"] = _positions(attention_mask)[kept].unsqueeze(0)
+    return inputs | without_router_logits(module)
+
+
+def _takes_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(type(module).forward).parameters  # wrappers may hide the instance's
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def without_router_logits(model: nn.Module) -> dict[str, bool]:

@@ -29,8 +29,11 @@ _PAPER_ALPHA = 0.6093348343631224
 
 # Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
 _IGNORED = {
-    "packing": (False, "rows are compared one by one, after prompts of different lengths"),
-    "padding_free": (False, "batches are padded"),
+    "packing": (
+        False,
+        "a batch has a fixed number of rows, in two views of different lengths. `padding_free=True` runs them without "
+        "padding",
+    ),
     "assistant_only_loss": (False, "the loss covers the last answer of a conversation; make a row of each answer"),
     "loss_type": ("nll", "the loss is made of cross-entropy and the divergence that `kd_beta` selects"),
     "activation_offloading": (False, "parts of the backward pass are made within the forward pass"),
@@ -100,6 +103,11 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             comes from the environment variable `OPENAI_API_KEY`.
         teacher_answers_model (`str`, *optional*):
             The teacher's name there. `None` takes the only one that the API lists.
+        padding_free (`bool`, *optional*, defaults to `False`):
+            Whether student and teacher run the rows of a micro-batch end to end in one sequence, without padding. It
+            needs `per_device_train_batch_size` above 1 to save anything. A model that does not keep such rows apart is
+            refused before training. Unlike in TRL, `max_length` holds, evaluation does the same, and any attention
+            implementation will do. Only FlashAttention skips what is masked: others compute the micro-batch's square.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` stays.
@@ -245,6 +253,11 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
                 "labels. Set `alpha=0` (or omit it), or train on `response_source='dataset'` or `'teacher'`."
             )
         self._check_answers_api()
+        if self.padding_free and self.pad_to_multiple_of is not None:
+            raise ValueError(
+                f"`pad_to_multiple_of` is {self.pad_to_multiple_of} with `padding_free=True`, which leaves out "
+                "all padding. Omit one of them."
+            )
         check_number(self, "skew", lambda value: 0 <= value < 1, "at least 0 and below 1")
         if self.skew and 0 < self.kd_beta < 1:
             raise ValueError(

@@ -223,7 +223,8 @@ class PrimedDistillTrainer(SFTTrainer):
         self.rollouts = shared.student_rollouts(self)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         datasets = {name: self._checked(dataset, name) for name, dataset in datasets.items()}
-        check_forward("student", self.model, processing_class, self.accelerator, vocab_size=self.shared_vocab_size)
+        settings = (processing_class, self.accelerator, None, self.shared_vocab_size, args.padding_free)
+        check_forward("student", self.model, *settings)
         self.teacher.place()
         self.teacher_model: Any = self.teacher.model
         self.train_dataset: Any = self.teacher.answered(datasets["train_dataset"], "train_dataset")
@@ -362,7 +363,7 @@ class PrimedDistillTrainer(SFTTrainer):
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
         tokens, teachers = inputs["labels"][:, 1:][trained], inputs["teachers"] if self._teacher_names else None
-        student_states = view_states(student, inputs, "", self.shared_vocab_size)
+        student_states = view_states(student, inputs, "", self.shared_vocab_size, args.padding_free)
         teacher_says = self.teacher.at_completions(student, inputs)
         if not self._tokenizes:
             check_views(inputs["teacher_labels"][:, 1:], tokens)

@@ -86,11 +86,13 @@ def primed_teacher(
     return LiveTeacher(teacher_model, args, has_priming=priming is not None)
 
 
-def view_states(model: nn.Module, inputs: Mapping[str, Tensor], view: str, vocab_size: int) -> TokenStates:
+def view_states(
+    model: nn.Module, inputs: Mapping[str, Tensor], view: str, vocab_size: int, padding_free: bool
+) -> TokenStates:
     """What a bare model says at the completion tokens, after the student's prompt (`view=""`) or the teacher's
     (`"teacher_"`)."""
     ids, mask, labels = (inputs[view + name] for name in ("input_ids", "attention_mask", "labels"))
-    return completion_states(model, ids, mask, labels, vocab_size=vocab_size)
+    return completion_states(model, ids, mask, labels, vocab_size=vocab_size, padding_free=padding_free)
 
 
 class LiveTeacher:
@@ -148,10 +150,10 @@ class LiveTeacher:
         """Onto its device, compared with its own forward pass there."""
         trainer = self.trainer
         self.model = place_teacher(self.bare, trainer.model, trainer.accelerator)
-        settings = (trainer.processing_class, trainer.accelerator)
+        settings = (trainer.processing_class, trainer.accelerator, None, trainer.shared_vocab_size)
         with self.run() as teacher:
             teacher = trainer.accelerator.unwrap_model(teacher)
-            check_forward("teacher", teacher, *settings, vocab_size=trainer.shared_vocab_size)
+            check_forward("teacher", teacher, *settings, self.args.padding_free)
 
     def run(self):
         """The model, in evaluation mode, as a context."""
@@ -183,7 +185,7 @@ class LiveTeacher:
     @torch.no_grad()
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> TokenStates:
         """What it says at the completion tokens of its view, inside the student's forward pass."""
-        arguments = (inputs, "teacher_", self.trainer.shared_vocab_size)
+        arguments = (inputs, "teacher_", self.trainer.shared_vocab_size, self.args.padding_free)
         with run_teacher(self.model, student) as teacher:
             if self.model is None:  # we are inside its forward already: it is the student
                 return view_states(teacher, *arguments).detach()
@@ -196,7 +198,8 @@ class LiveTeacher:
             return None
         trainer, labels = self.trainer, inputs["labels"][:, 1:]
         with trainer.accelerator.autocast(), self.run() as teacher:
-            states = inside_forward(teacher, view_states, inputs, "", trainer.shared_vocab_size)
+            arguments = (inputs, "", trainer.shared_vocab_size, self.args.padding_free)
+            states = inside_forward(teacher, view_states, *arguments)
             (plain,), _ = chunked_sums(log_prob_sums, self.args.loss_chunk_size, states, labels[labels != -100])
         return plain
 

@@ -41,7 +41,7 @@ def prepared_student(
     """
     with student_by_name(model, args, quantization_config) as (loaded, quantization_config):
         settings = loaded_settings(loaded, args)
-        with old_names_of_checkpointing():
+        with old_names_of_checkpointing(), _base_class_pads(args):
             yield loaded, quantization_config
     restore_settings(trainer.model, settings)
     trainer.aux_loss_enabled = False
@@ -50,6 +50,17 @@ def prepared_student(
     if args.disable_dropout:
         disable_dropout(trainer.model, adapters=not adapter_dropout)
     keep_four_bit_weights_differentiable(trainer.model)
+
+
+@contextmanager
+def _base_class_pads(args: Any) -> Iterator[None]:
+    """Inside, `padding_free` is False. It would forbid `max_length` and any collator but the base class's, which lays
+    rows end to end. Here the forward pass does that."""
+    padding_free, args.padding_free = args.padding_free, False
+    try:
+        yield
+    finally:
+        args.padding_free = padding_free
 
 
 def student_rollouts(trainer: Any) -> Rollouts | VLLMRollouts:

@@ -183,9 +183,7 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
         ]
     if group == "final":
         named = methods(BUDGET) | candidates(BUDGET)
-        return [
-            (name, settings_of(with_rate(named[name], rates), seed)) for name in FINALISTS for seed in FINAL_SEEDS
-        ]
+        return [(name, settings_of(with_rate(named[name], rates), seed)) for name in FINALISTS for seed in FINAL_SEEDS]
     if group == "main":
         named = methods(BUDGET)
         return [

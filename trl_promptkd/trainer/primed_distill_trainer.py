@@ -58,10 +58,10 @@ class PrimedDistillTrainer(SFTTrainer):
     Trainer for response priming. The teacher sees a priming text beside the question, and the student sees the bare
     question. Both are compared on the same completion tokens.
 
-    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`. CE is the cross-entropy of the completion, and D the divergence
-    of both distributions at temperature tau. Both are sums over completion tokens, end of text included, divided by the
-    number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846. Its released code
-    compares the tokens of different texts. Here they are the same ones.
+    The loss is `alpha * CE + (1 - alpha) * tau**2 * D`. CE is the cross-entropy of the completion, and D the
+    divergence of both distributions at temperature tau. Both are sums over completion tokens, end of text included,
+    divided by the number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846. Its
+    released code compares the tokens of different texts. Here they are the same ones.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):

@@ -84,3 +84,18 @@ def test_primed_cache(tmp_path):
     assert after["eval_loss"] < 0.8 * before["eval_loss"]
     assert models == 1
     assert len(row["teacher_prompt_ids"]) != len(row["prompt_ids"])
+
+
+@pytest.mark.slow
+def test_priming_to_student(tmp_path):
+    """The text changes what the teacher says, the student learns that without the text, and what is loaded is it."""
+    before, after, kls, difference, moved = executed(
+        "priming_to_student",
+        tmp_path,
+        "[before, after, [start['eval_kd'], end['eval_kd']], difference, moved]",
+    )
+    assert before["text"][0] > before["no text"][0]
+    assert after["no text"][0] > before["no text"][0]
+    assert kls[1] < 0.8 * kls[0]
+    assert difference < 1e-4 < moved
+    assert "<h2>What looks wrong</h2>" in (tmp_path / "priming_to_student" / "report.html").read_text(encoding="utf-8")

@@ -30,6 +30,17 @@ class TestCommitted:
         assert all("execution" not in cell["metadata"] for cell in code(path))
 
     @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+    def test_a_diagram_comes_first_and_each_question_is_answered(self, path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells]
+        assert re.search(r"^!\[.+\]\(.+\.svg\)$", texts[0], re.MULTILINE)
+        marks = re.findall(r"\*\*(Question|Answer)\.\*\*", "".join(texts))
+        assert marks == ["Question", "Answer"] * (len(marks) // 2)
+        assert len(marks) >= 8
+        for cell, text in zip(cells, texts, strict=True):  # the answer is not seen beside the question
+            assert cell["cell_type"] == "code" or "**Answer.**" not in text.partition("**Question.**")[2]
+
+    @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
     def test_links_lead_to_files(self, path):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")

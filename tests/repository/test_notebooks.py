@@ -30,6 +30,17 @@ class TestCommitted:
         assert all("execution" not in cell["metadata"] for cell in code(path))
 
     @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+    def test_a_diagram_comes_first_and_each_question_is_answered(self, path):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells]
+        assert re.search(r"^!\[.+\]\(.+\.svg\)$", texts[0], re.MULTILINE)
+        marks = re.findall(r"\*\*(Question|Answer)\.\*\*", "".join(texts))
+        assert marks == ["Question", "Answer"] * (len(marks) // 2)
+        assert len(marks) >= 8
+        for cell, text in zip(cells, texts, strict=True):  # the answer is not seen beside the question
+            assert cell["cell_type"] == "code" or "**Answer.**" not in text.partition("**Question.**")[2]
+
+    @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
     def test_links_lead_to_files(self, path):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
@@ -84,3 +95,18 @@ def test_primed_cache(tmp_path):
     assert after["eval_loss"] < 0.8 * before["eval_loss"]
     assert models == 1
     assert len(row["teacher_prompt_ids"]) != len(row["prompt_ids"])
+
+
+@pytest.mark.slow
+def test_priming_to_student(tmp_path):
+    """The text changes what the teacher says, the student learns that without the text, and what is loaded is it."""
+    before, after, kls, difference, moved = executed(
+        "priming_to_student",
+        tmp_path,
+        "[before, after, [start['eval_kd'], end['eval_kd']], difference, moved]",
+    )
+    assert before["text"][0] > before["no text"][0]
+    assert after["no text"][0] > before["no text"][0]
+    assert kls[1] < 0.8 * kls[0]
+    assert difference < 1e-4 < moved
+    assert "<h2>What looks wrong</h2>" in (tmp_path / "priming_to_student" / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -311,10 +312,13 @@ def slope(points: Mapping[float, float]) -> float:
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-def in_a_process(function: Callable[..., Found], *arguments: Any) -> Found | None:
+def in_a_process(function: Callable[..., Found], *arguments: Any, most_gb: float | None = None) -> Found | None:
     """What a function of a module returns in a process of its own, or `None` if memory did not suffice for it."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, _first_to_go, (torch.get_num_threads(),)) as pool:
+    settings = (torch.get_num_threads(), most_gb)
+    # A process that has imported everything is quick to fork, but CUDA cannot be forked
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload([function.__module__])
+    with ProcessPoolExecutor(1, context, _first_to_go, settings) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except (BrokenProcessPool, MemoryError):
@@ -325,8 +329,10 @@ def in_a_process(function: Callable[..., Found], *arguments: Any) -> Found | Non
             raise
 
 
-def _first_to_go(threads: int) -> None:
+def _first_to_go(threads: int, most_gb: float | None) -> None:
     torch.set_num_threads(threads)
+    if most_gb is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(most_gb * 1e9),) * 2)
     if sys.platform == "linux":
         Path("/proc/self/oom_score_adj").write_text("1000")
 

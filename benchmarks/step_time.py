@@ -6,6 +6,7 @@ same models, prompts and lengths, and make their steps in turn. Learning rates a
 
 import argparse
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     prompts = prompt_rows(args.data_files, models.tokenizer)
     sizes = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "num_virtual_tokens", "priming")}
     with tempfile.TemporaryDirectory() as folder:
+        parts = (models, prompts, Path(folder))
         trainers = {
-            (accumulation, method): lambda method=method, accumulation=accumulation: make_trainer(
-                method, models, prompts, Path(folder), accumulation=accumulation, **sizes
-            )
+            (accumulation, method): partial(make_trainer, method, *parts, accumulation=accumulation, **sizes)
             for accumulation in args.accumulation
             for method in args.methods
         }

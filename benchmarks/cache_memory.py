@@ -22,7 +22,8 @@ from trl_promptkd.teacher_cache.manifest import MANIFEST_FILE, Manifest, describ
 from trl_promptkd.teacher_cache.reader import BASIS_FILE
 from trl_promptkd.teacher_cache.shards import shard_schema
 
-from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models, table
+from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models
+from .study.page_text import table
 
 
 PAGE = "teacher_cache.md"

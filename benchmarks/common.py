@@ -1,6 +1,7 @@
-"""What the benchmarks share: models, rows, trainers' settings, clocks, memory, the machine, and plots."""
+"""What the benchmarks share: models, rows, trainers' settings, clocks, memory, and the machine."""
 
 import copy
+import math
 import multiprocessing
 import os
 import platform
@@ -42,27 +43,6 @@ from transformers import (
 
 from trl_promptkd.cli.smollm2 import PROMPTS, cut_layers, load_smollm2
 
-from .study.page_text import table
-
-
-__all__ = [
-    "Clock",
-    "MemoryPeak",
-    "Models",
-    "bench_settings",
-    "finished",
-    "in_a_process",
-    "load_models",
-    "machine",
-    "measured_with",
-    "median",
-    "prompt_rows",
-    "random_models",
-    "slope",
-    "steps_in_turn",
-    "table",
-    "tokenizer_of_words",
-]
 
 Key = TypeVar("Key", bound=Hashable)
 Found = TypeVar("Found")
@@ -112,19 +92,17 @@ def _never_ending(models: Models) -> Models:
     return models
 
 
-def tokenizer_of_words(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Its tokens are `t0`, `t1`, ..."""
+def random_models(
+    vocab_size: int, hidden_size: int = 256, teacher_layers: int = 8, student_layers: int = 4, inner_size: int = 0
+) -> Models:
+    """Models with random weights, and a tokenizer whose tokens are `t0`, `t1`, ...
+
+    `inner_size` is three times the hidden size if it is 0.
+    """
     backend = Tokenizer(WordLevel({f"t{index}": index for index in range(vocab_size)}, unk_token="t0"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t1", padding_side="left")
     tokenizer.chat_template = "{% for m in messages %}t2 {{ m['content'] }} t3 {% endfor %}"
-    return tokenizer
-
-
-def random_models(
-    vocab_size: int, hidden_size: int = 256, teacher_layers: int = 8, student_layers: int = 4, inner_size: int = 0
-) -> Models:
-    """Models with random weights; `inner_size` is three times the hidden size if it is 0."""
     teacher, student = (
         LlamaForCausalLM(
             LlamaConfig(
@@ -139,7 +117,7 @@ def random_models(
         )
         for layers in (teacher_layers, student_layers)
     )
-    return _never_ending(Models(teacher.eval(), student, tokenizer_of_words(vocab_size)))
+    return _never_ending(Models(teacher.eval(), student, tokenizer))
 
 
 def prompt_rows(
@@ -265,8 +243,7 @@ def steps_in_turn(
 
     Args:
         once: Those of which one step is enough.
-        minutes: No round begins that would not end in this time. Ctrl-C ends the measurement after the last whole
-            round, too.
+        minutes: No round begins that would not end in this time.
 
     Returns:
         The trainers' clocks, for more steps, and the seconds.
@@ -276,26 +253,19 @@ def steps_in_turn(
     began = time.monotonic()
     bar = tqdm(total=len(trainers) * (repeats + 1) - len(set(once) & set(trainers)) * (repeats - 1), unit="step")
     for number in range(repeats + 1):
-        round_began, taken = time.monotonic(), {}
-        try:
-            for name in trainers:
-                if number > 1 and name in once:
-                    continue
-                title = name if isinstance(name, str) else ", ".join(map(str, name))
-                bar.set_description(title)
-                if name not in clocks:
-                    clocks[name] = Clock(trainers[name]())
-                taken[name] = clocks[name].step()
-                bar.write(
-                    f"{title}: {sum(taken[name].values()):.2f} s{'' if number else ' (not counted)'}", sys.stderr
-                )
-                bar.update()
-        except KeyboardInterrupt:
-            if number < 2:
-                raise
-            break
-        for name, seconds in taken.items() if number else ():
-            found[name].append(seconds)
+        round_began = time.monotonic()
+        for name in trainers:
+            if number > 1 and name in once:
+                continue
+            title = name if isinstance(name, str) else ", ".join(map(str, name))
+            bar.set_description(title)
+            if name not in clocks:
+                clocks[name] = Clock(trainers[name]())
+            seconds = clocks[name].step()
+            bar.write(f"{title}: {sum(seconds.values()):.2f} s{'' if number else ' (not counted)'}", sys.stderr)
+            bar.update()
+            if number:
+                found[name].append(seconds)
         now = time.monotonic()
         if number and minutes is not None and now - began + (now - round_began) > minutes * 60:
             break
@@ -304,9 +274,9 @@ def steps_in_turn(
 
 
 def slope(points: Mapping[float, float]) -> float:
-    """Of the line through the logarithms: how many times as many per cent the second grows as the first."""
-    x, y = (torch.tensor(list(values), dtype=torch.float64).log() for values in (points.keys(), points.values()))
-    return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    """Of the line through the logarithms: 1 if the second is proportional to the first, 0 if it stays the same."""
+    x, y = ([math.log(value) for value in values] for values in (points, points.values()))
+    return statistics.linear_regression(x, y).slope
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

@@ -17,7 +17,8 @@ from trl_promptkd._trl import GKDConfig, GKDTrainer
 from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
 from trl_promptkd.data import pad_rows
 
-from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models, table
+from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models
+from .study.page_text import table
 
 
 PAGE = "benchmarks.md"

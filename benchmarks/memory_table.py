@@ -1,8 +1,8 @@
 """Memory of a run of PromptKD by model size (computed), and what a served teacher sends.
 
 Models of the published shapes are made without weights (on the meta device), and the doctor's estimate
-(`trl_promptkd/doctor/memory.py`) is asked about them. How far off it is, real runs on SmolLM2 say, each in a process of
-its own.
+(`trl_promptkd/doctor/memory.py`) is asked about them. Real runs on SmolLM2, each in a process of its own, show how far
+off it is.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from trl_promptkd import PromptKDConfig, PromptKDTrainer
 from trl_promptkd.doctor.memory import estimate_memory
 
-from .common import bench_settings, in_a_process, load_models, measured_with, table
+from .common import bench_settings, in_a_process, load_models, measured_with
+from .study.page_text import table
 
 
 PAGE = "scaling.md"

@@ -12,10 +12,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
-
-from .common import measured_with, median, random_models, slope, steps_in_turn, table
+from .common import measured_with, median, random_models, slope, steps_in_turn
 from .step_time import make_trainer
+from .study.page_text import table
 
 
 PAGE = "benchmarks.md"
@@ -23,7 +22,7 @@ METHODS = ("PromptKD", "GKDTrainer")
 BASE = {"max_new_tokens": 64, "vocab_size": 32_768, "num_virtual_tokens": 7, "batch_size": 4, "accumulation": 2}
 # Its values, and the slope that the method leads to; between two numbers if other parts of a step stay the same
 SWEEPS = {
-    "max_new_tokens": ([32, 64, 128], "1"),
+    "max_new_tokens": ([32, 64, 128], "about 1"),
     "vocab_size": ([8_192, 32_768, 131_072], "0 to 1"),
     "num_virtual_tokens": ([1, 7, 28], "0 to 1"),
     "batch_size": ([2, 4, 8], "up to 1"),
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="steps of each, after one that is not counted")
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS, help="what to vary")
     parser.add_argument("--hidden_size", type=int, default=256, help="of both models")
-    parser.add_argument("--divide", type=int, default=1, help="all sizes by this, for a trial")
+    parser.add_argument("--divide", type=int, default=1, help="answers and vocabulary by this, for a trial")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,7 +44,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.sweeps:
         with tempfile.TemporaryDirectory() as folder:
             points = [{**BASE, name: value} for value in SWEEPS[name][0]]
-            points = [{key: max(value // args.divide, 1) for key, value in point.items()} for point in points]
+            for point in points:
+                for key in ("max_new_tokens", "vocab_size"):
+                    point[key] //= args.divide
             models = {point["vocab_size"]: random_models(point["vocab_size"], args.hidden_size) for point in points}
             trainers = {}
             for point in points:
@@ -73,21 +74,3 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         rows.append([*row, SWEEPS[name][1]])
     header = ["varied", "values", *(text for m in METHODS for text in (f"{m}: seconds", "slope")), "expected slope"]
     return {"slopes": f"{table(header, rows)}\n\n{measured_with(result)}"}
-
-
-@plot_style()
-def draw(result: dict[str, Any], path: Path) -> None:
-    sweeps = result["seconds"]
-    figure = new_figure(2.6 * len(sweeps), 3.2)
-    panels = figure.subplots(1, len(sweeps), squeeze=False)[0]
-    for panel, (name, methods) in zip(panels, sweeps.items(), strict=True):
-        for method, color in zip(METHODS, (LIGHT.lines[1], LIGHT.muted), strict=True):
-            values = medians(methods[method])
-            panel.plot(list(values), list(values.values()), "o-", color=color, label=method)
-        panel.set(xlabel=name, xscale="log", yscale="log")
-        panel.set_xticks(list(values), [f"{value:,}" for value in values])
-        panel.minorticks_off()
-        panel.grid()
-    panels[0].set_ylabel("seconds per optimizer step")
-    panels[0].legend()
-    save_figure(figure, path)

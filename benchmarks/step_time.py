@@ -5,6 +5,7 @@ same models, prompts and lengths, and make their steps in turn. Learning rates a
 """
 
 import argparse
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,11 @@ from trl_promptkd import (
 )
 from trl_promptkd._trl import GKDConfig, GKDTrainer
 from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
-from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
 
-from .common import Models, bench_settings, load_models, measured_with, median, prompt_rows, steps_in_turn, table
+from .common import Models, bench_settings, load_models, measured_with, median, prompt_rows, steps_in_turn
 from .naive_promptkd import NaivePromptKDTrainer
+from .study.page_text import table
 
 
 PAGE = "benchmarks.md"
@@ -136,14 +137,14 @@ def places(trainer: Trainer) -> list[tuple[Any, str, str]]:
     """Which calls of a step belong to which part."""
     student, teacher = trainer.model, getattr(trainer, "teacher_model", None)
     heads = "heads and divergences"
+    ours = [module for name, module in sys.modules.items() if name.startswith("trl_promptkd.trainer.")]
     found = [
         (student, "generate", "generation"),
         (student.get_decoder(), "forward", "student"),
         (student.get_output_embeddings(), "forward", heads),
         (trainer.accelerator, "backward", "the student's backward pass"),
         (PromptOptimizer, "accumulate", "the prompt's backward pass"),
-        (promptkd_trainer, "chunked_sums", heads),
-        (primed_distill_trainer, "chunked_sums", heads),
+        *((module, "chunked_sums", heads) for module in ours if hasattr(module, "chunked_sums")),
         (trl.trainer.distillation_trainer, "_chunked_divergence_loss", heads),
     ]
     if isinstance(trainer, GKDTrainer):

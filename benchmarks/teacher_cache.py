@@ -27,7 +27,8 @@ from trl_promptkd.teacher_cache import writer
 from trl_promptkd.teacher_cache.codec import PRESETS
 from trl_promptkd.teacher_cache.reader import BASIS_FILE
 
-from .common import measured_with, median, table
+from .common import measured_with, median
+from .study.page_text import table
 
 
 PAGE = "teacher_cache.md"

@@ -1,22 +1,14 @@
 """Tokens per second of a teacher on a vLLM server, beside the same teacher's own forward pass.
 
-Without `--server`, a vLLM server is started on this machine; it chooses its own number of threads. All ways end with
+The server runs in pooling mode, as in docs/primed_distill.md, and chooses its own number of threads. All ways end with
 the logits of all tokens, and do nothing else. They take turns.
 """
 
 import argparse
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
-import httpx2
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -25,45 +17,17 @@ from trl_promptkd.generation.teacher_server import TeacherServer
 from trl_promptkd.models.forward import TokenStates, completion_states
 from trl_promptkd.models.output_head import load_output_head
 
-from .common import measured_with, median, table
+from .common import measured_with, median
+from .study.page_text import table
 
 
 PAGE = "benchmarks.md"
 BESIDE = "beside the student"
 
 
-@contextmanager
-def vllm_server(folder: str, dtype: str) -> Iterator[str]:
-    """The address of a server in pooling mode."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pooling = json.dumps({"task": "token_embed", "use_activation": False})
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--dtype", dtype, "--enforce-eager", "--max-model-len", "1024"]
-    command += ["--runner", "pooling", "--convert", "embed", "--pooler-config", pooling]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 600
-    process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
-    try:
-        while True:
-            try:
-                httpx2.get(f"{url}/health").raise_for_status()
-                break
-            except httpx2.HTTPError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("The server did not start; its messages are above.") from None
-                time.sleep(1)
-        yield url
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", required=True, help="folder of the teacher, as of examples/smollm2.py")
-    parser.add_argument("--server", help="address of a server that runs already")
+    parser.add_argument("--server", default="http://127.0.0.1:8000", help="its address")
     parser.add_argument("--dtype", default="float32", help="what both compute in")
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each row")
@@ -93,21 +57,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def logits(states: TokenStates) -> list[torch.Tensor]:
         return [states.logits(start, start + 256) for start in range(0, len(states), 256)]
 
-    runs = nullcontext(args.server) if args.server else vllm_server(args.teacher, args.dtype)
-    with runs as url:
-        ways = {BESIDE: beside}
-        for dtype in ("bfloat16", "float32"):
-            ways[f"served, {dtype} on the wire"] = served(TeacherServer(url, dtype=dtype))
-        rows, kl = new_rows(), {}
-        expected = torch.cat(logits(beside(rows))).log_softmax(dim=-1)
+    ways = {BESIDE: beside}
+    for dtype in ("bfloat16", "float32"):
+        ways[f"served, {dtype} on the wire"] = served(TeacherServer(args.server, dtype=dtype))
+    rows, kl = new_rows(), {}
+    expected = torch.cat(logits(beside(rows))).log_softmax(dim=-1)
+    for name, way in ways.items():
+        kl[name] = float(kl_divergence(expected, torch.cat(logits(way(rows))).log_softmax(dim=-1)).mean())
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(args.repeats + 1):
         for name, way in ways.items():
-            kl[name] = float(kl_divergence(expected, torch.cat(logits(way(rows))).log_softmax(dim=-1)).mean())
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(args.repeats + 1):
-            for name, way in ways.items():
-                rows, start = new_rows(), time.perf_counter()
-                logits(way(rows))
-                seconds[name].append(time.perf_counter() - start)
+            rows, start = new_rows(), time.perf_counter()
+            logits(way(rows))
+            seconds[name].append(time.perf_counter() - start)
     return {"kl": kl, "seconds": {name: values[1:] for name, values in seconds.items()}}
 
 

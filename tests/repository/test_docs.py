@@ -26,6 +26,7 @@ from tiny import WORDS, tiny_model, tiny_tokenizer
 from torch.distributed.run import get_args_parser
 
 import trl_promptkd
+from benchmarks.__main__ import parse as parse_benchmark
 from trl_promptkd.cli import parse_args
 
 
@@ -201,6 +202,8 @@ def check_command(words, launch=True):
     elif program == "torchrun":
         launcher = get_args_parser().parse_args(rest)
         check_script(launcher.training_script, launcher.training_script_args)
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        parse_benchmark(words[3:])
     elif program == "python" and rest[0].startswith(("examples/", "benchmarks/", "tests/")):
         check_script(rest[0], rest[1:])
     elif program == "make":
@@ -233,6 +236,8 @@ def test_commands_are_understood(page, monkeypatch):
         "python examples/smollm2.py --student_layers none",
         "torchrun --nproc_per_node 2 examples/promptkd.py --config examples/configs/quickstart.yaml --lambda 1",
         "python benchmarks/none.py",
+        "python -m benchmarks none",
+        "python -m benchmarks scaling --lambda 1",
         "make everything",
         "pip install '.[gpu]'",
     ],

@@ -175,7 +175,7 @@ def measure_run(
 ) -> dict[str, float]:
     """Two optimizer steps in this process: its peak in GB, and the estimate."""
     models, prompt = load_models(teacher, student), 128
-    ids = (torch.arange(rows * accumulation * 2 * prompt) % 20_000 + 100).view(-1, prompt).tolist()
+    ids = (torch.arange(rows * accumulation * 2 * prompt) % (len(models.tokenizer) - 100)).view(-1, prompt).tolist()
     sizes = {"rows": rows, "accumulation": accumulation, "prompt": prompt, "new": new}
     parts = estimate(models.student, models.teacher, lora, False, **sizes)
     with tempfile.TemporaryDirectory() as folder:

@@ -105,7 +105,8 @@ class TestClocks:
             assert set(seconds) == {"rest"}
             steps.append(trainer.state.global_step)
         assert steps == [1, 2, 3]
-        assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+        for name, value in student.state_dict().items():
+            torch.testing.assert_close(value, before[name], rtol=0, atol=1e-9)
 
     @pytest.fixture
     def order(self, monkeypatch):
@@ -195,10 +196,10 @@ class TestEachRuns:
             assert len(whole) - len(tokenizer.apply_chat_template(row["prompt"], return_dict=False)) == 8
 
     def test_divergence_memory(self, run):
-        sizes = ["--vocab_size", 20_000, "--hidden_size", 16, "--tokens", 512]
+        sizes = ["--vocab_size", 20_000, "--hidden_size", 16, "--tokens", 1024]
         result, tables = run("divergence-memory", *sizes, "--methods", "GKDTrainer", "PromptKD")
-        peaks = {method: found["512"] for method, found in result["megabytes"].items()}
-        logits = 512 * 20_000 * 4 / 1e6  # MB, of which GKDTrainer has several copies
+        peaks = {method: found["1024"] for method, found in result["megabytes"].items()}
+        logits = 1024 * 20_000 * 4 / 1e6  # MB, of which GKDTrainer has several copies
         assert peaks["GKDTrainer"] > 4 * logits
         assert peaks["PromptKD"] < peaks["GKDTrainer"] / 2
         assert f"1/{peaks['GKDTrainer'] / peaks['PromptKD']:.0f} of the memory of `GKDTrainer`" in tables["peak"]

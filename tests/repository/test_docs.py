@@ -203,7 +203,8 @@ def check_command(words, launch=True):
         launcher = get_args_parser().parse_args(rest)
         check_script(launcher.training_script, launcher.training_script_args)
     elif words[:3] == ["python", "-m", "benchmarks"]:
-        parse_benchmark(words[3:])
+        if "--help" not in rest:
+            parse_benchmark(rest[2:])
     elif program == "python" and rest[0].startswith(("examples/", "benchmarks/", "tests/")):
         check_script(rest[0], rest[1:])
     elif program == "make":

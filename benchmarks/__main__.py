@@ -91,7 +91,13 @@ def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     suffix = "-cuda" if torch.cuda.is_available() else ""
     output = args.output or RESULTS / f"{args.name}{suffix}.json"
-    settings = {key: value for key, value in vars(args).items() if key not in ("name", "output")}
+    settings = {
+        key: Path(value).name
+        if isinstance(value, str) and Path(value).exists()
+        else value  # no folders of this machine
+        for key, value in vars(args).items()
+        if key not in ("name", "output")
+    }
     result = {"benchmark": args.name, "settings": settings, "machine": machine(), **module.measure(args)}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """How a step's seconds grow with answers, vocabulary, virtual tokens, rows and accumulation.
 
 Models have random weights (hidden size 256, 8 layers teach 4). One quantity is varied at a time. The others stay at 64
-new tokens, 32,768 entries, 7 virtual tokens, 4 rows and accumulation 2.
+new tokens, 32,768 entries, 7 virtual tokens, 4 rows and accumulation 1.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from .study.page_text import table
 
 PAGE = "benchmarks.md"
 METHODS = ("PromptKD", "GKDTrainer")
-BASE = {"max_new_tokens": 64, "vocab_size": 32_768, "num_virtual_tokens": 7, "batch_size": 4, "accumulation": 2}
+BASE = {"max_new_tokens": 64, "vocab_size": 32_768, "num_virtual_tokens": 7, "batch_size": 4, "accumulation": 1}
 # Its values, and the slope that the method leads to; between two numbers if other parts of a step stay the same
 SWEEPS = {
     "max_new_tokens": ([32, 64, 128], "about 1"),

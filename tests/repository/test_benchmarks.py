@@ -224,6 +224,7 @@ class TestEachRuns:
         rows = [{"instruction": f"t{i} t{i + 1}", "input": "", "output": "t5 t6 t7 " * 8} for i in range(4, 24)]
         (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
         result, tables = run("teacher-cache", *models[:2], "--data_files", tmp_path / "rows.jsonl", "--repeats", 1)
+        assert result["settings"]["data_files"] == "rows.jsonl"
         kept = {name: values["kl_mean"] for name, values in result["kept"].items() if name != "tiny"}
         assert kept["exact"] == min(kept.values())
         assert "| **`standard`** |" in tables["kept"]

@@ -67,7 +67,7 @@ class CandidateTrainer(PromptKDTrainer):
         targets = torch.tensor([token for _, answer in known for token in answer])
         return cross_entropy(states.logits().float(), targets)
 
-    def _distill(self, student, inputs, count, num_tokens):
+    def _distill(self, student, inputs, num_tokens):
         if self.anchor_weight:
             prompts = masked_rows(inputs["prompts"], inputs["prompt_attention_mask"])
             with run_teacher(self.teacher_model, student) as teacher:
@@ -78,7 +78,7 @@ class CandidateTrainer(PromptKDTrainer):
                     parameter.grad = self.anchor_weight * part
         sums = self._train_means._sums
         before = sums.get("kl/prompted_plain", torch.zeros(()))
-        result = super()._distill(student, inputs, count, num_tokens)
+        result = super()._distill(student, inputs, num_tokens)
         if self.budget is not None:
             an_answer = float(sums["kl/prompted_plain"] - before) / len(inputs["labels"])
             step = ASCENT * (an_answer - self.budget) / self.budget

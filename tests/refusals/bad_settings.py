@@ -28,6 +28,7 @@ CASES = [
     wrong(PromptKDConfig, "at least 0", regularization_coef=-0.1),
     wrong(PromptKDConfig, "'reverse' or 'forward'", prompt_divergence="jsd"),
     wrong(PromptKDConfig, "'sequential' or 'simultaneous'", prompt_update=None),
+    wrong(PromptKDConfig, "above 0 and at most 1", prompt_share=0.0),
     wrong(PromptKDConfig, "'error' or 'drop'", overlong="cut"),
     wrong(PromptKDConfig, "True or False", TypeError, seq_kd="no"),
     wrong(PromptKDConfig, "above 0 and at most 1", top_p=1.5),

@@ -1,5 +1,9 @@
 """Both methods written a second time: row by row, without padding, cache, chunks or any code of the package."""
 
+import math
+from fractions import Fraction
+from itertools import accumulate
+
 import torch
 
 
@@ -39,19 +43,24 @@ def promptkd_step(
     direction="reverse",
     weight=1.0,
     max_grad_norm=1.0,
+    share=1.0,
 ):
     """One step on a window; changes `student` (by SGD) and `soft_prompt` (by AdamW) in place.
 
-    `micro_batches`: lists of (prompt ids, completion ids). Returns the student's loss and the prompt's gradient norm.
+    `micro_batches`: lists of (prompt ids, completion ids). `share`: of their rows, whose first ones teach the prompt.
+    Returns the student's loss and the norms of the prompt's and the student's gradients.
     """
     rows = [row for batch in micro_batches for row in batch]
     num_tokens = sum(len(completion) for _, completion in rows)
+    teaching = rows[: math.ceil(Fraction(str(share)) * len(rows))]
+    num_teaching = sum(len(completion) for _, completion in teaching)
+    steps_at = next(i for i, end in enumerate(accumulate(map(len, micro_batches))) if end >= len(teaching))
     student.requires_grad_(True).zero_grad()
     teacher.requires_grad_(False)
     soft_prompt.requires_grad_(True)
 
     prompt_loss = 0
-    for prompt, completion in rows:
+    for prompt, completion in teaching:
         ids, first = prompt + completion, len(prompt)
         with torch.no_grad():
             q, p = log_probs(student, ids, first), log_probs(teacher, ids, first)
@@ -60,7 +69,7 @@ def promptkd_step(
             prompt_loss = prompt_loss + kl(prompted, q) + weight * kl(prompted, p)
         else:
             prompt_loss = prompt_loss + kl(q, prompted) + weight * kl(p, prompted)
-    (gradient,) = torch.autograd.grad(prompt_loss / num_tokens, [soft_prompt])
+    (gradient,) = torch.autograd.grad(prompt_loss / num_teaching, [soft_prompt])
     before = soft_prompt.detach().clone()
     prompt_norm = float(gradient.norm())
     soft_prompt.grad = gradient * min(1.0, max_grad_norm / (prompt_norm + 1e-6))
@@ -69,7 +78,7 @@ def promptkd_step(
 
     student_loss = 0
     for index, batch in enumerate(micro_batches):
-        sees_new = prompt_update == "sequential" and index == len(micro_batches) - 1
+        sees_new = prompt_update == "sequential" and index >= steps_at
         for prompt, completion in batch:
             ids, first = prompt + completion, len(prompt)
             with torch.no_grad():

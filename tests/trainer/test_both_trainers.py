@@ -272,6 +272,7 @@ class TestOutputs:
                     "| `num_virtual_tokens` | `7` |",
                     PROMPT_TEXT,
                     "`prompt_update` | `sequential`",
+                    "`prompt_share` | `1.0`",
                     "teacher_prompt",
                 ],
             ),

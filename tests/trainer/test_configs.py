@@ -17,7 +17,7 @@ from trl_promptkd.trainer import precision
 def test_promptkds_defaults_are_the_papers(promptkd):
     args = promptkd.args()
     assert (args.lmbda, args.beta, args.temperature, args.loss_temperature) == (1.0, 1.0, 1.0, 1.0)
-    assert (args.prompt_divergence, args.prompt_update) == ("reverse", "sequential")
+    assert (args.prompt_divergence, args.prompt_update, args.prompt_share) == ("reverse", "sequential", 1.0)
     assert (args.regularization_coef, args.regularization_schedule) == (1.0, "linear")
     assert (args.top_k, args.top_p) == (0, 1.0)
 
@@ -111,6 +111,7 @@ def test_bad_values_of_both_are_refused(make, settings, message):
         ("promptkd", {"regularization_schedule": "cosine"}, "`regularization_schedule` is 'cosine'"),
         ("promptkd", {"loss_temperature": -1.0}, "`loss_temperature` is -1.0"),
         ("promptkd", {"beta": -0.5}, "beta"),
+        ("promptkd", {"prompt_share": 1.01}, "`prompt_share` is 1.01; it must be above 0 and at most 1"),
         ("primed", {"kd_beta": -0.1}, "`kd_beta` is -0.1"),
         ("primed", {"kd_temperature": 0.0}, "`kd_temperature` is 0.0; it must be above 0"),
         ("primed", {"teacher_max_length": 0}, "`teacher_max_length` is 0"),

@@ -9,7 +9,7 @@ from trl_promptkd.generation.vllm import VLLMRollouts
 from trl_promptkd.models.forward import TokenLogits, TokenStates
 from trl_promptkd.models.joined_logits import JoinedLogits
 from trl_promptkd.teacher_cache.reader import CachedAnswers
-from trl_promptkd.trainer import primed_distill_trainer, promptkd_trainer
+from trl_promptkd.trainer import primed_distill_trainer, promptkd_step, promptkd_trainer
 from trl_promptkd.trainer.api_teacher import ApiTeacher
 from trl_promptkd.trainer.primed_teacher import CachedTeacher, LiveTeacher
 from trl_promptkd.trainer.served_teacher import ServedTeacher
@@ -45,7 +45,7 @@ def test_other_teachers_have_the_methods_of_a_cached_one(cls):
     assert methods(CachedTeacher).items() <= methods(cls).items()
 
 
-@pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_trainer])
+@pytest.mark.parametrize("module", [primed_distill_trainer, promptkd_step, promptkd_trainer])
 def test_the_trainers_never_look_at_which_it_is(module):
     source = inspect.getsource(module)
     names = ("LiveTeacher", "CachedTeacher", "ServedTeacher", "ApiTeacher", "SeveralTeachers")

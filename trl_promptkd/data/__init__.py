@@ -7,6 +7,7 @@ from .collate import (
     grouped_by_length,
     masked_rows,
     pad_rows,
+    warn_if_untrained,
     without_repeats,
 )
 from .dataset import check_columns, name_columns, plain_rows, tokenize_dataset
@@ -29,5 +30,6 @@ __all__ = [
     "tokenize_dataset",
     "tokenize_primed_row",
     "tokenize_row",
+    "warn_if_untrained",
     "without_repeats",
 ]

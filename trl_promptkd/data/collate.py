@@ -20,6 +20,7 @@ __all__ = [
     "grouped_by_length",
     "masked_rows",
     "pad_rows",
+    "warn_if_untrained",
     "without_repeats",
 ]
 
@@ -71,9 +72,14 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
     """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
-    if total == 0:
-        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
+    warn_if_untrained(int(total), step)
     return total
+
+
+def warn_if_untrained(num_tokens: int, step: int) -> None:
+    """Say so if a window has no token to train on."""
+    if num_tokens == 0:
+        logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
@@ -87,7 +93,8 @@ def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
 
 def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
     """The ids of each row where the mask is set; `ids` and `mask` of shape `(batch, seq)`."""
-    return [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
+    ids, mask = ids.cpu(), mask.cpu().bool()  # at once: each row's own way from a GPU would wait for it
+    return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
 
 @dataclass

@@ -211,6 +211,10 @@ class TokenStates:
     def entropies(self) -> None:
         """None: the logits are the model's own."""
 
+    def __getitem__(self, tokens: slice) -> "TokenStates":
+        """Of some tokens only."""
+        return replace(self, hidden_states=self.hidden_states[tokens])
+
     def detach(self) -> "TokenStates":
         """The same, through which no gradient flows: neither to the states nor to the head."""
         return replace(self, hidden_states=self.hidden_states.detach(), detached=True)

@@ -121,8 +121,8 @@ def prompt_section(trainer) -> MethodSection:
     settings = {name: value for name, value in settings.items() if not name.endswith("name_or_path")}
     settings |= _values(
         args,
-        *("prompt_update", "prompt_divergence", "regularization_coef", "regularization_schedule", "lmbda", "beta"),
-        *("temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
+        *("prompt_update", "prompt_share", "prompt_divergence", "regularization_coef", "regularization_schedule"),
+        *("lmbda", "beta", "temperature", "loss_temperature", "max_new_tokens", "learning_rate"),
     )
     teacher = _OWN_START if trainer.is_self_distillation else _linked(_teachers_start(trainer))
     prompt = f"a soft prompt of {num_virtual_tokens} virtual tokens, which was trained along with the student"

@@ -11,6 +11,7 @@ from ..field_checks import (
     check_at_least_zero,
     check_ignored,
     check_kinds,
+    check_number,
     check_positive,
     check_share,
     check_training,
@@ -82,6 +83,11 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             student learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns
             from the prompt as it was before the step in all micro-batches; one teacher pass less, and how a window is
             split into micro-batches makes no difference at all.
+        prompt_share (`float`, *optional*, defaults to `1.0`):
+            Share of a window's rows, rounded up, from which the prompt's gradient is taken: the first ones in the
+            data's order. `1.0` is the paper's. With less, the other rows need neither the plain teacher nor a
+            backward pass through the prompted one. With `"sequential"`, the prompt steps in the micro-batch that
+            holds the last such row. The student learns from the new prompt in it and in all later ones.
         teacher_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
             Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest
             anew: less memory, one more forward pass. `gradient_checkpointing` is the student's.
@@ -155,6 +161,10 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
             "choices": ["sequential", "simultaneous"],
         },
     )
+    prompt_share: float = field(
+        default=1.0,
+        metadata={"help": "Share of a window's rows from which the soft prompt's gradient is taken; the paper: all."},
+    )
     teacher_gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute the teacher's activations in the soft prompt's backward pass."}
     )
@@ -198,6 +208,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         check_training(self)
         check_share(self, "lmbda", "beta")
         check_positive(self, "loss_temperature", "loss_chunk_size")
+        check_number(self, "prompt_share", lambda share: 0 < share <= 1, "above 0 and at most 1")
         check_at_least_zero(self, "regularization_coef")
         self.check_sampling()
         check_ignored(self, "PromptKD", _IGNORED)

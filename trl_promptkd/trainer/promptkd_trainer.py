@@ -14,11 +14,9 @@ from transformers.trainer_utils import EvalPrediction
 from trl import SFTTrainer
 
 from .._trl import GKDTrainer
-from ..data import DataCollatorForPromptCompletion, count_trained_tokens
+from ..data import DataCollatorForPromptCompletion
 from ..generation.rollouts import Rollouts, rollout_config
 from ..generation.vllm import check_vllm
-from ..losses.chunked import chunked_sums
-from ..losses.promptkd import promptkd_loss_sums, regularization_weight
 from ..models.compare import check_forward
 from ..models.forward import (
     TokenStates,
@@ -36,15 +34,16 @@ from ..teacher_cache.card import hub_id
 from . import checks, shared
 from .best_metric import check_best_metric
 from .checkpoints import checkpoint_to_resume, push_later, save_checkpoint, saved_on_interrupt
-from .completions import Samples, keep_row_kls, log_completions
+from .completions import Samples, log_completions
 from .datasets import View, check_streamed_evaluation, checked_rows, map_parts, tokenize_part
 from .hub import init_hf_repo
-from .logged_metrics import CollusionCallback, Means, is_logged_step
+from .logged_metrics import CollusionCallback, Means
 from .model_card import PROMPTKD_PAPER, complete_card, hub_dataset, prompt_section
 from .prompt_optimizer import PromptOptimizer
 from .promptkd_config import PromptKDConfig
 from .promptkd_evaluation import evaluate_batch
-from .window import collected_window, sample_mixture
+from .promptkd_step import distill
+from .window import collected_window, sample_mixture, with_teaching_rows
 
 
 __all__ = ["PromptKDTrainer"]
@@ -113,6 +112,7 @@ class PromptKDTrainer(GKDTrainer):
     _paper = PROMPTKD_PAPER
 
     prompt_optimizer: PromptOptimizer  # made when the number of steps is known
+    _distill = distill  # one micro-batch
     # `compute_loss` divides by the token count of the whole window itself
     loss_is_scaled_for_ga = True
 
@@ -286,8 +286,7 @@ class PromptKDTrainer(GKDTrainer):
         batches = collected_window(self, epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        batches = sample_mixture(self, batches)
-        return batches, count_trained_tokens(batches, self.accelerator, self.state.global_step)
+        return with_teaching_rows(self, sample_mixture(self, batches), is_whole=len(batches) == num_batches)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -303,87 +302,17 @@ class PromptKDTrainer(GKDTrainer):
         return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """One micro-batch: the prompt's gradient, its step at the window's end, and the student's loss.
+        """One micro-batch: the prompt's gradient, its step once in a window, and the student's loss.
 
         Returns:
             Scalar: the divergence summed over this micro-batch's completion tokens, divided by `num_items_in_batch`
             (those of the whole window on all ranks), times the number of ranks, over which data parallelism averages
             gradients.
         """
-        count = (inputs["labels"][:, 1:] != -100).sum()
-        num_tokens = count if num_items_in_batch is None else num_items_in_batch
-        num_tokens = torch.as_tensor(num_tokens, device=count.device).clamp(min=1)
+        num_tokens = num_items_in_batch.clamp(min=1)
         with self.accelerator.autocast():
-            loss = inside_forward(model, self._distill, inputs, count, num_tokens) * self.accelerator.num_processes
+            loss = inside_forward(model, self._distill, inputs, num_tokens) * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
-
-    def _distill(self, student: nn.Module, inputs: dict[str, Tensor], count: Tensor, num_tokens: Tensor) -> Tensor:
-        """Both losses of a micro-batch. The prompt's gradient is taken on the way, the student's loss is returned.
-
-        Args:
-            count: The micro-batch's completion tokens.
-            num_tokens: The whole window's, on all ranks.
-        """
-        args = self.args
-        weight = regularization_weight(
-            args.regularization_coef, args.regularization_schedule, self.state.global_step, self.state.max_steps
-        )
-        settings = {
-            "prompt_divergence": args.prompt_divergence,
-            "weight": weight,
-            "beta": self.beta,
-            "temperature": args.loss_temperature,
-        }
-        learns = self.prompt_optimizer.learns
-        window_ends = learns and self.accelerator.sync_gradients
-        prompt_leads = window_ends and args.prompt_update == "sequential"  # the student learns from the stepped prompt
-
-        student_states = self._states(student, inputs)
-        with run_teacher(self.teacher_model, student) as teacher:
-            plain = None
-            if (learns and weight > 0) or is_logged_step(self):
-                with torch.no_grad():
-                    plain = self._teacher_states(teacher, inputs).detach()
-            with recomputed_activations(teacher, args.teacher_gradient_checkpointing):
-                with torch.set_grad_enabled(learns):
-                    prompted = self._teacher_states(teacher, inputs, self.soft_prompt())
-                known = student_states.detach() if prompt_leads else student_states
-                losses = "prompt" if prompt_leads else "both"
-                of_prompt, gradients = chunked_sums(
-                    promptkd_loss_sums, args.loss_chunk_size, known, prompted, plain, losses=losses, **settings
-                )
-                if learns:
-                    self.prompt_optimizer.accumulate(gradients[-1], num_tokens)
-            if window_ends:
-                self._train_means.add("prompt/learning_rate", self.prompt_optimizer.learning_rate)
-                self._train_means.add("prompt/grad_norm", self.prompt_optimizer.step())
-            of_student = of_prompt
-            if prompt_leads:
-                with torch.no_grad():
-                    prompted = self._teacher_states(teacher, inputs, self.soft_prompt()).detach()
-                of_student, gradients = chunked_sums(
-                    promptkd_loss_sums, args.loss_chunk_size, student_states, prompted, losses="student", **settings
-                )
-
-        loss = of_student.student_loss
-        when = f"at step {self.state.global_step + 1}"
-        checks.check_finite(loss, when, student=student_states, prompted_teacher=prompted, plain_teacher=plain)
-        logged = {
-            "kl/student_prompted": of_student.student_prompted,
-            "kl/prompted_student": of_prompt.prompted_student,
-            "entropy/student": of_student.student_entropy,
-            "entropy/teacher": of_student.teacher_entropy,
-        }
-        if plain is not None:
-            logged["kl/student_plain"] = of_prompt.student_plain
-            logged["kl/prompt_gain"] = of_prompt.student_plain - of_student.student_prompted
-            logged["kl/prompted_plain"] = of_prompt.prompted_plain
-            teachers = {"kl/student_prompted": prompted, "kl/student_plain": plain}
-            keep_row_kls(self, inputs, student_states, teachers, args.loss_temperature)
-        for name, total in logged.items():
-            self._train_means.add(name, total, count)
-        self._train_means.add("regularization_weight", weight)
-        return gradients[0].attach(loss) / num_tokens
 
     # ------------------------------------------------------------------------------------------------ evaluation
 

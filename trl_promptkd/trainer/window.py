@@ -1,8 +1,10 @@
 """The completions of an accumulation window: collected, sampled, and shared out to micro-batches again."""
 
+import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from trl import SFTTrainer
 
-from ..data import grouped_by_length, masked_rows, pad_rows
+from ..data import grouped_by_length, masked_rows, pad_rows, warn_if_untrained
 from ..data.primed import pad_views, prompts_of_views
 from ..generation.rollouts import rollout_seed
 from .completions import Samples
@@ -18,13 +20,34 @@ from .logged_metrics import add_rollouts
 
 
 __all__ = [
+    "Teaching",
     "collected_window",
     "padded",
     "padded_views",
     "prompts_and_completions",
     "sample_mixture",
     "sample_views",
+    "teaching_rows",
+    "with_teaching_rows",
 ]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a micro-batch does for the soft prompt. Everything but `rows` is the same on all ranks.
+
+    Args:
+        rows (`int`): Its first rows, from which the prompt's gradient is taken. The others need none.
+        any_rows, any_others (`bool`): Whether any rank has such rows in this micro-batch, and others.
+        steps (`bool`): Whether the prompt steps in this micro-batch.
+        num_tokens (`Tensor`): Completion tokens of all such rows of the window, on all ranks; at least 1.
+    """
+
+    rows: int
+    any_rows: bool
+    any_others: bool
+    steps: bool
+    num_tokens: Tensor
 
 
 def collected_window(
@@ -56,14 +79,69 @@ def sample_mixture(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[
     groups = [list(range(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
     replaced = [not {*by_student, *by_teacher}.isdisjoint(group) for group in groups]
     if all(replaced):
-        # In the last micro-batch, the student may learn from another prompt than in the others: its rows stay in it
-        num_regrouped = len(batches) - (args.prompt_update == "sequential")
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        groups[:num_regrouped] = grouped_by_length(lengths[: sum(sizes[:num_regrouped])], sizes[:num_regrouped])
+        for part in _exchangeable(sizes, args.prompt_share, args.prompt_update):
+            members = [row for group in groups[part] for row in group]
+            regrouped = grouped_by_length([lengths[row] for row in members], sizes[part])
+            groups[part] = [[members[place] for place in group] for group in regrouped]
     return [
         padded(trainer, [prompts[row] for row in group], [completions[row] for row in group]) if is_new else batch
         for batch, group, is_new in zip(batches, groups, replaced, strict=True)
     ]
+
+
+def teaching_rows(sizes: Sequence[int], share: float) -> list[int]:
+    """How many rows of each micro-batch, from its first one, teach the soft prompt: the first `share` of the window's
+    rows, rounded up, and at least one."""
+    wanted = max(math.ceil(round(share * sum(sizes), 6)), 1)  # rounded: 0.07 * 100 is above 7
+    starts = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    return [min(max(wanted - start, 0), size) for size, start in zip(sizes, starts, strict=True)]
+
+
+def _exchangeable(sizes: Sequence[int], share: float, prompt_update: str) -> list[slice]:
+    """The micro-batches whose rows may change places: they all teach the soft prompt or none does, and the student
+    learns from the same prompt in them."""
+    teaching = teaching_rows(sizes, share)
+    last = max(index for index, rows in enumerate(teaching) if rows)
+    joins = prompt_update == "simultaneous" and teaching[last] == sizes[last]
+    return [slice(0, last + joins), slice(last + 1, None)]
+
+
+def with_teaching_rows(
+    trainer: Any, batches: list[dict[str, Any]], is_whole: bool
+) -> tuple[list[dict[str, Any]], Tensor]:
+    """PromptKD's window, each micro-batch with its [`Teaching`] as `teaching`; and the window's completion tokens on
+    all ranks.
+
+    Args:
+        is_whole (`bool`): `False` if the data ended within the window. The optimizers then step after the next one.
+    """
+    args = trainer.args
+    trained = [batch["labels"][:, 1:] != -100 for batch in batches]
+    rows = teaching_rows([len(mask) for mask in trained], args.prompt_share)
+    # Of a micro-batch: all tokens, those of rows that teach, such rows, others. Ranks may differ in their last window
+    counts = torch.zeros(args.gradient_accumulation_steps, 4, dtype=torch.long, device=trainer.accelerator.device)
+    for index, (mask, own) in enumerate(zip(trained, rows, strict=True)):
+        counts[index, 0], counts[index, 1] = mask.sum(), mask[:own].sum()
+        counts[index, 2], counts[index, 3] = own, len(mask) - own
+    counts = trainer.accelerator.reduce(counts, reduction="sum")
+    num_tokens, num_teaching = counts[:, :2].sum(dim=0)
+    tokens, _, with_rows, with_others = zip(*counts.tolist(), strict=True)
+    warn_if_untrained(sum(tokens), trainer.state.global_step)
+    last = len(batches) - 1
+    if args.prompt_update == "sequential":  # as soon as all ranks have seen their last row that teaches
+        last = min(last, max(index for index, number in enumerate(with_rows) if number))
+    taught = [
+        Teaching(
+            own,
+            any_rows=with_rows[index] > 0,
+            any_others=with_others[index] > 0,
+            steps=is_whole and index == last,
+            num_tokens=num_teaching.clamp(min=1),
+        )
+        for index, own in enumerate(rows)
+    ]
+    return [{**batch, "teaching": teaching} for batch, teaching in zip(batches, taught, strict=True)], num_tokens
 
 
 def sample_views(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -8,7 +8,8 @@ A benchmark is a module of this folder. The first line of its docstring is what 
 - `tables(result)`: Markdown by name, each for a place `<!-- table: NAME name -->` of its page, with the sentences that
   hold figures;
 - `sentences(result)`, if other places have such sentences: what a file of the repository must say, word for word;
-- `draw(result, path)`, if there is a plot: docs/images/NAME.png.
+- `draw(result, path)`, if there is a plot: docs/images/NAME.png;
+- `failed(result)`, if it is a check, after which the exit code may be 1.
 
 `python -m benchmarks pages` writes tables and plots of all kept results anew.
 """
@@ -37,6 +38,7 @@ NAMES = (
     "teacher-cache",
     "cache-memory",
     "teacher-server",
+    "gpu-check",
 )
 
 
@@ -85,6 +87,8 @@ def parse(flags: list[str] | None = None) -> tuple[ModuleType | None, argparse.N
 def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
     """Measure, keep the result, and print its tables."""
     import torch
+    from rich.console import Console
+    from rich.markdown import Markdown
 
     from benchmarks.common import machine
 
@@ -102,7 +106,7 @@ def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for table in module.tables(result).values():
-        print(f"\n{table}")
+        Console().print(Markdown(table))
     print(f"\n{output}")
     return result
 
@@ -146,8 +150,10 @@ def main(flags: list[str] | None = None) -> None:
     module, args = parse(flags)
     if module is None:
         write_pages()
-    else:
-        run(module, args)
+        return
+    result = run(module, args)
+    if hasattr(module, "failed") and module.failed(result):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

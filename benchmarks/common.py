@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from transformers import (
     TrainerCallback,
 )
 
+import trl_promptkd
 from trl_promptkd.cli.smollm2 import PROMPTS, cut_layers, load_smollm2
 
 
@@ -92,6 +94,15 @@ def _never_ending(models: Models) -> Models:
     return models
 
 
+def tokenizer_of_words(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Its tokens are `t0`, `t1`, ..."""
+    backend = Tokenizer(WordLevel({f"t{index}": index for index in range(vocab_size)}, unk_token="t0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t1", padding_side="left")
+    tokenizer.chat_template = "{% for m in messages %}t2 {{ m['content'] }} t3 {% endfor %}"
+    return tokenizer
+
+
 def random_models(
     vocab_size: int, hidden_size: int = 256, teacher_layers: int = 8, student_layers: int = 4, inner_size: int = 0
 ) -> Models:
@@ -99,10 +110,6 @@ def random_models(
 
     `inner_size` is three times the hidden size if it is 0.
     """
-    backend = Tokenizer(WordLevel({f"t{index}": index for index in range(vocab_size)}, unk_token="t0"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t1", padding_side="left")
-    tokenizer.chat_template = "{% for m in messages %}t2 {{ m['content'] }} t3 {% endfor %}"
     teacher, student = (
         LlamaForCausalLM(
             LlamaConfig(
@@ -117,7 +124,7 @@ def random_models(
         )
         for layers in (teacher_layers, student_layers)
     )
-    return _never_ending(Models(teacher.eval(), student, tokenizer))
+    return _never_ending(Models(teacher.eval(), student, tokenizer_of_words(vocab_size)))
 
 
 def prompt_rows(
@@ -358,6 +365,8 @@ def machine() -> dict[str, Any]:
     root = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
@@ -371,7 +380,8 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_before": round(os.getloadavg()[0], 2),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "trl_promptkd")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")}
+        | {"trl_promptkd": trl_promptkd.__version__},  # which may run from a clone, without being installed
         "commit": git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain") else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }

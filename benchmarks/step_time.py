@@ -95,11 +95,12 @@ def make_trainer(
     max_new_tokens: int = 64,
     num_virtual_tokens: int = 7,
     priming: str | None = "ground_truth",
+    **more: Any,
 ) -> Trainer:
-    """The trainer of one method, on a copy of the student."""
+    """The trainer of one method, on a copy of the student; `more` are settings of its configuration."""
     student, tokenizer = models.new_student(), models.tokenizer
     settings = bench_settings(
-        folder / "run", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
+        folder / "run", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **more
     )
     common = {"train_dataset": prompts, "processing_class": tokenizer}
     if method in ON_ANSWERS:

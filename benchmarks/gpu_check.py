@@ -454,7 +454,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     of_time.barh(names, [seconds_of(one["steps"]) for one in found.values()], color=colors)
     of_time.barh(names, [sampling_of(one) for one in found.values()], color=LIGHT.lines[5], label="sampling")
     of_time.set(xlabel="seconds per optimizer step")
-    of_time.legend(loc="lower right")
+    of_time.legend(loc="center right")
     of_memory.barh(names, [one["gb"] or 0.0 for one in found.values()], color=colors)
     of_memory.set(xlabel="peak memory, GB" if result["device"] != "cpu" else "memory is not measured on a CPU")
     save_figure(figure, path)

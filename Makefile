@@ -16,7 +16,7 @@ PACKAGE_VENV := .venv-package
 TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist scipy tensorboard
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
+.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs bench gpu-check quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,18 @@ docs: $(STAMP) ## Documentation site in site/, without a warning; neither buildi
 errors: $(STAMP) ## Write docs/errors.md anew from the cases in tests/refusals/
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python tests/refusals/bad_inputs.py
 
+bench: $(STAMP) ## A benchmark, such as BENCH="step-time --repeats 3"; without it, their list
+	$(BIN)/python -m benchmarks $(or $(BENCH),--help)
+
+# On a machine without a network: WHEELS=FOLDER of what its own Python lacks, found before that Python's packages
+UNPACKED := .wheels-unpacked
+$(UNPACKED)/.installed: $(wildcard $(WHEELS)/*.whl)
+	$(PYTHON) -m pip install --quiet --no-index --find-links $(WHEELS) --no-deps --upgrade --target $(UNPACKED) $^
+	touch $@
+
+gpu-check: $(if $(WHEELS),$(UNPACKED)/.installed,$(STAMP)) ## Is all well on this GPU? Under eight minutes; at tiny shapes on a CPU
+	$(if $(WHEELS),PYTHONPATH=$(CURDIR)/$(UNPACKED) $(PYTHON),$(BIN)/python) -m benchmarks gpu-check $(GPU_CHECK)
+
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart
 
@@ -102,4 +114,4 @@ test-package: build ## Look into both distributions, install the wheel alone, an
 ci: check docs test test-slow quickstart test-oldest test-package ## What CI runs
 
 clean: ## Remove .venv and everything built
-	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(PACKAGE_VENV) build dist site quickstart *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(OLDEST_VENV) $(PACKAGE_VENV) $(UNPACKED) build dist site quickstart gpu_check *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -16,7 +16,7 @@ PACKAGE_VENV := .venv-package
 TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist scipy tensorboard
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs quickstart ci build clean
+.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs bench quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ docs: $(STAMP) ## Documentation site in site/, without a warning; neither buildi
 
 errors: $(STAMP) ## Write docs/errors.md anew from the cases in tests/refusals/
 	HF_HUB_OFFLINE=1 PYTHONPATH=tests/support $(BIN)/python tests/refusals/bad_inputs.py
+
+bench: $(STAMP) ## A benchmark, such as BENCH="step-time --repeats 3"; without it, their list
+	$(BIN)/python -m benchmarks $(or $(BENCH),--help)
 
 quickstart: $(STAMP) ## Distil SmolLM2-135M-Instruct into a 20-layer student with PromptKD, in minutes on two cores
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no examples/quickstart.py --output_dir quickstart

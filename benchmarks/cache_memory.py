@@ -1,29 +1,18 @@
-"""The memory that training from a large teacher cache takes, and how long opening the cache and a step take.
+"""Memory that training from a large teacher cache takes, and seconds of opening it and of a step.
 
-    python benchmarks/cache_memory.py --gigabytes 2 --output_dir cache_memory_benchmark
-
-The rows are synthetic, in random order, and the student is tiny. Every measurement is a process of its own. The same
-training from a cache of 20 MB says how much of the memory is not the cache's: activations, gradients, the optimizer.
-Resident memory (RSS) counts pages of memory maps that were touched and that the system takes back when it needs them,
-such as those of the training set; RssAnon does not.
+The rows are synthetic, in random order, and the student is tiny, so that the cache's share shows. Each cache is
+measured in a process of its own. A cache of 20 MB says how much of the memory is not the cache's.
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
-
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("CI", "1")
+from typing import Any
 
 import numpy as np
 import torch
-from common import random_models
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer, TeacherCache
 from trl_promptkd.files import sha256_of
@@ -33,7 +22,11 @@ from trl_promptkd.teacher_cache.manifest import MANIFEST_FILE, Manifest, describ
 from trl_promptkd.teacher_cache.reader import BASIS_FILE
 from trl_promptkd.teacher_cache.shards import shard_schema
 
+from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models
+from .study.page_text import table
 
+
+PAGE = "teacher_cache.md"
 VOCAB_SIZE = 4096
 PROMPT_TOKENS = 100
 SMALL = 0.02  # gigabytes
@@ -64,16 +57,10 @@ def make_cache(folder: Path, gigabytes: float, preset_name: str) -> None:
             rows[row_key(prompt, completion)] = ids | payload
             size += sum(map(len, payload.values()))
         write_part(str(folder), "shard", rows, schema)
-    shards = [
-        {
-            "file": os.path.basename(path),
-            "rows": 0,
-            "tokens": 0,
-            "bytes": os.path.getsize(path),
-            "sha256": sha256_of(path),
-        }
-        for path in part_paths(str(folder), "shard")
-    ]
+    shards = []
+    for path in part_paths(str(folder), "shard"):
+        known = {"file": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": sha256_of(path)}
+        shards.append(known | {"rows": 0, "tokens": 0})
     Manifest(
         teacher=dict.fromkeys(("name", "revision", "dtype", "quantization", "weights"), ""),
         **describe_tokenizer(models.tokenizer),
@@ -86,110 +73,48 @@ def make_cache(folder: Path, gigabytes: float, preset_name: str) -> None:
     ).save(str(folder / MANIFEST_FILE))
 
 
-def resident() -> dict[str, float]:
-    """Resident memory of this process in MB: all of it, and what is not backed by a file."""
-    with open("/proc/self/status", encoding="utf-8") as file:
-        values = dict(line.split(":") for line in file)
-    return {"RSS": int(values["VmRSS"].split()[0]) / 1024, "RssAnon": int(values["RssAnon"].split()[0]) / 1024}
-
-
-class Peak(threading.Thread):
-    """Looks at the memory every 20 ms."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.start_value, self.most = resident(), resident()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            now = resident()
-            self.most = {name: max(value, self.most[name]) for name, value in now.items()}
-            time.sleep(0.02)
-
-    def since(self) -> dict[str, int]:
-        """The most since the last call, in MB above the start."""
-        most, self.most = self.most, resident()
-        return {name: round(value - self.start_value[name]) for name, value in most.items()}
-
-
-def measure(folder: str, steps: int, batch_size: int, preset: str) -> dict:
+def measure_cache(folder: str, steps: int, batch_size: int, preset: str) -> dict[str, Any]:
     """Seconds, and MB above a process that has loaded the student."""
     torch.manual_seed(0)
-    # A tiny student, so that the cache's share shows
     models = random_models(VOCAB_SIZE, hidden_size=64, student_layers=1)
-    peak = Peak()
-
-    began = time.perf_counter()
+    peak, began = MemoryPeak(), time.perf_counter()
     cache = TeacherCache(folder)
     found = {"rows": len(cache), "open_seconds": round(time.perf_counter() - began, 2), "open_MB": peak.since()}
-    began = time.perf_counter()
-    cache.dataset()
-    found |= {"dataset_seconds": round(time.perf_counter() - began, 2), "dataset_MB": peak.since()}
-    args = PrimedDistillConfig(
-        output_dir=os.path.join(folder, "run"),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        kd_temperature=1.0,
-        kd_beta=0.0 if preset == "tiny" else 1.0,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_strategy="no",
-    )
-    trainer = PrimedDistillTrainer(
-        models.student, args, train_dataset=cache.dataset(), processing_class=models.tokenizer, teacher_cache=cache
-    )
-    found["trainer_MB"] = peak.since()
-    times, step = [], trainer.training_step
-
-    def timed(*args, **kwargs):
-        began = time.perf_counter()
-        result = step(*args, **kwargs)
-        times.append(time.perf_counter() - began)
-        return result
-
-    trainer.training_step = timed
+    settings = bench_settings(f"{folder}/run", per_device_train_batch_size=batch_size, max_steps=steps)
+    args = PrimedDistillConfig(**settings, kd_temperature=1.0, kd_beta=0.0 if preset == "tiny" else 1.0)
+    data = {"train_dataset": cache.dataset(), "teacher_cache": cache}
+    trainer = PrimedDistillTrainer(models.student, args, processing_class=models.tokenizer, **data)
+    found["trainer_MB"], began = peak.since(), time.perf_counter()
     trainer.train()
-    return found | {"training_MB": peak.since(), "step_seconds": [round(value, 4) for value in times[1:]]}
+    return found | {"training_MB": peak.since(), "step_seconds": round((time.perf_counter() - began) / steps, 4)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the large cache on the disk")
-    parser.add_argument("--preset", default="standard", choices=list(PRESETS), help="what is kept")
+    parser.add_argument("--preset", default="standard", choices=list(PRESETS), help="what is stored")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows a step")
-    parser.add_argument("--output_dir", default="cache_memory_benchmark", help="for the caches and results.json")
-    parser.add_argument("--measure", help="measure this cache and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.steps, args.batch_size, args.preset)))
-        return
-    results = {}
-    for gigabytes in (SMALL, args.gigabytes):
-        folder = Path(args.output_dir) / f"{args.preset}-{gigabytes}"
-        if not (folder / MANIFEST_FILE).exists():
-            make_cache(folder, gigabytes, args.preset)
-        settings = ["--preset", args.preset, "--steps", str(args.steps), "--batch_size", str(args.batch_size)]
-        command = [sys.executable, __file__, "--measure", str(folder), *settings]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        results[f"{gigabytes} GB"] = found = json.loads(output.splitlines()[-1])
-        found["step_seconds"] = float(np.median(found["step_seconds"]))
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=1))
-    print("\n| cache | opened in | training: RSS | RssAnon | step |\n| --- | --- | --- | --- | --- |")
-    for name, found in results.items():
-        memory = found["training_MB"]
-        print(
-            f"| {name}, {found['rows']} rows | {found['open_seconds']} s | {memory['RSS']} MB | "
-            f"{memory['RssAnon']} MB | {found['step_seconds']:.3f} s |"
-        )
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of a step")
+    parser.add_argument("--caches", help="folder to keep the caches in, for another run")
 
 
-if __name__ == "__main__":
-    main()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    caches = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for gigabytes in (SMALL, args.gigabytes):
+            folder = Path(args.caches or temporary) / f"{args.preset}-{gigabytes}"
+            if not (folder / MANIFEST_FILE).exists():
+                make_cache(folder, gigabytes, args.preset)
+            found = in_a_process(measure_cache, str(folder), args.steps, args.batch_size, args.preset)
+            caches[f"{gigabytes:g} GB"] = found
+            print(gigabytes, found, flush=True)
+    return {"caches": caches}
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    rows, peaks = [], (("open_MB", "RSS"), ("training_MB", "RSS"), ("training_MB", "RssAnon"))
+    for name, found in result["caches"].items():
+        memory = [f"{found[when][kind]:.0f} MB" for when, kind in peaks]
+        rows.append([f"{name}, {found['rows']:,} rows", f"{found['open_seconds']:.1f} s", *memory])
+        rows[-1].append(f"{found['step_seconds']:.3f} s")
+    header = ["cache", "opened in", "after opening", "training: RSS", "RssAnon", "step"]
+    return {"memory": f"{table(header, rows)}\n\n{measured_with(result)}"}

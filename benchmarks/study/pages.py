@@ -1,14 +1,30 @@
-"""A study's page: tables in their places, numbers as they are written, and sentences that the runs account for."""
+"""A study's page: numbers as they are written, beside what `page_text.py` does for every page."""
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from page_text import fill, missing, prose, table, unaccounted
 from study_statistics import Difference, mean_interval
 
 from trl_promptkd.intervals import holm
 
+
+__all__ = [
+    "DOCS",
+    "digits",
+    "fill",
+    "is_percent",
+    "missing",
+    "number",
+    "prose",
+    "shown",
+    "shown_difference",
+    "shown_p",
+    "table",
+    "unaccounted",
+    "with_holm",
+]
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
@@ -52,41 +68,3 @@ def with_holm(rows: list[list[tuple[str, Difference]]]) -> list[list[str]]:
         ]
         for row in rows
     ]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in (header, ["---"] * len(header), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Put each table between its two comments."""
-    text = page.read_text()
-    for name, content in tables.items():
-        begin, end = f"<!-- table: {name} -->", "<!-- end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{page} has no place for the table {name!r}: write `{begin}` and `{end}` there.")
-        text = pattern.sub(lambda _, new=f"{begin}\n{content}\n{end}": new, text)
-    page.write_text(text)
-
-
-def prose(page: str) -> str:
-    """A page without code blocks, drawn tables, comments, and addresses of links, on one line."""
-    page = re.sub(r"```.*?```|<!-- table.*?<!-- end -->|<!--.*?-->", "", page, flags=re.DOTALL)
-    page = re.sub(r"^(?:> )?(?:\d\.|-) |^>|(?<=\])\([^)]*\)", "", page, flags=re.MULTILINE)
-    return " ".join(page.split())
-
-
-def missing(page: str, sentences: Iterable[str]) -> list[str]:
-    """Those that the page does not say."""
-    text = prose(page)
-    return [sentence for sentence in sentences if sentence not in text]
-
-
-def unaccounted(page: str, known: Iterable[str]) -> str:
-    """What is left of the page's prose around digits that nothing `known` accounts for."""
-    text = prose(page)
-    for piece in sorted(known, key=len, reverse=True):
-        text = text.replace(piece, "…")
-    return " | ".join(re.findall(r".{0,40}\d.{0,40}", text))

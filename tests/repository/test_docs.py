@@ -26,6 +26,7 @@ from tiny import WORDS, tiny_model, tiny_tokenizer
 from torch.distributed.run import get_args_parser
 
 import trl_promptkd
+from benchmarks.__main__ import parse as parse_benchmark
 from trl_promptkd.cli import parse_args
 
 
@@ -201,11 +202,14 @@ def check_command(words, launch=True):
     elif program == "torchrun":
         launcher = get_args_parser().parse_args(rest)
         check_script(launcher.training_script, launcher.training_script_args)
+    elif words[:3] == ["python", "-m", "benchmarks"]:
+        if "--help" not in rest:
+            parse_benchmark(rest[2:])
     elif program == "python" and rest[0].startswith(("examples/", "benchmarks/", "tests/")):
         check_script(rest[0], rest[1:])
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(rest) <= set(targets), shlex.join(words)
+        assert {word for word in rest if "=" not in word} <= set(targets), shlex.join(words)
     elif words[:2] == ["pip", "install"]:
         project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
         for extra in re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", shlex.join(rest)))):
@@ -233,6 +237,8 @@ def test_commands_are_understood(page, monkeypatch):
         "python examples/smollm2.py --student_layers none",
         "torchrun --nproc_per_node 2 examples/promptkd.py --config examples/configs/quickstart.yaml --lambda 1",
         "python benchmarks/none.py",
+        "python -m benchmarks none",
+        "python -m benchmarks scaling --lambda 1",
         "make everything",
         "pip install '.[gpu]'",
     ],

@@ -1,0 +1,1 @@
+"""What is measured of time and memory: `python -m benchmarks --help`."""

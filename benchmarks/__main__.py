@@ -1,0 +1,154 @@
+"""Runs a benchmark and keeps its result: `python -m benchmarks NAME [flags]`.
+
+A benchmark is a module of this folder. The first line of its docstring is what the list says of it, and it has
+
+- `PAGE`: the page of docs/ that its tables are on;
+- `add_arguments(parser)`: its flags;
+- `measure(args)`: what it found, as JSON can hold it;
+- `tables(result)`: Markdown by name, each for a place `<!-- table: NAME name -->` of its page, with the sentences that
+  hold figures;
+- `sentences(result)`, if other places have such sentences: what a file of the repository must say, word for word;
+- `draw(result, path)`, if there is a plot: docs/images/NAME.png.
+
+`python -m benchmarks pages` writes tables and plots of all kept results anew.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CI", "1")  # nobody is asked anything
+
+HERE = Path(__file__).parent
+DOCS, RESULTS = HERE.parent / "docs", HERE / "results"
+NAMES = (
+    "step-time",
+    "divergence-memory",
+    "scaling",
+    "memory-table",
+    "teacher-cache",
+    "cache-memory",
+    "teacher-server",
+)
+
+
+def load(name: str) -> ModuleType:
+    return importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
+
+
+def first_line(name: str) -> str:
+    """Of the module's docstring, without importing it."""
+    tree = ast.parse((HERE / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").splitlines()[0]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    lines = [f"  {name:18} {first_line(name)}" for name in NAMES]
+    lines.append(f"  {'pages':18} Writes tables and plots of docs/ anew from benchmarks/results.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measures time and memory. `NAME --help` lists a benchmark's flags.\n\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="NAME", choices=[*NAMES, "pages"], help="one of the names above")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the benchmark's own")
+    return parser
+
+
+def parse(flags: list[str] | None = None) -> tuple[ModuleType | None, argparse.Namespace]:
+    """The benchmark, `None` for `pages`, and its settings."""
+    given = make_parser().parse_args(flags)
+    module = None if given.name == "pages" else load(given.name)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {given.name}",
+        description=module and module.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    if module is not None:
+        module.add_arguments(parser)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        parser.add_argument("--threads", type=int, default=cores, help="threads of a computation on the CPU")
+        parser.add_argument(
+            "--output", type=Path, help="for the result; by default benchmarks/results/NAME.json (NAME-cuda on a GPU)"
+        )
+    return module, parser.parse_args(given.flags, argparse.Namespace(name=given.name))
+
+
+def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, keep the result, and print its tables."""
+    import torch
+
+    from benchmarks.common import machine
+
+    torch.set_num_threads(args.threads)
+    suffix = "-cuda" if torch.cuda.is_available() else ""
+    output = args.output or RESULTS / f"{args.name}{suffix}.json"
+    settings = {
+        key: Path(value).name
+        if isinstance(value, str) and Path(value).exists()
+        else value  # no folders of this machine
+        for key, value in vars(args).items()
+        if key not in ("name", "output")
+    }
+    result = {"benchmark": args.name, "settings": settings, "machine": machine(), **module.measure(args)}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for table in module.tables(result).values():
+        print(f"\n{table}")
+    print(f"\n{output}")
+    return result
+
+
+def kept_results() -> dict[str, dict[str, Any]]:
+    """By the name of their file."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def tables_of(name: str, result: dict[str, Any]) -> dict[str, str]:
+    """By the names of their places on the page."""
+    return {f"{name} {part}": table for part, table in load(result["benchmark"]).tables(result).items()}
+
+
+def sentences_of_all() -> dict[str, list[str]]:
+    """By file."""
+    found: dict[str, list[str]] = {}
+    for result in kept_results().values():
+        module = load(result["benchmark"])
+        for file, sentences in module.sentences(result).items() if hasattr(module, "sentences") else ():
+            found.setdefault(file, []).extend(sentences)
+    return found
+
+
+def write_pages() -> None:
+    """Put tables into their places, draw plots, and say which sentences are not true."""
+    from benchmarks.study.page_text import fill, missing
+
+    for name, result in kept_results().items():
+        module = load(result["benchmark"])
+        page = DOCS / module.PAGE
+        fill(page, tables_of(name, result))
+        if hasattr(module, "draw"):
+            module.draw(result, DOCS / "images" / f"{name.replace('-', '_')}.png")
+    for file, sentences in sentences_of_all().items():
+        for sentence in missing((HERE.parent / file).read_text(encoding="utf-8"), sentences):
+            print(f"{file} does not say: {sentence}")
+
+
+def main(flags: list[str] | None = None) -> None:
+    module, args = parse(flags)
+    if module is None:
+        write_pages()
+    else:
+        run(module, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,6 +34,7 @@ NAMES = (
     "step-time",
     "divergence-memory",
     "scaling",
+    "padding-free",
     "memory-table",
     "teacher-cache",
     "cache-memory",

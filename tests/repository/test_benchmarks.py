@@ -214,6 +214,17 @@ class TestEachRuns:
         assert list(result["seconds"]) == sweeps
         assert "`vocab_size` | 1,024, 4,096, 16,384" in tables["slopes"]
 
+    def test_padding_free(self, run, models, tmp_path):
+        rows = [{"instruction": f"t{i} " * i, "input": "", "output": "t5 " * (30 - i)} for i in range(4, 24)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        flags = ["--data_files", tmp_path / "rows.jsonl", "--batch_size", 4, "--repeats", 2]
+        result, tables = run("padding-free", *models, *flags)
+        padded, free = result["ways"].values()
+        assert padded["tokens"] == free["tokens"]
+        assert len(padded["seconds"]) == len(free["seconds"]) == 2
+        assert all(tokens < places for tokens, places in zip(padded["tokens"], padded["places"], strict=True))
+        assert "| padding-free |" in tables["rate"]
+
     def test_memory_table(self, run, models):
         result, tables = run("memory-table", *models, "--runs", "LoRA, 4 rows, accumulation 1, 32 new tokens")
         (found,) = result["measured"].values()

@@ -223,6 +223,12 @@ SET_UP = [
     "below 0.05",
     "SmolLM2-135M-Instruct",
     "20 of its layers",
+    "prompt lr 0.01",
+    "for 60 steps",
+    "budget of 0.2 nats",
+    "at 0.2 nats per answer",
+    "*beta 0.5* and *beta 0*",
+    "1 is the reverse KL, 0 the forward KL",
 ]
 
 

@@ -47,16 +47,6 @@ ON_POLICY = (
 ON_ANSWERS = ("SFTTrainer", "priming, cached", "priming, live teacher")
 METHODS = (*ON_POLICY, *ON_ANSWERS)
 ONCE = ("naive port",)
-# What a step is to take at most, compared with the first method; by method and accumulation
-AIMS = {
-    ("priming, student's samples", 4): 1.10,
-    ("priming, student's samples", 1): 1.10,
-    ("PromptKD, share 0.25", 4): 1.10,
-    ("PromptKD, share 0.25", 1): 1.15,
-    ("PromptKD", 4): 1.30,
-    ("priming, cached", 4): 0.90,
-    ("priming, cached", 1): 0.90,
-}
 PARTS = (
     "generation",
     "student",
@@ -221,9 +211,8 @@ def group_table(result: dict[str, Any], methods: tuple[str, ...]) -> str:
             row.append(f"{seconds_of(steps[method]):.1f}")
             if samples:
                 row.append(f"{median(step.get('generation', 0.0) for step in steps[method]):.1f}")
-            share, aim = ratio(result, accumulation, method, first), AIMS.get((method, int(accumulation)))
-            met = "" if share is None or aim is None else f" (aim: {aim:.2f})"
-            row.append("" if share is None else f"{share:.2f}{met}")
+            share = ratio(result, accumulation, method, first)
+            row.append("" if share is None else f"{share:.2f}")
         else:
             rows.append(row)
     return table(header, rows) if rows else ""

@@ -8,7 +8,7 @@ work.
 
 Runs of results.jsonl are not run again, on another machine either. The groups `tune` and `main` have the first
 teacher. Its weights are not kept, so runs can be added to them only on a machine that trains the same ones. The other
-groups have the teacher of teacher.safetensors.
+groups have the teacher of teacher.safetensors. `again` is `main` with that one, on other students.
 """
 
 import argparse
@@ -184,6 +184,9 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
     if group == "final":
         named = methods(BUDGET) | candidates(BUDGET)
         return [(name, settings_of(with_rate(named[name], rates), seed)) for name in FINALISTS for seed in FINAL_SEEDS]
+    if group == "again":
+        named = methods(BUDGET)
+        return [(name, settings_of(with_rate(named[name], rates), seed)) for seed in FINAL_SEEDS for name in COMPARED]
     if group == "main":
         named = methods(BUDGET)
         return [
@@ -195,7 +198,7 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
     raise ValueError(group)
 
 
-GROUPS = ["tune", "main", "explore", "final"]
+GROUPS = ["tune", "main", "explore", "final", "again"]
 
 
 def claim(path: Path) -> bool:

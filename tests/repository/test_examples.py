@@ -106,7 +106,7 @@ class TestRecipes:
             yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()) for name in ("quickstart", "primed_gkd_baseline")
         )
         method = {"response_source": "student", "alpha": 0.0, "kd_temperature": 1.0, "kd_beta": 1.0}
-        differ = {"output_dir", "log_completions", "num_completions_to_print"}
+        differ = {"output_dir", "log_completions", "num_completions_to_print", "prompt_share"}
         kept = {name: value for name, value in quickstart.items() if name not in differ}
         assert baseline == kept | method | {"output_dir": baseline["output_dir"]}
 

@@ -153,7 +153,7 @@ class TestPasses:
         assert self.of_a_step(promptkd, **settings) == [(4, False), (4, False), (4, True)]
 
 
-@BOTH_UPDATES
+@pytest.mark.parametrize("update", ["sequential", "simultaneous"])
 class TestLogs:
     @staticmethod
     def run(promptkd, update):

@@ -12,11 +12,13 @@ VLLM_TESTS ?= tests/generation/test_vllm*.py
 VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
 PACKAGE_VENV := .venv-package
+# Slow ones of what is around the package
+SCRIPT_TESTS := $(patsubst %,tests/repository/test_%.py,benchmarks gallery gpu_check notebooks)
 # For tests in the environments beside .venv
 TEST_TOOLS := beartype hypothesis matplotlib optuna pytest pytest-xdist scipy tensorboard
 
 .DEFAULT_GOAL := help
-.PHONY: help install style check errors test test-slow test-oldest test-package test-vllm docs bench gpu-check quickstart ci build clean
+.PHONY: help install style check errors test test-slow test-scripts test-oldest test-package test-vllm docs bench gpu-check quickstart ci build clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,8 +50,11 @@ $(VENV)/deepspeed: $(STAMP)
 	$(BIN)/pip install --quiet --progress-bar off --target $@.new --no-deps "$(DEEPSPEED)" \
 		&& mv $@.new $@ || echo "DeepSpeed cannot be installed here; its tests are skipped."
 
-test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the scripts, of several processes, and of crashes
-	$(BIN)/pytest -m slow --durations 10
+test-slow: $(STAMP) $(VENV)/deepspeed ## Tests on a real model, of the training scripts, of several processes, and of crashes
+	$(BIN)/pytest -m slow --durations 10 $(SCRIPT_TESTS:%=--ignore %)
+
+test-scripts: $(STAMP) ## The notebooks in full, and benchmarks, gallery and GPU check at tiny shapes; not in CI
+	$(BIN)/pytest -m slow --durations 10 $(SCRIPT_TESTS)
 
 # All dependencies at the lower bounds of pyproject.toml
 $(OLDEST_VENV)/.installed: pyproject.toml

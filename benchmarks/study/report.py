@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from pages import DOCS, fill, is_percent, missing, number, shown, shown_difference, shown_p, table, with_holm
-from run import LINES, RESULTS, SCORE, SEEDS
+from run import LINES, RESULTS, SCORE, SEEDS, SHARE
 from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
 
 from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
@@ -200,7 +200,7 @@ def all_tables(runs: Runs) -> dict[str, str]:
         "lines": lines_table(json.loads(LINES.read_text())["lines"]),
         "teachers": teachers_table(named),
         "candidates": candidates_table(runs["explore"]),
-        "share": candidates_table(runs["final"]),
+        "share": candidates_table({name: runs["again"][name] for name in ("GKD", "PromptKD", SHARE)}),
         "tune": tune_table(runs["tune"]),
     }
 
@@ -239,19 +239,19 @@ def sentences(runs: Runs) -> list[str]:
     named = compared(runs)
     promptkd, gkd = (named[name][0] for name in ("PromptKD", "GKD"))
     text = difference(named["GKD, fixed text"], named["GKD"], SCORE)
-    final, kl = runs["final"], "reverse_kl_per_answer"
-    part = [difference(final["PromptKD, share 0.25"], final["PromptKD"], measure) for measure in (SCORE, kl)]
-    again = [difference(final["PromptKD"], final["GKD"], measure) for measure in (SCORE, kl)]
+    again, kl = runs["again"], "reverse_kl_per_answer"
+    part = [difference(again[SHARE], again["PromptKD"], measure) for measure in (SCORE, kl)]
+    paper = [difference(again["PromptKD"], again["GKD"], measure) for measure in (SCORE, kl)]
     slips = values(named["PromptKD"], "teacher_pupil_share")
     plain = json.loads(LINES.read_text())["lines"][""]["pupil_share"] * 100
     return [
         f"from {min(map(len, named.values()))} of {len(SEEDS)} students",
         f"A fixed text** is worth {shown_difference(text, SCORE)} points of right samples over GKD",
         f"slip in {shown(slips, SCORE)} % of its samples, where the plain teacher has {plain:.1f} %",
-        f"Both kinds of PromptKD had {steps(final['PromptKD'][0])} steps",
+        f"Both kinds of PromptKD had {steps(again['PromptKD'][0])} steps",
         f"changes {shown_difference(part[0], SCORE)} points of right samples and {shown_difference(part[1], kl)} nats",
-        f"has {shown_difference(again[0], SCORE)} points of right samples against GKD (p = {shown_p(again[0].p)})",
-        f"and {shown_difference(again[1], kl)} nats of KL",
+        f"has {shown_difference(paper[0], SCORE)} points of right samples against GKD (p = {shown_p(paper[0].p)})",
+        f"and {shown_difference(paper[1], kl)} nats of KL",
         f"the time of {steps(promptkd)} steps of PromptKD",
         f"it takes {steps(promptkd)} where GKD takes {steps(gkd)}",
     ]

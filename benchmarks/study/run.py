@@ -8,7 +8,8 @@ work.
 
 Runs of results.jsonl are not run again, on another machine either. The groups `tune` and `main` have the first
 teacher. Its weights are not kept, so runs can be added to them only on a machine that trains the same ones. The other
-groups have the teacher of teacher.safetensors. `again` is `main` with that one, on other students.
+groups have the teacher of teacher.safetensors. `again` is `main` with that one, on other students,
+and with `prompt_share`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ BUDGET = 120 * COSTS["promptkd"]  # seconds of one core
 SEEDS = list(range(10))
 TUNING_SEEDS = [100, 101, 102]
 EXPLORED_SEEDS = [110, 111, 112]
-FINAL_SEEDS = list(range(200, 210))
+AGAIN_SEEDS = list(range(200, 210))
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 FIRST_RATES = {"sft": [1e-3, 3e-3], "gkd": [3e-4, 1e-3], "promptkd": [3e-4, 1e-3]}
 NUM_RANKED = 100  # training questions on which the lines are ranked
@@ -90,7 +91,6 @@ def candidates(seconds: float) -> dict[str, list[dict]]:
     """Tried on the tuning students: what may be better than the paper."""
     plain = stage("promptkd", seconds)
     return {
-        "PromptKD, share 0.25": [plain | {"prompt": {"prompt_share": 0.25}}],
         "PromptKD, prompt lr 0.01": [plain | {"prompt": {"prompt_learning_rate": 1e-2}}],
         "anchored on right answers, 1, lr 0.01": anchored(seconds, "right", 1.0, 1e-2),
         "tuned on gold, frozen": tuned_first(seconds, "gold", 60, 1e-2),
@@ -127,7 +127,7 @@ COMPARED = (  # before the others
     "SeqKD then PromptKD",
 )
 CONTROLS = ("GKD", "GKD, fixed text", "PromptKD")  # beside the candidates
-FINALISTS = ("GKD", "PromptKD", "PromptKD, share 0.25")
+SHARE = "PromptKD, share 0.25"
 TUNED = {"sft": "SeqKD", "gkd": "GKD", "promptkd": "PromptKD"}
 
 
@@ -181,12 +181,11 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
             for seed in EXPLORED_SEEDS
             for name, stages in named.items()
         ]
-    if group == "final":
-        named = methods(BUDGET) | candidates(BUDGET)
-        return [(name, settings_of(with_rate(named[name], rates), seed)) for name in FINALISTS for seed in FINAL_SEEDS]
     if group == "again":
-        named = methods(BUDGET)
-        return [(name, settings_of(with_rate(named[name], rates), seed)) for seed in FINAL_SEEDS for name in COMPARED]
+        part = {SHARE: [stage("promptkd", BUDGET, prompt={"prompt_share": 0.25})]}  # as many steps as PromptKD
+        named = methods(BUDGET) | part
+        names = (*COMPARED, SHARE)
+        return [(name, settings_of(with_rate(named[name], rates), seed)) for seed in AGAIN_SEEDS for name in names]
     if group == "main":
         named = methods(BUDGET)
         return [
@@ -198,7 +197,7 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
     raise ValueError(group)
 
 
-GROUPS = ["tune", "main", "explore", "final", "again"]
+GROUPS = ["tune", "main", "explore", "again"]
 
 
 def claim(path: Path) -> bool:

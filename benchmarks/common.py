@@ -127,19 +127,18 @@ def random_models(
     return _never_ending(Models(teacher.eval(), student, tokenizer_of_words(vocab_size)))
 
 
+def asked(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The user's turn that a row's `instruction` and `input` make."""
+    return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input"))))}]
+
+
 def prompt_rows(
     data_files: str | None, tokenizer: PreTrainedTokenizerBase, longest: int = 192, rows: int = 256
 ) -> Dataset:
     """Conversations of one user turn, none longer than `longest` tokens with the template."""
     dataset = load_dataset("json", data_files=data_files or str(PROMPTS), split="train")
     if data_files is not None:
-        dataset = dataset.map(
-            lambda row: {
-                "prompt": [
-                    {"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input"))))}
-                ]
-            }
-        )
+        dataset = dataset.map(lambda row: {"prompt": asked(row)})
     dataset = dataset.select_columns("prompt")
     dataset = dataset.filter(
         lambda row: len(tokenizer.apply_chat_template(row["prompt"], return_dict=False)) <= longest

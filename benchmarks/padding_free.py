@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_promptkd import PrimedDistillConfig, PrimedDistillTrainer
 
-from .common import Models, bench_settings, load_models, measured_with, median, steps_in_turn
+from .common import Models, asked, bench_settings, load_models, measured_with, median, steps_in_turn
 from .study.page_text import table
 
 
@@ -29,7 +29,7 @@ def answered_rows(data_files: str, tokenizer: PreTrainedTokenizerBase, longest: 
     dataset = load_dataset("json", data_files=data_files, split="train")
     dataset = dataset.map(
         lambda row: {
-            "prompt": [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input"))))}],
+            "prompt": asked(row),
             "completion": [
                 {"role": "assistant", "content": row["output"] if isinstance(row["output"], str) else row["output"][0]}
             ],

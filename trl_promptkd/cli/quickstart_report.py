@@ -21,16 +21,16 @@ UNITS = "KL in nats per token (lower is better); ROUGE-L of greedy answers (high
 
 
 def verdict(measured: dict[str, dict[str, ByRow]]) -> str:
-    """PromptKD against its control, metric by metric. An interval that holds 0 is no difference."""
-    found: dict[str, list[str]] = {"better": [], "worse": [], "no different": []}
+    """PromptKD against its control, metric by metric. An interval that holds 0 is no clear difference."""
+    found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
     for metric in METRICS:
         _, low, high = difference(measured[PROMPTKD][metric], measured[GKD][metric])
         rises = "better" if metric == ROUGE_L else "worse"
         falls = "worse" if metric == ROUGE_L else "better"
-        found[rises if low > 0 else falls if high < 0 else "no different"].append(metric.split(",")[0])
-    said = "; ".join(f"{word} in {' and '.join(names)}" for word, names in found.items() if names)
+        found[rises if low > 0 else falls if high < 0 else "no clear difference"].append(metric.split(",")[0])
+    said = ". ".join(f"{word.capitalize()} in {', '.join(names)}" for word, names in found.items() if names)
     return (
-        f"PromptKD against plain GKD, from the same start with as many steps: {said}. This is one seed on "
+        f"PromptKD against plain GKD, from the same start with as many steps. {said}. This is one seed on "
         f"{len(measured[GKD][ROUGE_L])} prompts; it says nothing of other models."
     )
 

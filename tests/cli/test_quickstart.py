@@ -143,7 +143,9 @@ class TestVerdict:
 def test_kl_of_each_prompt_is_that_of_the_row_alone():
     first, second = (tiny_model(seed=seed).eval() for seed in (1, 2))
     prompts, answers = [[6, 7, 8], [9]], [[10, 11], [12, 13, 14]]
-    found = quickstart.kl_by_prompt(first, second, prompts, answers, "KL")
+    found = quickstart.kl_by_prompt(
+        *(quickstart.answer_states(model, prompts, answers, "KL") for model in (first, second))
+    )
     for (total, number), prompt, answer in zip(found, prompts, answers, strict=True):
         batch = pad_rows([prompt], [answer], 0)
         logits = [forward_logits(model, batch["input_ids"], batch["attention_mask"])[0] for model in (first, second)]

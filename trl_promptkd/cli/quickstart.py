@@ -13,6 +13,7 @@ import json
 import os
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from ..generation.progress import rows_bar
 from ..generation.rollouts import generate_completions
 from ..intervals import ByRow, mean
 from ..metrics.scores import instruction_row_scores
-from ..models.forward import completion_states
+from ..models.forward import TokenStates, completion_states
 from ..models.soft_prompt import PromptEncoderConfig
 from ..trainer.primed_distill_config import PrimedDistillConfig
 from ..trainer.primed_distill_trainer import PrimedDistillTrainer
@@ -79,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num_kl_prompts", up_to(num_test), 32, "those of them that KL is measured on")
     add("--student_layers", up_to(NUM_LAYERS), 20, "of the teacher's 30")
     add("--max_new_tokens", up_to(1024), 32, "longest answer in tokens")
-    add("--steps", up_to(10**6), 24, "steps of GKD and of PromptKD, of 8 prompts each")
+    add("--steps", up_to(10**6), 16, "steps of GKD and of PromptKD, of 8 prompts each")
     add("--learning_rate", float, 2e-4, "of the student, in both")
     add("--prompt_learning_rate", float, None, "None: the student's, as in the paper")
     add("--seed", int, 10, "of the samples and the order of the data")
@@ -107,20 +108,33 @@ def write_answers(model: PreTrainedModel, prompt_ids: list, args: Any, greedy: b
 
 
 @torch.no_grad()
-def kl_by_prompt(first: nn.Module, second: nn.Module, prompt_ids: list, answers: list, description: str) -> ByRow:
-    """KL(first || second) in nats, summed over each answer's tokens, and their number: `(prompts, 2)`. In float32."""
-    sums: list[tuple[float, int]] = []
-    with tqdm(total=len(answers), desc=description, unit="answer", leave=False) as bar:
+def answer_states(
+    model: nn.Module, prompt_ids: list, answers: list, title: str
+) -> list[tuple[TokenStates, list[int]]]:
+    """The hidden states at the answers' tokens in float32, and each answer's length: 16 answers an entry."""
+    found = []
+    with tqdm(total=len(answers), desc=title, unit="answer", leave=False) as bar:
         for start in range(0, len(answers), 16):
             part = answers[start : start + 16]
             batch = pad_rows(prompt_ids[start : start + 16], part, pad_token_id=0)
             ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
-            known = [completion_states(model, ids, mask, labels) for model in (first, second)]
-            log_p, log_q = (states.logits().log_softmax(dim=-1) for states in known)
-            lengths = list(map(len, part))
-            for values in kl_divergence(log_p, log_q).split(lengths):
-                sums.append((values.double().sum().item(), len(values)))
+            found.append((completion_states(model, ids, mask, labels), list(map(len, part))))
             bar.update(len(part))
+    return found
+
+
+@torch.no_grad()
+def kl_by_prompt(first: list[tuple[TokenStates, list[int]]], second: list[tuple[TokenStates, list[int]]]) -> ByRow:
+    """KL(first || second) in nats, summed over each answer's tokens, and their number: `(prompts, 2)`. In float32.
+
+    Args:
+        first, second: [`answer_states`] of two models on the same answers.
+    """
+    sums: list[tuple[float, int]] = []
+    for (p, lengths), (q, _) in zip(first, second, strict=True):
+        log_p, log_q = (states.logits().log_softmax(dim=-1) for states in (p, q))
+        for values in kl_divergence(log_p, log_q).split(lengths):
+            sums.append((values.double().sum().item(), len(values)))
     return np.array(sums)
 
 
@@ -177,6 +191,8 @@ def run(args: argparse.Namespace) -> int:
     answers = write_answers(teacher, warm_ids + kl_ids, args, greedy=False, title="sampled answers")
     warm_answers, kl_answers = answers[: len(warm_ids)], answers[len(warm_ids) :]
     references = write_answers(teacher, test_ids, args, greedy=True, title="reference answers")
+    states = partial(answer_states, prompt_ids=kl_ids, title="measuring KL")
+    teacher_states = states(teacher, answers=kl_answers)
     samples = {"teacher": tokenizer.batch_decode(references, skip_special_tokens=True)}
     measured: dict[str, dict[str, ByRow]] = {}
     histories: dict[str, list[dict]] = {}
@@ -189,8 +205,8 @@ def run(args: argparse.Namespace) -> int:
         samples[name] = tokenizer.batch_decode(greedy, skip_special_tokens=True)
         scores = instruction_row_scores(samples[name], [[text] for text in samples["teacher"]])
         measured[name] = {
-            REVERSE_KL: kl_by_prompt(student, teacher, kl_ids, own, "KL(student || teacher)"),
-            FORWARD_KL: kl_by_prompt(teacher, student, kl_ids, kl_answers, "KL(teacher || student)"),
+            REVERSE_KL: kl_by_prompt(states(student, answers=own), states(teacher, answers=own)),
+            FORWARD_KL: kl_by_prompt(teacher_states, states(student, answers=kl_answers)),
             ROUGE_L: np.array([(score["rougeL"], 1) for score in scores]),
         }
 
@@ -254,7 +270,8 @@ def run(args: argparse.Namespace) -> int:
 
     stage(5, "PromptKD")
     prompt = PromptEncoderConfig(prompt_learning_rate=args.prompt_learning_rate)
-    promptkd_args = PromptKDConfig(output_dir=str(output / "student"), **common)
+    # The paper's share is 1.0; a quarter of the rows teaches the prompt as well in docs/study.md
+    promptkd_args = PromptKDConfig(output_dir=str(output / "student"), prompt_share=0.25, **common)
     distil(
         PROMPTKD,
         PromptKDTrainer(model=warmed_up(), args=promptkd_args, prompt_encoder_config=prompt, **models),

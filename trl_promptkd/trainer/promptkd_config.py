@@ -66,7 +66,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         teacher_model_init_kwargs (`dict`, *optional*):
             Arguments of `from_pretrained` for a teacher that is given by name.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Switch the student's own dropout off. An adapter's stays.
+            Switch the student's dropout off, also that of its adapter (`lora_dropout`).
         loss_temperature (`float`, *optional*, defaults to `1.0`):
             Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
             temperature, without a factor of its square.
@@ -135,7 +135,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         default=None, metadata={"help": "Arguments of from_pretrained, if the teacher is given by name."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch the student's own dropout off. An adapter's stays."}
+        default=True, metadata={"help": "Switch the student's dropout off, also that of its adapter."}
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Both models' logits are divided by it in every divergence."}

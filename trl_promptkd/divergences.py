@@ -1,8 +1,8 @@
 """Divergences between next-token distributions, on log-probabilities.
 
-Everything here is a pure function of tensors. The direction stands in the name: `forward_kl` is KL(teacher ||
-student), `reverse_kl` is KL(student || teacher). All values are in nats per token; sums over the vocabulary are taken
-in the dtype of the inputs, which the trainers make float32.
+All functions here are pure functions of tensors. Their names say the direction: `forward_kl` is KL(teacher ||
+student), and `reverse_kl` is KL(student || teacher). Values are in nats per token. Sums over the vocabulary are in the
+dtype of the inputs, which is float32 in the trainers.
 """
 
 import math
@@ -25,23 +25,22 @@ __all__ = [
 PerToken = Float[Tensor, "*tokens"]
 OverVocab = Float[Tensor, "*tokens vocab"]
 
-_RULED_OUT = -6e4  # logits as low as this rule a token out; float16's lowest number is -65504
+_RULED_OUT = -6e4  # a token with such a low logit is ruled out. The lowest number of float16 is -65504
 
 
 def on_shared_support(*logits: OverVocab) -> tuple[OverVocab, ...]:
-    """Logits of several models, in which a token that one of them rules out is ruled out for all.
+    """Rule a token out for all models if one of them rules it out.
 
-    Some models give entries of their vocabulary, such as those of images, a logit of minus infinity or the lowest
-    number of a dtype. The KL divergence to such a distribution from one that does not is infinite, or 0 times
-    infinity. Distributions are compared on the tokens that all models allow, as padded vocabularies are on their real
-    ids.
+    Some models rule out entries of their vocabulary, such as those of images. Their logit is minus infinity, or the
+    lowest number of a dtype. The KL divergence between such a model and one that allows the token can be infinite, or
+    0 times infinity. Distributions are therefore compared on the tokens that all models allow.
 
     Args:
-        logits (`Tensor`s of shape `(..., vocab)`): Of each model.
+        logits (`Tensor`s of shape `(..., vocab)`): Logits of each model.
 
     Returns:
-        `Tensor`s of the same shapes: the same ones if no token is ruled out, otherwise copies in which such tokens
-        have a low, finite logit and no gradient.
+        `Tensor`s of the same shapes. If no token is ruled out, they are the inputs themselves. Otherwise they are
+        copies in which such tokens have a low, finite logit and no gradient.
     """
     if not logits[0].numel() or torch.stack([part.detach().amin() for part in logits]).amin() > _RULED_OUT:
         return logits
@@ -57,10 +56,10 @@ def kl_divergence(log_a: OverVocab, log_b: OverVocab) -> PerToken:
         log_b (`Tensor` of shape `(..., vocab)`): Log-probabilities of the second distribution.
 
     Returns:
-        `Tensor` of shape `(...)`. Not negative up to rounding, and 0 if both are equal.
+        `Tensor` of shape `(...)`. Not negative, up to rounding. 0 if both distributions are equal.
 
-    Source: Kullback and Leibler (1951). The arguments stand in the order of the formula, which is not that of
-    `torch.nn.functional.kl_div`.
+    Source: Kullback and Leibler (1951). The arguments are in the order of the formula. `torch.nn.functional.kl_div`
+    has the opposite order.
     """
     return (log_a.exp() * (log_a - log_b)).sum(dim=-1)
 
@@ -78,9 +77,10 @@ def reverse_kl(student_log_probs: OverVocab, teacher_log_probs: OverVocab) -> Pe
 def generalized_jsd(student_log_probs: OverVocab, teacher_log_probs: OverVocab, beta: float) -> PerToken:
     """Generalized Jensen-Shannon divergence, with the two Kullback-Leibler divergences at its ends.
 
-    For 0 < beta < 1: `beta KL(teacher || m) + (1 - beta) KL(student || m)` with
-    `m = beta teacher + (1 - beta) student`. `beta = 0` is the forward KL and `beta = 1` the reverse KL. The ends are
-    *not* the limits: the divergence itself goes to 0 there, so `beta = 0.99` is not nearly the reverse KL.
+    For 0 < beta < 1, it is `beta KL(teacher || m) + (1 - beta) KL(student || m)` with
+    `m = beta teacher + (1 - beta) student`. `beta = 0` is the forward KL, and `beta = 1` is the reverse KL. These are
+    *not* the limits of the formula, which goes to 0 at both ends. `beta = 0.99` is therefore not close to the reverse
+    KL.
 
     Args:
         student_log_probs (`Tensor` of shape `(..., vocab)`): Log-probabilities of the student.
@@ -90,8 +90,8 @@ def generalized_jsd(student_log_probs: OverVocab, teacher_log_probs: OverVocab, 
     Returns:
         `Tensor` of shape `(...)`, nats per token.
 
-    Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), Eq. 1, with the meaning that
-    TRL gives to `beta`.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), Eq. 1. `beta` has TRL's
+    meaning.
     """
     if beta == 0.0:
         return forward_kl(student_log_probs, teacher_log_probs)
@@ -102,9 +102,10 @@ def generalized_jsd(student_log_probs: OverVocab, teacher_log_probs: OverVocab, 
 
 
 def skewed_kl(log_a: OverVocab, log_b: OverVocab, skew: float) -> PerToken:
-    """KL(a || skew a + (1 - skew) b): bounded by -log(skew), and KL(a || b) for `skew = 0`.
+    """Skewed KL divergence KL(a || skew a + (1 - skew) b). It is at most -log(skew). `skew = 0` is KL(a || b).
 
-    With `a` the teacher and `b` the student it is the skewed forward KL, the other way round the skewed reverse KL.
+    With `a` the teacher and `b` the student, it is the skewed forward KL. With `a` the student and `b` the teacher, it
+    is the skewed reverse KL.
 
     Args:
         log_a (`Tensor` of shape `(..., vocab)`): Log-probabilities of the first distribution.

@@ -1,9 +1,9 @@
-"""Losses over tokens without the tokens' logits: a few tokens at a time go through the output heads and the loss.
+"""Losses that are computed a few tokens at a time, so that the logits of all tokens never exist at once.
 
-A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass and more in its backward pass:
-with 4,096 tokens and Qwen's vocabulary, 2.5 GB each. Here a chunk's logits exist while its share of the loss and of
-the gradient is computed, down to the hidden states and the head's weights. They are gone before the next chunk's are
-made. Nothing is computed again in the backward pass.
+A loss over (tokens x vocabulary) needs several tensors of that size in its forward pass, and more in its backward
+pass. With 4,096 tokens and Qwen's vocabulary, each takes 2.5 GB. Here one chunk of tokens at a time goes through the
+output heads and the loss. Its share of the gradient is computed at once, down to the hidden states and the head's
+weights. Its logits are gone before the next chunk's are made. The backward pass recomputes nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,12 @@ class StateGradient(NamedTuple):
     """The gradient of a loss with respect to a model's hidden states and its head's trainable parameters."""
 
     tensors: list[Tensor]
-    """`states` `(num_tokens, hidden)` first, with their graph, then the parameters."""
+    """The hidden states `(num_tokens, hidden)` with their graph, then the parameters."""
     gradients: list[Any]
-    """In float32; `None` for a parameter that plays no part."""
+    """One for each tensor, in float32. `None` for a parameter that the loss does not depend on."""
 
     def attach(self, value: Tensor) -> Tensor:
-        """A scalar that is `value` and whose backward pass carries this gradient on."""
+        """A scalar equal to `value`, whose backward pass hands this gradient on to the tensors."""
         return _Attached.apply(value.detach(), self.gradients, *self.tensors)  # type: ignore[no-any-return]
 
 
@@ -64,14 +64,14 @@ def chunked_sums(
     Args:
         sums: Gets a chunk of every part and returns a tuple of scalars, each a sum over the chunk's tokens, or `None`.
             The first one is the loss.
-        chunk_size (`int`, *optional*): Tokens per chunk. `None` for all at once.
-        parts: All with one entry per token. What a model says (anything with `logits(start, end)`) gives `sums` logits
-            `(tokens, vocab)`. Tensors are sliced. `None` is passed on.
-        settings: Passed on.
+        chunk_size (`int`, *optional*): Tokens per chunk. `None`: all at once.
+        parts: Each has one entry per token, or is `None`. Tensors are sliced, and `None` is passed on. Any other part
+            is a model's output with `logits(start, end)`, of which `sums` gets logits `(tokens, vocab)`.
+        settings: Passed on to `sums`.
 
     Returns:
-        The tuple, detached; and for each [`TokenStates`] with a gradient path, in their order, the gradient of the
-        loss. Without gradients enabled there are none.
+        The tuple of sums, detached, and a list of the loss's gradients. The list has an entry for each [`TokenStates`]
+        with a gradient path, in their order. It is empty if gradients are not enabled.
     """
     num_tokens = next(len(part) for part in parts if part is not None)
     step = chunk_size or max(num_tokens, 1)
@@ -101,7 +101,7 @@ def chunked_sums(
 
 
 def _each(function: Callable[..., Tensor], *tuples: Any) -> Any:
-    """`function` of the entries at each place, as a tuple of the first one's type. `None` stays `None`."""
+    """`function` of the entries at each place, as a tuple of the first tuple's type. `None` stays `None`."""
     entries = zip(*tuples, strict=True)
     return tuple.__new__(type(tuples[0]), (None if entry[0] is None else function(*entry) for entry in entries))
 
@@ -117,10 +117,10 @@ def _is_trained(part: Any) -> bool:
 
 
 def _block_by_block(sums: Callable[..., Sums], chunk: list[Any], trained: list[bool], settings: dict) -> Sums:
-    """The values of a chunk. The gradient of the first with respect to the trained logits takes their place in memory.
+    """The sums of a chunk. The gradient of the first sum overwrites the trained logits in memory.
 
-    On a CPU, the loss of a few rows at a time stays in its caches, and its temporaries in memory that it has already:
-    five times as fast as all rows at once.
+    A CPU works on a few rows at a time. They stay in its caches, and temporary tensors reuse memory that it has
+    already. That is five times as fast as all rows at once.
     """
     logits = next(part for part, wanted in zip(chunk, trained, strict=True) if wanted) if any(trained) else chunk[0]
     rows = max(_BLOCK // logits.size(-1), 1) if logits.device.type == "cpu" else max(len(logits), 1)

@@ -17,28 +17,28 @@ __all__ = ["PrimedLossSums", "log_prob_sums", "primed_loss_sums"]
 
 
 class PrimedLossSums(NamedTuple):
-    """Sums over tokens: scalars but for the last. Only `loss` has a gradient, to the student. What was not computed is
-    0. Without the teacher's logits, what they are needed for is `None`."""
+    """Sums over tokens. All but the last are scalars. Only `loss` has a gradient, which goes to the student. Values
+    that were not computed are 0. Without the teacher's logits, values that need them are `None`."""
 
     loss: Tensor
     """alpha CE + (1 - alpha) tau^2 D."""
     cross_entropy: Tensor
     """-log q(token), at temperature 1."""
     divergence: Tensor | None
-    """D, at temperature tau, without its square."""
+    """D, at temperature tau, without the factor tau^2."""
     student_teacher: Tensor | None
     """KL(q || p), at temperature tau."""
     student_entropy: Tensor
     teacher_entropy: Tensor | None
     agreement: Tensor | None
-    """Tokens at which both models' likeliest token is the same."""
+    """Number of tokens at which both models' likeliest token is the same."""
     accuracy: Tensor
-    """Tokens at which the student's likeliest token is the completion's."""
+    """Number of tokens at which the student's likeliest token is the completion's."""
     teacher_log_prob: Tensor | None
     """log p(token)."""
     of_teachers: Tensor
-    """Of each teacher `(num_teachers, 4)`: its tokens' number, and their `student_teacher`, `agreement` and
-    `teacher_log_prob`."""
+    """Of shape `(num_teachers, 4)`. For each of several teachers: the number of its tokens, and their
+    `student_teacher`, `agreement` and `teacher_log_prob`."""
 
 
 def primed_loss_sums(
@@ -57,32 +57,32 @@ def primed_loss_sums(
 ) -> PrimedLossSums:
     """The loss, and what is logged about it, summed over tokens.
 
-    `loss = alpha CE + (1 - alpha) tau^2 D` with CE the cross-entropy of the completion's tokens and D the divergence
-    of both distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton
-    et al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for
-    D.
+    `loss = alpha CE + (1 - alpha) tau^2 D`. CE is the cross-entropy of the completion's tokens. D is the divergence of
+    both distributions at temperature tau. The factor tau^2 keeps the size of D's gradient when tau changes (Hinton et
+    al., arXiv 1503.02531). Source: response priming (arXiv 2412.17846), whose released code has the reverse KL for D.
 
     Args:
-        student_logits: Of the student, with gradient.
-        teacher_logits: Of the teacher at the same tokens. `None` if they are not known: then the loss is the
-            cross-entropy.
+        student_logits: Logits of the student, with gradient.
+        teacher_logits: Logits of the teacher at the same tokens. If they are `None`, the loss is the cross-entropy.
         tokens: Ids of the completion's tokens.
-        drawn_from: If `teacher_logits` are those of tokens drawn from
-            the teacher: the entropies of what they were drawn from. The entropy of the draws is lower, which makes the
-            forward KL too large by the difference. NaN at tokens whose logits are the teacher's own.
-        teachers: With several teachers, the number of each token's.
-        num_teachers (`int`): How many there are.
-        beta (`float`): `1.0` for D = KL(q || p), `0.0` for KL(p || q), between them the generalized Jensen-Shannon
-            divergence.
+        drawn_from: If `teacher_logits` are those of tokens drawn from the teacher, the entropies of the distributions
+            that they were drawn from. The entropy of the draws is lower, which makes the forward KL too large by the
+            difference. The difference is subtracted from D. NaN at tokens whose logits are the teacher's own.
+        teachers: If there are several teachers, the number of the teacher of each token.
+        num_teachers (`int`): Number of teachers, if there are several.
+        alpha (`float`): Weight of CE.
+        temperature (`float`): tau. D's logits are divided by it.
+        beta (`float`): `1.0` for D = KL(q || p), and `0.0` for KL(p || q). Values between are the generalized
+            Jensen-Shannon divergence.
         skew (`float`): Share of the first distribution of either KL that is mixed into its second one.
-        with_metrics (`bool`): Whether to compute what is only logged, which is about a third of the work.
+        with_metrics (`bool`): Whether to compute the values that are only logged. They are about a third of the work.
     """
     if teacher_logits is None:
         return _hard_label_sums(student_logits, tokens, with_metrics)
     log_q = student_logits.log_softmax(dim=-1)
     cross_entropy = -log_q.gather(-1, tokens.unsqueeze(-1)).sum()
     shared, teacher_logits = on_shared_support(student_logits, teacher_logits)
-    if shared is not student_logits:  # only the cross-entropy keeps the student's distribution over all its tokens
+    if shared is not student_logits:  # only the cross-entropy uses the student's distribution over all its tokens
         student_logits, log_q = shared, shared.log_softmax(dim=-1)
     with torch.no_grad():
         log_p = teacher_logits.log_softmax(dim=-1)
@@ -149,8 +149,8 @@ def _hard_label_sums(student_logits: Tensor, tokens: Tensor, with_metrics: bool)
 
 
 def log_prob_sums(logits: Float[Tensor, "tokens vocab"], tokens: Int[Tensor, "tokens"]) -> tuple[Float[Tensor, ""]]:
-    """The log-probability of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, summed: a tuple of one
-    scalar. That of a token which is ruled out is low and finite, as in [`primed_loss_sums`].
+    """Sum of the log-probabilities of `tokens` `(num_tokens,)` under `logits` `(num_tokens, vocab)`, as a tuple of one
+    scalar. A token that is ruled out has a low, finite log-probability, as in [`primed_loss_sums`].
     """
     (logits,) = on_shared_support(logits)
     return (logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).sum(),)

@@ -1,7 +1,7 @@
 """The two losses of PromptKD, as sums over tokens.
 
-Notation as in the paper (arXiv 2402.12842): `q` the student, `p` the plain teacher, `pP` the prompted teacher. All
-sums are over tokens, in nats.
+The notation is the paper's (arXiv 2402.12842): `q` is the student, `p` the plain teacher, and `pP` the prompted
+teacher. All sums are over tokens, in nats.
 """
 
 from typing import NamedTuple
@@ -28,30 +28,30 @@ OverVocab = Float[Tensor, "tokens vocab"]
 
 
 class PromptLossSums(NamedTuple):
-    """Sums over tokens: scalars. Only `loss` has a gradient, to the prompted teacher."""
+    """Sums over tokens, all scalars. Only `prompt_loss` has a gradient, which goes to the prompted teacher."""
 
     prompt_loss: Tensor
     prompted_student: Tensor
     """KL(pP || q)."""
     prompted_plain: Tensor
-    """KL(pP || p); 0 without the plain teacher."""
+    """KL(pP || p). 0 without the plain teacher."""
     student_plain: Tensor
-    """KL(q || p); 0 without the plain teacher."""
+    """KL(q || p). 0 without the plain teacher."""
 
 
 class StudentLossSums(NamedTuple):
-    """Sums over tokens: scalars. Only `loss` has a gradient, to the student."""
+    """Sums over tokens, all scalars. Only `student_loss` has a gradient, which goes to the student."""
 
     student_loss: Tensor
     student_prompted: Tensor
     """KL(q || pP)."""
     student_entropy: Tensor
     teacher_entropy: Tensor
-    """Of `pP`."""
+    """Entropy of `pP`."""
 
 
 class PromptKDLossSums(NamedTuple):
-    """Both of them. What was not computed is 0."""
+    """The sums of both losses. Values that were not computed are 0."""
 
     loss: Tensor
     """The sum of the losses that were computed. Their gradients do not mix."""
@@ -66,8 +66,8 @@ class PromptKDLossSums(NamedTuple):
 
 
 def regularization_weight(coef: float, schedule: str, step: int, total_steps: int) -> float:
-    """`w(t)`: `coef (1 - t / T)` for the schedule `"linear"`, `coef` for `"constant"`; `t` counts the steps done, from
-    0."""
+    """The weight `w(t)`. It is `coef (1 - t / T)` for the schedule `"linear"`, and `coef` for `"constant"`. `t` is the
+    number of steps done, and `T` that of all steps."""
     return coef * (1 - step / total_steps) if schedule == "linear" and total_steps > 0 else coef
 
 
@@ -76,12 +76,11 @@ def prompt_loss_sums(
 ) -> PromptLossSums:
     """Loss of the soft prompt, summed over tokens.
 
-    `direction="reverse"`: KL(pP || q) + w KL(pP || p); `"forward"`: KL(q || pP) + w KL(p || pP). Source: PromptKD, the
-    adaptive teaching step, with the released code's weight. No gradient goes to `q` or `p`.
+    `direction="reverse"` is KL(pP || q) + w KL(pP || p), and `"forward"` is KL(q || pP) + w KL(p || pP). No gradient
+    goes to `q` or `p`. Source: PromptKD, the adaptive teaching step, with the released code's weight.
 
     Args:
-        prompted, student, plain: Log-probabilities. `plain` may be `None` if
-            `weight` is 0.
+        prompted, student, plain: Log-probabilities. `plain` may be `None` if `weight` is 0.
     """
     student = student.detach()
     reverse = direction == "reverse"
@@ -103,7 +102,7 @@ def prompt_loss_sums(
 def student_loss_sums(student: OverVocab, prompted: OverVocab, beta: float = 1.0) -> StudentLossSums:
     """Loss of the student, and what is logged about it, summed over tokens.
 
-    The loss is the divergence that `beta` selects (1.0: KL(q || pP), the paper's). No gradient goes to `pP`.
+    The loss is the divergence that `beta` selects. 1.0 is the paper's, KL(q || pP). No gradient goes to `pP`.
 
     Args:
         student, prompted: Log-probabilities.
@@ -128,14 +127,15 @@ def promptkd_loss_sums(
 ) -> PromptKDLossSums:
     """One or both losses of the same tokens, from logits.
 
+    Tokens of the vocabulary that one model rules out are ruled out for all ([`on_shared_support`]).
+
     Args:
-        student_logits, prompted_logits, plain_logits: `plain_logits` may be
-            `None` if `weight` is 0.
+        student_logits, prompted_logits, plain_logits: `plain_logits` may be `None` if `weight` is 0.
         losses (`str`): `"prompt"`, `"student"` or `"both"`.
         prompt_divergence (`str`): Direction of the prompt's loss, see [`prompt_loss_sums`].
         weight (`float`): Weight of the prompt's second term, see [`regularization_weight`].
         beta (`float`): Divergence of the student's loss, see [`student_loss_sums`].
-        temperature (`float`): Divides all logits. Tokens that a model rules out are left out ([`on_shared_support`]).
+        temperature (`float`): All logits are divided by it.
     """
     known = [logits for logits in (student_logits, prompted_logits, plain_logits) if logits is not None]
     log_probs = [(logits / temperature).log_softmax(dim=-1) for logits in on_shared_support(*known)]

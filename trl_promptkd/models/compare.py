@@ -1,9 +1,9 @@
-"""The passes that losses are taken from, compared with a model's own forward pass.
+"""Compares the passes that losses come from with a model's own forward pass.
 
-Trainers compute hidden states, then logits, in padded batches and after a soft prompt. There a model may compute
-something else: it may ignore the attention mask, or need more than input embeddings. If rows stand end to end, it may
-not see where one ends: its state runs on, or its mask does not come from positions. `check_forward` finds that on two
-short rows before training starts. The doctor makes the same comparison on rows of the user's own.
+Trainers compute hidden states and then logits, in padded batches and after a soft prompt. A model may compute
+something else there. It may ignore the attention mask, or need more than input embeddings. If rows are joined end to
+end, it may not see where one ends: its state runs on, or its mask does not come from positions. `check_forward` finds
+this on two short rows before training starts. The doctor makes the same comparison on the user's own rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ __all__ = ["Distance", "check_forward", "distance", "distances_from_own_forward"
 
 logger = logging.get_logger(__name__)
 
-_MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # in log-probabilities (float32); in nats per token (16 bits, quantized)
-_SLACK = 5.0  # what stops a run must be wrong beyond doubt
+_MAX_DIFFERENCE, _MAX_KL = 1e-3, 1e-2  # of log-probabilities (float32), and in nats per token (16 bits or quantized)
+_SLACK = 5.0  # a run is stopped only if the logits are wrong beyond doubt
 PADDED, WHOLE, ALONE = "of the loss, padded", "of whole rows, padded", "of the loss, row by row"
 PADDING_FREE = "of the loss, padding-free"
 
@@ -40,18 +40,18 @@ class Distance(NamedTuple):
 
 
 def is_exact(model: Any) -> bool:
-    """Whether two ways to compute the same may only differ by float32's rounding."""
+    """Whether two ways to compute the same value may differ only by rounding in float32."""
     return model.dtype == torch.float32 and getattr(model, "quantization_method", None) is None
 
 
 def distance(logits: Tensor, others: Tensor) -> Distance:
-    """The distance between two sets of logits. Tokens that are as good as impossible count as equally so."""
+    """The distance between two sets of logits. Log-probabilities below -100 count as -100."""
     a, b = (part.float().log_softmax(dim=-1).clamp(min=-100.0) for part in (others, logits))
     return Distance(float((a - b).abs().max()), float(kl_divergence(a, b).mean()))
 
 
 def is_same(found: Distance, exact: bool, slack: float = 1.0) -> bool:
-    """Whether the distance is no more than rounding; NaN is more.
+    """Whether the distance is no more than rounding. NaN is more.
 
     Args:
         exact: Whether everything was computed in float32.
@@ -70,19 +70,19 @@ def distances_from_own_forward(
     own: Tensor | None = None,
     padding_free: bool = False,
 ) -> dict[str, Distance]:
-    """How far the logits at the rows' completions are from those of the model's own forward on each row alone.
+    """How far the logits at the rows' completions are from those of the model's own forward pass on each row alone.
 
     Args:
         model: In evaluation mode, not wrapped.
-        rows: With `prompt_ids` and `completion_ids`.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each row.
-        vocab_size (`int`, *optional*): Only the first entries count.
-        own: The model's own logits, if they are known.
-        padding_free: Whether losses see the rows end to end, too.
+        rows: Each with `prompt_ids` and `completion_ids`.
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Comes before each row.
+        vocab_size (`int`, *optional*): Only the first `vocab_size` logits are compared.
+        own: The model's own logits, if they are known already.
+        padding_free: Whether to compare the rows joined end to end, too.
 
     Returns:
-        `dict`: for a padded batch as losses see it, for whole rows of it, and for the rows one by one; with
-        `padding_free` also for the rows end to end.
+        `dict` of distances, for the loss's pass on a padded batch, for the pass over whole rows of that batch, and for
+        the loss's pass row by row. With `padding_free`, also for the loss's pass on the rows end to end.
     """
     own = _own_logits(model, rows, soft_prompt, vocab_size) if own is None else own
 
@@ -133,11 +133,11 @@ def check_forward(
 ) -> None:
     """Stop before training if losses would be taken from logits that are not the model's.
 
-    Two short rows of ordinary tokens are compared, in evaluation mode. Weights that are sharded, or not yet on their
-    device, are left to `trl-promptkd doctor`.
+    Two short rows of ordinary tokens are compared, in evaluation mode. Nothing is compared if weights are sharded or
+    not on their device yet. `trl-promptkd doctor` can check such models.
 
     Args:
-        role: For messages: `"student"`, `"teacher"` or `"prompted teacher"`.
+        role: `"student"`, `"teacher"` or `"prompted teacher"`, for messages.
         soft_prompt, vocab_size, padding_free: As for [`distances_from_own_forward`].
     """
     devices = {parameter.device.type for parameter in model.parameters()}
@@ -161,7 +161,7 @@ def check_forward(
             found = distances_from_own_forward(model, rows, *settings)
         except Exception as error:  # a model's code may raise anything
             if own is None and soft_prompt is None:
-                return  # it cannot be run at all, and says so itself at the first step
+                return  # the model cannot run at all. The first step raises its own error
             needs = " A soft prompt needs a model that computes everything from `inputs_embeds`."
             raise ValueError(
                 f"The {name} cannot be run as the loss needs it: {type(error).__name__}: {str(error)[:300]}."
@@ -169,7 +169,7 @@ def check_forward(
                 f"{', or set `padding_free=False`' if padding_free else ''}."
             ) from error
     if not torch.isfinite(own).all():
-        return  # the loss of the first step says what is not finite
+        return  # the check of the first step's loss names what is not finite
     exact = is_exact(model) and accelerator.mixed_precision == "no"
     for way, off in found.items():
         if is_same(off, exact, _SLACK):

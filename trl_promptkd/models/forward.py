@@ -1,10 +1,11 @@
 """Running a model, teacher or student, with or without a soft prompt.
 
-`forward_logits` gives the logits of every position; `completion_states` gives the hidden states at the trained tokens,
-and makes logits of them a few at a time: no tensor of (tokens x vocabulary) need exist. Positions are counted
-from the attention mask, and a soft prompt stands directly before a row's first token, so padding on either side
-changes nothing: for rotary, learned and sliding-window positions alike. Or there is no padding: `completion_states`
-can lay the rows end to end.
+`forward_logits` gives the logits of every position. `completion_states` gives the hidden states at the trained tokens,
+and turns a few of them into logits at a time, so that no tensor of (tokens x vocabulary) need exist.
+
+Positions are counted from the attention mask, and a soft prompt comes directly before a row's first token. Padding on
+either side therefore changes nothing, for rotary, learned and sliding-window positions alike. `completion_states` can
+also join the rows end to end, without padding.
 """
 
 import inspect
@@ -42,7 +43,7 @@ def input_embeddings(model: Any) -> nn.Module:
     """The module that turns token ids into the model's input embeddings.
 
     Raises:
-        ValueError: if the model has none: a soft prompt has nothing to stand beside.
+        ValueError: if the model has none, so that no soft prompt can be put before its input.
     """
     try:
         embeddings = model.get_input_embeddings()
@@ -57,7 +58,7 @@ def input_embeddings(model: Any) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether every rank holds a part of the weights only (FSDP2, ZeRO-3), so that all ranks must run the model
+    """Whether every rank holds only a part of the weights (FSDP2, ZeRO-3). All ranks must then run the model
     together."""
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()
@@ -78,17 +79,17 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(bare model, *args, **kwargs)`, called inside the forward pass of `model` as it is wrapped.
+    """Call `function(bare model, *args, **kwargs)` inside the forward pass of the wrapped `model`.
 
     DDP then prepares gradients for whatever `function` computes with the bare model, although that is not the model's
-    own forward. FSDP and DeepSpeed have the weights ready.
+    own forward pass. FSDP and DeepSpeed have the weights ready.
 
     Returns:
-        What `function` returns. Tensors, or a tuple of them, are as exact as they were: in mixed precision, FSDP2
-        casts what comes out of a forward pass.
+        What `function` returns. Tensors, and tuples of them, keep their dtype and values. FSDP2 would cast the output
+        of a forward pass in mixed precision.
     """
     bare = extract_model_from_parallel(model)
-    own = bare.__dict__.get("forward")  # the instance's, if accelerate or TRL has replaced the class's
+    own = bare.__dict__.get("forward")  # set on the instance if accelerate or TRL has replaced the class's
 
     def restore() -> None:
         if own is None:
@@ -99,7 +100,7 @@ def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, *
     exact: list[Any] = []
 
     def redirected() -> Any:
-        restore()  # `function` may want the real one
+        restore()  # `function` may call the real one
         exact.append(function(bare, *args, **kwargs))
         return exact[0]
 
@@ -111,7 +112,7 @@ def inside_forward(model: nn.Module, function: Callable[..., Any], *args: Any, *
 
 
 def _as_exact(wrapped: Any, exact: Any) -> Any:
-    """The values of `exact`, with the way back for gradients that `wrapped` has."""
+    """The values of `exact`, through which gradients flow back as through `wrapped`."""
     if isinstance(exact, tuple):
         parts = list(map(_as_exact, wrapped, exact))
         return type(exact)(*parts) if hasattr(exact, "_fields") else tuple(parts)
@@ -126,20 +127,20 @@ def forward_logits(
     attention_mask: Shaped[Tensor, "batch seq"],
     soft_prompt: Float[Tensor, "virtual hidden"] | None = None,
 ) -> Float[Tensor, "batch seq vocab"]:
-    """Next-token logits at all positions, equal to those of every row alone, without padding.
+    """Next-token logits at all positions. They equal those of each row alone, without padding.
 
     Args:
         model: A causal language model, plain, PEFT or wrapped for data parallelism.
         input_ids (`Tensor` of shape `(batch, seq)`): Rows padded on the left, on the right or on both sides.
-        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding; the ones of a row are
+        attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding. The ones of a row are
             contiguous.
-        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before the first
-            token of each row. It is cast to the dtype of the model's embeddings; its gradient flows back in its own
+        soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Comes directly before the first
+            token of each row. It is cast to the dtype of the model's embeddings. Its gradient flows back in its own
             dtype.
 
     Returns:
-        `Tensor` of shape `(batch, seq, vocab)` in the model's dtype: entry `i` follows `input_ids[:, i]`, with or
-        without a soft prompt. Entries at padding mean nothing.
+        `Tensor` of shape `(batch, seq, vocab)` in the model's dtype. Entry `i` is for the token after
+        `input_ids[:, i]`, with or without a soft prompt. Entries at padding mean nothing.
     """
     bare = extract_model_from_parallel(model)
     inputs = _inputs(bare, _base(bare), input_ids, attention_mask, soft_prompt)
@@ -147,7 +148,7 @@ def forward_logits(
 
 
 class TokenLogits(Protocol):
-    """What a teacher says at some tokens. It may run ([`TokenStates`]) or be read from a cache."""
+    """A model's output at some tokens. It comes from a model that runs ([`TokenStates`]) or from a cache."""
 
     def __len__(self) -> int: ...
 
@@ -155,20 +156,22 @@ class TokenLogits(Protocol):
         """Logits or log-probabilities `(end - start, vocab)` in float32."""
 
     def entropies(self) -> Float[Tensor, "tokens"] | None:
-        """If the logits are those of draws from a distribution: its entropies `(num_tokens,)` in nats."""
+        """If the logits are those of draws: entropies `(num_tokens,)`, in nats, of the distributions drawn from."""
 
 
 @dataclass
 class TokenStates:
     """
-    What a model knows at some tokens, before its output head, and the way from there to its logits.
+    A model's hidden states at some tokens, before its output head, and the way from there to its logits.
 
     Args:
-        hidden_states (`Tensor` of shape `(num_tokens, hidden)`): Of the model's decoder, in its dtype.
+        hidden_states (`Tensor` of shape `(num_tokens, hidden)`): Output of the model's decoder, in its dtype.
         model: The bare model that they come from.
         vocab_size (`int`, *optional*): Only the first `vocab_size` logits count, if vocabularies are padded
             differently.
-        are_logits (`bool`): `hidden_states` are logits `(num_tokens, vocab)`; see [`~TokenStates.with_logits`].
+        detached (`bool`): Whether no gradient flows through it, see [`~TokenStates.detach`].
+        are_logits (`bool`): Whether `hidden_states` are logits `(num_tokens, vocab)`, see
+            [`~TokenStates.with_logits`].
     """
 
     hidden_states: Tensor
@@ -187,18 +190,18 @@ class TokenStates:
     def head(self, states: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocab"]:
         """Logits `(num_tokens, vocab)` in float32 of some hidden states.
 
-        They are what the model's own forward makes of them: its bias, scaling, soft-capping, quantized weights and
-        adapters are all in them.
+        The model's own forward pass computes them. Its bias, scaling, soft-capping, quantized weights and adapters
+        are therefore included.
         """
         if self.are_logits:
             return states[:, : self.vocab_size].to(torch.float32, copy=True)
         return self._run_head(states)[:, : self.vocab_size].float().to(self.hidden_states.device)
 
     def with_logits(self) -> "TokenStates":
-        """The same with the logits of all tokens in place of the states.
+        """A copy with the logits of all tokens in place of the hidden states.
 
-        For the head of a sharded model, whose weights are there once in a forward pass: to ask it for a few tokens at
-        a time, or to take its gradient before the backward pass, would get the wrapper out of step.
+        A sharded model needs this, because its weights are gathered once in a forward pass. To run its head on a few
+        tokens at a time, or to take its gradient before the backward pass, would put the wrapper out of step.
         """
         return replace(self, hidden_states=self._run_head(self.hidden_states), are_logits=True)
 
@@ -210,14 +213,14 @@ class TokenStates:
             return type(base).forward(base, input_ids=ids, use_cache=False, **router).logits[0]
 
     def entropies(self) -> None:
-        """None: the logits are the model's own."""
+        """`None`, as the logits are the model's own."""
 
     def __getitem__(self, tokens: slice) -> "TokenStates":
-        """Of some tokens only."""
+        """A copy with some of the tokens."""
         return replace(self, hidden_states=self.hidden_states[tokens])
 
     def detach(self) -> "TokenStates":
-        """The same, through which no gradient flows: neither to the states nor to the head."""
+        """A copy through which no gradient flows, neither to the states nor to the head."""
         return replace(self, hidden_states=self.hidden_states.detach(), detached=True)
 
     @property
@@ -225,8 +228,8 @@ class TokenStates:
         return not self.detached and (self.hidden_states.requires_grad or bool(self.head_parameters()))
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that turn states into logits: those outside the decoder, and a head tied to its
-        inside."""
+        """The trainable parameters that turn states into logits. These are the ones outside the decoder, and a head
+        that is tied to weights inside it."""
         if self.are_logits:
             return []
         base = _base(self.model)
@@ -244,27 +247,27 @@ def completion_states(
     vocab_size: int | None = None,
     padding_free: bool = False,
 ) -> TokenStates:
-    """The states that predict the trained tokens, and no others.
+    """The hidden states that predict the trained tokens.
 
     Args:
-        model: A causal language model, plain or PEFT; of one that is trained, the bare model [`inside_forward`].
+        model: A causal language model, plain or PEFT. If it is trained, the bare model inside [`inside_forward`].
         input_ids, attention_mask, soft_prompt: As for [`forward_logits`].
-        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on. A label in column 0 has
-            nothing before it and is left out.
-        vocab_size (`int`, *optional*): See [`TokenStates`].
-        padding_free (`bool`): Run the rows end to end in one sequence, without their padding. Only where positions
-            start again does a row begin: [`~trl_promptkd.models.compare.check_forward`] measures whether the model
-            keeps rows apart. Not with a soft prompt.
+        labels (`Tensor` of shape `(batch, seq)`): -100 for tokens that are not trained on. A label in column 0 is
+            ignored, as nothing precedes it.
+        vocab_size (`int`, *optional*): As for [`TokenStates`].
+        padding_free (`bool`): Run the rows end to end in one sequence, without their padding. Only the positions,
+            which start again, show where a row begins. [`~trl_promptkd.models.compare.check_forward`] measures whether
+            the model keeps rows apart. Not supported with a soft prompt.
 
     Returns:
-        [`TokenStates`] in the order of `labels[:, 1:] != -100`; with logits already if the model is sharded.
+        [`TokenStates`] in the order of `labels[:, 1:] != -100`. It holds logits already if the model is sharded.
     """
     decoder = _decoder(_base(model))
-    width = max(input_ids.size(1) - 1, 1)  # what follows the last token is not needed
+    width = max(input_ids.size(1) - 1, 1)  # no prediction after the last token is needed
     rows = input_ids[:, :width], attention_mask[:, :width]
     trained = F.pad(labels, (0, 1), value=-100)[:, 1 : width + 1] != -100  # (batch, width)
     if padding_free:
-        kept = rows[1].bool() | trained  # a label on padding means nothing, but counts, as in a padded batch
+        kept = rows[1].bool() | trained  # a label on padding has no meaning, but counts as in a padded batch
         inputs, trained = _end_to_end(decoder, *rows, kept), trained[kept].unsqueeze(0)  # (1, tokens)
     else:
         inputs = _inputs(model, decoder, *rows, soft_prompt)
@@ -294,9 +297,9 @@ def _inputs(
 
 
 def _end_to_end(module: nn.Module, input_ids: Tensor, attention_mask: Tensor, kept: Tensor) -> dict[str, Any]:
-    """Arguments for the forward of `module`: what is kept of all rows, in one sequence.
+    """Arguments for the forward of `module`: the kept tokens of all rows, in one sequence.
 
-    With a mask, or with a cache, transformers would not look for rows in the positions.
+    With a mask or a cache, transformers would not tell rows apart by their positions. So there is neither.
     """
     inputs: dict[str, Any] = {"use_cache": False, "input_ids": input_ids[kept].unsqueeze(0)}
     if _takes_positions(module):
@@ -313,19 +316,19 @@ def _positions(attention_mask: Tensor) -> Tensor:
 
 
 def without_router_logits(model: nn.Module) -> dict[str, bool]:
-    """The argument that keeps a mixture of experts from its load-balancing loss; none for other models.
+    """The argument that switches off the load-balancing loss of a mixture of experts. Empty for other models.
 
-    Some checkpoints ask for router logits in their configuration. The loss made of them fails in a padded batch that
-    is generated.
+    Some checkpoints switch router logits on in their configuration. The loss that is computed from them fails when a
+    padded batch is generated.
     """
     known = inspect.signature(type(_base(model)).forward).parameters
     return {"output_router_logits": False} if "output_router_logits" in known else {}
 
 
 def _decoder(base: Any) -> Any:
-    """The module that makes the hidden states which the output head turns into logits.
+    """The module whose hidden states the output head turns into logits.
 
-    It is what `get_decoder` names. Some models name themselves (Llama 4) or their head (ModernBERT) there.
+    Usually `get_decoder` returns it. Some models return themselves (Llama 4) or their head (ModernBERT) there.
 
     Raises:
         ValueError: if the model has no such module.
@@ -342,8 +345,8 @@ def _decoder(base: Any) -> Any:
 
 
 def below_the_head(base: Any) -> list[nn.Module]:
-    """The decoder, and the model around it where that is not `base` itself: in a multimodal model, what embeds text
-    and images."""
+    """The decoder, and the module around it if that is not `base` itself. In a multimodal model, that module embeds
+    text and images."""
     decoder, around = _decoder(base), base.base_model
     is_around = around is not base and around is not decoder and any(module is decoder for module in around.modules())
     return [decoder, around] if is_around else [decoder]
@@ -354,7 +357,7 @@ class _StatesAlone(BaseModelOutputWithPast):
     """Stands in for a decoder's output: the states, and `None` for whatever else a model may return (router logits,
     image states)."""
 
-    last_hidden_state: Tensor | None = None  # of any dtype: older transformers say float32
+    last_hidden_state: Tensor | None = None  # of any dtype. Older versions of transformers annotate float32
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -364,10 +367,10 @@ class _StatesAlone(BaseModelOutputWithPast):
 
 @contextmanager
 def _decoder_replaced(base: Any, states: Tensor) -> Iterator[None]:
-    """Inside, `base`'s forward takes `states` `(num_tokens, hidden)` for the output of its decoder.
+    """Inside, `states` `(num_tokens, hidden)` replace the output of the decoder in `base`'s forward pass.
 
     Raises:
-        ValueError: if the forward does not call the decoder, so that its output is something else.
+        ValueError: if the forward pass does not call the decoder.
     """
     modules, called = below_the_head(base), []
     own = [module.__dict__.get("forward") for module in modules]
@@ -400,10 +403,10 @@ def prompted_embeddings(
     attention_mask: Shaped[Tensor, "batch seq"],
     soft_prompt: Float[Tensor, "virtual hidden"],
 ) -> tuple[Float[Tensor, "batch virtual+seq hidden"], Shaped[Tensor, "batch virtual+seq"]]:
-    """The embeddings of rows with the soft prompt between a row's left padding and its first token.
+    """The embeddings of rows, with the soft prompt between a row's left padding and its first token.
 
-    PEFT puts it before the padding, which moves the text away from it. Here row `[pad pad a b]` becomes
-    `[pad pad P a b]`: the token at column `i` is found at column `i + num_virtual_tokens` in every row.
+    PEFT puts the prompt before the padding, which separates it from the text. Here the row `[pad pad a b]` becomes
+    `[pad pad P a b]`. A token at column `i` moves to column `i + num_virtual_tokens` in every row.
 
     Returns:
         Embeddings `(batch, num_virtual_tokens + seq, hidden)` and mask `(batch, num_virtual_tokens + seq)`.
@@ -417,8 +420,8 @@ def prompted_embeddings(
     is_prompt = (columns >= start) & (columns < start + virtual)  # (batch, virtual + seq)
     source = torch.where(columns < start, columns, (columns - virtual).clamp(min=0))  # column in token_embeds
     prompt_index = (columns - start).clamp(0, virtual - 1)  # (batch, virtual + seq): row of soft_prompt
-    # Cast after the lookup, so that the gradient of the rows adds up in the prompt's own precision
-    # Indexing would add gradients up in another order each time, on several threads
+    # Cast after the lookup, so that the gradients of the rows add up in the prompt's own precision. `F.embedding`,
+    # because on several threads indexing would add them up in another order each time
     prompt_embeds = F.embedding(prompt_index, soft_prompt.to(token_embeds.device)).to(token_embeds.dtype)
     text_embeds = token_embeds.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden))
     embeds = torch.where(is_prompt.unsqueeze(-1), prompt_embeds, text_embeds)

@@ -11,13 +11,13 @@ from transformers import BitsAndBytesConfig
 
 __all__ = ["check_bitsandbytes", "check_init_kwargs", "from_pretrained_kwargs", "hub_kwargs"]
 
-# Those that say where files are, without leave to run code
+# Arguments that say where files are. None of them allows code to run
 _HUB_KWARGS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None:
-    """Reject arguments of `from_pretrained` that it would take wrongly, or ignore: a `dtype` that is none, or
-    two, and a quantization that quantizes nothing."""
+    """Reject arguments that `from_pretrained` would misread or ignore, such as an unknown `dtype`, two of them, or a
+    quantization that quantizes nothing."""
     kwargs = init_kwargs or {}
     for name in ("dtype", "torch_dtype"):
         dtype = kwargs.get(name)
@@ -51,7 +51,7 @@ def check_init_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> None
 
 
 def check_bitsandbytes(field: str) -> None:
-    """Reject a quantization without what does it.
+    """Reject a quantization if bitsandbytes is not installed.
 
     Raises:
         ImportError: saying how to install it.
@@ -64,7 +64,8 @@ def check_bitsandbytes(field: str) -> None:
 
 
 def from_pretrained_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A user's arguments, checked, with `dtype` by this name and as a torch dtype or "auto": TRL knows few others."""
+    """A user's arguments, checked. The dtype is under the key `dtype`, as a torch dtype or "auto": TRL takes few other
+    forms."""
     check_init_kwargs(field, init_kwargs)
     kwargs = dict(init_kwargs or {})
     if "torch_dtype" in kwargs:
@@ -75,5 +76,5 @@ def from_pretrained_kwargs(field: str, init_kwargs: Mapping[str, Any] | None) ->
 
 
 def hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Those that say where files are."""
+    """The arguments that say where files are."""
     return {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}

@@ -1,4 +1,4 @@
-"""What several teachers say at the tokens of one batch, each at its own, as if one of them said it."""
+"""The output of several teachers, each at its own tokens of one batch, joined as if it came from one teacher."""
 
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ __all__ = ["JoinedLogits"]
 
 class JoinedLogits:
     """
-    What several models say at the tokens of one batch. It follows [`TokenLogits`].
+    The output of several models at the tokens of one batch. It follows [`TokenLogits`].
 
     Args:
-        parts (`Mapping`): Of each model, by what it is called in messages: the places of its tokens in the batch, in
-            rising order, and what it says at them. The widths of their logits are the same.
+        parts (`Mapping`): From each model's name in messages to the places of its tokens in the batch, in rising
+            order, and its output at them. The logits of all models have the same width.
 
     Raises:
-        ValueError: if a model says something about more or fewer tokens than there are places.
+        ValueError: if a model's output is for more or fewer tokens than there are places.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Int[Tensor, "own"], TokenLogits]]):
@@ -47,8 +47,8 @@ class JoinedLogits:
         return torch.cat(found)[torch.cat(at).argsort()]
 
     def entropies(self) -> Float[Tensor, "tokens"] | None:
-        """Of what was drawn from, `(num_tokens,)` in nats: NaN at tokens of models that draw nothing, and `None` if
-        none of them does."""
+        """Entropies `(num_tokens,)`, in nats, of the distributions drawn from. NaN at tokens of models whose logits
+        are not those of draws. `None` if no model's are."""
         known = [(places, said.entropies()) for places, said in self.parts.values()]
         drawn = [(places, entropies) for places, entropies in known if entropies is not None]
         if not drawn:

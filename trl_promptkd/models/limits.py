@@ -1,4 +1,7 @@
-"""What a model can take: tokens that it embeds, as people extend a tokenizer and forget a model, and positions."""
+"""The limits of a model: the tokens that it embeds, and its positions.
+
+If a tokenizer was extended and a model was not resized, the model has no embeddings for the new tokens.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,14 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Embedded", "check_positions", "check_rows_embedded", "embedded_by", "position_limit"]
 
-# A role ("student", "teacher") -> how many ids its model embeds, and the columns of rows that it sees
+# A role ("student", "teacher") -> the number of ids that its model embeds, and the columns of rows that it sees
 Embedded = Mapping[str, tuple[int, Sequence[str]]]
 
 
 def embedded_by(
     models: Mapping[str, tuple[PreTrainedModel, Sequence[str]]], processing_class: PreTrainedTokenizerBase
 ) -> Embedded:
-    """What each model of a role embeds, at least the pad token and the end-of-text token."""
+    """What the model of each role embeds. The pad token and the end-of-text token must be embedded.
+
+    Raises:
+        ValueError: naming a token without an embedding.
+    """
     embedded = {}
     for role, (model, columns) in models.items():
         embeddings: Any = model.get_input_embeddings()
@@ -35,12 +42,15 @@ def embedded_by(
 
 
 def check_rows_embedded(dataset: Any, name: str, processing_class: PreTrainedTokenizerBase, embedded: Embedded) -> Any:
-    """Reject tokenized rows with a token that a model has no embedding for, naming both.
+    """Reject tokenized rows with a token that a model has no embedding for.
 
     The tokenizer may know more tokens than a model, such as those of images, as long as they do not occur.
 
     Returns:
         The data set, or a stream that checks its rows as they come.
+
+    Raises:
+        ValueError: naming the token and the model.
     """
     if isinstance(dataset, dict):
         return {
@@ -77,14 +87,19 @@ def _missing(index: int, role: str, size: int) -> str:
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
-    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it is not bound by one."""
+    """The number of learned absolute positions of a model (GPT-2, OPT, ...), or `None` if it has none."""
     names = ("wpe", "embed_positions", "position_embeddings")
     learned = any(isinstance(m, nn.Embedding) and name.endswith(names) for name, m in model.named_modules())
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
 
 
 def check_positions(role: str, model: PreTrainedModel, longest: int, remedy: str) -> None:
-    """Reject rows, of which the longest needs `longest` positions, before they run out of learned ones in a run."""
+    """Reject rows before training if a model has too few learned positions for them.
+
+    Args:
+        longest: Positions that the longest row needs.
+        remedy: What the user can do, for the message.
+    """
     limit = position_limit(model)
     if limit is not None and longest > limit:
         raise ValueError(f"The {role} has {limit} positions, but the longest row needs {longest}. {remedy}")

@@ -1,4 +1,4 @@
-"""A model's output head alone: what turns hidden states that were computed elsewhere into its logits."""
+"""A model's output head alone, which turns hidden states that were computed elsewhere into logits."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from .student import adapter_config
 __all__ = ["head_kwargs", "hidden_size", "load_output_head", "move_output_head"]
 
 _CODE_KWARGS = ("trust_remote_code", "code_revision")
-_DTYPES = ("F16", "BF16", "F32", "F64")  # of safetensors
+_DTYPES = ("F16", "BF16", "F32", "F64")  # names in safetensors
 _FIELD = "teacher_model_init_kwargs"
 
 
@@ -36,14 +36,14 @@ def load_output_head(
 ) -> PreTrainedModel:
     """A causal language model of which only the output head is loaded. Everything else is on the meta device.
 
-    [`~trl_promptkd.models.forward.TokenStates`] makes logits of hidden states with it. They are what the model's own
-    forward makes of them: its scaling, soft-capping and biases are part of it. Of a sharded checkpoint, only the
-    shards that hold the head are read, and downloaded.
+    [`~trl_promptkd.models.forward.TokenStates`] turns hidden states into logits with it. The model's own forward pass
+    does that, so its scaling, soft-capping and biases are included. If a checkpoint has several files, only those that
+    hold the head are downloaded and read.
 
     Args:
-        name_or_path (`str`): Hub id or folder, with safetensors files that are not quantized where the head is.
-        init_kwargs (`Mapping`, *optional*): `dtype` (by default that of the configuration), and what says where files
-            are, such as `revision` and `token`.
+        name_or_path (`str`): Hub id or folder with safetensors files, in which the head is not quantized.
+        init_kwargs (`Mapping`, *optional*): `dtype` (by default the configuration's), and arguments that say where
+            files are, such as `revision` and `token`.
         trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
 
     Returns:
@@ -51,8 +51,8 @@ def load_output_head(
 
     Raises:
         OSError: if there is no such model, or if it has no safetensors files.
-        ValueError: for arguments that say nothing about a head, for an adapter, and if the head is not in the files or
-            has another shape than the configuration says.
+        ValueError: for arguments that have no effect on a head, and for an adapter. Also if the head is not in the
+            files, is quantized, or has another shape than the configuration says.
     """
     kwargs = head_kwargs(init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
@@ -72,7 +72,7 @@ def load_output_head(
             f"The output head of the teacher {name_or_path!r} could not be loaded. Check the name (a Hub id or a "
             f"folder), that you have access to it, and that its files are whole. ({str(error).splitlines()[0]})"
         ) from error
-    with suppress(OSError):  # many models publish none
+    with suppress(OSError):  # many models have none
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **files)
     return model.requires_grad_(False).eval()
 
@@ -94,7 +94,7 @@ def head_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def move_output_head(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the loaded weights to `device`. `model.to` cannot: the others have no values."""
+    """Move the loaded weights to `device`. `model.to` fails, because the other weights have no values."""
     for parameter in model.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.to(device)
@@ -121,17 +121,17 @@ def _empty_model(config: Any, dtype: Any, of_code: Mapping[str, Any]) -> PreTrai
             if "Unrecognized configuration class" not in str(error):
                 raise
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **of_code)
-    model.tie_weights()  # what was tied inside has come apart
+    model.tie_weights()  # on the meta device, weights that were tied are tensors of their own
     return model
 
 
 def _load_head(model: PreTrainedModel, name_or_path: str, files: Mapping[str, Any]) -> None:
-    """Give a value to all that turns states into logits."""
+    """Load the weights that turn hidden states into logits."""
     head = model.get_output_embeddings()
     wanted = {id(parameter) for parameter in head.parameters()}
     below = {id(value) for module in below_the_head(model) for value in module.state_dict(keep_vars=True).values()}
     empty = model.state_dict(keep_vars=True)
-    aliases: dict[int, list[str]] = {}  # of tensors under several names, the head's own name comes first
+    aliases: dict[int, list[str]] = {}  # names of each tensor. The head's own name comes first
     for name, value in empty.items():
         if id(value) not in below - wanted:
             is_own = model.get_submodule(name.rpartition(".")[0]) is head
@@ -176,13 +176,13 @@ def _path(name_or_path: str, file: str, files: Mapping[str, Any]) -> str:
 
 
 def _key_of(names: Sequence[str], keys: Mapping[str, str]) -> str | None:
-    """What a checkpoint calls a weight: one of its names in the model, or the only one with the same end.
+    """The name of a weight in a checkpoint: one of its names in the model, or the only name that ends like one.
 
-    The checkpoint of a model without its head has names with another beginning.
+    Names begin differently in the checkpoint of a model that was saved without its head.
     """
     for name in names:
         parts = name.split(".")
-        for start in range(max(len(parts) - 1, 1)):  # at least the module's name and the weight's
+        for start in range(max(len(parts) - 1, 1)):  # an ending has at least the names of module and weight
             end = ".".join(parts[start:])
             found = [other for other in keys if other == end or other.endswith(f".{end}")]
             if end in found or len(found) == 1:

@@ -15,16 +15,16 @@ __all__ = ["flags_restored", "nothing_changed", "random_state_restored"]
 
 @contextmanager
 def flags_restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards, every parameter has the `requires_grad` that it had before, and every module its training mode.
+    """Restore each parameter's `requires_grad` and each module's training mode afterwards.
 
-    When PEFT switches an adapter on again, it sets `requires_grad` of all its weights, also of those the user froze.
+    When PEFT switches an adapter on again, it sets `requires_grad` of all its weights, even of those the user froze.
     """
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        for name, parameter in model.named_parameters():  # by name: FSDP2 may hold other tensors than before
+        for name, parameter in model.named_parameters():  # by name, as FSDP2 may have replaced the tensors
             if parameter.requires_grad != flags.get(name, parameter.requires_grad):
                 parameter.requires_grad_(flags[name])
         for module, mode in modes:
@@ -33,10 +33,10 @@ def flags_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def nothing_changed(trainer: Any) -> Iterator[None]:
-    """Around an evaluation, so that training continues as it would have without it.
+    """Put this around an evaluation, and training continues as it would have without it.
 
-    A data loader, too, takes a seed from torch's global state each time it starts. And when a callback evaluates in
-    the middle of a step, the metrics are logged, after which transformers takes the step for logged.
+    Even a data loader takes a seed from torch's global random state each time it starts. If a callback evaluates in
+    the middle of a step, the metrics are logged. transformers then believes that the step was logged.
     """
     should_log = trainer.control.should_log
     with random_state_restored(trainer.accelerator.device), flags_restored(trainer.model):
@@ -46,7 +46,7 @@ def nothing_changed(trainer: Any) -> Iterator[None]:
 
 @contextmanager
 def random_state_restored(device: torch.device) -> Iterator[None]:
-    """Afterwards, torch (on the CPU and on `device`), numpy and Python have the random states they had before."""
+    """Restore the random states of torch (on the CPU and on `device`), numpy and Python afterwards."""
     states = random.getstate(), np.random.get_state()
     forked = device.type in ("cuda", "xpu")
     try:

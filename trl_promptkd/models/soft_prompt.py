@@ -1,7 +1,7 @@
 """The soft prompt: its configuration, its parameters in one of PEFT's encoders, and its files.
 
-The teacher is not wrapped: it may be quantized, already a PEFT model, or the student itself with its adapter switched
-off. What is saved is a standard PEFT adapter all the same, which `PeftModel.from_pretrained(teacher, ...)` loads.
+The teacher is not wrapped. It may be quantized, already a PEFT model, or the student itself with its adapter switched
+off. The saved files are a standard PEFT adapter nevertheless, which `PeftModel.from_pretrained(teacher, ...)` loads.
 """
 
 import copy
@@ -26,11 +26,11 @@ from .forward import input_embeddings
 
 __all__ = ["ADAPTER_FOLDER", "PromptEncoderConfig", "SoftPrompt", "check_peft_config"]
 
-ADAPTER_FOLDER = "teacher_prompt"  # beside the student's files, in checkpoints and on the Hub
+ADAPTER_FOLDER = "teacher_prompt"  # within the student's folder, in checkpoints and on the Hub
 PARAMETERS_FILE = "prompt_encoder.safetensors"
 _INITS = {"text": "TEXT", "random": "RANDOM", "vocab": "SAMPLE_VOCAB"}
 _ENCODERS = ("embedding", "mlp", "lstm")
-# Not those that wait for metrics
+# Without schedules that wait for metrics
 _SCHEDULES = [s.value for s in SchedulerType if s not in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)]
 
 
@@ -43,9 +43,9 @@ class PromptEncoderConfig:
         num_virtual_tokens (`int`, *optional*, defaults to `7`):
             Number of trainable embeddings before the teacher's input.
         prompt_init (`str`, *optional*, defaults to `"text"`):
-            What they start from: `"text"`, the embeddings of `prompt_init_text`, repeated or cut to
-            `num_virtual_tokens`; `"vocab"`, those of randomly drawn tokens; `"random"`, normal noise with the standard
-            deviation of the teacher's embeddings.
+            Where training starts. `"text"`: the embeddings of `prompt_init_text`, repeated or cut to
+            `num_virtual_tokens`. `"vocab"`: the embeddings of randomly drawn tokens. `"random"`: normal noise with the
+            standard deviation of the teacher's embeddings.
         prompt_init_text (`str`, *optional*, defaults to `"Suppose you are a student."`):
             Text for `prompt_init="text"`.
         encoder (`str`, *optional*, defaults to `"embedding"`):
@@ -53,8 +53,8 @@ class PromptEncoderConfig:
             network that produces them (PEFT P-tuning) and starts at the same embeddings.
         prompt_learning_rate (`float`, *optional*):
             Learning rate of the prompt. `None` takes the student's, as the paper does. A prompt that learns much
-            faster than its student follows it instead of leading it. `0` keeps the prompt as it starts, and a step
-            then costs what plain on-policy distillation costs.
+            faster than its student follows it instead of leading it. `0` keeps the prompt as it starts. A step then
+            costs as much as one of plain on-policy distillation.
         prompt_weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of the prompt's AdamW.
         prompt_lr_scheduler_type (`str`, *optional*):
@@ -62,14 +62,14 @@ class PromptEncoderConfig:
         prompt_warmup_steps (`int`, *optional*):
             Warm-up steps of that schedule. `None` takes the student's.
         prompt_max_grad_norm (`float`, *optional*, defaults to `1.0`):
-            The prompt's gradient is scaled down to this norm; `0` turns clipping off.
+            Norm to which the prompt's gradient is clipped. `0` turns clipping off.
     """
 
     num_virtual_tokens: int = field(
         default=7, metadata={"help": "Number of trainable embeddings before the teacher's input."}
     )
     prompt_init: str = field(
-        default="text", metadata={"help": "What the soft prompt starts from.", "choices": list(_INITS)}
+        default="text", metadata={"help": "Where the soft prompt's training starts.", "choices": list(_INITS)}
     )
     prompt_init_text: str = field(
         default="Suppose you are a student.", metadata={"help": "Text for `prompt_init='text'`."}
@@ -80,17 +80,17 @@ class PromptEncoderConfig:
     )
     prompt_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the soft prompt; by default the student's. 0 keeps it fixed."},
+        metadata={"help": "Learning rate of the soft prompt. None: the student's. 0 keeps the prompt fixed."},
     )
     prompt_weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of the soft prompt."})
     prompt_lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "Learning rate schedule of the soft prompt; by default the student's."}
+        default=None, metadata={"help": "Learning rate schedule of the soft prompt. None: the student's."}
     )
     prompt_warmup_steps: int | None = field(
-        default=None, metadata={"help": "Warm-up steps of the soft prompt; by default the student's."}
+        default=None, metadata={"help": "Warm-up steps of that schedule. None: the student's."}
     )
     prompt_max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Norm to which the soft prompt's gradient is clipped; 0 turns clipping off."}
+        default=1.0, metadata={"help": "Norm to which the soft prompt's gradient is clipped. 0 turns clipping off."}
     )
 
     def __post_init__(self):
@@ -118,7 +118,7 @@ class PromptEncoderConfig:
         `peft.PromptEncoderConfig`.
 
         Args:
-            teacher: Fills in hidden size, heads and layers; without it they stay `None`.
+            teacher: Provides hidden size, heads and layers. Without it they stay `None`.
             processing_class: The teacher's tokenizer or its name, which PEFT records for `prompt_init="text"`.
         """
         name = None if teacher is None else teacher.config._name_or_path
@@ -143,7 +143,7 @@ class PromptEncoderConfig:
 def _filled(config: Any, teacher: PreTrainedModel) -> Any:
     """A PEFT configuration with the width of a model's embeddings, its layers and its heads.
 
-    PEFT wants those two when it loads the adapter, but uses neither: 1 stands for what a model lacks (Mamba, RWKV).
+    PEFT needs layers and heads to load the adapter, but uses neither. A model without them (Mamba, RWKV) gets 1.
     """
     about = teacher.config.get_text_config()
     width = embedding_width(input_embeddings(teacher))
@@ -187,7 +187,7 @@ class SoftPrompt(nn.Module):
         config ([`PromptEncoderConfig`], `peft.PromptTuningConfig` or `peft.PromptEncoderConfig`):
             What to build.
         teacher ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Gives hidden size and initial embeddings. It is not changed.
+            Provides hidden size and initial embeddings. It is not changed.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizes the initial text.
 
@@ -218,7 +218,7 @@ class SoftPrompt(nn.Module):
         else:
             self.peft_config.encoder_dropout = 0.0  # the prompt must be the same in every pass
             self.encoder = PTuningEncoder(self.peft_config).float()
-            if is_ours:  # PEFT's own configuration says nothing of where to start
+            if is_ours:  # PEFT's own configuration does not say where to start
                 self._start_encoder_at(start)
         self.to(start.device)
         self.initial: Tensor
@@ -238,7 +238,7 @@ class SoftPrompt(nn.Module):
 
     @torch.no_grad()
     def _start_encoder_at(self, target: Tensor) -> None:
-        """Make the network's output equal `target` by the smallest change of its last layer."""
+        """Make the network's output equal `target`, with the smallest change of its last layer."""
         last: Any = self.encoder.mlp_head[-1]
         features: list[Tensor] = []
         hook = last.register_forward_hook(lambda module, args, output: features.append(args[0].double()))
@@ -248,22 +248,22 @@ class SoftPrompt(nn.Module):
         last.weight += change.solution.T.to(last.weight.dtype)
 
     def save_adapter(self, folder: str) -> None:
-        """Write a standard PEFT adapter, `adapter_config.json` and `adapter_model.safetensors`, and
-        `prompt_encoder.safetensors`, the parameters from which training resumes."""
+        """Write the prompt to `folder`. `adapter_config.json` and `adapter_model.safetensors` are a standard PEFT
+        adapter. `prompt_encoder.safetensors` has the parameters from which training resumes."""
         os.makedirs(folder, exist_ok=True)
         config = copy.copy(self.peft_config)
         config.inference_mode = True
         config.save_pretrained(folder)
-        # P-tuning adapters hold the network's output, which is all that is needed to use the prompt
+        # A P-tuning adapter holds the network's output. Nothing else is needed to use the prompt
         write_safetensors({"prompt_embeddings": self().detach()}, os.path.join(folder, "adapter_model.safetensors"))
         write_safetensors(self.state_dict(), os.path.join(folder, PARAMETERS_FILE))
 
     def load_parameters(self, folder: str) -> None:
-        """Set the prompt, with its encoder, to what [`~SoftPrompt.save_adapter`] wrote to `folder`.
+        """Load the prompt, with its encoder, from a `folder` that [`~SoftPrompt.save_adapter`] wrote.
 
         Raises:
-            FileNotFoundError: if there is nothing.
-            ValueError: if it is not a finite prompt of this shape and type.
+            FileNotFoundError: if the folder holds no prompt.
+            ValueError: if the prompt has another shape or type, or is not finite.
         """
         path = os.path.join(folder, PARAMETERS_FILE)
         advice = "Resume from another checkpoint, or start afresh without `resume_from_checkpoint`."
@@ -287,7 +287,7 @@ class SoftPrompt(nn.Module):
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str, metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` so that `path` holds either what it held before or all of them."""
+    """Write `tensors` to `path` atomically: after a crash it holds all of them, or what it held before."""
     with whole_file(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
@@ -303,7 +303,7 @@ def _initial_embeddings(
     """The embeddings a soft prompt starts from, `(num_virtual_tokens, hidden)` in float32."""
     device = next(embeddings.parameters()).device
     num_embeddings = getattr(embeddings, "num_embeddings", math.inf)
-    # Rows beyond the tokenizer's ids are padding, and mean nothing. Sorted: `get_vocab` has another order each time
+    # Rows beyond the tokenizer's ids are padding. Sorted, because the order of `get_vocab` changes
     ids = sorted(index for index in processing_class.get_vocab().values() if index < num_embeddings)
     real = torch.tensor(ids, device=device)
     if init == PromptTuningInit.TEXT:
@@ -312,13 +312,13 @@ def _initial_embeddings(
         return embeddings(torch.tensor((text_ids * repeats)[:num_virtual_tokens], device=device)).float()
     if init == PromptTuningInit.SAMPLE_VOCAB:
         return embeddings(real[torch.randint(len(real), (num_virtual_tokens,), device=device)]).float()
-    # Of what the module puts out, which is not its weight in models that scale it (Gemma)
+    # Measured on the module's output: some models scale it, so that it is not the weight (Gemma)
     scale = embeddings(real[:: max(len(real) // 4096, 1)]).float().std()
     return scale * torch.randn(num_virtual_tokens, embedding_width(embeddings), device=device)
 
 
 def embedding_width(embeddings: Any) -> int:
-    """Numbers a token has after the embedding module. Its weight has another shape if it is quantized."""
+    """Width of the embedding module's output. A quantized weight has another shape."""
     device = next(embeddings.parameters()).device
     return embeddings(torch.zeros(1, dtype=torch.long, device=device)).size(-1)
 

@@ -1,4 +1,4 @@
-"""The student: loading an adapter by name, and the proof that there is something to train."""
+"""The student: loading an adapter by name, and the check that there is something to train."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,23 +17,23 @@ __all__ = ["adapter_config", "check_trains", "student_by_name"]
 
 
 def adapter_config(name: Any, init_kwargs: Mapping[str, Any] | None = None) -> PeftConfig | None:
-    """The configuration of the PEFT adapter in a folder or a Hub repository; `None` if there is none."""
+    """The configuration of the PEFT adapter in a folder or a Hub repository, or `None` if there is none."""
     if not isinstance(name, str) or not name:
         return None
     kwargs = hub_kwargs(init_kwargs)
     try:
         found = find_adapter_config_file(name, **kwargs)
-    except OSError:  # whoever loads the model says why
+    except OSError:  # loading the model will say why
         found = None
     return None if found is None else PeftConfig.from_pretrained(name, **kwargs)
 
 
 @contextmanager
 def student_by_name(model: Any, args: Any, quantization_config: Any = None) -> Iterator[tuple[Any, Any]]:
-    """What TRL's `__init__` gets as `model` and `quantization_config`; inside, `args` hold what TRL understands.
+    """Yield what TRL's `__init__` gets as `model` and `quantization_config`. Inside, `args` are as TRL expects them.
 
-    TRL loads a model by its name, but not an adapter, and knows `dtype` only. An adapter is loaded here, trainable,
-    with its base model, for which `model_init_kwargs` are then meant.
+    TRL loads a model by name, but not an adapter, and knows only `dtype`. An adapter is loaded here with its base
+    model, and is trainable. `model_init_kwargs` are then for the base model.
     """
     given = args.model_init_kwargs
     config = adapter_config(model, given)
@@ -42,7 +42,7 @@ def student_by_name(model: Any, args: Any, quantization_config: Any = None) -> I
             args.model_init_kwargs = from_pretrained_kwargs("model_init_kwargs", given) or None
         else:
             model = _load_adapter(model, config, args, quantization_config)
-            args.model_init_kwargs = quantization_config = None  # have been used
+            args.model_init_kwargs = quantization_config = None  # both have been used
         yield model, quantization_config
     finally:
         args.model_init_kwargs = given
@@ -51,13 +51,13 @@ def student_by_name(model: Any, args: Any, quantization_config: Any = None) -> I
 def _load_adapter(name: str, config: PeftConfig, args: Any, quantization_config: Any) -> PeftModel:
     kwargs = from_pretrained_kwargs("model_init_kwargs", args.model_init_kwargs)
     of_adapter = hub_kwargs(kwargs)
-    for key in ("revision", "subfolder"):  # are the adapter's
+    for key in ("revision", "subfolder"):  # these are for the adapter
         kwargs.pop(key, None)
     if config.revision is not None:
         kwargs["revision"] = config.revision
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):  # as TRL has it
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):  # as in TRL
         kwargs["device_map"] = None
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     base = create_model_from_path(config.base_model_name_or_path, architecture=AutoModelForCausalLM, **kwargs)
@@ -65,7 +65,7 @@ def _load_adapter(name: str, config: PeftConfig, args: Any, quantization_config:
 
 
 def check_trains(model: nn.Module) -> None:
-    """Reject a student that no training would change: such a run ends, and its losses are logged all the same."""
+    """Reject a student that training would not change. Such a run would log losses and end without an error."""
     idle = _idle_parameters(model)
     if any(parameter.requires_grad and id(parameter) not in idle for parameter in model.parameters()):
         return
@@ -84,7 +84,7 @@ def check_trains(model: nn.Module) -> None:
 
 
 def _idle_parameters(model: nn.Module) -> set[int]:
-    """The `id`s of adapter weights that a forward pass does not use: those inactive, merged or switched off."""
+    """The `id`s of adapter weights that a forward pass does not use: inactive, merged or switched-off ones."""
     idle: set[int] = set()
     for module in model.modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):

@@ -1,4 +1,4 @@
-"""The frozen teacher: how it is loaded, where it comes from without a name, and its place beside the student."""
+"""The frozen teacher: loading it, taking it from the student if it has no name, and placing it on its device."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -48,22 +48,22 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
 
     Args:
         name_or_path (`str`): Hub id or folder.
-        init_kwargs (`Mapping`, *optional*): For `AutoModelForCausalLM.from_pretrained`; a `dtype` may be a string such
-            as `"bfloat16"`, `"auto"`, or absent, and a `quantization_config` may be a `dict`.
+        init_kwargs (`Mapping`, *optional*): Arguments of `AutoModelForCausalLM.from_pretrained`. A `dtype` may be a
+            string such as `"bfloat16"`, `"auto"`, or absent. A `quantization_config` may be a `dict`.
         trust_remote_code (`bool`): Whether code from the repository may run, unless `init_kwargs` says otherwise.
     """
     kwargs = from_pretrained_kwargs("teacher_model_init_kwargs", init_kwargs)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     quantization = kwargs.get("quantization_config")
     if isinstance(quantization, Mapping) and quantization.get("quant_method", "bitsandbytes") == "bitsandbytes":
-        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)  # a quantized checkpoint takes no dict
+        kwargs["quantization_config"] = BitsAndBytesConfig(**quantization)  # a quantized checkpoint rejects a dict
     try:
         try:
             return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
-            # A model of images and texts, used for texts only (Mistral 3, Llava)
+            # A model of images and text, used for text only (Mistral 3, Llava)
             return AutoModelForImageTextToText.from_pretrained(name_or_path, **kwargs)
     except (OSError, SafetensorError) as error:
         raise OSError(
@@ -73,14 +73,14 @@ def load_teacher(name_or_path: str, init_kwargs: Mapping[str, Any] | None = None
 
 
 def each_teacher(teacher_model: Any) -> dict[str, Any]:
-    """A trainer's `teacher_model`, or each of several, by what it is called in messages."""
+    """A trainer's `teacher_model`, or each of several teachers, by its name in messages."""
     if not isinstance(teacher_model, Mapping):
         return {"teacher_model": teacher_model}
     return {f"teacher_model[{name!r}]": one for name, one in teacher_model.items()}
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """Make `model` a teacher: evaluation mode, no gradient for any weight, right gradients through 4-bit weights."""
+    """Make `model` a teacher: evaluation mode, no gradient for any weight, correct gradients through 4-bit weights."""
     keep_four_bit_weights_differentiable(model)
     model.requires_grad_(False)
     return model.eval()
@@ -95,15 +95,15 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
         args: Has `teacher_model_init_kwargs` and `trust_remote_code`.
 
     Returns:
-        The teacher. For `None`, a frozen copy of the student, or a PEFT student itself: with its adapter switched off
-        it is its own teacher (see [`run_teacher`]).
+        The teacher. Without a `teacher_model`, it is a frozen copy of the student. A PEFT student is returned itself,
+        because with its adapter switched off it is its own teacher (see [`run_teacher`]).
     """
     if teacher_model is None and isinstance(student, PeftModel):
         _check_comes_back(student)
-        return student  # frozen by PEFT below its adapter; must not be frozen as a whole
+        return student  # PEFT has frozen it below its adapter. It must not be frozen as a whole
     if teacher_model is None:
         teacher_model = copy.deepcopy(student)
-        # TRL has replaced `forward` by one that holds on to the student; the copy needs its own
+        # TRL has replaced `forward` by one that belongs to the student. The copy needs its own
         teacher_model.__dict__.pop("forward", None)
         teacher_model.__dict__.pop("_is_accelerate_prepared", None)
     elif isinstance(teacher_model, str):
@@ -112,7 +112,7 @@ def build_teacher(student: nn.Module, teacher_model: Any, args: Any) -> nn.Modul
 
 
 def _check_comes_back(student: PeftModel) -> None:
-    """Reject an adapter that switching it off does not undo."""
+    """Reject an adapter with which the student cannot be its own teacher."""
     config: Any = student.active_peft_config
     bias, init = getattr(config, "bias", "none"), getattr(config, "init_lora_weights", True)
     remedy = "Pass `teacher_model`, for example the student's name, so that the teacher has weights of its own."
@@ -127,7 +127,7 @@ def _check_comes_back(student: PeftModel) -> None:
             "switching the adapter off does not bring the student's start back. Set `init_lora_weights=True`. Or: "
             f"{remedy}"
         )
-    # The head runs apart from the decoder, when the adapter is on again
+    # The head runs after the decoder, when the adapter is on again
     base = student.get_base_model()
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) or isinstance(embeddings, AuxiliaryTrainingWrapper):
@@ -139,16 +139,19 @@ def _check_comes_back(student: PeftModel) -> None:
 
 
 def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerator) -> nn.Module | None:
-    """The teacher on its device, sharded as the student is (FSDP2, ZeRO-3); `None` if it is the student's base model.
+    """Put the teacher on its device, sharded like the student (FSDP2, ZeRO-3).
 
-    A quantized teacher is whole on every rank under FSDP2, which cannot shard integers.
+    Under FSDP2, which cannot shard integers, a quantized teacher is whole on every rank.
+
+    Returns:
+        The teacher, or `None` if it is the student's base model.
     """
     if teacher is student:
         return None
     if accelerator.state.deepspeed_plugin is not None:
         return prepare_deepspeed(teacher, accelerator)
     if accelerator.is_fsdp2 and getattr(teacher, "quantization_method", None) is None:
-        # The plugin keeps the classes of the layers that it shards one by one, and the student's may be others
+        # The plugin remembers which classes of layers it shards. The student's may not be the teacher's
         plugin = accelerator.state.fsdp_plugin
         of_student = (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap)
         plugin.transformer_cls_names_to_wrap = None
@@ -163,7 +166,7 @@ def place_teacher(teacher: nn.Module, student: nn.Module, accelerator: Accelerat
 
 @contextmanager
 def run_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
-    """The teacher in evaluation mode: `teacher`, or `student` with its adapter switched off where that is `None`."""
+    """The teacher in evaluation mode: `teacher`, or if that is `None`, `student` with its adapter switched off."""
     if teacher is not None:
         yield teacher
         return
@@ -175,10 +178,10 @@ def run_teacher(teacher: nn.Module | None, student: Any) -> Iterator[nn.Module]:
 
 @contextmanager
 def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
-    """Inside, the teacher keeps only the inputs of its layers for a backward pass, which must be inside, too.
+    """Inside, the teacher keeps only the inputs of its layers for a backward pass. That pass must be inside, too.
 
-    transformers checkpoints layers in training mode only. Here the layers themselves are in it, but not what is inside
-    them, so that they compute as in evaluation.
+    transformers checkpoints layers only in training mode. Here the layers themselves are in training mode. The modules
+    inside them are not, so that they compute as in evaluation.
     """
     if not enabled:
         yield
@@ -204,8 +207,10 @@ def recomputed_activations(teacher: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 def disable_dropout(model: nn.Module, adapters: bool = True) -> None:
-    """Set every dropout probability to 0: in modules, in numbers for functional calls (OPT), and in the configuration
-    that layers read at each call (Falcon). Layers get a copy of that: the model's own is saved with it.
+    """Set every dropout probability to 0.
+
+    It may be in a module, in an attribute for functional calls (OPT), or in the configuration that layers read at each
+    call (Falcon). Layers get a copy of the configuration, because the model's own is saved with the model.
 
     Args:
         adapters (`bool`): Whether a PEFT adapter's own dropout (`lora_dropout`) is switched off too.

@@ -1,4 +1,4 @@
-"""The tokenizer of both models, and the proof that both vocabularies are one."""
+"""The tokenizer of both models, and the check that they share one vocabulary."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ _FILES = ("revision", "subfolder")
 def load_tokenizer(
     name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model. If an adapter has none, that of its base model."""
+    """Load a model's tokenizer. If an adapter has none, its base model's is loaded."""
     known = (*_FILES, "gguf_file", "trust_remote_code")
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     kwargs |= {key: value for key, value in (init_kwargs or {}).items() if key in known and value is not None}
@@ -37,7 +37,7 @@ def load_tokenizer(
         adapter = adapter_config(name_or_path, init_kwargs)
         if adapter is None or not adapter.base_model_name_or_path:
             raise
-    kwargs = {key: value for key, value in kwargs.items() if key not in _FILES}  # are the adapter's
+    kwargs = {key: value for key, value in kwargs.items() if key not in _FILES}  # these are for the adapter
     name_or_path, revision = adapter.base_model_name_or_path, adapter.revision or "main"
     return AutoTokenizer.from_pretrained(name_or_path, revision=revision, **kwargs)
 
@@ -45,7 +45,7 @@ def load_tokenizer(
 def load_teacher_tokenizer(
     name_or_path: str, init_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | None:
-    """[`load_tokenizer`], or `None` if there is none to compare with."""
+    """Load a teacher's tokenizer as [`load_tokenizer`] does. `None` if there is none to compare with."""
     try:
         return load_tokenizer(name_or_path, init_kwargs, trust_remote_code) if name_or_path else None
     except (OSError, ValueError):
@@ -55,7 +55,7 @@ def load_teacher_tokenizer(
 def check_same_tokenizer(
     student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Reject a teacher whose token ids mean something else, naming the first that does."""
+    """Reject a teacher whose token ids mean other tokens than the student's, naming the first such id."""
     student_tokens = {index: token for token, index in student_tokenizer.get_vocab().items()}
     teacher_tokens = {index: token for token, index in teacher_tokenizer.get_vocab().items()}
     for index in sorted(student_tokens.keys() | teacher_tokens.keys()):
@@ -72,10 +72,10 @@ def check_same_tokenizer(
 def shared_vocab_size(
     student: PreTrainedModel, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """The number of real ids: both models are compared on them, and sample from them.
+    """The number of real ids. Both models are compared on them, and sample from them.
 
-    Models pad their vocabularies, even those of one family to different sizes (Qwen2.5: 151,936 and 152,064). The
-    padding stands for no token, so both are compared, and normalised, on the tokenizer's ids only.
+    Models pad their vocabularies, and models of one family may pad to different sizes (Qwen2.5: 151,936 and 152,064).
+    Padding stands for no token. Both models are therefore normalised and compared on the tokenizer's ids only.
 
     Args:
         teacher: The model, or the size of its vocabulary.
@@ -103,12 +103,13 @@ def prepare_tokenizer(
     teacher_model: PreTrainedModel | str | Mapping[str, Any] | None,
     args: Any,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of both models, with a pad token and what `args` say about it.
+    """The tokenizer of both models, with a pad token and the settings in `args`.
 
     Raises:
         TypeError: if it is a processor of images or sound.
         OSError: if it cannot be loaded.
-        ValueError: if it has nothing to pad with, or lacks a special token of `args`, and if the teacher's is another.
+        ValueError: if it has nothing to pad with, if it lacks a special token of `args`, or if the teacher has another
+            tokenizer.
     """
     if processing_class is None:
         name = model if isinstance(model, str) else model.config._name_or_path
@@ -134,7 +135,7 @@ def prepare_tokenizer(
             raise ValueError(f"`{field}` is {token!r}, which the tokenizer does not have. Name one of its tokens.")
         setattr(processing_class, field, token)
     if processing_class.pad_token is None:
-        processing_class.pad_token = processing_class.eos_token  # masks come from lengths, so this is safe
+        processing_class.pad_token = processing_class.eos_token  # safe, because masks come from lengths
     if processing_class.pad_token is None:
         raise ValueError("The tokenizer has neither a pad token nor an end-of-text token. Set `tokenizer.pad_token`.")
     if args.chat_template_path is not None:

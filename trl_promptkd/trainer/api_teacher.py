@@ -1,4 +1,4 @@
-"""The teacher that writes answers over an API, and says nothing else: response priming on hard labels."""
+"""A teacher that only writes answers, over an API. Response priming then has hard labels alone."""
 
 import os
 from typing import Any
@@ -15,7 +15,7 @@ from .datasets import View
 
 __all__ = ["ApiTeacher"]
 
-_AT_ONCE = 32  # requests of one rank under way: servers batch them
+_AT_ONCE = 32  # requests of one rank at the same time. Servers batch them
 
 
 class ApiTeacher:
@@ -24,10 +24,11 @@ class ApiTeacher:
 
     Args:
         args ([`PrimedDistillConfig`]): The run's settings.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The student's, which need not be the teacher's.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]): The student's tokenizer. The teacher may have
+            another one.
 
     Raises:
-        ConnectionError, ValueError: if the model's name is not given, and the server does not say it.
+        ConnectionError, ValueError: if the model's name is not given and the server does not list it.
     """
 
     model = None
@@ -46,12 +47,12 @@ class ApiTeacher:
 
     @property
     def name(self) -> str:
-        """What the server calls it."""
+        """The teacher's name on the server."""
         return self.server.model
 
     def find(self, dataset: Any, name: str) -> Dataset:
-        """Tokenized rows with the teacher's answers: what is not on the disk yet is asked for now, before any weights
-        are loaded."""
+        """Tokenized rows with the teacher's answers. Answers that are not on disk yet are requested now, before any
+        weights are loaded."""
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 f"`{name}` is streamed, but with `response_source='teacher'` the teacher answers every row before "
@@ -70,31 +71,31 @@ class ApiTeacher:
         return add_answers(dataset, name, answers, self.processing_class, self.args.dataset_num_proc)
 
     def load(self, trainer: Any) -> Any:
-        """Nothing. What its completions end with is the student's own end of text."""
+        """Loads nothing. Returns the student, because completions end with the student's own end of text."""
         self.trainer = trainer
         return trainer.model
 
     @property
     def vocabulary(self) -> Any:
-        """The student's: its completions are the student's tokens."""
+        """The student, because completions are made of the student's tokens."""
         return self.trainer.model
 
     def views(self) -> list[View]:
-        """None: it has answered already."""
+        """No rows, as it has answered already."""
         return []
 
     def place(self) -> None:
         """Nothing to do."""
 
     def answered(self, dataset: Any, name: str) -> Any:
-        """The data set as it is: [`~ApiTeacher.find`] took the answers."""
+        """The data set as it is. [`~ApiTeacher.find`] has added the answers."""
         return dataset
 
     def expect(self, batches: list[dict[str, Tensor]]) -> None:
         """Nothing to prepare."""
 
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """Not known: there are hard labels alone."""
+        """`None`, as there are hard labels alone."""
 
     def plain_log_prob(self, inputs: dict[str, Tensor]) -> None:
-        """Not known."""
+        """`None`, as it is not known."""

@@ -1,4 +1,4 @@
-"""The evaluation metric by which the best checkpoint is chosen: what it is by default, and that there is one."""
+"""The evaluation metric that chooses the best checkpoint: its default, and the check that evaluations have it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ _BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
 
 def choose_best_metric(config: Any, default: str) -> bool:
-    """Set `metric_for_best_model` to `default` if something needs it and the user named none, and say that its like
-    fall.
+    """Set `metric_for_best_model` to `default` if a setting needs it and the user named none. If lower values of the
+    metric are better, set `greater_is_better` to `False`, unless the user has set it.
 
-    Must come before `TrainingArguments.__post_init__`, which takes `loss`, and takes for granted that whatever is not
-    called so rises.
+    Call this before `TrainingArguments.__post_init__`. That takes `loss` by default, and assumes that higher values of
+    all other metrics are better.
 
     Returns:
-        `bool`: Whether something needs it.
+        `bool`: Whether a setting needs the metric.
     """
     needed = config.load_best_model_at_end or config.save_strategy == SaveStrategy.BEST
     needed = needed or config.lr_scheduler_type in _BY_METRIC
@@ -33,10 +33,11 @@ def choose_best_metric(config: Any, default: str) -> bool:
 
 
 def check_best_metric(args: Any, eval_dataset: Any, callbacks: Sequence[Any] | None) -> None:
-    """Refuse a metric that no evaluation will have, before the first of them.
+    """Reject a metric that no evaluation will have, before the first evaluation.
 
     Raises:
-        ValueError: for early stopping by none, and with several evaluation sets for one without its set's name.
+        ValueError: for early stopping without a metric. With several evaluation sets, also for a metric without the
+            name of a set.
     """
     metric, falling = args.metric_for_best_model, args._FALLING_METRICS
     kinds = [callback if isinstance(callback, type) else type(callback) for callback in callbacks or []]

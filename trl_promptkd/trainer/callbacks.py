@@ -1,4 +1,4 @@
-"""Metrics of written answers during training, so that the best checkpoint can be chosen by them."""
+"""Metrics of written answers during training, by which the best checkpoint can be chosen."""
 
 import os
 from types import SimpleNamespace
@@ -34,14 +34,15 @@ logger = logging.get_logger(__name__)
 
 class GenerationMetricsCallback(TrainerCallback):
     """
-    Lets the model answer at each evaluation, and adds the scores of the answers to the evaluation's metrics, in
-    percent: `eval_rougeL` and `eval_exact_match`, or for GSM8K `eval_gsm8k_strict`, `eval_gsm8k_flexible` and
-    `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]). `eval_gsm8k` is short for the last one.
-    Thoughts (`<think>...</think>`) do not count.
+    Lets the model write answers at each evaluation, and adds their scores to the evaluation's metrics, in percent.
 
-    `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by them, as the PromptKD paper
-    does. They are logged where the trainer logs. The answers come from a random state of their own: training
-    is the same as without them.
+    The metrics are `eval_rougeL` and `eval_exact_match`. For GSM8K, they are `eval_gsm8k_strict`,
+    `eval_gsm8k_flexible` and `eval_gsm8k_paper` (the rules of [`~trl_promptkd.metrics.gsm8k_accuracy`]), and
+    `eval_gsm8k`, which equals the last one. Thoughts (`<think>...</think>`) do not count.
+
+    `metric_for_best_model="rougeL"` (or `"gsm8k"`) then chooses the best checkpoint by a score, as the PromptKD paper
+    does. The trainer logs the scores with its other metrics. Answers have a random state of their own, so training is
+    the same with and without them.
 
     ```python
     saves_best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
@@ -51,38 +52,38 @@ class GenerationMetricsCallback(TrainerCallback):
     trainer.train()
     ```
 
-    Works with any [`~transformers.Trainer`] of a causal language model, on several processes too.
-    `EarlyStoppingCallback` may look at these metrics, whichever of the two comes first; other callbacks that do must
-    be added after this one.
+    It works with any [`~transformers.Trainer`] of a causal language model, also on several processes.
+    `EarlyStoppingCallback` may use these metrics, whichever of the two callbacks comes first. Other callbacks that use
+    them must be added after this one.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Whose model answers; the callback must be added to it.
+            The trainer whose model answers. The callback must be added to it.
         eval_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows as they are, with `instruction`, `input` and `output`; `question` and `answer`; `prompt` and
-            `completion`; or `messages`.
+            Raw rows, with `instruction`, `input` and `output`, with `question` and `answer`, with `prompt` and
+            `completion`, or with `messages`.
         task (`str`, *optional*, defaults to `"instruct"`):
-            Or `"gsm8k"`.
+            `"instruct"` or `"gsm8k"`.
         seed (`int`, *optional*):
-            Seed of sampled answers, which are the same at each evaluation. `None`: greedy ones.
+            Seed of sampled answers. Each evaluation draws the same random numbers. `None`: greedy answers.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampled answers.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer.
+            Longest answer in tokens.
         batch_size (`int`, *optional*):
-            Rows at once on one device; by default the trainer's `per_device_eval_batch_size`.
+            Rows at once on one device. `None`: the trainer's `per_device_eval_batch_size`.
         num_rows (`int`, *optional*):
-            The first rows only.
+            Use only so many rows, the first ones. `None`: all.
         template (`str`, *optional*):
-            `"chat"`, `"paper"` or `"plain"`; by default as [`~trl_promptkd.evaluation.evaluate_model`] chooses.
+            `"chat"`, `"paper"` or `"plain"`. `None`: chosen as by [`~trl_promptkd.evaluation.evaluate_model`].
         num_completions_to_print (`int`, *optional*, defaults to `3`):
-            How many answers to print at each evaluation; `None` for all.
+            How many answers to print at each evaluation. `None`: all.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Keep all answers as parquet files in `output_dir/eval_completions`, and log them as a table to wandb or
-            trackio if the trainer reports there.
+            Keep all answers as parquet files in `output_dir/eval_completions`. If the trainer reports to wandb or
+            trackio, log them there as a table.
 
     Raises:
-        ValueError: for rows and settings that nothing can be scored with, before training.
+        ValueError: for rows or settings that cannot be scored, before training.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class GenerationMetricsCallback(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Come before the callback that stops early by these metrics, wherever it was passed."""
+        """Move this callback before an `EarlyStoppingCallback`, which may use its metrics."""
         callbacks = self.trainer.callback_handler.callbacks
         first = next((i for i, other in enumerate(callbacks) if isinstance(other, EarlyStoppingCallback)), None)
         if first is not None and first < callbacks.index(self):
@@ -151,19 +152,19 @@ class GenerationMetricsCallback(TrainerCallback):
         if self.task == "gsm8k":
             named["eval_gsm8k"] = named["eval_gsm8k_paper"]
         metrics.update(named)
-        self.trainer.log(dict(named))  # the evaluation's own have been logged already
+        self.trainer.log(dict(named))  # the evaluation's own metrics have been logged already
         if state.is_world_process_zero:
             self._show(answers, scores)
 
     def _is_first_of_an_evaluation(self, metrics: dict[str, float]) -> bool:
-        """Whether these are the metrics of the trainer's evaluation; of the first data set if it has a `dict` of
-        them."""
+        """Whether these are the metrics of the trainer's evaluation. If it has a `dict` of data sets, those of the
+        first one."""
         names = self.trainer.eval_dataset
         first = f"_{next(iter(names))}" if isinstance(names, dict) and names else ""
         return "eval_runtime" in metrics or f"eval{first}_runtime" in metrics
 
     def _answers(self) -> list[str]:
-        """The answers to all rows, on every process; each process writes its share."""
+        """The answers to all rows, on every process. Each process writes its share."""
         accelerator, tokenizer = self.trainer.accelerator, self.tokenizer
         rank, num_ranks = accelerator.process_index, accelerator.num_processes
         mine = range(rank, len(self.rows.prompt_ids), num_ranks)
@@ -191,7 +192,7 @@ class GenerationMetricsCallback(TrainerCallback):
         if not shown:
             return
         prompts = self.tokenizer.batch_decode(self.rows.prompt_ids[:shown], skip_special_tokens=True)
-        # TRL would draw the rows to print from Python's global random state: here they are the first ones
+        # The first rows: TRL would draw the rows to print from Python's global random state
         if num_printed:
             first = {name: values[:num_printed] for name, values in scores.items()}
             print_prompt_completions_sample(prompts[:num_printed], answers[:num_printed], first, None, step)

@@ -1,9 +1,9 @@
-"""Checkpoints after a crash: which of them are whole, and one more when the run is told to stop.
+"""Checkpoints: which of them are whole after a crash, and a last one when the run is told to stop.
 
-A process may be killed while it writes a checkpoint or while it deletes an old one. What is left then looks like a
-checkpoint: transformers takes the one with the highest number. Here a checkpoint is whole when it holds a list of its
-files, which is written last, and every file of that list in its length; while it is written, it holds a file that says
-so.
+A process may be killed while it writes a checkpoint or deletes an old one. What is left looks like a checkpoint, and
+transformers takes the one with the highest number. Here each checkpoint gets a list of its files and their lengths,
+which is written last. A checkpoint is whole if it holds this list and all files on it have their lengths. While a
+checkpoint is written, it holds a file that says so.
 """
 
 import json
@@ -40,7 +40,7 @@ _NO_LIST = f"it has no {_LIST_FILE}, which is written last"
 
 
 def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-    """As in the base class. Then the checkpoint's files are listed, what is too old is removed, and it is pushed.
+    """Save as the base class does. Then list the checkpoint's files, remove old checkpoints, and push this one.
 
     A method of both trainers.
     """
@@ -50,9 +50,9 @@ def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
     if args.should_save:
         os.makedirs(folder, exist_ok=True)
         Path(begun).touch()
-        Path(path).unlink(missing_ok=True)  # an earlier run's, of files that are about to be written anew
+        Path(path).unlink(missing_ok=True)  # an earlier run's list of files that are now overwritten
     self.accelerator.wait_for_everyone()
-    limit, args.save_total_limit = args.save_total_limit, None  # the old ones stay until this one is whole
+    limit, args.save_total_limit = args.save_total_limit, None  # old checkpoints stay until this one is whole
     try:
         SFTTrainer._save_checkpoint(self, model, trial)
     finally:
@@ -61,14 +61,14 @@ def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
     if args.should_save:
         card = os.path.join(args.output_dir, "README.md")
         if os.path.isfile(card):
-            shutil.copy(card, folder)  # instead of PEFT's, which names the folder that the base model was in
+            shutil.copy(card, folder)  # instead of PEFT's card, which names the base model's folder on this machine
         sizes = {name: size for name, size in _sizes(folder).items() if name != _BEGUN_FILE}
         write_text(path, json.dumps({"files": sizes}, indent=1))
         os.remove(begun)
     if args.should_save and limit:
         wait_for_push(self)
         for old in checkpoint_folders(run_dir):
-            if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # what a killed run left must not outlive a whole one
+            if os.path.exists(os.path.join(old, _BEGUN_FILE)):  # left by a killed run, and must not outlive whole ones
                 shutil.rmtree(old, ignore_errors=True)
         rotate_checkpoints(
             output_dir=run_dir,
@@ -76,31 +76,31 @@ def save_checkpoint(self, model: nn.Module, trial: Any) -> None:
             best_model_checkpoint=self.state.best_model_checkpoint,
             use_mtime=True,
         )
-    # Last: an upload of `output_dir` fails if a folder goes while its files are listed
+    # Last, because an upload of `output_dir` fails if a folder is deleted while its files are listed
     push_checkpoint(self, folder)
 
 
 def push_later(self, checkpoint_folder: str) -> None:
-    """Nothing yet. The base class would push a checkpoint before it is whole; [`save_checkpoint`] pushes it then.
+    """Do nothing. The base class would push a checkpoint before it is whole. [`save_checkpoint`] pushes it afterwards.
 
     A method of both trainers.
     """
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that a run resumes from; `None` for a fresh start.
+    """The checkpoint that a run resumes from, or `None` for a fresh start.
 
     Args:
         resume_from_checkpoint: As for `Trainer.train`: a folder, or `True` for the newest whole checkpoint in
-            `output_dir`. Those that are not whole are skipped, with a warning; so is a checkpoint in `output_dir` that
-            was being written when its run ended, for an older one. If only such folders are left, the run
-            starts afresh. A folder without a list of its files (another trainer's, or one that was copied in part) is
-            taken on the user's word, with a warning.
+            `output_dir`. Checkpoints that are not whole are skipped with a warning. If all there were being written
+            when their runs ended, the run starts afresh. A named folder in `output_dir` that was being written when
+            its run ended is skipped in the same way, for an older one. A named folder without a list of its files
+            (another trainer's, or one that was copied in part) is accepted with a warning.
 
     Raises:
-        FileNotFoundError: for a folder that is not there.
-        ValueError: for a folder that is no whole checkpoint, or one of the weights alone, and if there is none in
-            `output_dir`.
+        FileNotFoundError: for a folder that does not exist.
+        ValueError: for a folder that is not a whole checkpoint, for one that holds the weights alone, and if
+            `output_dir` holds no checkpoint to resume from.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint is False:
         return None
@@ -144,8 +144,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
 
 
 def _check_resumable(folder: str) -> None:
-    """Refuse a checkpoint that was saved without what a run resumes from: transformers would start a new optimizer
-    without a word."""
+    """Reject a checkpoint that was saved with `save_only_model=True`. transformers would start a new optimizer
+    silently."""
     names = os.listdir(folder)
     if "trainer_state.json" in names and not any(name.startswith("rng_state") for name in names):
         raise ValueError(
@@ -167,13 +167,13 @@ def _step(folder: str) -> int:
 
 
 def _sizes(folder: str) -> dict[str, int]:
-    """The files in a folder and its folders, with their lengths in bytes."""
+    """The files in a folder and its subfolders, with their lengths in bytes."""
     paths = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
     return {os.path.relpath(path, folder): os.path.getsize(path) for path in sorted(paths)}
 
 
 def _problem(folder: str) -> str | None:
-    """Why a checkpoint is not whole; `None` if it is."""
+    """Why a checkpoint is not whole, or `None` if it is."""
     if os.path.exists(os.path.join(folder, _BEGUN_FILE)) or not os.listdir(folder):
         return _UNFINISHED
     try:
@@ -193,15 +193,16 @@ def _problem(folder: str) -> str | None:
 
 @contextmanager
 def saved_on_interrupt(trainer: Trainer) -> Iterator[None]:
-    """Around a training: on SIGTERM, as clusters send it before they take a machine away, the step is finished, a
-    checkpoint saved, and the training ended. Does nothing unless `save_on_interrupt` is set.
+    """Put this around training, and SIGTERM saves a checkpoint. Does nothing unless `save_on_interrupt` is set.
 
-    transformers' own `enable_jit_checkpoint` saves in the middle of a step, where the soft prompt may have been
-    stepped and the student not, and on each rank when its own signal comes; here all ranks stop at the end of the same
-    step. A signal that comes too late for that ends the process when the training is over.
+    Clusters send SIGTERM before they take a machine away. The step is then finished, a checkpoint is saved, and
+    training ends. A signal that comes too late for that ends the process when training is over.
+
+    transformers' own `enable_jit_checkpoint` saves in the middle of a step, when the soft prompt may have been stepped
+    and the student not. Each rank also saves when its own signal comes. Here all ranks stop after the same step.
 
     Raises:
-        ValueError: outside the main thread, which alone gets signals.
+        ValueError: if this is not the main thread, which alone gets signals.
     """
     if not trainer.args.save_on_interrupt:
         yield

@@ -1,4 +1,4 @@
-"""What is refused before any weights are loaded, and what the tokenizer must be for both models."""
+"""Checks of a trainer's arguments, most of them before any weights are loaded."""
 
 import functools
 import os
@@ -40,12 +40,12 @@ __all__ = [
 logger = logging.get_logger(__name__)
 
 _CHANGED_SETTINGS = ("output_router_logits", "router_aux_loss_coef", "use_cache")
-# Heads that say nothing about the next token; loading such a checkpoint as a language model gives it a random head
+# Heads that do not predict the next token. Loading such a checkpoint as a language model gives it a random head
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MaskedLM", "MultipleChoice")
 
 
 def names_processing_class(init: Callable[..., None]) -> Callable[..., None]:
-    """A trainer's `__init__` that points `tokenizer=`, which transformers' trainers once took, to its new name."""
+    """Wrap a trainer's `__init__`. For `tokenizer=`, which trainers once had, the error names `processing_class`."""
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -66,10 +66,10 @@ def check_arguments(
     data_collator: Any,
     callbacks: Any,
 ) -> None:
-    """Refuse arguments of a trainer that do not go together.
+    """Reject arguments of a trainer that are not supported, or do not go together.
 
     Raises:
-        TypeError or ValueError: naming the argument, what it is, and what to pass instead.
+        TypeError, ValueError: naming the argument, what it is, and what to pass instead.
     """
     if not isinstance(args, args_class):
         raise TypeError(f"`args` is a {type(args).__name__}; it must be a `trl_promptkd.{args_class.__name__}`.")
@@ -134,7 +134,7 @@ def check_arguments(
 
 
 def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) -> None:
-    """Refuse a teacher that is trained with its student, and adapters that do not act in the passes made here."""
+    """Reject a teacher that would be trained with its student, and adapters that have no effect in the passes here."""
     base, teacher_base = (m.get_base_model() if isinstance(m, PeftModel) else m for m in (model, teacher_model))
     if not isinstance(model, str) and teacher_base is base:
         raise ValueError(
@@ -162,7 +162,7 @@ def _check_adapters(model: Any, teacher_model: Any, adapter: PeftConfig | None) 
 
 
 def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
-    """Refuse anything but a decoder-only language model. Of a name, the configuration is read if there is one."""
+    """Reject anything that is not a decoder-only language model. For a name, its configuration is read if possible."""
     if model is None:
         return
     wanted = "a name, a folder (as a `str`), a causal language model or a PEFT model of one"
@@ -175,7 +175,7 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
                 f"{os.getcwd()}, and `~` is not replaced)."
             )
         name, kwargs, adapter = model, dict(init_kwargs or {}), adapter_config(model, init_kwargs)
-        if adapter is not None:  # what the adapter's folder says of files is not true of the model below it
+        if adapter is not None:  # revision and subfolder of the adapter do not hold for the model below it
             name, kwargs = adapter.base_model_name_or_path, kwargs | {"revision": adapter.revision, "subfolder": ""}
         config = _published_config(name, kwargs, trust_remote_code)
         names = getattr(config, "architectures", None) or []
@@ -198,7 +198,7 @@ def _check_model(argument: str, model: Any, init_kwargs: Any, trust_remote_code:
 
 
 def _student_adapter(model: Any, init_kwargs: Any, peft_config: Any) -> PeftConfig | None:
-    """The configuration of the adapter that `model` names, if it does; refuses a second adapter above the first."""
+    """The configuration of the adapter that `model` names, or `None`. A second adapter above the first is rejected."""
     adapter = adapter_config(model, init_kwargs)
     if adapter is not None and not adapter.base_model_name_or_path:
         raise ValueError(
@@ -215,10 +215,10 @@ def _student_adapter(model: Any, init_kwargs: Any, peft_config: Any) -> PeftConf
 
 
 def check_found(argument: str, name: Any, init_kwargs: Any, trust_remote_code: bool) -> None:
-    """Refuse a name that no model has, before the weights of the other model are loaded.
+    """Reject a name that no model has, before the weights of the other model are loaded.
 
     Raises:
-        OSError: with what `transformers` says of it.
+        OSError: with the first line of `transformers`' message.
     """
     if not isinstance(name, str) or {"gguf_file", "config"} & set(init_kwargs or {}):
         return
@@ -242,7 +242,7 @@ def _config_kwargs(init_kwargs: Any, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> Any:
-    """A model's configuration, or `None` if it cannot be read: whoever loads the model says why."""
+    """A model's configuration, or `None` if it cannot be read. Loading the model will say why."""
     if "gguf_file" in init_kwargs:
         return None
     try:
@@ -252,11 +252,11 @@ def _published_config(name: str, init_kwargs: Any, trust_remote_code: bool) -> A
 
 
 def loaded_settings(model: Any, args: Any) -> dict[str, Any]:
-    """What the base classes change in the student's configuration, as it was loaded.
+    """The settings that the base classes change in the student's configuration, with their values as loaded.
 
-    TRL switches the load-balancing loss of a mixture of experts on there. Nothing here computes it, and a student that
-    is saved with it fails in padded generation. transformers switches the KV cache off, which would make a saved
-    student slow.
+    TRL switches the load-balancing loss of a mixture of experts on. Nothing here computes it, and a student that is
+    saved with it fails in padded generation. transformers switches the KV cache off, which would make a saved student
+    slow.
 
     Args:
         model: The student, or its name.
@@ -272,7 +272,7 @@ def loaded_settings(model: Any, args: Any) -> dict[str, Any]:
 
 
 def restore_settings(model: Any, settings: Mapping[str, Any]) -> None:
-    """Give the student's configuration what [`loaded_settings`] found."""
+    """Set the student's configuration back to what [`loaded_settings`] found."""
     for config in (model.config, model.config.get_text_config()):
         for name, value in settings.items():
             if hasattr(config, name):
@@ -280,7 +280,7 @@ def restore_settings(model: Any, settings: Mapping[str, Any]) -> None:
 
 
 def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTokenizerBase) -> None:
-    """Refuse a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
+    """Reject a soft prompt of an unsupported kind, or one whose initial text has no tokens."""
     if not isinstance(prompt_encoder_config, PromptEncoderConfig):
         check_peft_config(prompt_encoder_config)
     elif prompt_encoder_config.prompt_init == "text":
@@ -288,7 +288,7 @@ def check_soft_prompt(prompt_encoder_config: Any, processing_class: PreTrainedTo
 
 
 def check_sharding(accelerator: Accelerator) -> None:
-    """Refuse FSDP's first version, whose weights cannot be used outside its wrapper."""
+    """Reject FSDP's first version, whose weights cannot be used outside its wrapper."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "FSDP is set up with `fsdp_version: 1`, which is not supported. Set `fsdp_version: 2` in accelerate's "
@@ -297,7 +297,7 @@ def check_sharding(accelerator: Accelerator) -> None:
 
 
 def check_own_teacher(args: Any, accelerator: Accelerator) -> None:
-    """Refuse settings of PromptKD that a student cannot have if it is its own teacher below its adapter."""
+    """Reject settings of PromptKD that do not work if the student below its adapter is the teacher."""
     if accelerator.is_fsdp2 and args.prompt_update == "sequential":
         raise ValueError(
             "`prompt_update` is 'sequential' and the student is its own teacher below its adapter. Under FSDP2, its "
@@ -312,13 +312,13 @@ def check_own_teacher(args: Any, accelerator: Accelerator) -> None:
 
 
 def check_finite(loss: Tensor, when: str, **models: Any) -> None:
-    """Stop before a loss that is not finite reaches the student's weights, or a log that would show a made-up number.
+    """Stop before a loss that is not finite reaches the student's weights or the log, which would show another number.
 
     Args:
         loss: A scalar.
-        when: For the message, such as "at step 3".
-        models: What each model said: [`TokenStates`], [`JoinedLogits`] of them, or anything else, which is not looked
-            into.
+        when: Such as "at step 3", for the message.
+        models: The output of each model. [`TokenStates`], and those within [`JoinedLogits`], are searched for hidden
+            states that are not finite. Anything else is ignored.
 
     Raises:
         FloatingPointError: naming the models whose hidden states are not finite already.

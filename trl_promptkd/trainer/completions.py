@@ -29,7 +29,7 @@ class Samples:
 
     Args:
         prompts, completions: Token ids of the rows.
-        row_kls: If they are logged, the KLs of each row by their names. The keys are prompt and completion together.
+        row_kls: The KLs of each row by name, if they are logged. A key is a row's prompt and completion together.
     """
 
     prompts: list[list[int]] = field(default_factory=list)
@@ -42,10 +42,10 @@ def row_kls(labels: Tensor, student: Any, teacher: Any, temperature: float, chun
     """KL(student || teacher) of each row of a batch, the mean over its trained tokens, in nats per token.
 
     Args:
-        labels (`Tensor` of shape `(batch, seq)`): -100 where a token is not trained on.
-        student, teacher: What the models say at the trained tokens; each has `logits(start, end)`.
-        temperature: Divides all logits.
-        chunk_size: Tokens whose logits exist at once; `None` for all.
+        labels (`Tensor` of shape `(batch, seq)`): -100 for tokens that are not trained on.
+        student, teacher: The models' outputs at the trained tokens. Each has `logits(start, end)`.
+        temperature: All logits are divided by it.
+        chunk_size: Tokens whose logits exist at once. `None`: all.
     """
     counts = (labels[:, 1:] != -100).sum(dim=1).tolist()
     size = chunk_size or max(len(student), 1)
@@ -61,10 +61,10 @@ def row_kls(labels: Tensor, student: Any, teacher: Any, temperature: float, chun
 def keep_row_kls(
     trainer: Any, inputs: Mapping[str, Tensor], student: Any, teachers: Mapping[str, Any], temperature: float
 ) -> None:
-    """In training, if this step's samples are logged: keep the KLs of a micro-batch's rows until then.
+    """Keep the KLs of a micro-batch's rows for the log, in training and if this step's samples are logged.
 
     Args:
-        student, teachers: What the models say at the trained tokens, the teachers by the names of the KLs.
+        student, teachers: The models' outputs at the trained tokens. Teachers are under the names of their KLs.
     """
     if not trainer.args.log_completions or not torch.is_grad_enabled() or not is_logged_step(trainer):
         return
@@ -75,11 +75,11 @@ def keep_row_kls(
 
 
 def log_completions(trainer: Any) -> None:
-    """If `log_completions` is set, show the last window's samples: the first rows in the terminal and in wandb and
-    trackio, and those of all ranks in `output_dir/completions/completions_<step>.parquet`.
+    """If `log_completions` is set, log the last window's samples. The first rows go to the terminal, wandb and
+    trackio. The rows of all ranks go to `output_dir/completions/completions_<step>.parquet`.
 
-    Columns: `step`, `prompt`, `completion`, `length` (tokens, end of text included), `ended` (by itself), and the KLs
-    that the trainer logs, for each row the mean over its tokens.
+    The columns are `step`, `prompt`, `completion`, `length` (tokens, end of text included), `ended` (by itself), and
+    the KLs that the trainer logs. A row's KL is the mean over its tokens.
     """
     args, tokenizer, samples = trainer.args, trainer.processing_class, trainer._samples
     if not args.log_completions:
@@ -113,7 +113,7 @@ def log_completions(trainer: Any) -> None:
 
 
 def _title(name: str) -> str:
-    """A column's name with spaces, at which a narrow terminal breaks it."""
+    """A column's name with spaces, so that a narrow terminal can wrap it."""
     return re.sub("[/_]", " ", name)
 
 

@@ -14,14 +14,14 @@ __all__ = ["View", "check_streamed_evaluation", "checked_rows", "map_parts", "to
 
 
 def map_parts(function: Callable[..., Any], dataset: Any, name: str, *args: Any) -> Any:
-    """`function(dataset, name, *args)`, of each data set if `dataset` is a `dict` of them; `None` stays `None`."""
+    """`function(dataset, name, *args)`, or that of each data set if `dataset` is a `dict`. `None` stays `None`."""
     if isinstance(dataset, dict):
         return {key: function(part, f"{name}[{key!r}]", *args) for key, part in dataset.items()}
     return None if dataset is None else function(dataset, name, *args)
 
 
 def check_streamed_evaluation(dataset: Any, name: str, args: Any) -> None:
-    """Refuse streamed evaluation data on several ranks: its last rows would be counted twice, or would not fit
+    """Reject streamed evaluation data on several ranks. Its last rows would be counted twice, or would not fit
     together.
 
     Raises:
@@ -49,18 +49,18 @@ class View(NamedTuple):
     num_virtual_tokens: int = 0
     """Positions that a soft prompt takes."""
     teachers: Sequence[str] | None = None
-    """It sees the rows that name one of these teachers; `None` for all rows."""
+    """The model sees only rows that name one of these teachers. `None`: all rows."""
 
 
 def checked_rows(trainer: Any, dataset: Any, name: str, max_new_tokens: int) -> Any:
-    """Refuses tokenized rows that one of the models has no embeddings or learned positions for.
+    """Reject tokenized rows for which one of the models lacks embeddings or learned positions.
 
     Args:
-        trainer: Its `_views` are what the models see. Rows for a collator of the user's own are not looked at.
-        max_new_tokens: A completion that is sampled may be so long.
+        trainer: Its `_views` say what each model sees. Rows for a user's own collator are not checked.
+        max_new_tokens: Length of the longest sampled completion.
 
     Raises:
-        ValueError: naming the token, or the number of positions there are and that are needed.
+        ValueError: naming the token, or how many positions there are and how many are needed.
     """
     tokenizer, views = trainer.processing_class, trainer._views
     embedded = embedded_by(

@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 
 
 def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
-    """As in the base class, which has `private` in newer versions of transformers. Then makes the branch
-    `hub_revision` if it is not there: pushing to it would fail.
+    """Create the repository as the base class does, then the branch `hub_revision` if it does not exist. Pushing to a
+    missing branch would fail. `kwargs` are the base class's, in newer versions of transformers `private`.
 
     A method of both trainers.
     """
@@ -32,22 +32,22 @@ def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
 
 
 def wait_for_push(trainer: Trainer) -> None:
-    """Where `hub_always_push` says so, wait for an upload that runs: its files must neither change nor go."""
+    """If `hub_always_push` is set, wait for a running upload. Its files must not change or be deleted meanwhile."""
     if trainer.args.hub_always_push and _is_pushing(trainer):
         trainer.push_in_progress.wait_until_done()
 
 
 def _is_pushing(trainer: Trainer) -> bool:
-    running = getattr(trainer, "push_in_progress", None)  # of those that push
+    running = getattr(trainer, "push_in_progress", None)  # trainers that do not push have none
     return running is not None and not running.is_done()
 
 
 def push_checkpoint(trainer: Trainer, folder: str) -> None:
-    """Push what `hub_strategy` says, in the background, while training goes on.
+    """Push what `hub_strategy` says, in the background, while training continues.
 
-    The base class copies the student's files by their names from the checkpoint to `output_dir`, which it uploads, and
-    the checkpoint as it is. The soft prompt is copied here. The base class says nothing of an upload that failed; here
-    it is a warning.
+    The base class copies the student's files, by their names, from the checkpoint to `output_dir`. It uploads that
+    folder, and the checkpoint if `hub_strategy` says so. The soft prompt is copied here. The base class is silent
+    about a failed upload. Here it is a warning.
     """
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero() or args.hub_strategy == HubStrategy.END:

@@ -1,4 +1,4 @@
-"""What a run tells about itself: means over tokens of all ranks, and the warning that a prompt follows its student."""
+"""Logged metrics: means over the tokens of all ranks, and the warning that a soft prompt follows its student."""
 
 import torch
 from accelerate import Accelerator
@@ -17,14 +17,14 @@ logger = logging.get_logger(__name__)
 
 
 class Means:
-    """Sums and counts since the last report, kept on the device so that adding to them never waits for it."""
+    """Sums and counts since the last report. They stay on the device, so that adding to them never waits for it."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
     def add(self, name: str, total: Tensor | float | None, count: Tensor | float = 1.0) -> None:
-        """Add a sum over `count` tokens or rows. What is `None` is not known, and not reported."""
+        """Add a sum over `count` tokens or rows. `None` is a value that is not known, and is not reported."""
         if total is None:
             return
         total, count = (torch.as_tensor(value).detach().float() for value in (total, count))
@@ -32,7 +32,7 @@ class Means:
         self._counts[name] = self._counts.get(name, 0) + count
 
     def report(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks, which must have added the same names, in any order; starts anew."""
+        """The means over all ranks. They must have added the same names, in any order. All sums then start anew."""
         if not self._sums:
             return {}
         names = sorted(self._sums)  # ranks may have added them in different orders
@@ -60,7 +60,7 @@ def add_rollouts(
     seconds: float,
     processing_class: PreTrainedTokenizerBase,
 ) -> None:
-    """What is logged about the samples of one window."""
+    """Add what is logged about the samples of one window."""
     num_tokens = sum(map(len, completions))
     means.add("rollout/mean_length", num_tokens, len(completions))
     num_ended = sum(have_ended(completions, generation_config, processing_class))
@@ -70,20 +70,25 @@ def add_rollouts(
 
 class CollusionCallback(TrainerCallback):
     """
-    Warns once when the soft prompt seems to follow the student instead of leading it.
+    Warns once if the soft prompt seems to follow the student instead of leading it.
 
-    A prompt that learns too fast, or starts too far from any text, takes the teacher to wherever the student is: the
-    loss KL(student || prompted teacher) looks wonderful while the student gets no closer to the plain teacher, or
-    worse. The sign is that two quantities are a large share of KL(student || plain) at once: the prompt gain (that KL
-    minus KL(student || prompted)), so that much of what looks like progress is the prompt's, and KL(prompted ||
-    plain), so that the teacher is no longer itself. Either alone is harmless, and the entropies are no sign: they may
-    fall or rise together. An `eval_forward_kl`, KL(plain teacher || student) on neutral answers, that has not risen
-    since the run's first evaluation clears the prompt.
+    A prompt that learns too fast, or starts too far from any text, moves the teacher to where the student is. The loss
+    KL(student || prompted teacher) then looks good, although the student gets no closer to the plain teacher, or even
+    moves away from it. The callback warns if two quantities are both a large share of KL(student || plain):
 
-    Source of the threshold: docs/study_first.md, where it parts all runs that went wrong from all others.
+    - The prompt gain, which is KL(student || plain) - KL(student || prompted). If it is large, much of what looks like
+      progress is the prompt's.
+    - KL(prompted || plain). If it is large, the teacher is no longer itself.
+
+    One of them alone is harmless. Entropies are no sign, because they may fall or rise together. `eval_forward_kl` is
+    KL(plain teacher || student) on neutral answers. If it has not risen since the run's first evaluation, there is no
+    warning.
+
+    Source of the threshold: docs/study_first.md, where it separates all runs that went wrong from all others.
 
     Args:
-        share (`float`, *optional*, defaults to `0.3`): Share of KL(student || plain) that both must have reached.
+        share (`float`, *optional*, defaults to `0.3`):
+            Share of KL(student || plain) that both quantities must have reached.
     """
 
     def __init__(self, share: float = COLLUSION_SHARE):

@@ -1,6 +1,6 @@
-"""The model card: what was distilled from what, with its data and scores, then how to load it, settings, BibTeX.
+"""The model card: what was distilled from what, data, scores, how to load the model, settings, and BibTeX.
 
-TRL's card has neither teacher nor data nor scores. Its metadata, badges and BibTeX are taken over.
+TRL's card names no teacher, no data and no scores. Its metadata, badges and BibTeX are kept.
 """
 
 import os
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-# What TRL's card says of a trainer's paper
+# What TRL's card says about a trainer's paper
 PROMPTKD_PAPER = {
     "title": "PromptKD: Distilling Student-Friendly Knowledge for Generative Language Models via Prompt Tuning",
     "id": "2402.12842",
@@ -96,15 +96,15 @@ class MethodSection(NamedTuple):
     """What a trainer says about its teacher."""
 
     summary: str
-    """Goes on after "It was distilled from", to the end of the sentence."""
+    """The rest of a sentence that begins with "It was distilled from"."""
     details: str
-    """More paragraphs; may be empty."""
+    """More paragraphs, or an empty text."""
     settings: dict[str, Any]
 
 
 def hub_dataset(dataset: Any) -> str | None:
-    """The data set on the Hub that rows come from, by the folder that `load_dataset` keeps them in; `None` if that
-    says nothing."""
+    """The data set on the Hub that rows come from, by the folder in which `load_dataset` keeps them. `None` if the
+    folder does not tell."""
     for file in getattr(dataset, "cache_files", None) or []:
         parts = Path(file["filename"]).parts
         kept = Path(datasets.config.HF_DATASETS_CACHE).parts
@@ -178,11 +178,11 @@ def _primed_teacher_name(trainer, teacher: Any, is_own_start: bool) -> str:
 
 
 def complete_card(trainer, section: MethodSection) -> None:
-    """Rewrite TRL's card in `output_dir`: what a reader looks for first, and nothing twice."""
+    """Rewrite TRL's card in `output_dir`. It begins with what readers look for, and says nothing twice."""
     path = os.path.join(trainer.args.output_dir, "README.md")
     card = ModelCard.load(path)
     card.data.base_model, card.data.pipeline_tag = hub_id(_start_of(trainer)), "text-generation"
-    card.data.tags = sorted(card.data.tags)  # of a set: another order in each process, and another commit
+    card.data.tags = sorted(card.data.tags)  # they come from a set, whose order changes: each push would be a commit
     card.data.licence = None  # TRL writes the word "license" there
     if is_peft_model(trainer.model):
         card.data.library_name = "peft"
@@ -193,7 +193,7 @@ def complete_card(trainer, section: MethodSection) -> None:
         _data_section(trainer, card.data.datasets),
         _metrics_section(trainer),
         _loading_section(trainer),
-        "\n\n".join(re.findall(r"^\[<img .*$", card.text, flags=re.MULTILINE)),  # of wandb, trackio and comet
+        "\n\n".join(re.findall(r"^\[<img .*$", card.text, flags=re.MULTILINE)),  # badges of wandb, trackio and comet
         f"## Settings\n\n{settings_table(section.settings)}",
         f"## Versions\n\n- trl_promptkd: {_version()}\n{versions}",
         "## Citations" + re.sub(r"[ \t]+$", "", card.text.partition("## Citations")[2], flags=re.MULTILINE).rstrip(),
@@ -203,7 +203,7 @@ def complete_card(trainer, section: MethodSection) -> None:
 
 
 def _version() -> str:
-    from .. import __version__  # which is not there yet when this module is imported
+    from .. import __version__  # not defined yet when this module is imported
 
     return __version__
 
@@ -241,7 +241,7 @@ def _data_section(trainer, training_set: str | None) -> str:
 
 
 def _origin(dataset: Any, name: str | None) -> str:
-    """Where rows come from, as far as they know or the user said."""
+    """Where rows come from, as far as the data set or the user says."""
     name, info = name or hub_dataset(dataset), getattr(dataset, "info", None)
     if name is not None:
         return f" of {_linked(name, 'datasets/')}"
@@ -250,12 +250,12 @@ def _origin(dataset: Any, name: str | None) -> str:
 
 
 def _metrics_section(trainer) -> str:
-    """The evaluation of the weights that are there now, if there was one."""
+    """The evaluation of the current weights, if there was one."""
     history = trainer.state.log_history
     evaluated = [i for i, entry in enumerate(history) if any(name.startswith("eval_") for name in entry)]
     ended = max((i for i, entry in enumerate(history) if "train_runtime" in entry), default=len(history))
     if any(i > ended for i in evaluated):
-        step = None  # after the training
+        step = None  # after training
     elif trainer.args.load_best_model_at_end and trainer.state.best_global_step and ended < len(history):
         step = trainer.state.best_global_step
     else:
@@ -275,13 +275,13 @@ def _metrics_section(trainer) -> str:
 
 
 def _meaning(name: str) -> str:
-    """What a metric is, whichever evaluation set it is of."""
+    """What a metric means, for any evaluation set."""
     found = next((text for known, text in _MEANINGS.items() if name.endswith(f"_{known}")), None)
     return f", {found}" if found else ""
 
 
 def _loading_section(trainer) -> str:
-    """How to load what is in the repository, as code that runs wherever the models have names on the Hub."""
+    """How to load what is in the repository, as code that runs if the models have names on the Hub."""
     output_dir = os.path.basename(os.path.abspath(trainer.args.output_dir))
     repo = trainer.hub_model_id or f"path/to/{output_dir}"
     revision = f', revision="{trainer.args.hub_revision}"' if trainer.args.hub_revision else ""
@@ -355,7 +355,7 @@ def _teachers_start(trainer) -> str:
 def _cached_name(cache: TeacherCache) -> str:
     teacher, receipt = cache.manifest.teacher, cache.manifest.receipt
     kept = f"preset `{cache.manifest.preset}`"
-    if "kl_mean" in receipt:  # draws have none
+    if "kl_mean" in receipt:  # a cache of draws has none
         kept += f", KL(teacher || kept) {receipt['kl_mean']:.4f} nats per token"
     return f"{name_in_cache(teacher)}, from a teacher cache ({kept})"
 

@@ -1,4 +1,4 @@
-"""TRL's configurations train in bfloat16 unless they are told otherwise, which transformers rejects without a GPU."""
+"""The precision on a CPU. TRL's configurations use bfloat16 by default, which transformers rejects without a GPU."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ logger = logging.get_logger(__name__)
 
 
 def choose_precision(config: Any) -> None:
-    """Set `bf16` to False on a CPU, with one line, unless `use_cpu=True` and `bf16=True` ask for it there."""
+    """Set `bf16` to False on a CPU, with a warning of one line. `use_cpu=True` with `bf16=True` keeps it."""
     without_gpu = not (is_torch_bf16_gpu_available() or is_torch_xla_available())
     if config.fp16 or config.bf16 is False or not (config.use_cpu or without_gpu):
         return

@@ -27,7 +27,7 @@ __all__ = ["PrimedDistillConfig"]
 
 _PAPER_ALPHA = 0.6093348343631224
 
-# Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
+# Fields of SFTConfig that would be silently ignored: name -> (the only valid value, why or what to do instead)
 _IGNORED = {
     "packing": (
         False,
@@ -47,79 +47,79 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     """
     Configuration class for [`PrimedDistillTrainer`].
 
-    This class includes only what is specific to response priming. For the rest, see
-    [`~transformers.TrainingArguments`] and `trl.SFTConfig`, whose fields keep their meaning; how answers are sampled
-    is in [`~trl_promptkd.trainer.sampling_config.SamplingConfig`], vLLM included.
+    This class includes only the fields that are specific to response priming. For the others, see
+    [`~transformers.TrainingArguments`] and `trl.SFTConfig`. They keep their meaning. How answers are sampled, also by
+    vLLM, is in [`~trl_promptkd.trainer.sampling_config.SamplingConfig`].
 
     Args:
         alpha (`float`, *optional*):
-            Weight of the hard-label term: `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. By default the
-            paper's 0.6093; with `response_source="student"`, which has no hard labels, 0; with `teacher_answers_url`,
-            which has no soft ones, 1.
+            Weight of the hard-label term in `alpha * CE + (1 - alpha) * kd_temperature**2 * divergence`. The default
+            is the paper's 0.6093. With `response_source="student"` there are no hard labels, and the default is 0.
+            With `teacher_answers_url` there are no soft labels, and the default is 1.
         kd_temperature (`float`, *optional*, defaults to `5.942267335064758`):
             Both models' logits are divided by it in the divergence, which is multiplied by its square. The
             cross-entropy stays at temperature 1.
         kd_beta (`float`, *optional*, defaults to `1.0`):
-            The divergence: `1.0` the reverse KL(student || teacher), as in the released code, `0.0` the forward KL,
-            between them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends.
+            The divergence. `1.0` is the reverse KL(student || teacher), as in the released code, and `0.0` the forward
+            KL. Values between are the generalized Jensen-Shannon divergence, which goes to 0 towards both ends.
         skew (`float`, *optional*, defaults to `0.0`):
-            Share of the first distribution of either KL that is mixed into its second one (DistiLLM), which bounds the
-            divergence; 0.1 is a common choice.
+            Share of the first distribution of either KL that is mixed into its second one (DistiLLM). It bounds the
+            divergence. 0.1 is a common choice.
         response_source (`str`, *optional*, defaults to `"dataset"`):
-            Whose answers both models are compared on: `"dataset"`, the data's own; `"teacher"`, answers that the
-            primed teacher writes once, before training, kept in `teacher_answers_dir`; `"student"`, the student's own
-            samples, drawn anew at every step.
+            Whose answers both models are compared on. `"dataset"`: the data's own. `"teacher"`: answers that the
+            primed teacher writes once, before training. They are kept in `teacher_answers_dir`. `"student"`: the
+            student's own samples, drawn anew at every step.
         teacher_model_name_or_path (`str` or `dict`, *optional*):
-            The teacher, if none is passed to the trainer. A `dict` has several by name; see the trainer's
+            The teacher, if none is passed to the trainer. A `dict` has several by name, as the trainer's
             `teacher_model`.
         teacher_model_init_kwargs (`dict`, *optional*):
-            For `AutoModelForCausalLM.from_pretrained`, if the teacher is given by name; for example
-            `{"quantization_config": {"load_in_4bit": True}}`. It holds for all that are.
+            Arguments of `AutoModelForCausalLM.from_pretrained` for every teacher that is given by name, for example
+            `{"quantization_config": {"load_in_4bit": True}}`.
         teacher_server (`str` or `dict`, *optional*):
-            Where the teacher runs, instead of here: the address of a vLLM server in pooling mode, such as
-            `"http://host:8000"`. Of the teacher's weights, only the output head is loaded. A `dict` has the servers
-            of several teachers by name.
+            Address of a vLLM server in pooling mode that runs the teacher, such as `"http://host:8000"`. Only the
+            output head of the teacher is then loaded here. A `dict` has the servers of several teachers by name.
         teacher_server_dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            What the hidden states travel in: `"bfloat16"`, or `"float32"`, which takes twice the bytes.
+            Type in which the server sends hidden states: `"bfloat16"`, or `"float32"`, which takes twice the bytes.
         teacher_server_timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds after which a request to the server fails, with all its tries.
+            Seconds after which a request to the server fails, all its tries included.
         teacher_max_length (`int`, *optional*):
-            Longest row in tokens as the teacher sees it, priming and answer included. `None` for no limit.
-            `max_length` bounds it as the student sees it.
+            Longest row in tokens as the teacher sees it, with priming text and answer. `None`: no limit. `max_length`
+            limits the row as the student sees it.
         overlong (`str`, *optional*, defaults to `"drop"`):
-            What to do with rows that exceed either: `"drop"` leaves them out and reports how many, `"error"` refuses
-            them. Nothing is ever cut.
+            What to do with rows that exceed either limit. `"drop"` leaves them out and reports how many. `"error"`
+            raises an error. Rows are never cut.
         max_new_tokens (`int`, *optional*, defaults to `256`):
-            Longest answer that the teacher or the student writes. It comes on top of the prompt; `max_length` then
-            bounds the prompt alone.
+            Longest answer that the teacher or the student writes, in tokens. It comes on top of the prompt, and
+            `max_length` then limits the prompt alone.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
         teacher_answers_dir (`str`, *optional*):
-            Where the teacher's answers are kept, and looked for; `output_dir/_teacher_answers` by default.
+            Folder in which the teacher's answers are kept and looked for. `None`: `output_dir/_teacher_answers`.
         teacher_answers_url (`str`, *optional*):
-            With `response_source="teacher"`: an OpenAI-compatible API, such as `http://localhost:8000/v1`, that writes
-            the answers instead of a teacher here. The student is then trained on hard labels alone (`alpha` 1), and
-            the teacher may have any tokenizer. Rows are asked for `rollout_batch_size` at once, by default 32. A key
-            comes from the environment variable `OPENAI_API_KEY`.
+            URL of an OpenAI-compatible API, such as `http://localhost:8000/v1`. With `response_source="teacher"`, it
+            writes the answers instead of a teacher here. The student is then trained on hard labels alone (`alpha` 1),
+            and the teacher may have any tokenizer. `rollout_batch_size` rows are requested at once, by default 32. The
+            key comes from the environment variable `OPENAI_API_KEY`.
         teacher_answers_model (`str`, *optional*):
-            The teacher's name there. `None` takes the only one that the API lists.
+            The teacher's name in that API. `None`: the only one that the API lists.
         padding_free (`bool`, *optional*, defaults to `False`):
-            Whether student and teacher run the rows of a micro-batch end to end in one sequence, without padding. It
-            needs `per_device_train_batch_size` above 1 to save anything. A model that does not keep such rows apart is
-            refused before training. Unlike in TRL, `max_length` holds, evaluation does the same, and any attention
-            implementation will do. Only FlashAttention skips what is masked: others compute the micro-batch's square.
+            Whether student and teacher run the rows of a micro-batch end to end in one sequence, without padding. This
+            saves work only if `per_device_train_batch_size` is above 1. A model that does not keep such rows apart is
+            rejected before training. Unlike in TRL, `max_length` still holds, evaluation is padding-free too, and any
+            attention implementation works. Only FlashAttention skips what is masked. Others compute the square of the
+            whole micro-batch.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch the student's own dropout off, which the teacher does not have either. An adapter's
             `lora_dropout` stays.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once. `None` for all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at
+            Tokens whose logits exist at once. `None`: all. Under FSDP2 and ZeRO-3, those of a micro-batch exist at
             once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
-            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
+            On SIGTERM, finish the step, save a checkpoint and end the training. `train(resume_from_checkpoint=True)`
             resumes from it.
     """
 
-    _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # of evaluations
+    _FALLING_METRICS = ("ce", "kl/student_teacher", "kd", "loss")  # metrics of evaluations
     _VALID_DICT_FIELDS = [
         *SFTConfig._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
@@ -129,7 +129,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     ]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
+        default=None, metadata={"help": "Kept for the base class. Rows are always prepared by this package."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "The collator needs columns that the model's forward does not know."}
@@ -137,7 +137,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     alpha: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the hard-label term. None: the paper's 0.6093, 0 on student samples, 1 with "
+            "help": "Weight of the hard-label term. None: the paper's 0.6093, but 0 on student samples, and 1 with "
             "teacher_answers_url."
         },
     )
@@ -152,19 +152,19 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         metadata={"help": "1.0: reverse KL(student || teacher). 0.0: forward KL. Between: generalized JSD."},
     )
     skew: float = field(
-        default=0.0, metadata={"help": "Share of the first distribution of either KL mixed into its second one."}
+        default=0.0, metadata={"help": "Share of the first distribution of either KL that is mixed into its second."}
     )
     response_source: str = field(
         default="dataset",
         metadata={"help": "Whose answers are trained on.", "choices": ["dataset", "teacher", "student"]},
     )
-    # `Mapping`: if a field may be a `dict`, `check_kinds` takes each text for JSON
+    # `Mapping`, because `check_kinds` reads every text as JSON if a field may be a `dict`
     teacher_model_name_or_path: Mapping[str, str | None] | str | None = field(
         default=None,
         metadata={"help": "The teacher, or JSON of several by name. None: the student's own starting weights."},
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
+        default=None, metadata={"help": "Arguments of from_pretrained, if the teacher is given by name."}
     )
     teacher_server: Mapping[str, str] | str | None = field(
         default=None,
@@ -174,38 +174,38 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
     )
     teacher_server_dtype: str = field(
         default="bfloat16",
-        metadata={"help": "What hidden states travel in.", "choices": ["bfloat16", "float32"]},
+        metadata={"help": "Type in which the server sends hidden states.", "choices": ["bfloat16", "float32"]},
     )
     teacher_server_timeout: float = field(
         default=120.0,
-        metadata={"help": "Seconds after which a request to that server fails, tries included."},
+        metadata={"help": "Seconds after which a request to that server fails, all its tries included."},
     )
     teacher_max_length: int | None = field(
         default=None,
-        metadata={"help": "Longest row in tokens as the teacher sees it, priming included; None: no limit."},
+        metadata={"help": "Longest row in tokens as the teacher sees it, priming text included. None: no limit."},
     )
     overlong: str = field(
         default="drop",
-        metadata={"help": "Leave out and count, or refuse, rows that are too long.", "choices": ["drop", "error"]},
+        metadata={"help": "Leave out and count, or reject, rows that are too long.", "choices": ["drop", "error"]},
     )
     max_new_tokens: int = field(
         default=256, metadata={"help": "Longest answer that the teacher or the student writes."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of sampling."})
     teacher_answers_dir: str | None = field(
-        default=None, metadata={"help": "Where the teacher's answers are kept; None: output_dir/_teacher_answers."}
+        default=None, metadata={"help": "Folder of the teacher's answers. None: output_dir/_teacher_answers."}
     )
     teacher_answers_url: str | None = field(
-        default=None, metadata={"help": "An OpenAI-compatible API that writes the teacher's answers."}
+        default=None, metadata={"help": "URL of an OpenAI-compatible API that writes the teacher's answers."}
     )
     teacher_answers_model: str | None = field(
-        default=None, metadata={"help": "The teacher's name there; None: the only one that the API lists."}
+        default=None, metadata={"help": "The teacher's name in that API. None: the only one that the API lists."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays."}
+        default=True, metadata={"help": "Switch the student's own dropout off. An adapter's stays."}
     )
     loss_chunk_size: int | None = field(
-        default=256, metadata={"help": "Tokens whose losses are computed at once; None: all."}
+        default=256, metadata={"help": "Tokens whose logits exist at once. None: all."}
     )
 
     save_on_interrupt: bool = field(
@@ -219,8 +219,8 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             are_several = isinstance(value, Mapping) or (isinstance(value, str) and value.startswith("{"))
             check_kind(name, value, dict | None if are_several else str | None)
         choose_precision(self)
-        # On the student's own samples the cross-entropy falls when the student collapses. The loss is the divergence
-        # alone there.
+        # On the student's own samples, the cross-entropy falls when the student collapses. There the loss is the
+        # divergence alone
         choose_best_metric(self, "eval_loss" if self.response_source == "student" else "eval_ce")
         rename_checkpointing(self)
         super().__post_init__()
@@ -234,7 +234,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
 
     def check_values(self) -> None:
-        """Refuse values out of range or that do not go together, and fields of the base classes that would have no
+        """Reject values that are out of range or do not go together, and fields of the base classes that would have no
         effect."""
         check_training(self)
         check_positive(self, "kd_temperature", "teacher_max_length", "teacher_server_timeout", "loss_chunk_size")
@@ -267,7 +267,7 @@ class PrimedDistillConfig(SamplingConfig, SFTConfig):
             )
 
     def _check_answers_api(self) -> None:
-        """Refuse what answers from an API cannot have."""
+        """Reject settings that do not work with answers from an API."""
         if self.teacher_answers_url is None:
             if self.teacher_answers_model is not None:
                 raise ValueError(

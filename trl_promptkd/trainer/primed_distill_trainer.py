@@ -50,18 +50,18 @@ _ANSWERS_NEEDED = (
     "`response_source` is 'dataset', so the data's own answers are trained on. Set `response_source='teacher'` (the "
     "primed teacher writes the answers) or `'student'` (the student's own samples)."
 )
-_GAIN_EVERY = 16  # `priming/gain_nats` costs one more teacher pass, for one micro-batch in so many
+_GAIN_EVERY = 16  # micro-batches for one value of `priming/gain_nats`, which costs one more teacher pass
 
 
 class PrimedDistillTrainer(SFTTrainer):
     """
-    Trainer for response priming. The teacher sees a priming text beside the question, and the student sees the bare
-    question. Both are compared on the same completion tokens.
+    Trainer for response priming. The teacher sees a priming text with the question. The student sees the question
+    alone. Both are compared on the same completion tokens.
 
     The loss is `alpha * CE + (1 - alpha) * tau**2 * D`. CE is the cross-entropy of the completion, and D the
     divergence of both distributions at temperature tau. Both are sums over completion tokens, end of text included,
     divided by the number of those tokens in the whole accumulation window on all ranks. Source: arXiv 2412.17846. Its
-    released code compares the tokens of different texts. Here they are the same ones.
+    released code compares the tokens of different texts. Here the tokens are the same.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -69,17 +69,17 @@ class PrimedDistillTrainer(SFTTrainer):
         args ([`PrimedDistillConfig`], *optional*):
             Training arguments.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            A collator of your own gets the rows as they are and must return what [`DataCollatorForPrimedDistillation`]
-            returns; `priming` is then only recorded.
+            A collator of your own. It gets the rows as they are and must return what
+            [`DataCollatorForPrimedDistillation`] returns. `priming` is then only recorded.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `messages`, with `prompt` and `completion`, or (if the teacher or the student writes the
-            answers) with `prompt` alone; texts or conversations. Other columns are variables of the priming template.
+            Rows with `messages`, or with `prompt` and `completion`, as texts or conversations. `prompt` alone is
+            enough if the teacher or the student writes the answers. The priming template may use other columns.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             The same formats.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of both models; by default loaded with the student.
+            The tokenizer of both models. `None` loads the student's.
         compute_loss_func (`Callable`, *optional*):
-            Not supported; kept for the base class's signature.
+            Not supported. Kept for the base class's signature.
         compute_metrics (`Callable`, *optional*):
             Gets the student's logits on the evaluation rows, as in the base class.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -95,23 +95,23 @@ class PrimedDistillTrainer(SFTTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
-            Not supported; kept for the base class's signature.
+            Not supported. Kept for the base class's signature.
         priming (`str`, [`PrimingTemplate`] or `dict` of them, *optional*):
-            What the teacher sees: one of the paper's texts by its name, `"teacher"`, `"ground_truth"` or
-            `"confidence"`; `"reference_answer"`, which shows it the row's answer; a template of your own; or `None`,
-            plain distillation. A `dict` has what each of several teachers sees, by the same names.
+            The text that only the teacher sees. The paper's are `"teacher"`, `"ground_truth"` and `"confidence"`.
+            `"reference_answer"` shows it the row's answer. A template of your own works too. `None` is plain
+            distillation. A `dict` has one for each of several teachers, by their names.
         teacher_model (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `dict` of them, *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
-            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own starting
-            weights, of which a PEFT student holds no second copy: the priming text is then trained into the student.
-            A `dict` has several teachers by name: the column `teacher` of each row says which one teaches it.
+            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own start, and the
+            priming text is trained into the student. A PEFT student needs no second copy for that. A `dict` has
+            several teachers by name. The column `teacher` of a row names the one that teaches it.
         teacher_cache (`str`, [`TeacherCache`] or `dict` of them, *optional*):
-            What a teacher said before, instead of a teacher: the folder of a cache that [`build_teacher_cache`] made,
-            or its id on the Hub. All rows must be in it, under the same priming text, template and tokenizer. A
-            `dict` has the caches of other names than `teacher_model`.
+            A teacher's stored output, in place of a teacher: the folder of a cache that [`build_teacher_cache`] made,
+            or its id on the Hub. All rows must be in it, with the same priming text, template and tokenizer. A `dict`
+            has caches by teacher name. These names must not be in `teacher_model`.
         teacher_server (`str` or `dict`, *optional*):
-            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`, or
-            of several servers, by the names of their teachers there.
+            As `args.teacher_server`: the address of the vLLM server that runs the teacher named by `teacher_model`. A
+            `dict` has several addresses, by the names of their teachers in `teacher_model`.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
@@ -125,7 +125,7 @@ class PrimedDistillTrainer(SFTTrainer):
     # `compute_loss` divides by the token count of the whole window itself
     loss_is_scaled_for_ga = True
 
-    # As in the other trainer
+    # Shared with the other trainer
     evaluation_loop = shared.evaluation_loop
     hyperparameter_search = shared.hyperparameter_search
     init_hf_repo = init_hf_repo
@@ -215,7 +215,7 @@ class PrimedDistillTrainer(SFTTrainer):
                 peft_config=peft_config,
             )
 
-        # 3. The teacher, and what rows need of both models
+        # 3. The teacher, and the checks of rows against both models
         teacher = self.teacher.load(self)
         self.shared_vocab_size = shared_vocab_size(self.model, self.teacher.vocabulary, processing_class)
         self._views = [View("student", self.model, "prompt_ids"), *self.teacher.views()]
@@ -263,14 +263,14 @@ class PrimedDistillTrainer(SFTTrainer):
         return checked_rows(self, dataset, name, new_tokens)
 
     def _prepare(self, dataset: Any, name: str) -> Any:
-        """What `__init__` does with a data set, for one that comes later."""
+        """What `__init__` does with a data set, for one that is passed later."""
         check_streamed_evaluation(dataset, name, self.args)
         if self._tokenizes:
             dataset = map_parts(self._tokenize, dataset, name, self.processing_class, self.args)
         return map_parts(self.teacher.answered, self._checked(dataset, name), name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        # What `remove_unused_columns=True` keeps
+        # Columns that `remove_unused_columns=True` keeps
         self._signature_columns: list[str] | None = [
             "prompt_ids",
             "teacher_prompt_ids",
@@ -281,30 +281,30 @@ class PrimedDistillTrainer(SFTTrainer):
         ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        # Without what a window added that failed (`auto_find_batch_size`) or was broken off
+        # Forget a window that failed (`auto_find_batch_size`) or was broken off
         self._train_means, self._train_batches = Means(), 0
         return super().create_scheduler(num_training_steps, optimizer)
 
     def quantization_receipt(
         self, full_teacher: nn.Module | str | None = None, num_rows: int = 32, teacher: str | None = None
     ) -> dict[str, Any]:
-        """What quantization did to the teacher, on the first rows of the training data as the teacher sees them.
+        """Measures what quantization did to the teacher, on the first training rows as the teacher sees them.
 
         Args:
             full_teacher (`str` or [`~transformers.PreTrainedModel`], *optional*):
-                The teacher without quantization; `None` loads the teacher's own name without the `quantization_config`
-                of `teacher_model_init_kwargs`. It is in memory beside the quantized one while this runs.
+                The teacher without quantization. `None` loads the teacher by its name, without the
+                `quantization_config` of `teacher_model_init_kwargs`. Both are in memory while this runs.
             num_rows (`int`, *optional*, defaults to `32`):
-                How many rows.
+                How many rows to use.
             teacher (`str`, *optional*):
-                Which of several teachers; the rows are then those that name it.
+                Which of several teachers, by name. Only rows that name it are used.
 
         Returns:
-            `dict`: `kl_full_quantized`, `top1_agreement`, `answer_nll_full`, `answer_nll_quantized` and more, see
+            `dict` with `kl_full_quantized`, `top1_agreement`, `answer_nll_full`, `answer_nll_quantized` and more. See
             [`~trl_promptkd.evaluation.quantization_receipt.quantization_receipt`].
 
         Raises:
-            ValueError: if the teacher is not quantized, the full one is or has no name, or the rows have no answers.
+            ValueError: if the teacher is not quantized, the full one is or has no name, or no row has an answer.
         """
         chosen, rows = teacher_and_rows(self, teacher)
         if chosen.model is None or not isinstance(rows, Dataset) or not self._tokenizes:
@@ -328,7 +328,7 @@ class PrimedDistillTrainer(SFTTrainer):
         return batches, num_tokens
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        """As in the base class. `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
         check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
@@ -338,9 +338,9 @@ class PrimedDistillTrainer(SFTTrainer):
         """One micro-batch.
 
         Returns:
-            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch`
-            (those of the whole window on all ranks), times the number of ranks, over which data parallelism averages
-            gradients.
+            Scalar: the loss summed over this micro-batch's completion tokens, divided by `num_items_in_batch` (those
+            of the whole window on all ranks). It is multiplied by the number of ranks, because data parallelism
+            averages gradients over them.
         """
         with_gain = self._train_batches % _GAIN_EVERY == 0
         with_metrics = with_gain or is_logged_step(self)
@@ -359,7 +359,7 @@ class PrimedDistillTrainer(SFTTrainer):
         return (loss, None) if return_outputs else loss
 
     def _distill(self, student: nn.Module, inputs, with_metrics: bool = True) -> tuple[Tensor, Tensor, PrimedLossSums]:
-        """The loss summed over a batch's completion tokens, with its gradient; their number; and what is logged."""
+        """The loss summed over a batch's completion tokens, with its gradient, their number, and what is logged."""
         args = self.args
         trained = inputs["labels"][:, 1:] != -100
         tokens, teachers = inputs["labels"][:, 1:][trained], inputs["teachers"] if self._teacher_names else None
@@ -391,19 +391,19 @@ class PrimedDistillTrainer(SFTTrainer):
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """As in the base class; takes raw or tokenized data."""
-        if not isinstance(eval_dataset, str):  # a name stands for a data set that is prepared already
+        """As in the base class. Takes raw or tokenized data."""
+        if not isinstance(eval_dataset, str):  # a name means a data set that is prepared already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         with nothing_changed(self):
             if not isinstance(eval_dataset, dict):
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-            metrics: dict[str, float] = {}  # the base class would come back here with prepared rows
+            metrics: dict[str, float] = {}  # the base class would call this method again with prepared rows
             for name, part in eval_dataset.items():
                 metrics |= super().evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
-        """As in the base class; takes raw or tokenized data."""
+        """As in the base class. Takes raw or tokenized data."""
         if test_dataset is None:
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
@@ -413,11 +413,11 @@ class PrimedDistillTrainer(SFTTrainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with self.accelerator.autocast():  # before training, nobody has wrapped the student in it
+        with self.accelerator.autocast():  # before training, the student is not wrapped in it yet
             inputs = self._prepare_inputs(inputs)
             if self.args.response_source == "student":
                 prompts, teacher_prompts = prompts_of_views(inputs)
-                # The same random numbers at every evaluation, so that values differ by what was learned
+                # The same random numbers at every evaluation, so that values differ only by what was learned
                 completions = self.rollouts.sample(self.model_wrapped, prompts, -1 - self._eval_batches)
                 teachers = inputs["teachers"] if self._teacher_names else None
                 inputs = padded_views(self, prompts, teacher_prompts, completions, teachers=teachers)
@@ -444,7 +444,7 @@ class PrimedDistillTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """TRL's model card, and a section on the teacher, the priming text and the loss."""
+        """TRL's model card, with the teacher, the priming text, data, scores, and how to load the model."""
         super().create_model_card(model_name, hub_id(dataset_name) or hub_dataset(self.train_dataset), tags)
         if self.is_world_process_zero():
             complete_card(self, priming_section(self))

@@ -1,4 +1,4 @@
-"""What response priming logs: of all tokens, and with several teachers of each one's own."""
+"""The metrics of response priming, over all tokens and, with several teachers, over those of each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +16,11 @@ __all__ = ["add_gain", "add_sums", "add_token_counts"]
 def add_sums(
     means: Means, sums: PrimedLossSums, count: Tensor, names: Sequence[str] = (), with_metrics: bool = True
 ) -> None:
-    """A micro-batch's losses, and its metrics if they were computed.
+    """Add a micro-batch's losses, and its metrics if they were computed.
 
     Args:
         count: Number of its completion tokens.
-        names: Of several teachers.
+        names: The names of several teachers.
     """
     means.add("ce", sums.cross_entropy, count)
     means.add("kd", sums.divergence, count)
@@ -39,11 +39,11 @@ def add_sums(
 def add_gain(
     means: Means, plain: Tensor | None, sums: PrimedLossSums, count: Tensor, names: Sequence[str] = ()
 ) -> None:
-    """How much likelier a micro-batch's completions are to the teacher with the priming text than without it.
+    """Add how much likelier the priming text makes a micro-batch's completions for the teacher.
 
     Args:
-        plain: Their log-probability without it, summed; `None` if it is not known. Of several teachers `(teachers,)`,
-            and NaN if it is not known.
+        plain: The sum of their log-probabilities without the text, or `None` if it is not known. With several
+            teachers, one value for each, `(teachers,)`, which is NaN if it is not known.
     """
     if plain is None or sums.teacher_log_prob is None:
         return
@@ -60,11 +60,11 @@ def add_gain(
 def add_token_counts(
     means: Means, batches: Sequence[dict[str, Tensor]], num_tokens: Tensor, names: Sequence[str], accelerator: Any
 ) -> None:
-    """How many tokens one optimizer step trains on, on all ranks.
+    """Add how many tokens one optimizer step trains on, on all ranks.
 
     Args:
         batches: The window's micro-batches on this rank.
-        num_tokens: In all of them on all ranks.
+        num_tokens: Number of their completion tokens on all ranks.
     """
     means.add("completion_tokens", num_tokens)
     for number, name in enumerate(names):

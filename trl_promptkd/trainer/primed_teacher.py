@@ -1,7 +1,7 @@
-"""The teachers of response priming: one that runs beside the student, and one that a cache speaks for. Two more have
-modules of their own: one that a server runs, and one that only writes answers, over an API.
+"""The teachers of response priming: one that runs beside the student, and one that a cache stands for. Two more have
+modules of their own: one that runs on a server, and one that only writes answers, over an API.
 
-All say the same things at the same moments, so that the trainer never asks which one it has.
+All have the same methods, so that the trainer need not know which one it has.
 """
 
 import os
@@ -45,7 +45,7 @@ def primed_teacher(
 
     Args:
         teacher_model, teacher_cache, teacher_server, args, processing_class, priming: The trainer's.
-        tokenizes: Whether the trainer prepares its rows, and not a collator of the user's own.
+        tokenizes: Whether the trainer prepares its rows. Otherwise a user's own collator does.
 
     Raises:
         ValueError: for a teacher that cannot serve this run.
@@ -89,7 +89,7 @@ def primed_teacher(
 def view_states(
     model: nn.Module, inputs: Mapping[str, Tensor], view: str, vocab_size: int, padding_free: bool
 ) -> TokenStates:
-    """What a bare model says at the completion tokens, after the student's prompt (`view=""`) or the teacher's
+    """The output of a bare model at the completion tokens, after the student's prompt (`view=""`) or the teacher's
     (`"teacher_"`)."""
     ids, mask, labels = (inputs[view + name] for name in ("input_ids", "attention_mask", "labels"))
     return completion_states(model, ids, mask, labels, vocab_size=vocab_size, padding_free=padding_free)
@@ -102,7 +102,7 @@ class LiveTeacher:
     Args:
         given: A model, a name, or `None` for the student's own start.
         args ([`PrimedDistillConfig`]): The run's settings.
-        has_priming (`bool`): Whether it sees another prompt than the student.
+        has_priming (`bool`): Whether it sees a priming text.
     """
 
     cache = None
@@ -111,10 +111,10 @@ class LiveTeacher:
         self.given, self.args, self.has_priming = given, args, has_priming
         self.writes = args.response_source == "teacher"
         self.model: Any = None
-        """On its device; `None` for the student below its adapter."""
+        """The model on its device. `None` for the student below its adapter."""
 
     def find(self, dataset: Any, name: str) -> Any:
-        """Tokenized rows as they are; a stream's cannot be answered before training."""
+        """Tokenized rows as they are. Rejects a stream if the teacher is to answer its rows before training."""
         if self.writes and isinstance(dataset, IterableDataset):
             raise ValueError(
                 f"`{name}` is streamed, but with `response_source='teacher'` the teacher answers every row before "
@@ -123,10 +123,10 @@ class LiveTeacher:
         return dataset
 
     def load(self, trainer: Any) -> Any:
-        """The model, loaded and frozen, for what has to be known before it is placed on its device."""
+        """The model, loaded and frozen, but not on its device yet."""
         self.trainer = trainer
         self.bare = build_teacher(trainer.model, self.given, self.args)
-        # Of the main process: the others may have loaded no weights yet
+        # The main process's, because the others may have loaded no weights yet
         self.fingerprint = broadcast_object_list([weights_fingerprint(self.bare) if self.writes else ""])[0]
         on_meta = any(parameter.device.type == "meta" for parameter in self.bare.parameters())
         if self.writes and self.bare is trainer.model and on_meta:
@@ -139,7 +139,7 @@ class LiveTeacher:
 
     @property
     def vocabulary(self) -> Any:
-        """The model, or the number of its ids, that the student's are compared with."""
+        """The model, whose vocabulary is compared with the student's."""
         return self.bare
 
     def views(self) -> list[View]:
@@ -147,7 +147,7 @@ class LiveTeacher:
         return [View("teacher", self.bare, "teacher_prompt_ids")]
 
     def place(self) -> None:
-        """Onto its device, compared with its own forward pass there."""
+        """Put the model on its device. Then compare its passes with its own forward pass."""
         trainer = self.trainer
         self.model = place_teacher(self.bare, trainer.model, trainer.accelerator)
         settings = (trainer.processing_class, trainer.accelerator, None, trainer.shared_vocab_size)
@@ -160,7 +160,7 @@ class LiveTeacher:
         return run_teacher(self.model, self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped))
 
     def answered(self, dataset: Any, name: str) -> Any:
-        """With `response_source="teacher"`: a data set with the teacher's answers. Otherwise as it is."""
+        """The data set, with the teacher's answers if `response_source="teacher"`. Otherwise as it is."""
         if not self.writes:
             return dataset
         trainer, args = self.trainer, self.args
@@ -180,20 +180,20 @@ class LiveTeacher:
             )
 
     def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Nothing to do: it runs when a micro-batch is trained on."""
+        """Nothing to do, as it runs when a micro-batch is trained on."""
 
     @torch.no_grad()
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> TokenStates:
-        """What it says at the completion tokens of its view, inside the student's forward pass."""
+        """Its output at the completion tokens of its view, inside the student's forward pass."""
         arguments = (inputs, "teacher_", self.trainer.shared_vocab_size, self.args.padding_free)
         with run_teacher(self.model, student) as teacher:
-            if self.model is None:  # we are inside its forward already: it is the student
+            if self.model is None:  # it is the student, and this is inside its forward pass already
                 return view_states(teacher, *arguments).detach()
             return inside_forward(teacher, view_states, *arguments).detach()
 
     @torch.no_grad()
     def plain_log_prob(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The completions' log-probability without the priming text, summed; `None` if there is no such text."""
+        """Sum of the completions' log-probabilities without the priming text, or `None` if there is no such text."""
         if not self.has_priming:
             return None
         trainer, labels = self.trainer, inputs["labels"][:, 1:]
@@ -206,15 +206,15 @@ class LiveTeacher:
 
 class CachedTeacher:
     """
-    What a teacher said before, read from a cache.
+    A teacher's stored output, read from a cache.
 
     Args:
         cache (`str` or [`TeacherCache`]): A cache, its folder, or its id on the Hub.
         args ([`PrimedDistillConfig`]): The run's settings.
-        processing_class, priming: The run's, which must be the cache's.
+        processing_class, priming: The run's. They must equal those of the cache.
 
     Raises:
-        ValueError: for a cache that does not fit to the run.
+        ValueError: for a cache that does not fit the run.
     """
 
     model = None
@@ -247,7 +247,7 @@ class CachedTeacher:
         self.cache, self.args, self.processing_class = cache, args, processing_class
 
     def find(self, dataset: Any, name: str) -> Any:
-        """Tokenized rows with their places in the cache, and with its answers if the teacher writes them."""
+        """Tokenized rows with their places in the cache. They get its answers if the teacher writes the answers."""
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 f"`{name}` is streamed, but the rows of a teacher cache are looked up before training. Load it "
@@ -258,41 +258,41 @@ class CachedTeacher:
         return self.cache.locate(dataset, name, self.processing_class, takes_answers=takes_answers, limits=limits)
 
     def load(self, trainer: Any) -> Any:
-        """Onto its device. What its completions end with is the student's own end of text."""
+        """Put the cache on the device. Returns the student, because completions end with its own end of text."""
         self.trainer = trainer
         self.cache.to(trainer.accelerator.device)
         return trainer.model
 
     @property
     def vocabulary(self) -> Any:
-        """The number of its ids, which the student's are compared with."""
+        """The number of ids in the cache, which is compared with the student's."""
         return self.cache.manifest.vocab_size
 
     def views(self) -> list[View]:
-        """None: it has said everything already."""
+        """No rows, as its output is stored already."""
         return []
 
     def place(self) -> None:
         """Nothing to do."""
 
     def answered(self, dataset: Any, name: str) -> Any:
-        """The data set as it is: [`~CachedTeacher.find`] took the cache's answers."""
+        """The data set as it is. [`~CachedTeacher.find`] has added the cache's answers."""
         return dataset
 
     def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """Nothing to do: rows are read when a micro-batch is trained on."""
+        """Nothing to do, as rows are read when a micro-batch is trained on."""
 
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> CachedAnswers:
-        """What the teacher said at the completion tokens."""
-        judged = (inputs["labels"] != -100).any(dim=1)  # repeated rows of an evaluation are masked
+        """The teacher's stored output at the completion tokens."""
+        judged = (inputs["labels"] != -100).any(dim=1)  # the repeated rows of an evaluation are masked
         return self.cache.answers(inputs["cache_rows"][judged].tolist(), self.trainer.shared_vocab_size)
 
     def plain_log_prob(self, inputs: dict[str, Tensor]) -> None:
-        """Not known: the cache holds what the teacher said with the priming text."""
+        """`None`, as the cache only holds the teacher's output with the priming text."""
 
 
 def receipt_of_run(teacher: Any, full_teacher: Any, rows: Dataset) -> dict[str, Any]:
-    """What quantization did to a live teacher; see [`PrimedDistillTrainer.quantization_receipt`]."""
+    """What quantization did to a live teacher. See [`PrimedDistillTrainer.quantization_receipt`]."""
     accelerator, args = teacher.trainer.accelerator, teacher.args
     quantized = accelerator.unwrap_model(teacher.model)
     if getattr(quantized, "quantization_method", None) is None:
@@ -315,6 +315,6 @@ def receipt_of_run(teacher: Any, full_teacher: Any, rows: Dataset) -> dict[str, 
                 "be). Pass the model it was made from as `full_teacher`."
             )
         views = [{**row, "prompt_ids": row["teacher_prompt_ids"]} for row in rows]
-        with accelerator.autocast():  # the teacher's forward is wrapped in it
+        with accelerator.autocast():  # the teacher's forward pass is wrapped in it too
             receipt = [quantization_receipt(full, quantized, views, teacher.trainer.processing_class.pad_token_id)]
     return broadcast_object_list(receipt)[0]

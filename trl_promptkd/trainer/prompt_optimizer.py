@@ -1,4 +1,4 @@
-"""Training the soft prompt: its gradient, optimizer, schedule, and the file a checkpoint keeps them in."""
+"""Training the soft prompt: its gradient, optimizer and schedule, and their file in a checkpoint."""
 
 import json
 import math
@@ -30,13 +30,13 @@ class PromptOptimizer:
     """
     AdamW for the soft prompt, with its own schedule and clipping.
 
-    The prompt is replicated: gradients are summed over ranks, and the loss they come from is divided by the token
-    count of all ranks, so every rank takes the same step.
+    The prompt is replicated on all ranks. Gradients are summed over ranks, and the loss that they come from is divided
+    by the token count of all ranks. Every rank therefore takes the same step.
 
     Args:
-        soft_prompt ([`SoftPrompt`]): What is trained.
-        config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping; `None` there means
-            `args`. One of PEFT's has none of them, and the defaults are taken.
+        soft_prompt ([`SoftPrompt`]): The prompt to train.
+        config ([`PromptEncoderConfig`]): Learning rate, weight decay, schedule and clipping. If a field is `None`,
+            that of `args` is taken. A configuration of PEFT's has no such fields, and the defaults are taken.
         args ([`PromptKDConfig`]): The student's settings, whose Adam coefficients are the prompt's too.
         num_training_steps (`int`): Length of the schedule.
         accelerator ([`~accelerate.Accelerator`]): Sums gradients over ranks.
@@ -56,9 +56,9 @@ class PromptOptimizer:
         self.max_grad_norm = config.prompt_max_grad_norm
         self.skipped = self.skipped_in_a_row = 0
         for parameter in soft_prompt.parameters():
-            parameter.grad = None  # of a window that failed (`auto_find_batch_size`) or was broken off
-        # Under float16, small gradients through the teacher would vanish without a factor. The student's own is too
-        # large for the prompt's gradient, and only falls when the student's overflow.
+            parameter.grad = None  # left by a window that failed (`auto_find_batch_size`) or was broken off
+        # Under float16, small gradients through the teacher would vanish without a factor. The student's own factor is
+        # too large for the prompt's gradient, and only falls when the student's gradients overflow.
         self.loss_scale = 1.0 if accelerator.scaler is None else 1024.0
         learning_rate = args.learning_rate if config.prompt_learning_rate is None else config.prompt_learning_rate
         self.optimizer = torch.optim.AdamW(
@@ -86,7 +86,7 @@ class PromptOptimizer:
 
     @property
     def learns(self) -> bool:
-        """Whether the prompt is trained. With a learning rate of 0 it stays as it is, and costs what a text costs."""
+        """Whether the prompt is trained. With a learning rate of 0 it stays as it is, and costs as much as a text."""
         return bool(self.optimizer.defaults["lr"] > 0)
 
     @property
@@ -94,11 +94,11 @@ class PromptOptimizer:
         return self.scheduler.get_last_lr()[0]
 
     def accumulate(self, gradient: StateGradient, num_tokens: Tensor) -> None:
-        """Add the prompt's gradient, from that of a loss with respect to the teacher's states; nothing else gets one.
+        """Add to the prompt's gradient. It comes from a loss's gradient with respect to the teacher's hidden states.
 
         Args:
-            gradient: Of the loss summed over tokens.
-            num_tokens: By which that sum is to be divided.
+            gradient: That of the loss summed over tokens.
+            num_tokens: Number of tokens by which this sum is divided.
         """
         parameters = list(self.soft_prompt.parameters())
         states, outer = gradient.tensors[0], gradient.gradients[0] * (self.loss_scale / num_tokens)
@@ -114,7 +114,7 @@ class PromptOptimizer:
             `float`: the gradient's norm before clipping.
 
         Raises:
-            FloatingPointError: after five steps in a row whose gradient is not finite; each of them is skipped.
+            FloatingPointError: after five skipped steps in a row. A step is skipped if its gradient is not finite.
         """
         for parameter in self.soft_prompt.parameters():
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
@@ -149,8 +149,8 @@ class PromptOptimizer:
         """Resume from what [`~PromptOptimizer.save`] wrote.
 
         Raises:
-            FileNotFoundError: if the checkpoint holds no prompt: a silent fresh start would not be a resumed run.
-            ValueError: if it is another prompt's, or another schedule's.
+            FileNotFoundError: if the checkpoint has no such file. Starting anew would not be resuming.
+            ValueError: if the file belongs to another prompt or another schedule.
         """
         path = os.path.join(checkpoint, _STATE_FILE)
         if not os.path.isfile(path):
@@ -166,7 +166,7 @@ class PromptOptimizer:
             for name in ("step", "exp_avg", "exp_avg_sq")
         }
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found not in ({}, shapes):  # there are none before the first step
+        if found not in ({}, shapes):  # before the first step there are no tensors
             raise ValueError(
                 f"{path} holds another soft prompt than this run's: found {found}, expected {shapes}. Resume with the "
                 "`PromptEncoderConfig` the run was started with."
@@ -183,7 +183,7 @@ class PromptOptimizer:
             state["state"].setdefault(int(index), {})[key] = tensor
         self.optimizer.load_state_dict(state)
         self.loss_scale = json.loads(metadata["loss_scale"])
-        # The lambdas are functions of this run's settings and stay
+        # The lambdas come from this run's settings and stay
         self.scheduler.load_state_dict(schedule | {"lr_lambdas": [None]})
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

@@ -25,7 +25,7 @@ __all__ = ["PromptKDConfig"]
 
 logger = logging.get_logger(__name__)
 
-# Fields of SFTConfig that would be ignored without a word: name -> (the value that is right here, what to do instead)
+# Fields of SFTConfig that would be silently ignored: name -> (the only valid value, why or what to do instead)
 _IGNORED = {
     "packing": (False, "rows are distilled one by one; sequences hold sampled completions of unknown length"),
     "padding_free": (False, "batches are padded"),
@@ -42,82 +42,79 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     """
     Configuration class for [`PromptKDTrainer`].
 
-    The fields of TRL's `GKDConfig` keep their names and their meaning. Those of `trl.SFTConfig` and
-    [`~transformers.TrainingArguments`] are described there. How completions are sampled, by vLLM too, is in
+    The fields of TRL's `GKDConfig` keep their names and their meaning. For those of `trl.SFTConfig` and
+    [`~transformers.TrainingArguments`], see these classes. How completions are sampled, also by vLLM, is in
     [`~trl_promptkd.trainer.sampling_config.SamplingConfig`]. The soft prompt's own settings are in
     [`PromptEncoderConfig`]. The defaults are the paper's.
 
     Args:
         lmbda (`float`, *optional*, defaults to `1.0`):
-            Share of rows whose completion the student samples; the others are trained on the data's answers, or on the
-            teacher's with `seq_kd`. Drawn row by row.
+            Share of rows whose completion the student samples, drawn row by row. The other rows are trained on the
+            data's answers, or on the teacher's with `seq_kd`.
         beta (`float`, *optional*, defaults to `1.0`):
-            Divergence of the student's loss: `1.0` the reverse KL(student || teacher), `0.0` the forward KL, between
-            them the generalized Jensen-Shannon divergence, which goes to 0 towards both ends and does not turn into
-            either KL there.
+            Divergence of the student's loss. `1.0` is the reverse KL(student || teacher), and `0.0` the forward KL.
+            Values between are the generalized Jensen-Shannon divergence. It goes to 0 towards both ends, and does not
+            turn into either KL there.
         temperature (`float`, *optional*, defaults to `1.0`):
             Temperature of sampling.
         max_new_tokens (`int`, *optional*, defaults to `128`):
-            Longest completion that the student or the teacher samples.
+            Longest completion that the student or the teacher samples, in tokens.
         seq_kd (`bool`, *optional*, defaults to `False`):
             Let the teacher write the completions of the rows that the student does not sample.
         teacher_model_name_or_path (`str`, *optional*):
-            The teacher, if the trainer gets none. `None`: the student's own starting weights.
+            The teacher, if none is passed to the trainer. `None`: the student's own starting weights.
         teacher_model_init_kwargs (`dict`, *optional*):
             Arguments of `from_pretrained` for a teacher that is given by name.
         disable_dropout (`bool`, *optional*, defaults to `True`):
-            Switch the student's own dropout off. An adapter's stays.
+            Switch the student's dropout off, also that of its adapter (`lora_dropout`).
         loss_temperature (`float`, *optional*, defaults to `1.0`):
             Both models' logits are divided by it in every divergence. Losses and logged values are in nats at this
             temperature, without a factor of its square.
         prompt_divergence (`str`, *optional*, defaults to `"reverse"`):
-            Loss of the soft prompt: `"reverse"`, KL(prompted || student) + w KL(prompted || plain); `"forward"`, both
-            the other way round.
+            Direction of the soft prompt's loss. `"reverse"` is KL(prompted || student) + w KL(prompted || plain).
+            `"forward"` has both terms the other way round.
         regularization_coef (`float`, *optional*, defaults to `1.0`):
-            `w` at the first step: how strongly the prompted teacher is held to the plain one. With `0.0` the plain
-            teacher only runs on steps that are logged.
+            `w` at the first step. It says how strongly the prompted teacher is held to the plain one. With `0.0`, the
+            plain teacher only runs on steps that are logged.
         regularization_schedule (`str`, *optional*, defaults to `"linear"`):
-            `"linear"` lets `w` fall to 0 at the end of training, `"constant"` keeps it.
+            `"linear"` lets `w` fall to 0 at the end of training. `"constant"` keeps it.
         prompt_update (`str`, *optional*, defaults to `"sequential"`):
-            `"sequential"`, the paper's: at the end of an accumulation window the prompt is stepped first and the
-            student learns from the new prompt in the window's last micro-batch. `"simultaneous"`: the student learns
-            from the prompt as it was before the step in all micro-batches; one teacher pass less, and how a window is
-            split into micro-batches makes no difference at all.
+            Which prompt the student learns from. `"sequential"`, the paper's: the prompt steps in the window's last
+            micro-batch. The student learns from the new prompt in this micro-batch, and from the old one in the
+            others. `"simultaneous"`: the student learns from the old prompt in all micro-batches. This saves one
+            teacher pass, and the split of a window into micro-batches makes no difference at all.
         prompt_share (`float`, *optional*, defaults to `1.0`):
             Share of a window's rows, rounded up, from which the prompt's gradient is taken: the first ones in the
             data's order. `1.0` is the paper's. With less, the other rows need neither the plain teacher nor a
             backward pass through the prompted one. With `"sequential"`, the prompt steps in the micro-batch that
             holds the last such row. The student learns from the new prompt in it and in all later ones.
         teacher_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and compute the rest
-            anew: less memory, one more forward pass. `gradient_checkpointing` is the student's.
+            Keep only the inputs of the teacher's layers for the soft prompt's backward pass, and recompute the rest.
+            This takes less memory and one more forward pass. `gradient_checkpointing` is the student's.
         overlong (`str`, *optional*, defaults to `"error"`):
-            What to do with rows whose prompt does not fit into `max_length` (which bounds prompt and answer of the
-            data; a sampled completion of up to `max_new_tokens` comes on top of the prompt): `"error"` refuses them
-            with their number, `"drop"` leaves them out and reports how many.
+            What to do with rows whose prompt does not fit into `max_length`. `"error"` raises an error that says how
+            many there are. `"drop"` leaves them out and reports how many. `max_length` limits prompt and answer of the
+            data. A sampled completion of up to `max_new_tokens` comes on top of the prompt.
         loss_chunk_size (`int`, *optional*, defaults to `256`):
-            Tokens whose logits exist at once, in every pass. `None` for all. Under FSDP2 and ZeRO-3, those of a
+            Tokens whose logits exist at once, in every pass. `None`: all. Under FSDP2 and ZeRO-3, those of a
             micro-batch exist at once.
         save_on_interrupt (`bool`, *optional*, defaults to `False`):
-            On SIGTERM, finish the step, save a checkpoint and end the training; `train(resume_from_checkpoint=True)`
+            On SIGTERM, finish the step, save a checkpoint and end the training. `train(resume_from_checkpoint=True)`
             resumes from it.
     """
 
-    _FALLING_METRICS = (
-        "forward_kl",
-        "reverse_kl",
-        "loss",
-    )  # of evaluations; the first one chooses the best checkpoint
+    # Metrics of evaluations. The first one chooses the best checkpoint
+    _FALLING_METRICS = ("forward_kl", "reverse_kl", "loss")
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs", "generation_kwargs"]
 
     dataset_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Kept for the base class; rows are always prepared by this package."}
+        default=None, metadata={"help": "Kept for the base class. Rows are always prepared by this package."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "The collator needs columns that the model's forward does not know."}
     )
     lmbda: float = field(
-        default=1.0, metadata={"help": "Share of rows whose completion the student samples; drawn row by row."}
+        default=1.0, metadata={"help": "Share of rows whose completion the student samples, drawn row by row."}
     )
     beta: float = field(
         default=1.0,
@@ -135,10 +132,10 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         default=None, metadata={"help": "The teacher. None: the student's own starting weights."}
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "For from_pretrained, if the teacher is given by name."}
+        default=None, metadata={"help": "Arguments of from_pretrained, if the teacher is given by name."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch the student's own dropout off; an adapter's stays."}
+        default=True, metadata={"help": "Switch the student's dropout off, also that of its adapter."}
     )
     loss_temperature: float = field(
         default=1.0, metadata={"help": "Both models' logits are divided by it in every divergence."}
@@ -163,17 +160,17 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
     )
     prompt_share: float = field(
         default=1.0,
-        metadata={"help": "Share of a window's rows from which the soft prompt's gradient is taken; the paper: all."},
+        metadata={"help": "Share of a window's rows from which the soft prompt's gradient is taken. Paper: 1.0."},
     )
     teacher_gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute the teacher's activations in the soft prompt's backward pass."}
     )
     overlong: str = field(
         default="error",
-        metadata={"help": "Refuse or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
+        metadata={"help": "Reject or leave out rows whose prompt exceeds `max_length`.", "choices": ["error", "drop"]},
     )
     loss_chunk_size: int | None = field(
-        default=256, metadata={"help": "Tokens whose divergences are computed at once; None: all."}
+        default=256, metadata={"help": "Tokens whose logits exist at once. None: all."}
     )
 
     save_on_interrupt: bool = field(
@@ -204,7 +201,7 @@ class PromptKDConfig(SamplingConfig, GKDConfig):
         self.dataset_kwargs = {**given, "skip_prepare_dataset": True}
 
     def check_values(self) -> None:
-        """Refuse values out of range, and fields of the base classes that would be ignored."""
+        """Reject values that are out of range, and fields of the base classes that would be ignored."""
         check_training(self)
         check_share(self, "lmbda", "beta")
         check_positive(self, "loss_temperature", "loss_chunk_size")

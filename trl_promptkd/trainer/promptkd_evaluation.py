@@ -1,4 +1,4 @@
-"""PromptKD's evaluation: how far the student is from the plain teacher, on both sides' completions."""
+"""PromptKD's evaluation: how far the student is from the plain teacher, on its own samples and on the answers."""
 
 from typing import Any
 
@@ -18,15 +18,17 @@ __all__ = ["evaluate_batch"]
 
 
 def evaluate_batch(trainer: Any, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Adds KL(student || plain teacher) on the student's samples, KL(plain teacher || student) on the answers, and the
-    training loss on whichever of the two training is on.
+    """Adds KL(student || plain teacher) on the student's samples, and KL(plain teacher || student) on the answers.
+
+    Also adds the training loss: on the samples if the student samples in training (`lmbda` above 0), else on the
+    answers.
 
     Returns:
-        Scalar: the loss, in nats per token of this batch.
+        Scalar: the training loss, in nats per token of this batch.
     """
     prompts, answers = prompts_and_completions(inputs)
     trainer._eval_batches += 1
-    # The same random numbers at every evaluation, so that values differ by what was learned
+    # The same random numbers at every evaluation, so that values differ only by what was learned
     samples = trainer.rollouts.sample(trainer.model_wrapped, prompts, -trainer._eval_batches)
     answers = _with_teacher_answers(trainer, prompts, answers)
     losses = {}
@@ -38,7 +40,7 @@ def evaluate_batch(trainer: Any, model: nn.Module, inputs: dict[str, Tensor]) ->
 
 
 def _with_teacher_answers(trainer: Any, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
-    """The data's answers; the plain teacher writes those that are missing, once in a run."""
+    """The data's answers. The plain teacher writes missing ones, once in a run."""
     known = trainer._teacher_answers
     new = [p for p, answer in zip(prompts, answers, strict=True) if not answer and tuple(p) not in known]
     with trainer._run_teacher() as teacher:
@@ -48,7 +50,7 @@ def _with_teacher_answers(trainer: Any, prompts: list[list[int]], answers: list[
 
 
 def _evaluate_completions(student: nn.Module, trainer: Any, batch: dict[str, Tensor], source: str) -> Tensor:
-    """Adds what is reported about one kind of completions; returns the mean loss, or 0 if training is on the other."""
+    """Adds what is reported about one kind of completions. Returns the mean loss, or 0 if it is taken on the other."""
     args, means, count = trainer.args, trainer._eval_means, (batch["labels"][:, 1:] != -100).sum()
     settings = {"losses": "student", "temperature": args.loss_temperature}
     loss = torch.zeros((), device=count.device)

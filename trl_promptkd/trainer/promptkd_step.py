@@ -1,4 +1,4 @@
-"""One micro-batch of PromptKD: the soft prompt's gradient from the rows that teach it, its step, and the student's
+"""One micro-batch of PromptKD: the soft prompt's gradient from its teaching rows, the prompt's step, and the student's
 loss."""
 
 from collections.abc import Mapping
@@ -31,11 +31,11 @@ class _Part(NamedTuple):
 
 
 def distill(self: Any, student: nn.Module, inputs: dict[str, Any], num_tokens: Tensor) -> Tensor:
-    """Both losses of a micro-batch. The prompt's gradient is taken on the way, the student's loss is returned.
+    """Both losses of a micro-batch. The prompt's gradient is taken on the way, and the student's loss is returned.
 
     Args:
         inputs: The micro-batch, with its [`Teaching`] as `teaching`.
-        num_tokens: The whole window's completion tokens, on all ranks.
+        num_tokens: Number of completion tokens in the whole window, on all ranks.
     """
     args, means, optimizer, teaching = self.args, self._train_means, self.prompt_optimizer, inputs["teaching"]
     weight = regularization_weight(
@@ -56,7 +56,7 @@ def distill(self: Any, student: nn.Module, inputs: dict[str, Any], num_tokens: T
     parts: list[_Part] = []
     with run_teacher(self.teacher_model, student) as teacher:
         if teaching.any_others and not prompt_leads:
-            # First, as under FSDP2 a student that is its own teacher cannot run between the backward passes of a step
+            # First: under FSDP2, a student that is its own teacher cannot run between the backward passes of a step
             with torch.no_grad():
                 prompted = _run(self, teacher, other_rows, inputs, self.soft_prompt()).detach()
             own = student_states[len(student_states) - len(prompted) :]
@@ -118,8 +118,8 @@ def _run(
     inputs: Mapping[str, Tensor],
     soft_prompt: Tensor | None = None,
 ) -> TokenStates:
-    """What the teacher says at the completion tokens of some rows of `inputs`."""
-    if not len(rows["labels"]):  # on this rank. If the teacher is sharded, all of them run it together
+    """The teacher's output at the completion tokens of some rows of `inputs`."""
+    if not len(rows["labels"]):  # none on this rank, but if the teacher is sharded, all ranks run it together
         idle = _rows(inputs, 0, 1)
         rows = idle | {"labels": torch.full_like(idle["labels"], -100)}
     return trainer._teacher_states(teacher, rows, soft_prompt)

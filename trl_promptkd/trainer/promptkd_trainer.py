@@ -59,13 +59,13 @@ class PromptKDTrainer(GKDTrainer):
     Trainer for PromptKD. A few embeddings before a frozen teacher's input are tuned with the student's guidance. The
     student learns from that teacher on its own samples.
 
-    `q` is the student, `p` the plain teacher, and `pP` the teacher with the soft prompt `P`. In one optimizer step
+    `q` is the student, `p` the plain teacher, and `pP` the teacher with the soft prompt `P`. In one optimizer step,
 
     1. the student samples a completion for every prompt of the accumulation window
     2. `P` takes a step on KL(pP || q) + w KL(pP || p)
     3. the student takes a step on KL(q || pP).
 
-    Losses are in nats per token. They are sums over completion tokens, end of text included, divided by the number of
+    Losses are in nats per token. Each is a sum over completion tokens, end of text included, divided by the number of
     those tokens in the whole window on all ranks. Source: Kim et al., PromptKD (arXiv 2402.12842).
 
     Args:
@@ -73,20 +73,20 @@ class PromptKDTrainer(GKDTrainer):
             The student.
         teacher_model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*):
             The teacher, which may be quantized. Its weights are frozen and never change. `None` takes
-            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own start: the
-            student with its adapter switched off if it is a PEFT model (no second copy is held), else a frozen copy.
+            `args.teacher_model_name_or_path`. If that is `None` too, the teacher is the student's own start. This is a
+            frozen copy, or for a PEFT model the student with its adapter switched off, without a second copy.
         args ([`PromptKDConfig`], *optional*):
             Training arguments.
         data_collator ([`~transformers.DataCollator`], *optional*):
-            A collator of your own gets the rows as they are and must return `input_ids`, `attention_mask`, `labels`,
-            `prompts` and `prompt_attention_mask`, as `GKDTrainer`'s does.
+            A collator of your own. It gets the rows as they are and must return `input_ids`, `attention_mask`,
+            `labels`, `prompts` and `prompt_attention_mask`, as `GKDTrainer`'s does.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Rows with `messages`, with `prompt` and `completion`, or (fully on-policy only) with `prompt` alone; texts
-            or conversations.
+            Rows with `messages`, or with `prompt` and `completion`, as texts or conversations. `prompt` alone is
+            enough if the student or the teacher writes all completions.
         eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict` of them, *optional*):
             The same formats. If a row has no answer, the plain teacher writes one.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of both models; by default loaded with the student.
+            The tokenizer of both models. `None` loads the student's.
         compute_metrics (`Callable`, *optional*):
             Gets the student's logits on the evaluation rows, as in the base class.
         callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
@@ -98,9 +98,9 @@ class PromptKDTrainer(GKDTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains an adapter of the student instead of all its weights.
         formatting_func (`Callable`, *optional*):
-            Not supported; kept for the base class's signature.
+            Not supported. Kept for the base class's signature.
         prompt_encoder_config ([`PromptEncoderConfig`] or one of PEFT's, *optional*):
-            The teacher's soft prompt; by default the paper's. PEFT has `PromptTuningConfig`, `PromptEncoderConfig`.
+            The teacher's soft prompt. `None`: the paper's. PEFT's are `PromptTuningConfig` and `PromptEncoderConfig`.
 
     Raises:
         ValueError: for settings, data or models that cannot be trained together, before weights are loaded if
@@ -116,7 +116,7 @@ class PromptKDTrainer(GKDTrainer):
     # `compute_loss` divides by the token count of the whole window itself
     loss_is_scaled_for_ga = True
 
-    # As in the other trainer
+    # Shared with the other trainer
     evaluation_loop = shared.evaluation_loop
     hyperparameter_search = shared.hyperparameter_search
     init_hf_repo = init_hf_repo
@@ -162,7 +162,7 @@ class PromptKDTrainer(GKDTrainer):
             eval_dataset = map_parts(tokenize_part, eval_dataset, "eval_dataset", *settings)
         checks.check_found("teacher_model", teacher_model, args.teacher_model_init_kwargs, args.trust_remote_code)
 
-        # 2. The student. GKDTrainer's own __init__ is left out: it refuses padded vocabularies, needs a `dtype` in
+        # 2. The student. GKDTrainer's own __init__ is not called: it rejects padded vocabularies, needs a `dtype` in
         # `teacher_model_init_kwargs`, changes the caller's `args`, and samples without a KV cache under checkpointing.
         with shared.prepared_student(self, model, args) as (loaded, _):
             SFTTrainer.__init__(
@@ -187,9 +187,9 @@ class PromptKDTrainer(GKDTrainer):
         if teacher is self.model:
             checks.check_own_teacher(args, self.accelerator)
         if args.teacher_gradient_checkpointing:
-            disable_dropout(teacher)  # some layers would take theirs for training
+            disable_dropout(teacher)  # some layers would apply theirs in the mode that checkpointing needs
             with recomputed_activations(teacher, True):
-                pass  # refused now if the teacher cannot
+                pass  # raises an error now if the teacher cannot
         self.shared_vocab_size = shared_vocab_size(self.model, teacher, processing_class)
         self.prompt_encoder_config = prompt_encoder_config
         with whole_weights(input_embeddings(teacher)):
@@ -212,14 +212,14 @@ class PromptKDTrainer(GKDTrainer):
         self._teacher_rollouts = Rollouts(teacher, *sampling, writer="teacher")
         self._train_means, self._eval_means = Means(), Means()
         self._eval_batches = 0
-        self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's, for evaluation
+        self._teacher_answers: dict[tuple[int, ...], list[int]] = {}  # the plain teacher's answers, for evaluation
         self._samples = Samples()
         self.add_callback(CollusionCallback())
 
     # ------------------------------------------------------------------------------------------------ setting up
 
     def _prepare(self, dataset: Any, name: str) -> Any:
-        """What `__init__` does with a data set, for one that comes later."""
+        """What `__init__` does with a data set, for one that is passed later."""
         check_streamed_evaluation(dataset, name, self.args)
         if self._tokenizes:
             dataset = map_parts(tokenize_part, dataset, name, self.processing_class, self.args)
@@ -239,7 +239,7 @@ class PromptKDTrainer(GKDTrainer):
         self.prompt_optimizer = PromptOptimizer(
             self.soft_prompt, self.prompt_encoder_config, self.args, num_training_steps, self.accelerator
         )
-        self._train_means = Means()  # without those of a window that failed (`auto_find_batch_size`) or was broken off
+        self._train_means = Means()  # forget a window that failed (`auto_find_batch_size`) or was broken off
         return scheduler
 
     # ------------------------------------------------------------------------------------------------ the teacher
@@ -261,8 +261,8 @@ class PromptKDTrainer(GKDTrainer):
             attention_mask (`Tensor` of shape `(batch, seq)`): 1 for tokens, 0 for padding.
 
         Returns:
-            `Tensor` of shape `(batch, seq, vocab)` in float32; position `i` follows `input_ids[:, i]`. Entries at
-            padding mean nothing.
+            `Tensor` of shape `(batch, seq, vocab)` in float32. Position `i` is for the token after `input_ids[:, i]`.
+            Entries at padding mean nothing.
         """
         device = self.accelerator.device
         inputs = (input_ids.to(device), attention_mask.to(device), self.soft_prompt())
@@ -270,12 +270,12 @@ class PromptKDTrainer(GKDTrainer):
             return inside_forward(teacher, lambda bare: forward_logits(bare, *inputs).float())
 
     def _states(self, model: nn.Module, inputs: dict[str, Tensor], soft_prompt: Tensor | None = None) -> TokenStates:
-        """What a bare model says at the completion tokens."""
+        """The output of a bare model at the completion tokens."""
         rows = (inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
         return completion_states(model, *rows, soft_prompt, self.shared_vocab_size)
 
     def _teacher_states(self, teacher: nn.Module, inputs: dict[str, Tensor], soft_prompt=None) -> TokenStates:
-        if self.teacher_model is None:  # we are inside its forward already: it is the student
+        if self.teacher_model is None:  # it is the student, and this is inside its forward pass already
             return self._states(teacher, inputs, soft_prompt)
         return inside_forward(teacher, self._states, inputs, soft_prompt)
 
@@ -291,14 +291,14 @@ class PromptKDTrainer(GKDTrainer):
     # ------------------------------------------------------------------------------------------------ training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, ignore_keys_for_eval=None):
-        """As in the base class; `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
+        """As in the base class. `resume_from_checkpoint=True` takes the newest checkpoint that is whole."""
         check_best_metric(self.args, self.eval_dataset, self.callback_handler.callbacks)
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         with saved_on_interrupt(self):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # Past GKDTrainer, which would sample here, one micro-batch at a time
+        # Skips GKDTrainer's, which would sample here, one micro-batch at a time
         return SFTTrainer.training_step(self, model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -306,8 +306,8 @@ class PromptKDTrainer(GKDTrainer):
 
         Returns:
             Scalar: the divergence summed over this micro-batch's completion tokens, divided by `num_items_in_batch`
-            (those of the whole window on all ranks), times the number of ranks, over which data parallelism averages
-            gradients.
+            (those of the whole window on all ranks). It is multiplied by the number of ranks, because data parallelism
+            averages gradients over them.
         """
         num_tokens = num_items_in_batch.clamp(min=1)
         with self.accelerator.autocast():
@@ -317,14 +317,14 @@ class PromptKDTrainer(GKDTrainer):
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
-        """As in the base class; adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
-        if not isinstance(eval_dataset, str):  # a name stands for a data set that is tokenized already
+        """As in the base class. Adds `eval_forward_kl` and `eval_reverse_kl`, and takes raw or tokenized data."""
+        if not isinstance(eval_dataset, str):  # a name means a data set that is tokenized already
             eval_dataset = self._prepare(eval_dataset, "eval_dataset")
         with nothing_changed(self):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
-        """As in the base class; takes raw or tokenized data."""
+        """As in the base class. Takes raw or tokenized data."""
         if test_dataset is None:
             raise ValueError(
                 "`test_dataset` is None; pass a data set. (`evaluate()` takes the trainer's `eval_dataset`.)"
@@ -334,7 +334,7 @@ class PromptKDTrainer(GKDTrainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with self.accelerator.autocast():  # before training, nobody has wrapped the student in it
+        with self.accelerator.autocast():  # before training, the student is not wrapped in it yet
             inputs = self._prepare_inputs(inputs)
             loss = evaluate_batch(self, model, inputs)
             if prediction_loss_only:
@@ -352,7 +352,7 @@ class PromptKDTrainer(GKDTrainer):
         super().log(logs, start_time)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None) -> None:
-        """TRL's model card, and a section on the teacher, its prompt, and how to load both."""
+        """TRL's model card, with the teacher, its soft prompt, data, scores, and how to load the models."""
         super().create_model_card(model_name, hub_id(dataset_name) or hub_dataset(self.train_dataset), tags)
         if self.is_world_process_zero():
             complete_card(self, prompt_section(self))
@@ -360,7 +360,7 @@ class PromptKDTrainer(GKDTrainer):
     # ------------------------------------------------------------------------------------------------ saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the student as usual, and the teacher's soft prompt to `teacher_prompt/` beside it."""
+        """Save the student as usual, and the teacher's soft prompt to `teacher_prompt/` in the same folder."""
         output_dir = self.args.output_dir if output_dir is None else output_dir
         if self.args.should_save:
             self.soft_prompt.save_adapter(os.path.join(output_dir, ADAPTER_FOLDER))

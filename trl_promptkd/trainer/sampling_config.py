@@ -1,4 +1,4 @@
-"""The fields that say how completions are sampled, which both configurations have."""
+"""The fields that say how completions are sampled. Both configurations have them."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ..field_checks import check_at_least_zero, check_number, check_positive
 
 __all__ = ["SamplingConfig"]
 
-# What `generation_kwargs` must not say: name -> why
+# Names that `generation_kwargs` must not hold, and why
 _NOT_IN_GENERATION_KWARGS = {
     "max_new_tokens": "rows are measured with the field `max_new_tokens`. Set that",
     "max_length": "a completion's length does not depend on its prompt's. Set the field `max_new_tokens`",
@@ -27,26 +27,26 @@ class SamplingConfig:
 
     Args:
         top_k (`int`, *optional*, defaults to `0`):
-            Sample among the `top_k` likeliest tokens; `0` for all.
+            Sample among the `top_k` likeliest tokens. `0`: all.
         top_p (`float`, *optional*, defaults to `1.0`):
             Sample among the likeliest tokens that hold this probability together.
         generation_kwargs (`dict`, *optional*):
             More settings for [`~transformers.GenerationConfig`], such as `{"do_sample": False}` or
-            `{"stop_strings": ["Question:"]}`. With `use_vllm`, those of them that vLLM has too.
+            `{"stop_strings": ["Question:"]}`. With `use_vllm`, only settings that vLLM has too are allowed.
         rollout_batch_size (`int`, *optional*):
-            Rows sampled at once on one device. `None` samples a whole accumulation window at once.
+            Rows sampled at once on one device. `None`: a whole accumulation window.
         log_completions (`bool`, *optional*, defaults to `False`):
-            Print prompts and the student's samples at every logging step, with length, end and KL of each, log them to
-            wandb and trackio if `report_to` names these, and keep all of them as parquet files in
+            Print prompts and the student's samples at every logging step, with length, end and KL of each. Log them to
+            wandb and trackio if `report_to` names these. Keep all of them as parquet files in
             `output_dir/completions`.
         num_completions_to_print (`int`, *optional*, defaults to `4`):
-            How many of them to print, and to log to wandb and trackio; `None` for all.
+            How many of them to print, and to log to wandb and trackio. `None`: all.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Let vLLM sample the student's completions (not the teacher's). The student must have been loaded by name or
-            from a folder, from which vLLM loads it too; its weights are pushed to vLLM before every window.
+            Let vLLM sample the student's completions (not the teacher's). vLLM loads the student itself, so the
+            student must have a name on the Hub or a folder. Its weights are pushed to vLLM before every window.
         vllm_mode (`str`, *optional*, defaults to `"colocate"`):
-            `"colocate"`: an engine in the training process, on its device. `"server"`: one that `vllm serve` runs
-            elsewhere, with `--weight-transfer-config` as TRL's documentation says.
+            `"colocate"`: an engine in the training process, on its device. `"server"`: a server that `vllm serve` runs
+            elsewhere, with `--weight-transfer-config` as in TRL's documentation.
         vllm_server_base_url (`str`, *optional*):
             URL of the server. Overrides host and port.
         vllm_server_host (`str`, *optional*, defaults to `"0.0.0.0"`):
@@ -60,16 +60,16 @@ class SamplingConfig:
         vllm_gpu_memory_utilization (`float`, *optional*, defaults to `0.3`):
             Share of the GPU's memory for a colocated engine.
         vllm_max_model_length (`int`, *optional*):
-            Longest prompt and completion together; by default the model's.
+            Longest prompt and completion together, in tokens. `None`: the model's limit.
         vllm_tensor_parallel_size (`int`, *optional*, defaults to `1`):
-            GPUs a colocated engine is spread over.
+            GPUs that a colocated engine is spread over.
         vllm_enable_sleep_mode (`bool`, *optional*, defaults to `False`):
             Let a colocated engine give its memory back while the student is trained.
         vllm_model_impl (`str`, *optional*, defaults to `"auto"`):
-            `"vllm"`, `"transformers"`, or whichever there is.
+            Whose model code vLLM runs: `"vllm"`, `"transformers"`, or `"auto"` for its own if there is any.
     """
 
-    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens; 0 for all."})
+    top_k: int = field(default=0, metadata={"help": "Sample among the likeliest tokens. 0: all."})
     top_p: float = field(
         default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability together."}
     )
@@ -77,21 +77,21 @@ class SamplingConfig:
         default=None, metadata={"help": "More settings for transformers' GenerationConfig."}
     )
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows sampled at once on one device; None: a whole accumulation window."}
+        default=None, metadata={"help": "Rows sampled at once on one device. None: a whole accumulation window."}
     )
     log_completions: bool = field(
         default=False, metadata={"help": "Print and keep the student's samples at every logging step."}
     )
     num_completions_to_print: int | None = field(
-        default=4, metadata={"help": "How many completions to print and to log to wandb or trackio; None: all."}
+        default=4, metadata={"help": "How many completions to print, and to log to wandb and trackio. None: all."}
     )
     use_vllm: bool = field(default=False, metadata={"help": "Let vLLM sample the student's completions."})
     vllm_mode: str = field(
         default="colocate",
-        metadata={"help": "An engine in the training process, or a server's.", "choices": ["colocate", "server"]},
+        metadata={"help": "An engine in the training process, or a server.", "choices": ["colocate", "server"]},
     )
     vllm_server_base_url: str | None = field(
-        default=None, metadata={"help": "URL of the vLLM server; overrides host and port."}
+        default=None, metadata={"help": "URL of the vLLM server. Overrides host and port."}
     )
     vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Host of the vLLM server."})
     vllm_server_port: int = field(default=8000, metadata={"help": "Port of the vLLM server."})
@@ -101,7 +101,7 @@ class SamplingConfig:
         default=0.3, metadata={"help": "Share of the GPU's memory for a colocated engine."}
     )
     vllm_max_model_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt and completion together; None: the model's."}
+        default=None, metadata={"help": "Longest prompt and completion together, in tokens. None: the model's limit."}
     )
     vllm_tensor_parallel_size: int = field(
         default=1, metadata={"help": "GPUs that a colocated engine is spread over."}
@@ -112,13 +112,13 @@ class SamplingConfig:
     vllm_model_impl: str = field(
         default="auto",
         metadata={
-            "help": "Whose model code vLLM runs; auto: its own if there is any.",
+            "help": "Whose model code vLLM runs. auto: its own if there is any.",
             "choices": ["auto", "vllm", "transformers"],
         },
     )
 
     def check_sampling(self) -> None:
-        """Refuse settings that nothing can be sampled with.
+        """Reject settings with which nothing can be sampled.
 
         Raises:
             ValueError: naming the field, its value and what is allowed.

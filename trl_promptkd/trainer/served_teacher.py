@@ -1,7 +1,7 @@
-"""Response priming's teacher on another machine: a vLLM server makes its hidden states, and its head is applied here.
+"""Response priming's teacher on another machine. A vLLM server makes its hidden states, and its head is applied here.
 
-Requests go out ahead of need. When a window is known, those of its first micro-batches are sent; while one micro-batch
-trains, the states of the next ones are under way.
+Requests are sent ahead of need. Those of a window's first micro-batches are sent when the window is known. While one
+micro-batch trains, the server works on the next ones.
 """
 
 from collections import deque
@@ -22,7 +22,7 @@ from .datasets import View
 
 __all__ = ["ServedTeacher"]
 
-_AHEAD = 2  # micro-batches whose states are under way, or wait in memory, beside those that are trained on
+_AHEAD = 2  # micro-batches whose states are requested, or wait in memory, beside those that are trained on
 
 
 class ServedTeacher:
@@ -31,9 +31,9 @@ class ServedTeacher:
 
     Args:
         url (`str`): The server's address.
-        name: The name or folder of its weights, of which the output head is loaded here.
+        name: The name or folder of its weights. Their output head is loaded here.
         args ([`PrimedDistillConfig`]): The run's settings.
-        has_priming (`bool`): Whether it sees another prompt than the student.
+        has_priming (`bool`): Whether it sees a priming text.
 
     Raises:
         ConnectionError, TimeoutError: if the server does not answer.
@@ -75,7 +75,7 @@ class ServedTeacher:
 
     @property
     def vocabulary(self) -> Any:
-        """The model, whose number of ids the student's are compared with."""
+        """The model, whose vocabulary is compared with the student's."""
         return self.head
 
     def views(self) -> list[View]:
@@ -83,18 +83,18 @@ class ServedTeacher:
         return [View("teacher", self.head, "teacher_prompt_ids")]
 
     def place(self) -> None:
-        """The head onto its device, and proof that the server is the teacher that it belongs to."""
+        """Put the head on its device, and check that the server's model is the one that the head belongs to."""
         move_output_head(self.head, self.trainer.accelerator.device)
         self.server.check(self.head, self.trainer.processing_class)
 
     def answered(self, dataset: Any, name: str) -> Any:
-        """The data set as it is; no row of it is longer than the server takes."""
+        """The data set as it is. Raises an error if a row is longer than the server allows."""
         if isinstance(dataset, Dataset) and "teacher_prompt_ids" in dataset.column_names:
             args = self.args
             least = args.max_new_tokens if args.response_source == "student" else 0
             pairs = zip(dataset["teacher_prompt_ids"], dataset["completion_ids"], strict=True)
             longest = max(len(prompt) + max(len(completion), least) for prompt, completion in pairs)
-            self.server.check_length(longest - 1)  # the last token predicts nothing that is trained on
+            self.server.check_length(longest - 1)  # without the last token, which predicts nothing that is trained on
         return dataset
 
     def expect(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -104,12 +104,12 @@ class ServedTeacher:
         self._send_ahead()
 
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> TokenStates:
-        """What the teacher says at the completion tokens of its view."""
+        """The teacher's output at the completion tokens of its view."""
         return self._token_states(inputs, "teacher_")
 
     @torch.no_grad()
     def plain_log_prob(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        """The completions' log-probability without the priming text, summed; `None` if there is no such text."""
+        """Sum of the completions' log-probabilities without the priming text, or `None` if there is no such text."""
         if not self.has_priming:
             return None
         labels = inputs["labels"][:, 1:]
@@ -131,7 +131,7 @@ class ServedTeacher:
         return TokenStates(torch.cat(parts or [empty]).to(weight), self.head, self.trainer.shared_vocab_size).detach()
 
     def _pending(self, rows: list[list[int]]) -> PendingStates:
-        """The states of these rows, which may be under way. An evaluation's never are."""
+        """The states of these rows, which may have been requested already. Those of an evaluation never are."""
         if not self._sent or self._sent[0][0] != rows:
             return self.server.submit(rows)
         _, pending = self._sent.popleft()
@@ -144,7 +144,7 @@ class ServedTeacher:
             self._sent.append((rows, self.server.submit(rows)))
 
     def _forget(self) -> None:
-        """What was expected does not come: the window before was broken off."""
+        """Drop all requests. Some are left if the window before was broken off."""
         for _, pending in self._sent:
             pending.cancel()
         self._sent.clear()
@@ -152,8 +152,8 @@ class ServedTeacher:
 
 
 def _asked(inputs: Mapping[str, Tensor], view: str) -> tuple[list[list[int]], list[Tensor]]:
-    """The rows of a batch that have trained tokens, without padding and their last token, and the columns of each
-    whose states predict a trained token."""
+    """The rows of a batch that have trained tokens, without padding and without their last token. Also the columns of
+    each row whose states predict a trained token."""
     ids, mask, labels = (inputs[view + name].cpu() for name in ("input_ids", "attention_mask", "labels"))
     real, trained = mask[:, :-1].bool(), labels[:, 1:] != -100
     if bool((trained & ~real).any()):

@@ -26,14 +26,14 @@ logger = logging.get_logger(__name__)
 
 
 def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teacher_server: Any) -> Priming:
-    """The run's priming text; if it has several teachers, that of each by its name.
+    """The run's priming text. If there are several teachers, each one's by its name.
 
     Args:
-        priming: The trainer's: one for all teachers, or a `dict` by their names.
+        priming: The trainer's: one text for all teachers, or a `dict` by their names.
         teacher_model, teacher_cache, teacher_server: The trainer's.
 
     Raises:
-        TypeError, ValueError: if a teacher has no name, or two.
+        TypeError, ValueError: if a teacher has no name, or a name stands for two.
     """
     given = {"teacher_model": teacher_model, "teacher_cache": teacher_cache, "teacher_server": teacher_server}
     if not any(isinstance(value, Mapping) for value in given.values()):
@@ -56,7 +56,7 @@ def priming_by_name(priming: Any, teacher_model: Any, teacher_cache: Any, teache
 
 
 def _names(given: Mapping[str, Any]) -> list[str]:
-    """The teachers' names, in the order of the batches' numbers, from the trainer's arguments."""
+    """The teachers' names, from the trainer's arguments. A teacher's number in batches is its place among them."""
     several = [argument for argument, value in given.items() if isinstance(value, Mapping)]
     names: list[Any] = []
     for argument, value in given.items():
@@ -100,8 +100,8 @@ def teachers_of_run(
     """The teacher of a run, or its [`SeveralTeachers`], before any weights are loaded.
 
     Args:
-        teacher_model, teacher_cache, teacher_server, args, tokenizes, processing_class: As for [`primed_teacher`];
-            the first three may be `dict`s.
+        teacher_model, teacher_cache, teacher_server, args, tokenizes, processing_class: As for [`primed_teacher`].
+            The first three may be `dict`s.
         priming: What [`priming_by_name`] returned.
 
     Raises:
@@ -119,7 +119,7 @@ def teachers_of_run(
             "Several teachers need rows that the trainer prepares, but `data_collator` is set. Omit `data_collator`."
         )
     models, caches, servers = teacher_model or {}, teacher_cache or {}, teacher_server or {}
-    sharing: dict[Any, list[str]] = {}  # names of the same model, which is held once
+    sharing: dict[Any, list[str]] = {}  # names that share a model, which is held once
     for name in priming:
         model = models.get(name)
         key = name if name in caches else (model if isinstance(model, str) else id(model), servers.get(name))
@@ -136,7 +136,7 @@ def teachers_of_run(
 
 
 def teacher_and_rows(trainer: Any, name: str | None) -> tuple[Any, Any]:
-    """A run's teacher and its training rows. Of several teachers, the one called `name` and the rows that name it.
+    """A run's teacher and its training rows. With several teachers, the one called `name` and the rows that name it.
 
     Raises:
         ValueError: if there is no teacher of that name.
@@ -158,18 +158,18 @@ def _error_naming(name: str) -> Iterator[None]:
     try:
         yield
     except _KINDS as error:
-        kind = next(kind for kind in _KINDS if isinstance(error, kind))  # some of their own kinds take no text
+        kind = next(kind for kind in _KINDS if isinstance(error, kind))  # some of their subclasses take no text
         raise kind(f"Teacher {name!r}: {error}") from error
 
 
 class SeveralTeachers:
     """
-    Teachers by name, each of which teaches the rows that name it. It has the methods of one of them.
+    Teachers by name, each of which teaches the rows that name it. It has the methods of a single teacher.
 
     Args:
-        teachers (`Mapping`): By name, in the order of the numbers that batches have in `teachers`. A model under two
+        teachers (`Mapping`): The teachers by name. Batches number them in this order in `teachers`. A model under two
             names is one teacher.
-        priming (`Mapping`): What each sees, by the same names.
+        priming (`Mapping`): The priming text of each, by the same names.
     """
 
     def __init__(self, teachers: Mapping[str, Any], priming: Mapping[str, Any]):
@@ -179,16 +179,16 @@ class SeveralTeachers:
             groups.setdefault(id(teacher), []).append(name)
         self.groups = [(names, self.teachers[names[0]]) for names in groups.values()]
         self.own_start = {name for name, one in teachers.items() if isinstance(one, LiveTeacher) and one.given is None}
-        """Names of the student's own start."""
+        """Names of teachers that are the student's own start."""
         self.cache = {name: one.cache for name, one in self.teachers.items() if one.cache is not None} or None
 
     @property
     def model(self) -> dict[str, Any]:
-        """By name: on their devices; `None` for a cache, a server and the student below its adapter."""
+        """Models on their devices, by name. `None` for a cache, a server and the student below its adapter."""
         return {name: teacher.model for name, teacher in self.teachers.items()}
 
     def find(self, dataset: Any, name: str) -> Any:
-        """Tokenized rows as each one's teacher wants them, in their order."""
+        """Tokenized rows, as `find` of each row's teacher returns them, in their order."""
         if isinstance(dataset, IterableDataset):
             for _, teacher in self.groups:
                 teacher.find(dataset, name)
@@ -203,13 +203,13 @@ class SeveralTeachers:
         return self._of_each(dataset, name, "find")
 
     def load(self, trainer: Any) -> list[Any]:
-        """All of them: what completions end with is any one's end of text."""
+        """All models. Completions end with the end of text of any of them."""
         self.trainer = trainer
         return [teacher.load(trainer) for _, teacher in self.groups]
 
     @property
     def vocabulary(self) -> int:
-        """The number of the ids that all of them have, padding included."""
+        """The number of ids that all of them have, padding included."""
         known = [teacher.vocabulary for _, teacher in self.groups]
         return min(one if isinstance(one, int) else one.config.get_text_config().vocab_size for one in known)
 
@@ -222,23 +222,23 @@ class SeveralTeachers:
         ]
 
     def place(self) -> None:
-        """Onto their devices."""
+        """Put all of them on their devices."""
         for _, teacher in self.groups:
             teacher.place()
 
     def answered(self, dataset: Any, name: str) -> Any:
-        """With `response_source="teacher"`: a data set with each teacher's answers to its rows."""
+        """With `response_source="teacher"`, a data set with each teacher's answers to its rows."""
         return dataset if isinstance(dataset, IterableDataset) else self._of_each(dataset, name, "answered")
 
     def expect(self, batches: Sequence[dict[str, Tensor]]) -> None:
-        """The window's micro-batches, before they are trained on: each teacher hears of its own rows."""
+        """Announce a window's micro-batches before they are trained on. Each teacher gets its own rows."""
         for names, teacher in self.groups:
             own = [self._rows(batch, names) for batch in batches]
             teacher.expect([batch for batch in own if len(batch["labels"])])
 
     @torch.no_grad()
     def at_completions(self, student: nn.Module, inputs: dict[str, Tensor]) -> JoinedLogits:
-        """What each says at the completion tokens of its rows, in the batch's order."""
+        """Each teacher's output at the completion tokens of its rows, in the batch's order."""
         rows = (inputs["labels"][:, 1:] != -100).nonzero()[:, 0]
         asked = inputs["teachers"][rows]
         parts = {}
@@ -250,8 +250,8 @@ class SeveralTeachers:
         return JoinedLogits(parts)
 
     def plain_log_prob(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The completions' log-probability without the priming text, summed over each one's rows: `(num_teachers,)`.
-        NaN if there is no such text, it is not known, or no row names the teacher."""
+        """Sum of the completions' log-probabilities without the priming text, over each teacher's rows. Of shape
+        `(num_teachers,)`. NaN if a teacher has no such text, if it is not known, or if no row names the teacher."""
         plain = torch.full((len(self.names),), torch.nan, device=inputs["labels"].device)
         for number, name in enumerate(self.names):
             if self.priming[name] is None:
@@ -263,7 +263,7 @@ class SeveralTeachers:
         return plain
 
     def _naming(self, teachers: Tensor, names: Sequence[str]) -> Tensor:
-        """Where `teachers`, numbers, are those of `names`."""
+        """Where the numbers in `teachers` are those of `names`."""
         return torch.isin(teachers, torch.tensor([self.names.index(name) for name in names], device=teachers.device))
 
     def _rows(self, batch: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -271,8 +271,8 @@ class SeveralTeachers:
         return {name: value[wanted] for name, value in batch.items()}
 
     def _own(self, inputs: dict[str, Tensor], names: Sequence[str], teacher: Any) -> dict[str, Tensor] | None:
-        """A batch's rows that name one of `names`. If there are none: `None`, or a row without completion for a model
-        that all ranks must run together."""
+        """A batch's rows that name one of `names`, or `None` if there are none. A model that all ranks must run
+        together gets a row without completion then."""
         own = self._rows(inputs, names)
         if len(own["labels"]):
             return own

@@ -1,4 +1,4 @@
-"""What both trainers do in the same way. Functions whose first argument is `self` are methods of both."""
+"""What both trainers do the same way. Functions whose first argument is `self` are methods of both."""
 
 import os
 from collections.abc import Iterator
@@ -33,8 +33,10 @@ __all__ = [
 def prepared_student(
     trainer: Any, model: Any, args: Any, quantization_config: Any = None, adapter_dropout: bool = False
 ) -> Iterator[tuple[Any, Any]]:
-    """Around the base class's `__init__`: what that gets as `model` and `quantization_config`. Afterwards the student
-    is checked, has the settings it was loaded with again, and has no dropout if `args` say so.
+    """Put this around the base class's `__init__`. It yields what that gets as `model` and `quantization_config`.
+
+    Afterwards, the student has the settings that it was loaded with again. It is checked, and its dropout is switched
+    off if `args` say so.
 
     Args:
         adapter_dropout (`bool`): Whether an adapter's own dropout stays.
@@ -54,8 +56,8 @@ def prepared_student(
 
 @contextmanager
 def _base_class_pads(args: Any) -> Iterator[None]:
-    """Inside, `padding_free` is False. It would forbid `max_length` and any collator but the base class's, which lays
-    rows end to end. Here the forward pass does that."""
+    """Inside, `padding_free` is False. Otherwise the base class would forbid `max_length`, and any collator but its
+    own, which joins rows end to end. Here the forward pass does that."""
     padding_free, args.padding_free = args.padding_free, False
     try:
         yield
@@ -64,7 +66,7 @@ def _base_class_pads(args: Any) -> Iterator[None]:
 
 
 def student_rollouts(trainer: Any) -> Rollouts | VLLMRollouts:
-    """Who samples the student's completions, as the trainer's `generation_config` says."""
+    """The object that samples the student's completions, as the trainer's `generation_config` says."""
     return (VLLMRollouts if trainer.args.use_vllm else Rollouts)(
         trainer.model,
         trainer.accelerator,
@@ -76,14 +78,14 @@ def student_rollouts(trainer: Any) -> Rollouts | VLLMRollouts:
 
 
 def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-    """As in the base class, with means over the tokens of the whole set. The base class has means of batch means."""
+    """As in the base class, but with means over the tokens of the whole set. The base class averages batch means."""
     self._eval_means, self._eval_batches = Means(), 0
     self.rollouts.sync()
     output = SFTTrainer.evaluation_loop(
         self, dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
     )
     if not self.is_in_train and self.model_wrapped is self.model:
-        # The base class may have prepared the student for evaluation only; `train()` would then leave it without DDP
+        # The base class may have prepared the student for evaluation only. `train()` would then not wrap it in DDP
         self.model.__dict__.pop("_is_accelerate_prepared", None)
     means = self._eval_means.report(self.accelerator)
     output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -91,7 +93,7 @@ def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eva
 
 
 def hyperparameter_search(self, *args: Any, **kwargs: Any):
-    """Not supported: a trainer's settings are used up when it is made, so each trial needs a trainer of its own."""
+    """Not supported. Most settings are used when a trainer is made, so each trial needs a trainer of its own."""
     raise NotImplementedError(
         "`hyperparameter_search` is not supported: most settings are used when a trainer is made, so a trial needs a "
         "trainer of its own. `examples/search.py` makes one for each trial, with Optuna, and resumes a search that "
@@ -100,7 +102,7 @@ def hyperparameter_search(self, *args: Any, **kwargs: Any):
 
 
 def load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-    """As in the base class, which would take `teacher_prompt/` for a second adapter of the student."""
+    """As in the base class. That would take `teacher_prompt/` for a second adapter of the student."""
     with flags_restored(self.model):  # PEFT makes all weights of an adapter trainable
         if is_peft_model(self.model) and not self.is_fsdp_enabled:
             name = self.model.active_adapters[0]
@@ -111,6 +113,6 @@ def load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | N
 
 
 def load_best_model(self) -> None:
-    """As in the base class; PEFT would make all weights of an adapter trainable."""
+    """As in the base class. PEFT would make all weights of an adapter trainable."""
     with flags_restored(self.model):
         SFTTrainer._load_best_model(self)

@@ -1,4 +1,4 @@
-"""The completions of an accumulation window: collected, sampled, and shared out to micro-batches again."""
+"""The completions of an accumulation window: collecting, sampling, and sorting them into micro-batches."""
 
 import math
 import random
@@ -34,13 +34,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Teaching:
-    """What a micro-batch does for the soft prompt. Everything but `rows` is the same on all ranks.
+    """What a micro-batch does for the soft prompt. All fields but `rows` are the same on all ranks.
 
     Args:
-        rows (`int`): Its first rows, from which the prompt's gradient is taken. The others need none.
-        any_rows, any_others (`bool`): Whether any rank has such rows in this micro-batch, and others.
+        rows (`int`): Number of teaching rows. These are its first rows, from which the prompt's gradient is taken.
+        any_rows, any_others (`bool`): Whether any rank has teaching rows, or other rows, in this micro-batch.
         steps (`bool`): Whether the prompt steps in this micro-batch.
-        num_tokens (`Tensor`): Completion tokens of all such rows of the window, on all ranks; at least 1.
+        num_tokens (`Tensor`): Completion tokens of all teaching rows of the window, on all ranks. At least 1.
     """
 
     rows: int
@@ -53,16 +53,16 @@ class Teaching:
 def collected_window(
     trainer: Any, epoch_iterator: Any, num_batches: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The micro-batches of one optimizer step; none if a run was resumed after its last one."""
+    """The micro-batches of one optimizer step. The list is empty if a run was resumed after its last step."""
     if trainer.state.global_step >= trainer.state.max_steps:
-        return []  # the base class would make one more step
+        return []  # the base class would take one more step
     batches, _ = SFTTrainer.get_batch_samples(trainer, epoch_iterator, num_batches, device)
     return [trainer._prepare_inputs(batch) for batch in batches]
 
 
 def sample_mixture(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """PromptKD's window: rows drawn one by one get a completion of the student (`lmbda`), others one of the plain
-    teacher (`seq_kd`) or keep the data's."""
+    """PromptKD's window. Rows are drawn one by one to get a completion of the student (`lmbda`). The others get one of
+    the plain teacher (`seq_kd`) or keep the data's."""
     args, step = trainer.args, trainer.state.global_step
     rows = [row for batch in batches for row in zip(*prompts_and_completions(batch), strict=True)]
     prompts, completions = [prompt for prompt, _ in rows], [completion for _, completion in rows]
@@ -91,16 +91,16 @@ def sample_mixture(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[
 
 
 def teaching_rows(sizes: Sequence[int], share: float) -> list[int]:
-    """How many rows of each micro-batch, from its first one, teach the soft prompt: the first `share` of the window's
-    rows, rounded up, and at least one."""
-    wanted = max(math.ceil(round(share * sum(sizes), 6)), 1)  # rounded: 0.07 * 100 is above 7
+    """How many rows of each micro-batch, from its first one on, teach the soft prompt. Together they are the first
+    `share` of the window's rows, rounded up, and at least one."""
+    wanted = max(math.ceil(round(share * sum(sizes), 6)), 1)  # rounded, because 0.07 * 100 is above 7
     starts = [end - size for size, end in zip(sizes, accumulate(sizes), strict=True)]
     return [min(max(wanted - start, 0), size) for size, start in zip(sizes, starts, strict=True)]
 
 
 def _exchangeable(sizes: Sequence[int], share: float, prompt_update: str) -> list[slice]:
-    """The micro-batches whose rows may change places: they all teach the soft prompt or none does, and the student
-    learns from the same prompt in them."""
+    """Groups of micro-batches within which rows may change places. Either all rows of a group teach the soft prompt or
+    none does, and the student learns from the same prompt in all of them."""
     teaching = teaching_rows(sizes, share)
     last = max(index for index, rows in enumerate(teaching) if rows)
     joins = prompt_update == "simultaneous" and teaching[last] == sizes[last]
@@ -110,8 +110,8 @@ def _exchangeable(sizes: Sequence[int], share: float, prompt_update: str) -> lis
 def with_teaching_rows(
     trainer: Any, batches: list[dict[str, Any]], is_whole: bool
 ) -> tuple[list[dict[str, Any]], Tensor]:
-    """PromptKD's window, each micro-batch with its [`Teaching`] as `teaching`; and the window's completion tokens on
-    all ranks.
+    """PromptKD's window, each micro-batch with its [`Teaching`] as `teaching`, and the number of the window's
+    completion tokens on all ranks.
 
     Args:
         is_whole (`bool`): `False` if the data ended within the window. The optimizers then step after the next one.
@@ -119,7 +119,8 @@ def with_teaching_rows(
     args = trainer.args
     trained = [batch["labels"][:, 1:] != -100 for batch in batches]
     rows = teaching_rows([len(mask) for mask in trained], args.prompt_share)
-    # Of a micro-batch: all tokens, those of rows that teach, such rows, others. Ranks may differ in their last window
+    # For each micro-batch: all tokens, those of teaching rows, teaching rows, other rows. Ranks may differ in their
+    # last window
     counts = torch.zeros(args.gradient_accumulation_steps, 4, dtype=torch.long, device=trainer.accelerator.device)
     for index, (mask, own) in enumerate(zip(trained, rows, strict=True)):
         counts[index, 0], counts[index, 1] = mask.sum(), mask[:own].sum()
@@ -129,7 +130,7 @@ def with_teaching_rows(
     tokens, _, with_rows, with_others = zip(*counts.tolist(), strict=True)
     warn_if_untrained(sum(tokens), trainer.state.global_step)
     last = len(batches) - 1
-    if args.prompt_update == "sequential":  # as soon as all ranks have seen their last row that teaches
+    if args.prompt_update == "sequential":  # as soon as all ranks have seen their last teaching row
         last = min(last, max(index for index, number in enumerate(with_rows) if number))
     taught = [
         Teaching(
@@ -145,7 +146,7 @@ def with_teaching_rows(
 
 
 def sample_views(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Response priming's window: both views of the student's samples, rows of similar lengths together."""
+    """Response priming's window: both views of the student's samples, with rows of similar lengths together."""
     views = [prompts_of_views(batch) for batch in batches]
     prompts = [ids for student, _ in views for ids in student]
     teacher_prompts = [ids for _, teacher in views for ids in teacher]
@@ -153,7 +154,7 @@ def sample_views(trainer: Any, batches: list[dict[str, Tensor]]) -> list[dict[st
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(teacher_prompts, completions, strict=True)]
     groups = grouped_by_length(lengths, [len(student) for student, _ in views])
     teachers = torch.cat([batch["teachers"] for batch in batches]) if trainer._teacher_names else None
-    # What is measured on one micro-batch in so many is not always to be measured on the longest rows
+    # Some metrics are measured on one micro-batch in many, which should not always be that of the longest rows
     random.Random(rollout_seed(trainer.args.seed, "order", trainer.state.global_step, 0)).shuffle(groups)
     return [
         padded_views(
@@ -196,7 +197,7 @@ def padded_views(
     *,
     teachers: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """A batch of both views on the trainer's device; `teachers` `(batch,)` are the numbers of the rows' teachers."""
+    """A batch of both views on the trainer's device. `teachers` `(batch,)` are the numbers of the rows' teachers."""
     pad, multiple = trainer.processing_class.pad_token_id, trainer.args.pad_to_multiple_of
     batch = pad_views(prompts, teacher_prompts, completions, pad, multiple)
     batch |= {} if teachers is None else {"teachers": teachers}

@@ -1,1 +1,1 @@
-"""What is measured of time and memory: `python -m benchmarks --help`."""
+"""Measurements of time and memory: `python -m benchmarks --help`."""

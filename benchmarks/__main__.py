@@ -1,17 +1,17 @@
 """Runs a benchmark and keeps its result: `python -m benchmarks NAME [flags]`.
 
-A benchmark is a module of this folder. The first line of its docstring is what the list says of it, and it has
+A benchmark is a module in this folder. The first line of its docstring describes it in the list. It has these names:
 
-- `PAGE`: the page of docs/ that its tables are on;
-- `add_arguments(parser)`: its flags;
-- `measure(args)`: what it found, as JSON can hold it;
-- `tables(result)`: Markdown by name, each for a place `<!-- table: NAME name -->` of its page, with the sentences that
-  hold figures;
-- `sentences(result)`, if other places have such sentences: what a file of the repository must say, word for word;
-- `draw(result, path)`, if there is a plot: docs/images/NAME.png;
-- `failed(result)`, if it is a check, after which the exit code may be 1.
+- `PAGE`: the page of docs/ that has its tables.
+- `add_arguments(parser)`: adds its flags.
+- `measure(args)`: returns its result, for JSON.
+- `tables(result)`: returns Markdown by name, each for a place `<!-- table: NAME name -->` of its page. It includes the
+  sentences with figures.
+- `sentences(result)`: if other files have such sentences, returns what each must say, word for word.
+- `draw(result, path)`: if there is a plot, draws docs/images/NAME.png.
+- `failed(result)`: if it is a check, returns whether the exit code is 1.
 
-`python -m benchmarks pages` writes tables and plots of all kept results anew.
+`python -m benchmarks pages` writes tables and plots again from all kept results.
 """
 
 import argparse
@@ -48,26 +48,26 @@ def load(name: str) -> ModuleType:
 
 
 def first_line(name: str) -> str:
-    """Of the module's docstring, without importing it."""
+    """The first line of a module's docstring, without importing the module."""
     tree = ast.parse((HERE / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
     return (ast.get_docstring(tree) or "").splitlines()[0]
 
 
 def make_parser() -> argparse.ArgumentParser:
     lines = [f"  {name:18} {first_line(name)}" for name in NAMES]
-    lines.append(f"  {'pages':18} Writes tables and plots of docs/ anew from benchmarks/results.")
+    lines.append(f"  {'pages':18} Writes tables and plots of docs/ from benchmarks/results.")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures time and memory. `NAME --help` lists a benchmark's flags.\n\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", metavar="NAME", choices=[*NAMES, "pages"], help="one of the names above")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="the benchmark's own")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of the benchmark")
     return parser
 
 
 def parse(flags: list[str] | None = None) -> tuple[ModuleType | None, argparse.Namespace]:
-    """The benchmark, `None` for `pages`, and its settings."""
+    """The benchmark and its settings. The benchmark is `None` for `pages`."""
     given = make_parser().parse_args(flags)
     module = None if given.name == "pages" else load(given.name)
     parser = argparse.ArgumentParser(
@@ -80,13 +80,13 @@ def parse(flags: list[str] | None = None) -> tuple[ModuleType | None, argparse.N
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         parser.add_argument("--threads", type=int, default=cores, help="threads of a computation on the CPU")
         parser.add_argument(
-            "--output", type=Path, help="for the result; by default benchmarks/results/NAME.json (NAME-cuda on a GPU)"
+            "--output", type=Path, help="result file. By default benchmarks/results/NAME.json (NAME-cuda on a GPU)"
         )
     return module, parser.parse_args(given.flags, argparse.Namespace(name=given.name))
 
 
 def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure, keep the result, and print its tables."""
+    """Measure, save the result, and print its tables."""
     import torch
     from rich.console import Console
     from rich.markdown import Markdown
@@ -113,17 +113,17 @@ def run(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def kept_results() -> dict[str, dict[str, Any]]:
-    """By the name of their file."""
+    """Results by the names of their files."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def tables_of(name: str, result: dict[str, Any]) -> dict[str, str]:
-    """By the names of their places on the page."""
+    """Tables by the names of their places on the page."""
     return {f"{name} {part}": table for part, table in load(result["benchmark"]).tables(result).items()}
 
 
 def sentences_of_all() -> dict[str, list[str]]:
-    """By file."""
+    """Required sentences by file."""
     found: dict[str, list[str]] = {}
     for result in kept_results().values():
         module = load(result["benchmark"])
@@ -133,7 +133,7 @@ def sentences_of_all() -> dict[str, list[str]]:
 
 
 def write_pages() -> None:
-    """Put tables into their places, draw plots, and say which sentences are not true."""
+    """Put tables into their places, draw plots, and print sentences that are missing in files."""
     from benchmarks.study.page_text import fill, missing
 
     for name, result in kept_results().items():

@@ -1,7 +1,7 @@
-"""Memory that training from a large teacher cache takes, and seconds of opening it and of a step.
+"""Memory for training from a large teacher cache, and the seconds to open it and to make a step.
 
-The rows are synthetic, in random order, and the student is tiny, so that the cache's share shows. Each cache is
-measured in a process of its own. A cache of 20 MB says how much of the memory is not the cache's.
+The rows are synthetic, in random order, and the student is tiny, so that the cache's share is visible. Each cache is
+measured in a process of its own. A cache of 20 MB shows how much of the memory does not belong to the cache.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SMALL = 0.02  # gigabytes
 
 
 def make_cache(folder: Path, gigabytes: float, preset_name: str) -> None:
-    """A cache that no teacher made, of about this size on the disk."""
+    """A synthetic cache of about this size on disk."""
     folder.mkdir(parents=True)
     models, preset = random_models(VOCAB_SIZE), PRESETS[preset_name]
     head = models.teacher.get_output_embeddings().weight.detach() * 20  # far from uniform
@@ -74,7 +74,7 @@ def make_cache(folder: Path, gigabytes: float, preset_name: str) -> None:
 
 
 def measure_cache(folder: str, steps: int, batch_size: int, preset: str) -> dict[str, Any]:
-    """Seconds, and MB above a process that has loaded the student."""
+    """Seconds, and memory in MB above a process that has loaded the student."""
     torch.manual_seed(0)
     models = random_models(VOCAB_SIZE, hidden_size=64, student_layers=1)
     peak, began = MemoryPeak(), time.perf_counter()
@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="standard", choices=list(PRESETS), help="what is stored")
     parser.add_argument("--steps", type=int, default=200, help="training steps")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a step")
-    parser.add_argument("--caches", help="folder to keep the caches in, for another run")
+    parser.add_argument("--caches", help="folder to keep the caches in, for later runs")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

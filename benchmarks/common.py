@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, rows, trainers' settings, clocks, memory, and the machine."""
+"""Shared by the benchmarks: models, rows, trainers' settings, clocks, memory, and the machine."""
 
 import copy
 import math
@@ -61,12 +61,12 @@ class Models:
     tokenizer: PreTrainedTokenizerBase
 
     def new_student(self) -> PreTrainedModel:
-        """A copy. What is not trained exists once."""
+        """A copy of the student. Weights that are not trained exist once."""
         return copy.deepcopy(self.student, {id(p): p for p in self.student.parameters() if not p.requires_grad})
 
 
 def load_models(teacher: str | None, student: str | None, layers: int = 11) -> Models:
-    """The models by name or folder; without names, SmolLM2-135M-Instruct and `layers` of its 30 layers."""
+    """Load the models by name or folder. Without names, SmolLM2-135M-Instruct and `layers` of its 30 layers."""
     if (teacher is None) != (student is None):
         raise SystemExit("Pass both `--teacher` and `--student`, or neither.")
     if teacher is not None:
@@ -80,8 +80,7 @@ def load_models(teacher: str | None, student: str | None, layers: int = 11) -> M
 
 @torch.no_grad()
 def _never_ending(models: Models) -> Models:
-    """Makes the token that the student is least likely to sample the end of text, so that all samples have the same
-    length."""
+    """Make the student's least likely token the end of text, so that all samples have the same length."""
     tokenizer, student = models.tokenizer, models.student
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -95,7 +94,7 @@ def _never_ending(models: Models) -> Models:
 
 
 def tokenizer_of_words(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Its tokens are `t0`, `t1`, ..."""
+    """A tokenizer whose tokens are `t0`, `t1`, ..."""
     backend = Tokenizer(WordLevel({f"t{index}": index for index in range(vocab_size)}, unk_token="t0"))
     backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="t0", pad_token="t1", padding_side="left")
@@ -108,7 +107,7 @@ def random_models(
 ) -> Models:
     """Models with random weights, and a tokenizer whose tokens are `t0`, `t1`, ...
 
-    `inner_size` is three times the hidden size if it is 0.
+    If `inner_size` is 0, it is three times the hidden size.
     """
     teacher, student = (
         LlamaForCausalLM(
@@ -128,7 +127,7 @@ def random_models(
 
 
 def asked(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The user's turn that a row's `instruction` and `input` make."""
+    """The user's turn with a row's `instruction` and `input`."""
     return [{"role": "user", "content": "\n\n".join(filter(None, (row["instruction"], row.get("input"))))}]
 
 
@@ -150,7 +149,7 @@ def prompt_rows(
 
 
 def bench_settings(folder: Any, **settings: Any) -> dict[str, Any]:
-    """Of a trainer that only makes steps. All steps of all trainers work on the same models."""
+    """Settings of a trainer that only makes steps. All steps of all trainers work on the same models."""
     return {
         "output_dir": str(folder),
         "learning_rate": 1e-12,  # not 0: PromptKD would leave out what trains the prompt
@@ -167,14 +166,15 @@ def bench_settings(folder: Any, **settings: Any) -> dict[str, Any]:
 
 
 def finished() -> float:
-    """The time when the device has done what it was given."""
+    """The time at which the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Parts:
-    """Seconds by part. What runs inside another part counts there no more, except in generation, which is one."""
+    """Seconds by part. A part inside another one does not count for the outer one, except in generation, which is one
+    part."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -207,7 +207,7 @@ class Parts:
 
 
 class Clock(TrainerCallback):
-    """Makes a trainer's optimizer steps one at a time, in the trainer's own loop, sampling included."""
+    """Makes a trainer's optimizer steps one at a time, in the trainer's own loop, including sampling."""
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.steps = trainer, 0
@@ -215,7 +215,7 @@ class Clock(TrainerCallback):
         trainer.remove_callback(PrinterCallback)
 
     def step(self, watched: Collection[tuple[Any, str, str]] = ()) -> dict[str, float]:
-        """Seconds of the next step by part; `watched` are the arguments of [`Parts.watch`]."""
+        """Seconds of the next step by part. `watched` are arguments of [`Parts.watch`]."""
         with ExitStack() as stack:
             self._stack = stack
             self._watched = watched or [(self.trainer.model, "generate", "generation")]
@@ -244,11 +244,11 @@ def steps_in_turn(
     once: Collection[Key] = (),
     minutes: float | None = None,
 ) -> tuple[dict[Key, Clock], dict[Key, list[dict[str, float]]]]:
-    """Seconds of `repeats` steps of each trainer by part, after one that is not counted; all trainers in turn.
+    """Seconds by part of `repeats` steps of each trainer, after one that is not counted. The trainers take turns.
 
     Args:
-        once: Those of which one step is enough.
-        minutes: No round begins that would not end in this time.
+        once: Trainers of which one step is enough.
+        minutes: No round starts that would not end in this time.
 
     Returns:
         The trainers' clocks, for more steps, and the seconds.
@@ -279,7 +279,7 @@ def steps_in_turn(
 
 
 def slope(points: Mapping[float, float]) -> float:
-    """Of the line through the logarithms: 1 if the second is proportional to the first, 0 if it stays the same."""
+    """Slope of the line through the logarithms: 1 if the second is proportional to the first, 0 if it is constant."""
     x, y = ([math.log(value) for value in values] for values in (points, points.values()))
     return statistics.linear_regression(x, y).slope
 
@@ -288,7 +288,7 @@ def slope(points: Mapping[float, float]) -> float:
 
 
 def in_a_process(function: Callable[..., Found], *arguments: Any, most_gb: float | None = None) -> Found | None:
-    """What a function of a module returns in a process of its own, or `None` if memory did not suffice for it."""
+    """The result of a module's function in a process of its own, or `None` if it ran out of memory."""
     settings = (torch.get_num_threads(), most_gb)
     # A process that has imported everything is quick to fork, but CUDA cannot be forked
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
@@ -313,10 +313,10 @@ def _first_to_go(threads: int, most_gb: float | None) -> None:
 
 
 class MemoryPeak(threading.Thread):
-    """The most megabytes above those at the start: of the device, or of the process (Linux).
+    """Peak memory above that at the start, in MB, of the device or of the process (Linux).
 
-    RSS counts pages of memory maps that were touched and that the system takes back when it needs them. RssAnon does
-    not, and is looked at every 5 ms.
+    RSS counts touched pages of memory maps, which the system takes back when it needs them. RssAnon does not. It is
+    read every 5 ms.
     """
 
     def __init__(self) -> None:
@@ -349,7 +349,7 @@ class MemoryPeak(threading.Thread):
             time.sleep(0.005)
 
     def since(self) -> dict[str, float]:
-        """Since the start or the last call."""
+        """Peaks since the start or the last call."""
         self._look()
         most = {name: round(value - self._first[name], 1) for name, value in self._most.items()}
         self._reset()
@@ -360,7 +360,7 @@ class MemoryPeak(threading.Thread):
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on."""
+    """What the figures depend on: hardware and versions."""
     root = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
@@ -387,7 +387,7 @@ def machine() -> dict[str, Any]:
 
 
 def measured_with(result: dict[str, Any]) -> str:
-    """A line below a table."""
+    """The line below a table with machine and versions."""
     machine, known = result["machine"], result["machine"]["versions"]
     on = machine["gpu"] or f"{machine['threads']} of {machine['cores']} cores, {machine['cpu']}"
     versions = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers", "trl"))

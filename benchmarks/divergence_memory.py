@@ -1,7 +1,7 @@
 """Memory of the divergence: PromptKD beside TRL's GKDTrainer and the loss of DistillationTrainer.
 
-Models of one small layer with Qwen's vocabulary train on given answers, so that little but the divergence counts. Each
-step is made in a process of its own. The figure is the peak of the process (or of the GPU) above its start.
+Models of one small layer with Qwen's vocabulary train on given answers, so that the divergence dominates. Each step is
+made in a process of its own. The figure is the peak of the process (or of the GPU) above its start.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ANSWER = 256  # tokens of a row
 
 
 class DistillationLossTrainer(GKDTrainer):
-    """With the chunked loss of TRL's DistillationTrainer, which itself would have to sample answers."""
+    """Uses the chunked loss of TRL's DistillationTrainer, which itself would have to sample answers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -42,7 +42,7 @@ class DistillationLossTrainer(GKDTrainer):
 
 
 def peak_of_a_step(method: str, num_tokens: int, vocab_size: int, hidden_size: int) -> float:
-    """Megabytes at the peak of one optimizer step, beyond what was there before it."""
+    """Peak memory of one optimizer step above that before it, in MB."""
     models = random_models(vocab_size, hidden_size, 1, 1, inner_size=hidden_size)
     rows = Dataset.from_list([{"prompt": "t1", "completion": "t2"}] * (num_tokens // ANSWER))
     settings = bench_settings("unused", max_steps=1, per_device_train_batch_size=len(rows), optim="sgd")
@@ -70,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, nargs="+", default=[512, 1024, 2048, 4096], help=f"multiples of {ANSWER}"
     )
     parser.add_argument("--vocab_size", type=int, default=151_936, help="entries of a distribution")
-    parser.add_argument("--hidden_size", type=int, default=64, help="of the states that logits are made of")
+    parser.add_argument("--hidden_size", type=int, default=64, help="width of the hidden states")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
-    parser.add_argument("--most_gb", type=float, help="memory that a process may take (CPU)")
+    parser.add_argument("--most_gb", type=float, help="limit of a process's memory in GB (CPU)")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(result: dict[str, Any]) -> tuple[int, float, float] | None:
-    """The most tokens at which both were measured, and the megabytes of GKDTrainer and of PromptKD there."""
+    """The largest number of tokens at which both were measured, and the MB of GKDTrainer and of PromptKD there."""
     peaks = [result["megabytes"].get(method, {}) for method in ("GKDTrainer", "PromptKD")]
     both = [int(tokens) for tokens in peaks[0] if all(found.get(tokens) is not None for found in peaks)]
     return (max(both), *(found[str(max(both))] for found in peaks)) if both else None

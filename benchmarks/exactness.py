@@ -1,7 +1,7 @@
-"""Whether both methods compute on a device what the row-by-row reference computes in float64 on the CPU.
+"""Whether both methods on a device agree with a row-by-row reference in float64 on the CPU.
 
-The reference is that of the tests: no padding, cache, chunks or any code of the package. All models are tiny. Run as a
-script, this module compares steps under FSDP2: `python -m benchmarks.exactness differences.json cuda`.
+The reference is that of the tests. It has no padding, cache or chunks, and uses no code of the package. All models are
+tiny. Run as a script, this module compares steps under FSDP2: `python -m benchmarks.exactness differences.json cuda`.
 """
 
 import copy
@@ -80,7 +80,7 @@ def in_float64(*models: nn.Module) -> list[Any]:
 
 
 def update(model: nn.Module, start: nn.Module) -> dict[str, Tensor]:
-    """What training has added to each weight. Sharded weights are gathered."""
+    """The change of each weight by training. Sharded weights are gathered."""
     before = dict(start.named_parameters())
     whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
     return {name: value.detach().double().cpu() - before[name].detach() for name, value in whole.items()}
@@ -160,7 +160,7 @@ def batch(device: str) -> list[Tensor]:
 
 
 def chunks(device: str, dtype: str) -> Iterator[tuple[str, float]]:
-    """The losses of a few tokens at a time and their gradients to the hidden states, and those of dense logits."""
+    """The losses of a few tokens at a time and their gradients by the hidden states, and those of dense logits."""
     student, teacher = (tiny_model(seed=seed).to(device, DTYPES[dtype]) for seed in (1, 2))
     prompt = torch.randn(5, 32, generator=torch.manual_seed(0)).to(device).requires_grad_()
     rows = batch(device)
@@ -182,7 +182,7 @@ def chunks(device: str, dtype: str) -> Iterator[tuple[str, float]]:
 
 
 def quantized(model: Any) -> Any:
-    """The same weights in 4 bits (NF4) on the same device, quantized as `from_pretrained` does it."""
+    """The same weights in 4 bits (NF4) on the same device, quantized as by `from_pretrained`."""
     bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=model.dtype)
     settings = {"dtype": model.dtype, "quantization_config": bits, "device_map": {"": model.device}}
     config, weights = copy.deepcopy(model.config), model.state_dict()

@@ -1,9 +1,9 @@
-"""Makes the four runs of docs/gallery.md on tiny models, in about a minute of one CPU core, and writes the page's
-figures, tables and samples:
+"""Makes the four runs of docs/gallery.md on tiny models, and writes the page's figures, tables and samples.
 
 python benchmarks/gallery.py
 
-Each run's folder in `gallery/` then holds its `report.html`, from which the figures are taken.
+It takes about a minute of one CPU core. Each run's folder in `gallery/` then has its `report.html`, the source of the
+figures.
 """
 
 import argparse
@@ -94,7 +94,7 @@ RUNS = {
 
 
 def answer(animal: str, question: int, manner: str, rng: random.Random) -> str:
-    """What a writer says. A wrong one speaks of another animal half of the time."""
+    """A writer's answer. A wrong writer uses another animal half of the time."""
     known = ANIMALS[animal]
     if manner == "wrong" and rng.random() < 0.5:
         known = ANIMALS[rng.choice(list(ANIMALS))]
@@ -109,7 +109,7 @@ def answer(animal: str, question: int, manner: str, rng: random.Random) -> str:
 
 
 def teacher_row(rng: random.Random) -> tuple[str, str]:
-    """A prompt and its answer, as the teacher reads them: half of the prompts have a line that says who answers."""
+    """A prompt and its answer in the teacher's data. Half of the prompts have a line that says who answers."""
     animal, question = rng.choice(list(ANIMALS)), rng.randrange(3)
     asked = QUESTIONS[question].format(animal)
     if rng.random() < 0.5:
@@ -119,7 +119,7 @@ def teacher_row(rng: random.Random) -> tuple[str, str]:
 
 
 def student_row(rng: random.Random) -> tuple[str, str]:
-    """The student has read few right answers: it knows how one speaks, and little of animals."""
+    """A row of the student's data. It reads few of them, so it learns how answers look, and little about animals."""
     animal, question = rng.choice(list(ANIMALS)), rng.randrange(3)
     manner = rng.choices(("short", "usual", "long"), (2, 5, 3))[0]
     return QUESTIONS[question].format(animal), answer(animal, question, manner, rng)
@@ -150,7 +150,7 @@ def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: i
 
 
 def read_answers(model, tokenizer, next_row: Callable[[random.Random], tuple[str, str]], steps: int) -> None:
-    """Cross-entropy on answers of an endless stream, 32 rows a step."""
+    """Train by cross-entropy on answers of an endless stream, 32 rows per step."""
     rng = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps + 1)
@@ -166,7 +166,7 @@ def read_answers(model, tokenizer, next_row: Callable[[random.Random], tuple[str
 
 
 def train(name: str, folder: Path, teacher, student, tokenizer, max_steps: int) -> None:
-    """One of the runs, and what the report reads of it."""
+    """Make one of the runs, and save what its report reads."""
     prompts = [question.format(animal) for animal in ANIMALS for question in QUESTIONS]
     every = max(max_steps // 16, 1)
     settings = {
@@ -283,7 +283,7 @@ def fill(page: Path, parts: dict[str, str]) -> None:
 
 
 def write_page(folder: Path, page: Path) -> dict[str, list[Sign]]:
-    """The reports of all runs, the figures beside the page, and the page's parts; returns what each report finds."""
+    """Write the reports of all runs, the figures and the page's parts. Returns the signs that each report finds."""
     runs = {name: read_run(str(folder / name)) for name in RUNS}
     parts, found = {"overview": overview(runs)}, {}
     for name, run in runs.items():
@@ -298,7 +298,7 @@ def write_page(folder: Path, page: Path) -> dict[str, list[Sign]]:
 
 
 def make_runs(folder: Path, steps: int = 80, teacher_steps: int = 300, student_steps: int = 100) -> None:
-    """The teacher, the student that all runs start from, and the runs."""
+    """Train the teacher and the student that all runs start from, and make the runs."""
     disable_progress_bars()
     torch.set_num_threads(1)
     tokenizer = make_tokenizer()
@@ -312,7 +312,7 @@ def make_runs(folder: Path, steps: int = 80, teacher_steps: int = 300, student_s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("gallery"), help="where the runs go")
+    parser.add_argument("--output_dir", type=Path, default=Path("gallery"), help="folder of the runs")
     args = parser.parse_args()
     start = time.process_time()
     make_runs(args.output_dir)

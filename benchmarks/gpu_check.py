@@ -1,8 +1,8 @@
 """Checks this package on a GPU, and at tiny shapes on a CPU: exactness, time, memory, sharding, 4 bits.
 
-Needs no network and no weights. On a GPU, models have random weights in the shapes of Qwen2.5-0.5B (the student, in
+It needs no network and no weights. On a GPU, models have random weights in the shapes of Qwen2.5-0.5B (the student, in
 float32) and Qwen2.5-7B (the teacher, in bfloat16). A part that fails does not stop the others. The exit code is 1 if
-one did. The result, a plot and all messages of the trainers are files in one folder.
+one fails. The result, a plot and all messages of the trainers are files in one folder.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def sizes_for(device: str) -> Sizes:
 
 
 class Check:
-    """What the parts share. `ends` is when the part's time is over."""
+    """Shared by the parts. `ends` is the time limit of a part."""
 
     ends: float
 
@@ -101,7 +101,7 @@ class Check:
 
     @property
     def models(self) -> Models:
-        """Made on the device, which draws their weights in seconds."""
+        """Models made on the device, which draws their weights in seconds."""
         if self._models is None:
             self.say("making the models")
             torch.manual_seed(0)
@@ -123,7 +123,7 @@ class Check:
         return {"per_device_train_batch_size": self.sizes.rows, "gradient_accumulation_steps": self.sizes.accumulation}
 
     def clock(self, method: str, new: int, **settings: Any) -> Clock:
-        """The trainer of a method, all of whose samples have `new` tokens."""
+        """The clock of a method's trainer. All its samples have `new` tokens."""
         models = self.models
         torch.manual_seed(0)
         sizes = {"accumulation": self.sizes.accumulation, "batch_size": self.sizes.rows, "max_new_tokens": new}
@@ -133,7 +133,7 @@ class Check:
         return Clock(trainer)
 
     def measured(self, clock: Clock, num_steps: int) -> dict[str, Any]:
-        """Seconds of steps by part, after one that is not counted; that one's loss; and the peak of memory."""
+        """Seconds of steps by part, after one that is not counted, the loss of that one, and the peak of memory."""
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         clock.step()
@@ -146,7 +146,7 @@ class Check:
         return {"steps": found, "loss": loss, "gb": torch.cuda.max_memory_allocated() / 1e9 if self.on_gpu else None}
 
     def free(self) -> None:
-        """What a trainer that is gone has held, and has put around the teacher's forward pass."""
+        """Free the memory of a deleted trainer, and remove its wrappers of the teacher's forward pass."""
         if self._models is not None:
             self._models.teacher.__dict__.pop("forward", None)
         gc.collect()
@@ -158,7 +158,7 @@ class Check:
 
 
 def compared(check: Check, found: list[exactness.Difference]) -> str:
-    """Fails if a value is too far off."""
+    """Fail if a value is too far off."""
     check.result.setdefault("exactness", []).extend(asdict(one) for one in found)
     worst = max(found, key=lambda one: one.off / one.limit if np.isfinite(one.off) else np.inf)
     about = f"{worst.what} ({worst.dtype}) is off by {worst.off:.1e}, with a limit of {worst.limit:.0e}"
@@ -198,7 +198,7 @@ def fsdp2(check: Check) -> str:
 
 
 def steps(check: Check) -> str:
-    """One method after the other, so that each peak of memory is its own."""
+    """Measure one method after the other, so that each peak of memory is its own."""
     found = check.result["steps"] = {}
     for method in METHODS:
         check.say(method)
@@ -222,7 +222,7 @@ def steps(check: Check) -> str:
 
 
 class MarkedParts(common.Parts):
-    """Leaves a mark in a profile where a part ends, with its name."""
+    """Marks the end of each part in a profile, with its name."""
 
     def _switch(self) -> None:
         super()._switch()
@@ -231,7 +231,7 @@ class MarkedParts(common.Parts):
 
 
 def busy_seconds(events: Any) -> Counter[str]:
-    """How long the device was busy in each part, from a profile's events. What runs at the same time counts once."""
+    """How long the device was busy in each part, from a profile's events. Simultaneous events count once."""
     of_parts = [e for e in events if e.device_type == DeviceType.CPU and e.name.startswith("part: ")]
     marks = sorted((e.time_range.start, e.name.removeprefix("part: ")) for e in of_parts)  # in microseconds
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
@@ -246,7 +246,7 @@ def busy_seconds(events: Any) -> Counter[str]:
 
 
 def profiled(check: Check) -> str:
-    """A step of PromptKD timed part by part, and one under the profiler, which is slower, for the device alone."""
+    """Time a step of PromptKD part by part, and one under the profiler, which is slower, for the device alone."""
     new = max(check.sizes.new // 4, 8)  # nearly all events are those of sampling
     clock = check.clock("PromptKD", new)
     clock.step()
@@ -280,7 +280,7 @@ def checkpointing(check: Check) -> str:
 
 
 def qlora(check: Check) -> str:
-    """The last part: the models without quantization are gone then."""
+    """Check QLoRA. It is the last part, as it deletes the models without quantization."""
     needs_four_bit(check.device)
     models, prompts = check.models, check.prompts()
     check.say("quantizing both models")
@@ -327,7 +327,7 @@ SECONDS = sum(seconds for _, seconds in PARTS.values())  # with the imports, und
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises a `TimeoutError` inside after this time."""
+    """Raise a `TimeoutError` inside after this time."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"it took longer than its {seconds:g} s")
@@ -360,7 +360,7 @@ def run_part(part: Callable[[Check], str], seconds: float, check: Check) -> dict
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what to check")
     parser.add_argument("--steps", type=int, default=2, help="steps of each method, after one that is not counted")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="what all parts may take together")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of all parts together")
     parser.set_defaults(output=Path("gpu_check") / "gpu_check.json")
 
 

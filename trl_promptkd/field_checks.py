@@ -33,10 +33,10 @@ _BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gr
 
 
 def check_kinds(config: Any, *classes: type) -> None:
-    """Reject values of another kind than the annotations of the fields of `classes` say, such as a text for a number.
+    """Reject values whose kind contradicts the annotations of the fields of `classes`, such as a text for a number.
 
-    Must come before anything compares the values. Texts for `dict` fields are JSON, which the base class reads later.
-    A field with choices in its metadata must be one of them. Annotations that say more than kinds are not checked.
+    Must run before anything compares the values. Texts for `dict` fields are JSON, which the base class reads later. A
+    field with choices in its metadata must be one of them. Annotations that say more than kinds are not checked.
     """
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     fields = type(config).__dataclass_fields__
@@ -48,7 +48,7 @@ def check_kinds(config: Any, *classes: type) -> None:
 
 
 def check_kind(name: str, value: Any, annotation: Any) -> None:
-    """Reject a value of the field `name` that is not of the kind that its annotation says."""
+    """Reject a value of the field `name` whose kind contradicts its annotation."""
     allowed = (annotation,) if get_origin(annotation) is dict else get_args(annotation) or (annotation,)
     kinds = [get_origin(kind) or kind for kind in allowed if kind is not NoneType]
     if not all(kind in _KINDS for kind in kinds) or (value is None and NoneType in allowed):
@@ -87,11 +87,11 @@ def check_choice(config: Any, name: str, choices: Sequence[str]) -> None:
 
 
 def check_number(config: Any, name: str, holds: Callable[[Any], bool], allowed: str, hint: str = "") -> None:
-    """Reject a number that is not finite, or for which `holds` is not true; `None` passes.
+    """Reject a number that is not finite or for which `holds` is false. `None` passes.
 
     Args:
-        allowed: What it must be, for the message: "between 0 and 1".
-        hint: What else there is to say.
+        allowed: What the number must be, for the message: "between 0 and 1".
+        hint: More for the end of the message.
     """
     value = getattr(config, name)
     if value is not None and not (math.isfinite(value) and holds(value)):
@@ -115,7 +115,7 @@ def check_share(config: Any, *names: str) -> None:
 
 
 def check_training(config: Any) -> None:
-    """Reject values of fields of the base classes that nobody else looks at in time."""
+    """Reject values of base class fields that nothing else checks in time."""
     for name in (*_BATCH_SIZES, "seed"):
         check_kind(name, getattr(config, name), int)
     check_positive(config, *_BATCH_SIZES, "max_length", "pad_to_multiple_of")
@@ -123,7 +123,7 @@ def check_training(config: Any) -> None:
 
 
 def check_ignored(config: Any, method: str, ignored: Mapping[str, tuple[Any, str]]) -> None:
-    """Reject fields that have no meaning in `method`: name -> (the value that is right, why)."""
+    """Reject fields that have no meaning in `method`. `ignored` maps a name to the supported value and the reason."""
     for name, (supported, why) in ignored.items():
         if getattr(config, name) != supported:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are read as they are, and files that are whole or not there, whenever a run is killed."""
+"""Reading files unchanged, and writing files such that a killed run leaves no partial ones."""
 
 import glob
 import hashlib
@@ -28,12 +28,12 @@ _INCOMPLETE = ".incomplete"
 
 
 def text_hash(text: str) -> str:
-    """32 hexadecimal digits by which a content is found again."""
+    """32 hexadecimal digits that identify a content."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def content_hash(value: Any, **settings: Any) -> str:
-    """The hash of anything that JSON can write; `settings` are `json.dumps`'."""
+    """The hash of anything that JSON can write. `settings` go to `json.dumps`."""
     written = {"sort_keys": True, "separators": (",", ":"), "ensure_ascii": False, **settings}
     return text_hash(json.dumps(value, **written))
 
@@ -44,7 +44,7 @@ def sha256_of(path: str) -> str:
 
 
 def read_text(path: str, what: str) -> str:
-    """The text in a UTF-8 file, without a byte order mark; `what` names it in messages: "the priming text".
+    """The text in a UTF-8 file, without a byte order mark. `what` names it in messages: "the priming text".
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -64,9 +64,9 @@ def read_text(path: str, what: str) -> str:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[str]:
-    """Gives a path to write to. When the block ends, `path` holds all of it, and until then what it held before.
+    """Yield a path to write to. When the block ends, `path` holds all of it. Until then it holds what it held before.
 
-    Content and name are on the disk (synced) when the block has ended. If it fails, nothing is left behind.
+    Content and name are on the disk (synced) when the block has ended. If it fails, no temporary file stays.
     """
     temporary = f"{path}.{os.getpid()}{_INCOMPLETE}"
     try:
@@ -81,7 +81,7 @@ def whole_file(path: str) -> Iterator[str]:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write `text` as UTF-8, so that `path` holds either what it held before or all of it."""
+    """Write `text` as UTF-8. `path` holds either its old content or all of the text."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
@@ -95,11 +95,11 @@ def _sync(path: str) -> None:
 
 
 def remove_incomplete(folder: str, name: str = "", older_than: float = 0.0) -> None:
-    """Remove what killed processes left in `folder` half-written.
+    """Remove half-written files of killed processes from `folder`.
 
     Args:
-        name: Only what was to become this file.
-        older_than: Seconds, if others may be writing there.
+        name: Only files that were to become this one.
+        older_than: Age in seconds above which they are removed, in case others are still writing there.
     """
     for path in glob.glob(f"{os.path.join(glob.escape(folder), glob.escape(name))}*{_INCOMPLETE}"):
         with suppress(FileNotFoundError):  # a process that is just ending may have been quicker
@@ -112,7 +112,7 @@ def read_safetensors(path: str, advice: str) -> tuple[dict[str, Tensor], dict[st
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it cannot be read, naming it, with `advice` on what to do.
+        ValueError: if it cannot be read. The message names it, with `advice` on what to do.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -1,7 +1,7 @@
-"""What a few rows say of all rows: 95 % intervals, paired differences and their p values, and the smallest difference
+"""What a few rows say about all rows: 95 % intervals, paired differences, their p values, and the smallest difference
 that so few rows could have shown.
 
-Rows are drawn again (bootstrap), so that scores may have any distribution.
+Intervals are from the bootstrap, so scores may have any distribution.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ def mean(values: ByRow) -> float:
 
 
 def mean_interval(values: ByRow) -> tuple[float, float, float]:
-    """The mean, and its 95 % interval if the rows are drawn again."""
+    """The mean and its 95 % bootstrap interval over rows."""
     return mean(values), *_limits(_means_of_draws(values))
 
 
 def difference(values: ByRow, control: ByRow) -> tuple[float, float, float]:
-    """The mean minus the control's, and its 95 % interval if the rows, which belong together, are drawn again."""
+    """The mean minus the control's, and its 95 % bootstrap interval over the paired rows."""
     return mean(values) - mean(control), *_limits(_means_of_draws(values) - _means_of_draws(control))
 
 
 def _means_of_draws(values: ByRow) -> np.ndarray:
-    """(resamples,); the same rows are drawn whenever there are as many."""
+    """`(resamples,)`. The same rows are drawn whenever their number is the same."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     sums = values[drawn].sum(axis=1)  # (resamples, 2)
     return sums[:, 0] / np.maximum(sums[:, 1], 1)
@@ -47,8 +47,8 @@ def _limits(means: np.ndarray) -> tuple[float, float]:
 def sign_flip_p(differences: Sequence[float]) -> float:
     """The two-sided p value of "no difference" between paired rows.
 
-    If there is none, each row's difference could as well have had the other sign. p is the share of random signs with
-    which the sum is at least as large. It holds for few rows too, and for scores that are 0 or 1.
+    Without one, each row's difference could as well have had the other sign. p is the share of random signs with which
+    the sum is at least as large. It also holds for few rows, and for scores that are 0 or 1.
     """
     given = np.asarray([value for value in differences if value], dtype=float)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(RESAMPLES, len(given)))
@@ -57,7 +57,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for their number (Holm, 1979): if no difference is real, the chance that any of them falls
+    """p values corrected for their number (Holm, 1979). If no difference is real, the chance that any of them falls
     below 0.05 is at most 5 %."""
     adjusted = [float("nan")] * len(p_values)
     largest = 0.0
@@ -68,8 +68,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def smallest_seen(differences: Sequence[float], comparisons: int = 1, power: float = 0.8) -> float:
-    """The true mean difference that would have been found with probability `power` at 5 %, shared out among so many
-    `comparisons`, from as many rows whose differences scatter as these do."""
+    """The true mean difference that a test on as many rows finds with probability `power`.
+
+    Their differences are assumed to scatter as these do. The test is two-sided at 5 %, divided by the number of
+    `comparisons`.
+    """
     normal = NormalDist()
     quantiles = normal.inv_cdf(1 - 0.025 / comparisons) + normal.inv_cdf(power)
     return float(quantiles * np.std(differences, ddof=1) / np.sqrt(len(differences)))

@@ -1,5 +1,4 @@
-"""What may be better than the paper: a prompt that is anchored on answers, and a budget for how far it takes the
-teacher."""
+"""Candidates that may beat the paper: a prompt anchored on answers, and a budget for how far it moves the teacher."""
 
 import torch
 from measure import TOKENIZER, answers, prompt_ids, texts_of
@@ -23,8 +22,8 @@ def anchor_answers(teacher, source: str, num_rows: int) -> dict[tuple[int, ...],
     """Prompt -> the answer that the soft prompt is to make likely.
 
     Args:
-        source: `"gold"`, the data's; `"right"`, the plain teacher's first sample that gives the right number.
-            Questions without one are left out.
+        source: `"gold"` for the data's answers, or `"right"` for the plain teacher's first sample with the right
+            number. Questions without one are omitted.
     """
     rows = training_rows(num_rows)
     prompts = prompt_ids([question for question, _ in rows])

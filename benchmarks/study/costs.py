@@ -1,7 +1,7 @@
 """What a step of each kind costs, in seconds of one core, generation included: `costs.json`.
 
-Methods are compared after an equal time. Each run's number of steps follows from this file, so that it does not
-depend on what else the machine did, and a run can be made again. The kinds take turns; medians are kept.
+Methods are compared after an equal time. Each run's number of steps follows from this file, so that it does not depend
+on what else the machine did, and a run can be made again. The kinds take turns, and medians are kept.
 
     python benchmarks/study/costs.py --folder study
 """

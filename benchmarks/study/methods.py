@@ -34,7 +34,7 @@ WARMUP_STEPS = 10
 
 
 class Clock(TrainerCallback):
-    """The seconds of one core that each optimizer step took; samples are drawn before `on_step_begin`."""
+    """The seconds of one core for each optimizer step. Samples are drawn before `on_step_begin`."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -57,11 +57,14 @@ def make_trainer(stage: dict, student, teacher, seed: int, num_rows: int, work: 
     """The trainer of one stage.
 
     Args:
-        stage: `method` ("sft", "kd", "gkd" or "promptkd"), `learning_rate`, `steps`; besides, if wanted,
-            `answers` of "sft": None for the data's, else the line after which the teacher writes them ("": none);
-            `beta` of the divergence (1.0: the reverse KL); `line` before the teacher's questions, of "gkd";
-            `prompt`, fields of PromptKD's two configurations; `anchor` ("gold" or "right"), `anchor_weight`, `budget`
-            of [`CandidateTrainer`], and `tune_steps`, `tune_rate` of a prompt that is tuned before the training.
+        stage: Has `method` ("sft", "kd", "gkd" or "promptkd"), `learning_rate` and `steps`. It may have these, too:
+
+            - `answers`, for "sft": None for the data's, or the line after which the teacher writes them ("" for none).
+            - `beta` of the divergence (1.0 is the reverse KL).
+            - `line`, for "gkd": the line before the teacher's questions.
+            - `prompt`: fields of PromptKD's two configurations.
+            - `anchor` ("gold" or "right"), `anchor_weight`, `budget`: arguments of [`CandidateTrainer`].
+            - `tune_steps`, `tune_rate`: of a prompt that is tuned before the training.
     """
     method = stage["method"]
     rows = training_rows(num_rows)

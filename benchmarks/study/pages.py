@@ -59,7 +59,7 @@ def shown_p(p: float) -> str:
 
 
 def with_holm(rows: list[list[tuple[str, Difference]]]) -> list[list[str]]:
-    """Differences of a whole table; bold are those with p < 0.05 after Holm's correction over all of them."""
+    """Differences of a whole table. Those with p < 0.05 after Holm's correction over all of them are bold."""
     corrected = iter(holm([found.p for row in rows for _, found in row]))
     return [
         [

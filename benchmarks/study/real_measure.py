@@ -28,7 +28,7 @@ def ids_of(rows: Sequence[dict], name: str) -> list[list[int]]:
 
 
 def write_samples(model, tokenizer, prompts: Sequence[list[int]], seed: int, title: str) -> list[list[int]]:
-    """Sampled answers; those that `evaluate_model` would sample with this seed."""
+    """Sampled answers, the same as `evaluate_model` samples with this seed."""
     config = evaluation_config(model, tokenizer, MAX_NEW_TOKENS, greedy=False)
     with rows_bar(len(prompts), title):
         return generate_completions(model, prompts, config, 64, row_seeds=evaluation_seeds(seed, prompts))
@@ -53,7 +53,7 @@ def sums_by_row(
     """Sums over each completion's tokens.
 
     Args:
-        views: (model, soft prompt or None, prompts); what each says at the same tokens, whatever stands before them.
+        views: (model, soft prompt or None, prompts) of each view. All are compared at the same completion tokens.
         values: From the tokens and each view's log-probabilities `(num_tokens, vocab)` to named values per token.
     """
     found: dict[str, dict[int, float]] = {}
@@ -120,7 +120,7 @@ def both_samples(model, tokenizer, sets: dict[str, list[dict]]) -> dict[str, lis
 def measure(
     model, samples: dict, tokenizer, sets: dict[str, list[dict]], teacher=None, teacher_samples=None, prompted=None
 ) -> dict[str, dict]:
-    """All measures by set; without `teacher`, no divergences.
+    """All measures by set. Without `teacher` there are no divergences.
 
     Args:
         samples, teacher_samples: Of [`both_samples`]. Divergences are measured on those of the first seed.

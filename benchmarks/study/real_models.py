@@ -57,7 +57,7 @@ def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, short_answers: boo
 
 
 def read_data(args, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """All rows of the study; none that is trained on is held out too."""
+    """All rows of the study. No held-out prompt of Dolly is trained on."""
     test = {name: read_rows(args.data / path, tokenizer, False)[: args.other_rows] for name, path in TEST.items()}
     dev, dolly = read_rows(args.data / DEV, tokenizer), read_rows(args.data / TEST["dolly"], tokenizer)
     held_out = {str(row["prompt_ids"]) for row in [*dolly, *dev]}
@@ -145,7 +145,7 @@ def sft_trainer(model: PreTrainedModel, tokenizer, dataset: Dataset, settings: d
 
 
 def tuned(model: PreTrainedModel, tokenizer, data: Data, args, folder: Path, learning_rate: float) -> list[dict]:
-    """SFT on gold answers until the held-out NLL flattens; the model and the curve are kept in `folder`."""
+    """SFT on gold answers until the held-out NLL flattens. The model and the curve are kept in `folder`."""
     stop = UntilItFlattens(args.stop_every, data.stop, tokenizer.pad_token_id)
     model.get_input_embeddings().requires_grad_(False)  # and the output head, which is tied to them
     settings = {"learning_rate": learning_rate, "max_steps": args.warm_steps, "seed": 0}

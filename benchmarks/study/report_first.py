@@ -229,7 +229,7 @@ def warning_table(results: Results, real: dict) -> str:
 
 
 def first_warning(shares: list[float]) -> int | None:
-    """The first log entry, counted from one, at which the trainer would have warned; it leaves out the first."""
+    """The first log entry, counted from one, at which the trainer would have warned. It ignores the first entry."""
     return next((place for place, share in enumerate(shares, 1) if place > 1 and share >= WARNING), None)
 
 

@@ -1,6 +1,6 @@
 """The runs of the first study as tables, figures and sentences read them, and how a number is written.
 
-They were made by the scripts of commit 114aca1; the names of groups, methods and settings here are theirs.
+They were made by the scripts of commit 114aca1, which have the same names of groups, methods and settings.
 """
 
 import json
@@ -62,8 +62,11 @@ class Results:
 
 
 def value(entry: dict, measure: str) -> float:
-    """A measure of one student: shares in percent; `..._answer` is that of a token times the mean length of the
-    samples that it was measured on, which is the mean over answers."""
+    """A measure of one student, with shares in percent.
+
+    `..._answer` is the measure per token times the mean length of the samples that it was measured on. That is the
+    mean over answers.
+    """
     if measure.endswith("_answer"):
         return entry[measure.removesuffix("_answer")] * entry["mean_length"]
     return entry[measure] * (100 if is_percent(measure) else 1)

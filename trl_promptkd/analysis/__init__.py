@@ -1,8 +1,10 @@
 """`trl-promptkd analyze`: what a student, a teacher and a soft prompt do, measured on the user's own rows.
 
-`exposure.py` (how a student's errors add up), `prompt.py` (what a soft prompt has become, and what it does),
-`saved_prompt.py`, `token_classes.py`, `attention.py` (where several models look, layer by layer), `log_probs.py`
-(several models at the same tokens), `plots.py`.
+- `exposure.py`: how a student's errors add up.
+- `prompt.py`: what a soft prompt has become, and what it does. It uses `saved_prompt.py` and `token_classes.py`.
+- `attention.py`: where several models attend, layer by layer.
+- `log_probs.py`: several models at the same tokens.
+- `plots.py`: plots, and a page of examples.
 """
 
 from .attention import head_matrices, measure_attention

@@ -1,4 +1,4 @@
-"""Where models look: four measures of each layer's attention, and the heads in which models differ most.
+"""Where models attend: four measures of each layer's attention, and the heads in which models differ most.
 
 Rows go through a model one at a time, so that nothing is padded.
 """
@@ -26,7 +26,7 @@ QUERIES = ("completion", "all")
 
 @contextmanager
 def eager_attention(model: Any) -> Iterator[None]:
-    """Inside, the model computes attention such that its weights exist, and is in evaluation mode."""
+    """Inside, the model is in evaluation mode and computes attention eagerly, so that the weights exist."""
     before = model.config._attn_implementation
     with flags_restored(model):
         try:
@@ -42,12 +42,12 @@ def text_attention(
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's attention among the tokens of a row's text.
 
-    A soft prompt, or a sink outside of the text, is neither query nor key: attention to it is taken out, and the rest
-    is scaled to add up to 1. Rows are then distributions over the same tokens in all models.
+    A soft prompt, or a sink outside of the text, is neither query nor key. Attention to it is removed, and the rest is
+    scaled to sum to 1. Rows are then distributions over the same tokens in all models.
 
     Returns:
         For each layer a `Tensor` of shape `(heads, num_queries, tokens)` in float32, whose queries are the row's last
-        tokens. And a `Tensor` of shape `(layers)`: the share of attention that was not on the text, summed over
+        tokens. In addition a `Tensor` of shape `(layers)`: the share of attention outside the text, summed over
         queries, mean over heads.
     """
     ids = torch.tensor([[*row["prompt_ids"], *row["completion_ids"]]], device=model.device)
@@ -72,14 +72,14 @@ def text_attention(
 
 
 def num_queries(row: Mapping[str, Any], queries: str) -> int:
-    """How many tokens of a row look: those of the completion, or of all of the text."""
+    """How many tokens of a row are queries: those of the completion, or of the whole text."""
     return len(row["completion_ids"]) + (len(row["prompt_ids"]) if queries == "all" else 0)
 
 
 def visible_entries(number: int, size: int) -> int:
-    """How many entries a matrix has: from each of the last `number` tokens to itself and to those before it.
+    """How many visible entries a matrix has: from each of the last `number` tokens to itself and to those before it.
 
-    Entries beyond a sliding window are among them, with a weight of 0: so all layers and models have the same ones.
+    Entries beyond a sliding window count, with a weight of 0, so that all layers and models have the same ones.
     """
     return sum(range(size - number + 1, size + 1))
 
@@ -87,20 +87,20 @@ def visible_entries(number: int, size: int) -> int:
 def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
     """The four measures of one layer on one row, summed over queries or entries, mean over heads.
 
-    Source: the measures of response priming (arXiv 2412.17846), which are named there without formulas.
+    Source: the measures of response priming (arXiv 2412.17846), which names them without formulas.
 
     Args:
-        attention (`Tensor` of shape `(heads, num_queries, tokens)`): Of [`text_attention`].
+        attention (`Tensor` of shape `(heads, num_queries, tokens)`): From [`text_attention`].
         before (`Tensor` of the same shape, *optional*): That of the layer before.
 
     Returns:
         `Tensor` of shape `(4,)` in float64, in the order of `MEASURES`:
 
-        - entropy: of each query's attention, `-sum_j a_j log a_j`, in nats;
-        - self_focus: the entries on the diagonal;
-        - sparsity: the number of entries above 0.1;
-        - similarity: the cosine between a head's matrix and that of the same head in the layer before; NaN without
-            one.
+        - entropy: of each query's attention, `-sum_j a_j log a_j`, in nats.
+        - self_focus: the entries on the diagonal.
+        - sparsity: the number of entries above 0.1.
+        - similarity: the cosine between a head's matrix and that of the same head in the layer before. NaN without a
+            layer before.
     """
     similarity = torch.tensor(torch.nan)
     if before is not None:
@@ -115,8 +115,10 @@ def layer_sums(attention: Tensor, before: Tensor | None) -> Tensor:
 
 
 def same_depth(layer: int, num_layers: int, other_num_layers: int) -> int:
-    """The layer of a model with `other_num_layers` that is as deep as `layer` of one with `num_layers`: the first for
-    the first, the last for the last, the nearest for those between."""
+    """The layer of a model with `other_num_layers` that is as deep as `layer` of one with `num_layers`.
+
+    The first belongs to the first, the last to the last, and those between to the nearest.
+    """
     return round(layer * (other_num_layers - 1) / max(num_layers - 1, 1))
 
 
@@ -126,34 +128,32 @@ def measure_attention(
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
 ) -> tuple[DataFrame, DataFrame]:
-    """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ in
-    them.
+    """Measure each layer's attention in models of one tokenizer, and rank the heads by how much the models differ.
 
-    Of a layer, `entropy` and `self_focus` are means over heads and over the queries of all rows, `sparsity` is the
-    share of the [`visible_entries`] above 0.1, and `similarity` a mean over heads and rows.
+    A layer's `entropy` and `self_focus` are means over heads and over the queries of all rows. `sparsity` is the share
+    of the [`visible_entries`] above 0.1. `similarity` is a mean over heads and rows.
 
-    The variance of a head is that of each entry of its matrix over the models, and the mean of that over a row's
-    visible entries and then over rows. Models of different depth are compared at the same relative depth, those of
-    different numbers of heads in the first ones. It means something if the models come from one: heads of unrelated
-    models have nothing in common.
+    The variance of a head is taken over the models at each entry of its matrix. It is then averaged over a row's
+    visible entries and over rows. Models of different depth are compared at the same relative depth. If they have
+    different numbers of heads, only the first heads, which all have, are compared. The variance is meaningful if the
+    models come from one: heads of unrelated models have nothing in common.
 
     Args:
         models: By name, plain or PEFT. One may come twice, with and without a soft prompt. All are in memory at once.
-        rows: With `prompt_ids` and `completion_ids`, of `tokenize_dataset`.
-        soft_prompts: By the name of the model that they stand before, each `(num_virtual_tokens, hidden)`.
-        queries (`str`): `"completion"`: the attention of the completion's tokens counts, to themselves and to all of
-            the text before them. `"all"`: that of the prompt's tokens, too.
+        rows: With `prompt_ids` and `completion_ids`, as `tokenize_dataset` makes them.
+        soft_prompts: By the name of the model whose input they precede, each `(num_virtual_tokens, hidden)`.
+        queries (`str`): `"completion"` measures the attention of the completion's tokens, to themselves and to all of
+            the text before them. `"all"` adds the attention of the prompt's tokens.
 
     Returns:
-        Two `DataFrame`s. One holds the measures, a column each, for each `model` and `layer` (its index), and
-        `soft_prompt_share`: how much attention goes to the soft prompt, NaN for models without one. `similarity` is
-            NaN in the first layer, which has none before it.
-        The other one holds the heads that the models have in common, by falling `variance`: the number of the `head`
-        in its layer, and `layers`, the layer of each model as a `dict`. It is empty for one model.
+        Two `DataFrame`s. The first has a row for each `model` and `layer` (its index), and a column for each measure.
+        `similarity` is NaN in the first layer, which has none before it. The column `soft_prompt_share` is how much
+        attention goes to the soft prompt, NaN for models without one. The second holds the heads that the models have
+        in common, by falling `variance`. `head` is its number in the layer, and `layers` a `dict` of each model's
+        layer. It is empty for one model.
 
     Raises:
-        ValueError: for rows without what is to be measured, models that give no weights, and weights that are not
-            finite.
+        ValueError: if rows have nothing to measure, a model gives no attention weights, or weights are not finite.
     """
     _check_rows(rows, queries)
     prompts = soft_prompts or {}
@@ -191,11 +191,12 @@ def head_matrices(
     soft_prompts: Mapping[str, Tensor] | None = None,
     queries: str = "completion",
 ) -> dict[str, list[Tensor]]:
-    """The matrices of some heads on one row: model -> `(num_queries, tokens)` in float32 of each of `heads`.
+    """The attention matrices of some heads on one row. Maps each model to one `(num_queries, tokens)` in float32 for
+    each of `heads`.
 
     Args:
         models, row, soft_prompts, queries: As for [`measure_attention`].
-        heads: Of its second result.
+        heads: Rows of its second result.
     """
     _check_rows([row], queries)
     found = {}
@@ -206,8 +207,8 @@ def head_matrices(
 
 
 def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The variance of a head's entries over the models, summed over one row's, `(layers, heads)` of what all models
-    have."""
+    """The variance over the models of each head's entries, summed over one row. Shape `(layers, heads)`, of those that
+    all models have."""
     depth, heads = min(map(len, models)), min(layer.size(0) for layers in models for layer in layers)
     sums = torch.zeros(depth, heads, dtype=torch.float64)
     for layer in range(depth):
@@ -217,7 +218,7 @@ def _variance_sums(models: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def _means(name: str, means: Tensor, is_prompted: bool) -> DataFrame:
-    """Of `means`, `(layers, measures and soft prompt's share)`."""
+    """The table of `means` of shape `(layers, measures and soft prompt's share)`."""
     broken = (~means[:, 0].isfinite()).nonzero()
     if len(broken):
         raise ValueError(

@@ -1,8 +1,8 @@
 """Exposure bias: how much faster a student's errors add up on its own prefixes than on its teacher's.
 
-A student that is trained on its teacher's or the data's texts has never seen its own mistakes. With `p` the teacher
-and `q` the student, KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and
-after prefixes that the teacher has.
+A student that is trained on its teacher's or the data's texts has never seen its own mistakes. `p` is the teacher and
+`q` the student. KL(p || q) at each position is measured twice: after prefixes that the student has sampled, and after
+prefixes that the teacher has sampled.
 """
 
 from collections.abc import Sequence
@@ -34,14 +34,14 @@ def sample_prefixes(
     vocab_size: int | None = None,
     soft_prompt: Tensor | None = None,
 ) -> list[list[int]]:
-    """One completion for each prompt, whose beginnings are the prefixes.
+    """Sample one completion for each prompt. Its beginnings are the prefixes.
 
-    All models draw the same random numbers, so that two that are close write much the same, and differ less by chance.
-    A row's numbers depend on `seed` and its place alone; the global random state stays as it was.
+    All models draw the same random numbers. Two models that are close then write much the same, and differ less by
+    chance. A row's numbers depend only on `seed` and its place. The global random state does not change.
 
     Args:
         generation_config: Such as [`~trl_promptkd.generation.rollouts.rollout_config`] makes, at temperature 1.
-        batch_size (`int`): Rows sampled at once; it changes nothing.
+        batch_size (`int`): Rows sampled at once. It does not change the samples.
         vocab_size (`int`, *optional*): Number of ids that stand for tokens, if the model has more.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before each prompt.
     """
@@ -69,13 +69,14 @@ def prefix_kl(
     """KL(p || q) after every prefix of some completions.
 
     Args:
-        student, teacher: `q` and `p`, in evaluation mode.
-        completion_ids: None is empty.
+        student, teacher: Models `q` and `p`, in evaluation mode.
+        completion_ids: Completions, none of them empty.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands before the teacher's input.
 
     Returns:
-        `Tensor` of shape `(rows, longest completion)` in float64, nats: column `l - 1` belongs to position `l`, whose
-        prefix has `l - 1` tokens. NaN where a row has ended: after its end-of-text token there is no next position.
+        `Tensor` of shape `(rows, longest completion)` in float64, in nats. Column `l - 1` belongs to position `l`,
+        whose prefix has `l - 1` tokens. NaN once a row has ended: after its end-of-text token there is no next
+        position.
     """
     rows: list[Tensor] = []
     for start in tqdm(range(0, len(prompt_ids), batch_size), desc="Comparing", unit="batch", leave=False):
@@ -88,30 +89,33 @@ def prefix_kl(
 
 
 def exposure_bias(on_student: Tensor, on_teacher: Tensor, resamples: int = 1000, seed: int = 42) -> DataFrame:
-    """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, with R(l) and eps(l) the sums over positions up to l of the mean
-    KL(p || q) on prefixes sampled from the student and from the teacher.
+    """ExAccErr(l) = (R(l) - eps(l)) / eps(l) * 100, the excess accumulated error up to position l.
 
-    The mean at a position is over the rows that still have it: those that have ended count no more. At position 1
-    there is no prefix, and ExAccErr is 0. Where eps(l) is 0 up to rounding (below 1e-6 nats per token: the student is
-    the teacher) it is NaN. The interval is that of the 2.5th and the 97.5th percentile over `resamples` draws of the
-    rows, with replacement; both sides of a row are drawn together, as they share the prompt. Draws in which no row has
-    a position are left out from there on, and without at least two rows there is no interval.
+    R(l) and eps(l) are sums over positions up to l of the mean KL(p || q), on prefixes sampled from the student and
+    from the teacher.
+
+    The mean at a position is over the rows that still have it. Rows that have ended no longer count. At position 1
+    there is no prefix, and ExAccErr is 0. It is NaN if eps(l) is 0 up to rounding, below 1e-6 nats per token: the
+    student is then the teacher.
+
+    The interval runs from the 2.5th to the 97.5th percentile over `resamples` draws of the rows, with replacement.
+    Both sides of a row are drawn together, as they share the prompt. From the first position that none of its rows
+    has, a draw is omitted. A position that fewer than two rows have has no interval.
 
     Args:
-        on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Of [`prefix_kl`] on the student's and on the
-            teacher's prefixes after the same prompts; their widths may differ.
+        on_student, on_teacher (`Tensor` of shape `(rows, positions)`): Results of [`prefix_kl`] on the student's and
+            on the teacher's prefixes after the same prompts. Their widths may differ.
         resamples (`int`): Draws for the interval.
-        seed (`int`): Of the draws.
+        seed (`int`): Seed of the draws.
 
     Returns:
-        `DataFrame`: a row for each position, from 1 up to the last one that a row of the data has on both sides. Its
-            columns:
+        `DataFrame` with a row for each position, from 1 up to the last one that a row of the data has on both sides.
+        Its columns:
 
         - `kl_on_student`, `kl_on_teacher`: mean KL(p || q) at the position, on the student's and the teacher's
-            prefixes, in nats;
-        - `regret`, `expected`: R(l) and eps(l), their sums up to the position;
-        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent; NaN where it is not
-            defined;
+            prefixes, in nats.
+        - `regret`, `expected`: R(l) and eps(l), their sums up to the position.
+        - `ex_acc_err`, `low`, `high`: ExAccErr(l) and the ends of its 95 % interval, in percent. NaN if undefined.
         - `rows_on_student`, `rows_on_teacher`: how many rows have the position.
 
     Source: Arora et al., Why Exposure Bias Matters (arXiv 2204.01171), as PromptKD (arXiv 2402.12842) takes it.

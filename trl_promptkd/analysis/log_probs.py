@@ -1,4 +1,4 @@
-"""What several models say at the same tokens of the same completions."""
+"""Log-probabilities of several models at the same tokens of the same completions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,12 +29,12 @@ def log_probs_together(
     Args:
         models: Models in evaluation mode, each with a soft prompt of shape `(num_virtual_tokens, hidden)` before its
             input, or `None`.
-        prompt_ids, completion_ids: Rows that go through the models at once; every prompt has a token.
+        prompt_ids, completion_ids: Rows that go through the models at once. No prompt is empty.
         vocab_size (`int`, *optional*): Distributions are over the first `vocab_size` ids.
 
     Yields:
-        For some tokens at a time, in the order of the rows and of the tokens in them, a `Tensor` of shape
-        `(num_tokens, vocab)` a model, in float32, on the first model's device. Tokens that one of the models rules out
+        For each model a `Tensor` of shape `(num_tokens, vocab)`, in float32, on the first model's device. Each tuple
+        covers some tokens, in the order of the rows and of the tokens in them. Tokens that one of the models rules out
         are ruled out for all ([`on_shared_support`]).
     """
     batch = pad_rows(prompt_ids, completion_ids, pad_token_id)

@@ -1,4 +1,4 @@
-"""One look for all plots of this package and of its pages, on light and on dark paper."""
+"""One look for all plots of this package and of its pages, on a light and on a dark background."""
 
 import io
 import re
@@ -49,7 +49,7 @@ _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "trl_promptkd"}
 
 
 def check_matplotlib() -> None:
-    """Refuse to start hours of work if plots cannot be made."""
+    """Fail before hours of work if plots cannot be made."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -61,7 +61,7 @@ def check_matplotlib() -> None:
 
 @contextmanager
 def plot_style(scheme: Scheme = LIGHT) -> Iterator[None]:
-    """What is drawn inside, or in a function that this decorates, has the look. The user's settings stay."""
+    """Plots drawn inside, or in a function that this decorates, have the package's look. The user's settings stay."""
     check_matplotlib()
     import matplotlib
 
@@ -88,14 +88,14 @@ def plot_style(scheme: Scheme = LIGHT) -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches; without pyplot, whose state and windows belong to the user."""
+    """An empty figure of a size in inches. Made without pyplot, whose state and windows belong to the user."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def whole_numbers(panels: Iterable[Any], xlabel: str) -> None:
-    """Of plots over whole numbers: steps, layers, positions."""
+    """Set up the axes of plots over whole numbers, such as steps, layers or positions."""
     for panel in panels:
         panel.set_xlabel(xlabel)
         panel.grid()
@@ -103,8 +103,10 @@ def whole_numbers(panels: Iterable[Any], xlabel: str) -> None:
 
 
 def save_figure(figure: Any, path: Any) -> None:
-    """Write a PNG file. If `path` ends in `.svg`, write an SVG file for light and dark pages: the colours of `LIGHT`
-    become those of `DARK` if the reader prefers dark."""
+    """Write a PNG file. If `path` ends in `.svg`, write an SVG file for light and dark pages.
+
+    In the SVG file, the colours of `LIGHT` become those of `DARK` if the reader prefers dark.
+    """
     if not str(path).endswith(".svg"):
         with whole_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)

@@ -33,8 +33,7 @@ _NAMES_PER_INCH = 7.5  # of tokens beside each other
 
 
 def _line_colors(number: int) -> Sequence[Any]:
-    """As many colours, all different: of a colour-blind-safe palette, or from dark to light if it has too few
-    (viridis)."""
+    """`number` colours, all different: from a colour-blind-safe palette, or from viridis if it has too few."""
     if number <= len(LIGHT.lines):
         return LIGHT.lines[:number]
     import matplotlib
@@ -44,8 +43,7 @@ def _line_colors(number: int) -> Sequence[Any]:
 
 
 def well_covered(found: DataFrame) -> DataFrame:
-    """Up to the last position that a tenth of the rows, and at least two, have on both sides: what comes after is
-    mostly chance."""
+    """The positions that a tenth of the rows, and at least two, have on both sides. The rest is mostly chance."""
     rows = found[["rows_on_student", "rows_on_teacher"]]
     enough = rows.min(axis=1) >= max(0.1 * rows.max(axis=None), 2)
     return found[: enough.sum()] if enough.any() else found
@@ -53,11 +51,11 @@ def well_covered(found: DataFrame) -> DataFrame:
 
 @plot_style()
 def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> None:
-    """ExAccErr over positions, a line for each student and teacher, and below it KL(p || q) on both kinds of prefixes.
+    """Plot ExAccErr over positions for each student and teacher. Below it KL(p || q) on both kinds of prefixes.
 
     Args:
-        results: By student and teacher.
-        path: Of the PNG file, or of an SVG file.
+        results: Tables of [`exposure_bias`], by student and teacher.
+        path: Path of a PNG or SVG file.
     """
     students, teachers = (list(dict.fromkeys(names)) for names in zip(*results, strict=True))
     colors = dict(zip(students, _line_colors(len(students)), strict=True))
@@ -87,8 +85,10 @@ def plot_exposure(results: Mapping[tuple[str, str], DataFrame], path: str) -> No
 
 @plot_style()
 def plot_measures(measures: DataFrame, path: str) -> None:
-    """The four measures, a line per model, over the layers; over relative depth if models have different numbers of
-    them."""
+    """Plot the four measures over the layers, a line per model.
+
+    If the models have different numbers of layers, plot them over relative depth.
+    """
     models = dict(list(measures.groupby(level="model", sort=False)))
     same = len(set(map(len, models.values()))) == 1
     figure = new_figure(9, 6)
@@ -111,13 +111,13 @@ def plot_measures(measures: DataFrame, path: str) -> None:
 
 @plot_style()
 def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, tokens: Sequence[str], path: str) -> None:
-    """Heat maps of some heads on one row: a line of maps per model, a column per head.
+    """Plot heat maps of some heads on one row of data: a row of maps per model, a column per head.
 
     Args:
-        matrices, heads: Of [`head_matrices`]; each matrix `(num_queries, tokens)`, the queries being the row's last
-            tokens.
-        tokens: The row's, as texts. If there is room for them, they are written at the axes: 20 beside three heads.
-            Otherwise their numbers are.
+        matrices, heads: As in [`head_matrices`]. Each matrix is `(num_queries, tokens)`. The queries are the row's
+            last tokens.
+        tokens: The row's tokens, as texts. The axes show them if there is room, which is 20 tokens for three heads.
+            Otherwise they show their numbers.
     """
     side = min(2.7, 8 / len(heads))
     figure = new_figure(1 + side * len(heads), 0.7 + (side + 0.3) * len(matrices))
@@ -142,7 +142,7 @@ def plot_heads(matrices: Mapping[str, Sequence[Tensor]], heads: DataFrame, token
 
 @plot_style()
 def plot_classes(classes: DataFrame, path: str) -> None:
-    """Mean KL divergences by token class, of [`~trl_promptkd.analysis.prompt.by_class`]."""
+    """Plot mean KL divergences by token class, from [`~trl_promptkd.analysis.prompt.by_class`]."""
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
     keys = [key for key in titles if key in classes]
     figure = new_figure(5 * len(keys), 1 + 0.36 * len(classes))
@@ -160,12 +160,12 @@ def plot_classes(classes: DataFrame, path: str) -> None:
 
 @plot_style()
 def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -> None:
-    """How far each virtual token has come, over checkpoints.
+    """Plot how far each virtual token has moved, over checkpoints.
 
     Args:
-        drifts: Of [`~trl_promptkd.analysis.prompt.prompt_drift`], with the `step` of each checkpoint, the oldest
-            first. A prompt that was saved after its run has the step `None` and stands last.
-        start (`int`): The step of what the drift is taken from.
+        drifts: Results of [`~trl_promptkd.analysis.prompt.prompt_drift`], with the `step` of each checkpoint, the
+            oldest first. A prompt that was saved after its run has the step `None` and comes last.
+        start (`int`): The step that the drift is measured from.
     """
     figure = new_figure(9, 4)
     panels = figure.subplots(1, 2)
@@ -188,7 +188,7 @@ def plot_drift(drifts: Sequence[Mapping[str, Any]], path: str, start: int = 0) -
 
 @plot_style()
 def plot_similarity(cosines: Tensor, path: str) -> None:
-    """The cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`, as a heat map."""
+    """Plot the cosine between each two virtual tokens, `(num_virtual_tokens, num_virtual_tokens)`, as a heat map."""
     figure = new_figure(5.2, 4.4)
     axes = figure.subplots()
     end = len(cosines) + 0.5
@@ -201,10 +201,10 @@ def plot_similarity(cosines: Tensor, path: str) -> None:
 
 
 def changes_page(changes: DataFrame, title: str, summary: str) -> str:
-    """An HTML page of the places where the teacher's likeliest next token changed, of
-    [`~trl_promptkd.analysis.prompt.prompt_effect`].
+    """An HTML page of the places where the teacher's likeliest next token changed.
 
-    All text is escaped: it comes from data and models. Line breaks and tabs are written as `\\n` and `\\t`.
+    `changes` is from [`~trl_promptkd.analysis.prompt.prompt_effect`]. All text is escaped, as it comes from data and
+    models. Line breaks and tabs are written as `\\n` and `\\t`.
     """
     formats = {name: _probabilities for name in ("prompted", "plain", "student") if name in changes}
     names = {

@@ -1,7 +1,9 @@
-"""What a soft prompt has become, and what it does: near which tokens it lies, how far it has come, and at which tokens
-of an answer the prompted teacher differs from the plain one and from the student.
+"""What a soft prompt has become, and what it does.
 
-Notation: `q` the student, `p` the plain teacher, `pP` the prompted teacher.
+Which tokens it is near, how far it has moved, and at which tokens of a completion the prompted teacher differs from
+the plain one and from the student.
+
+Notation: `q` is the student, `p` the plain teacher, `pP` the prompted teacher.
 """
 
 from collections.abc import Sequence, Set
@@ -31,14 +33,14 @@ def nearest_tokens(
 
     Args:
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32.
-        teacher: Whose embeddings they are compared with, scaled if the model scales them.
+        teacher: The model whose embeddings they are compared with, scaled if the model scales them.
         vocab_size (`int`): Number of ids that stand for tokens.
         number (`int`): Tokens per virtual token.
 
     Returns:
         For each virtual token `{"cosine": [...], "distance": [...]}`: the tokens with the highest cosine, and those
-        with the smallest Euclidean distance, each as `{"id": ..., "cosine": ..., "distance": ...}`. Distances are
-        shares of the typical norm, the median norm of the vocabulary's embeddings.
+        with the smallest Euclidean distance. Each is `{"id": ..., "cosine": ..., "distance": ...}`. Distances are
+        relative to the median norm of the vocabulary's embeddings.
     """
     embeddings: Any = input_embeddings(teacher)
     device = embeddings.weight.device
@@ -61,12 +63,11 @@ def nearest_tokens(
 
 
 def prompt_drift(soft_prompt: Tensor, initial: Tensor) -> dict[str, Any]:
-    """How far a soft prompt P has come from its start S, both of shape `(num_virtual_tokens, hidden)`.
+    """How far a soft prompt P has moved from its start S, both of shape `(num_virtual_tokens, hidden)`.
 
     Returns:
-        `relative`: |P_i - S_i| / |S_i| of each virtual token; `cosine`: between P_i and S_i; and `overall`: |P - S| /
-            |S| of all of them
-        together, which is what is logged as `prompt/drift`.
+        `relative` is |P_i - S_i| / |S_i| of each virtual token, and `cosine` the cosine between P_i and S_i. `overall`
+        is |P - S| / |S| of all of them together, which is logged as `prompt/drift`.
     """
     away = soft_prompt - initial
     return {
@@ -95,25 +96,33 @@ def prompt_effect(
     vocab_size: int | None = None,
     max_changes: int = 20,
 ) -> tuple[DataFrame, DataFrame]:
-    """Compare the prompted teacher with the plain one, and with the student, at every token of some answers.
+    """Compare the prompted teacher with the plain one, and with the student, at every token of some completions.
 
-    A token's values are those of the distributions of which it is the outcome: after all tokens before it.
+    A token's values belong to the distribution that predicts it, after all tokens before it.
 
     Args:
-        teacher, student: In evaluation mode; the student may be omitted.
+        teacher, student: Models in evaluation mode. The student may be `None`.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`): Stands before the teacher's input.
-        completion_ids: The answers, from anyone; none is empty.
+        completion_ids: The completions, from any source. None is empty.
         ends: Ids that end a text.
-        max_changes (`int`): Places to return, at most.
+        max_changes (`int`): Changed tokens to return, at most.
 
     Returns:
-        Two `DataFrame`s. One has a row per token: its `class`
-        ([`~trl_promptkd.analysis.token_classes.token_classes`]), `prompted_plain`, which is KL(pP || p) in nats, with
-        a student `prompted_student`, KL(pP || q), and `changed`: whether the teacher's likeliest next token is another
-        one. The other one has a row per changed token, those of the largest KL(pP || p) first: `row` and `place`,
-        which row and which token of its answer, from 0; `kl`, KL(pP || p); `context`, the end of the text before it;
-        `token`, the answer's own; and `plain`, `prompted` and, with one, `student`: the three likeliest tokens of each
-        model with their probabilities.
+        Two `DataFrame`s. The first has a row per token:
+
+        - `class`: its class, see [`~trl_promptkd.analysis.token_classes.token_classes`].
+        - `prompted_plain`: KL(pP || p), in nats.
+        - `prompted_student`: KL(pP || q), in nats, only with a student.
+        - `changed`: whether the soft prompt changes the teacher's likeliest next token.
+
+        The second has a row per changed token, the largest KL(pP || p) first:
+
+        - `row`, `place`: which row, and which token of its completion, from 0.
+        - `kl`: KL(pP || p), in nats.
+        - `context`: the end of the text before it.
+        - `token`: the completion's own token.
+        - `prompted`, `plain`, `student`: each model's three likeliest tokens with their probabilities. The last one
+            only with a student.
 
     Raises:
         ValueError: if a model's logits are not numbers.
@@ -149,9 +158,11 @@ def prompt_effect(
 
 
 def by_class(tokens: DataFrame) -> DataFrame:
-    """For each class of [`prompt_effect`]'s tokens that occurs, and last `all tokens`: how many `tokens`, the means
-    `prompted_plain` and, with a student, `prompted_student` in nats per token, and `share`, the part of the sum of
-    KL(pP || p)."""
+    """Means of [`prompt_effect`]'s tokens by class that occurs, and last those of `all tokens`.
+
+    `tokens` is their number, and `share` their part of the sum of KL(pP || p). `prompted_plain` and, with a student,
+    `prompted_student` are means in nats per token.
+    """
     kls = tokens.drop(columns="changed")
     kls = concat([kls, kls.assign(**{"class": "all tokens"})]).groupby("class")
     table = kls.mean()

@@ -1,4 +1,4 @@
-"""A run on one page: its log, samples and settings, and what looks wrong, as HTML that needs nothing else."""
+"""A run on one page: its log, samples and settings, and what looks wrong. The HTML needs no other file."""
 
 import glob
 import html
@@ -81,22 +81,22 @@ class Run(NamedTuple):
 
     name: str
     state: dict[str, Any]
-    """Of `trainer_state.json`."""
+    """The content of `trainer_state.json`."""
     samples: list[pandas.DataFrame]
-    """The tables of samples, the oldest first; each has `step`, `prompt` and `completion`."""
+    """The tables of samples, the oldest first. Each has `step`, `prompt` and `completion`."""
     settings: dict[str, dict[str, Any]]
-    """By the file that they are from."""
+    """Settings by the file that they are from."""
 
 
 def read_run(folder: str) -> Run:
-    """What a run has saved as text: state, samples and settings. Nothing that could run code is opened.
+    """Read a run's state, samples and settings. No file that could run code is opened.
 
     Args:
         folder: The run's `output_dir`, whose newest checkpoint is read, or one of its checkpoints.
 
     Raises:
         FileNotFoundError: if there is no `trainer_state.json`.
-        ValueError: for files that cannot be read, naming them.
+        ValueError: if a file cannot be read. The message names it.
     """
     folder = os.path.abspath(folder)
     checkpoints = sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")), key=_step_of)
@@ -130,7 +130,7 @@ def read_run(folder: str) -> Run:
 
 
 def _step_of(path: str) -> int:
-    """Of a checkpoint's folder; -1 for any other."""
+    """The step of a checkpoint's folder, -1 for any other folder."""
     found = re.fullmatch(r"checkpoint-(\d+)", os.path.basename(path))
     return int(found[1]) if found else -1
 
@@ -156,7 +156,7 @@ def _read_samples(path: str) -> pandas.DataFrame:
 
 
 def _settings(root: str, checkpoint: str, state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """From the model card, the configurations of adapters, and the state."""
+    """Settings from the model card, the configurations of adapters, and the state."""
     found: dict[str, dict[str, Any]] = {}
     for folder in dict.fromkeys((root, checkpoint)):
         card = os.path.join(folder, "README.md")
@@ -176,7 +176,7 @@ def _settings(root: str, checkpoint: str, state: Mapping[str, Any]) -> dict[str,
 
 
 def report_page(run: Run) -> tuple[str, list[Sign]]:
-    """The page, and what looks wrong.
+    """The page, and the signs of what looks wrong.
 
     All text of the run is escaped. The page fetches nothing and runs no script.
     """
@@ -259,7 +259,7 @@ def _charts(series: Mapping[str, Points]) -> list[dict[str, Any]]:
 
 
 def _svg(title: str, lines: Sequence[Points]) -> str:
-    """A chart whose fonts and colours are the page's. Nothing of the run but numbers is written into it."""
+    """A chart with the fonts and colours of the page. It contains no data of the run except numbers."""
     steps, values = ([point[axis] for points in lines for point in points] for axis in (0, 1))
     x_low, x_high = min(steps), max(steps)
     ticks = _ticks(min(*values, 0.0), max(values))
@@ -319,7 +319,7 @@ def _moments(samples: Sequence[pandas.DataFrame]) -> list[dict[str, Any]]:
 
 
 def _about(row: Mapping[str, Any]) -> list[str]:
-    """What a table says of a sample, whatever its columns are."""
+    """What a table says about a sample, for any columns."""
     about = []
     for name, value in row.items():
         if name == "ended":

@@ -1,4 +1,4 @@
-"""Soft prompts as they lie on the disk: one adapter, or those of all checkpoints of a run."""
+"""Soft prompts on disk: one adapter, or those of all checkpoints of a run."""
 
 import json
 import os
@@ -26,11 +26,12 @@ class SavedPrompt:
     A soft prompt from a folder.
 
     Args:
-        name: For tables: the checkpoint's or the folder's name.
-        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): In float32; `initial` is its start, if
-            that was saved.
+        name: The checkpoint's or the folder's name, for tables.
+        folder: Where it was read from.
+        embeddings, initial (`Tensor` of shape `(num_virtual_tokens, hidden)`): The prompt in float32, and its start,
+            if that was saved.
         config: The adapter's configuration.
-        step: Of the checkpoint; `None` for a prompt that was saved when its run was over.
+        step: Step of the checkpoint. `None` for a prompt that was saved when its run was over.
     """
 
     name: str
@@ -42,8 +43,7 @@ class SavedPrompt:
 
 
 def read_prompt(folder: str, name: str | None = None, step: int | None = None) -> SavedPrompt:
-    """The soft prompt of a PEFT adapter's folder, such as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT itself
-    writes it.
+    """Read the soft prompt in a PEFT adapter's folder, as [`~trl_promptkd.SoftPrompt.save_adapter`] or PEFT writes it.
 
     Raises:
         FileNotFoundError: if there is no adapter.
@@ -64,15 +64,15 @@ def read_prompt(folder: str, name: str | None = None, step: int | None = None) -
 
 
 def find_prompts(path: str) -> list[SavedPrompt]:
-    """The soft prompts at `path`, the oldest first: an adapter's own folder, or those of a run's checkpoints and its
-    last one.
+    """Read the soft prompts at `path`, the oldest first.
 
-    Checkpoints without a prompt, as a killed run may leave them, are left out. So is the run's last prompt if it is
-    the last checkpoint's.
+    `path` is an adapter's own folder, or a run's, with the prompts of its checkpoints and the last one. Checkpoints
+    without a prompt, as a killed run may leave them, are skipped. So is the run's last prompt if it equals the last
+    checkpoint's.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: as for [`read_prompt`], and if they are not of one shape.
+        ValueError: as for [`read_prompt`], and if their shapes differ.
     """
     own = os.path.join(path, ADAPTER_FOLDER)
     if os.path.isfile(os.path.join(path, _CONFIG)) and not os.path.isdir(own):
@@ -105,7 +105,7 @@ def find_prompts(path: str) -> list[SavedPrompt]:
 
 
 def check_fits(prompt: SavedPrompt, teacher: PreTrainedModel) -> None:
-    """Refuse a soft prompt of another model."""
+    """Reject a soft prompt whose width is not the teacher's."""
     width, expected = prompt.embeddings.size(1), teacher.get_input_embeddings().weight.size(1)
     if width != expected:
         raise ValueError(
@@ -122,9 +122,9 @@ def initial_prompt(
 ) -> tuple[Tensor | None, str]:
     """What the last of some soft prompts of one run started from, and how that is known.
 
-    PromptKDTrainer saves the start beside the prompt. Of a prompt that PEFT wrote, an initial text is embedded again
-    (by the teacher's embeddings, which never change); of a random one, the first checkpoint is taken where there are
-    several, and there is nothing otherwise.
+    PromptKDTrainer saves the start beside the prompt. PEFT does not. If its prompt started from a text, the text is
+    embedded again by the teacher's embeddings, which never change. If it started at random, the first of several
+    checkpoints is taken. With a single one, the start is `None`.
     """
     last = prompts[-1]
     if last.initial is not None:

@@ -1,4 +1,4 @@
-"""What kind of token stands at a place of an answer."""
+"""The kind of each token of a completion."""
 
 from collections.abc import Sequence, Set
 from itertools import pairwise
@@ -13,9 +13,9 @@ TOKEN_CLASSES = ("first token", *_OF_TEXT, "end of text", "other")
 
 
 def token_text(token: int, before: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a token adds to the text after the token `before` it, white space included.
+    """What a token adds to the text after the token `before`, white space included.
 
-    A token alone would lose its space in some tokenizers (SentencePiece), or not be a character yet (bytes).
+    Decoded alone, it would lose its space in some tokenizers (SentencePiece), or not be a character yet (bytes).
     """
     alone, both, new = (
         tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -27,16 +27,16 @@ def token_text(token: int, before: int, tokenizer: PreTrainedTokenizerBase) -> s
 def token_classes(
     prompt_ids: Sequence[int], completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Set[int]
 ) -> list[str]:
-    """The class of each token of a completion, one of `TOKEN_CLASSES`; the first that fits:
+    """The class of each token of a completion, one of `TOKEN_CLASSES`. The first in this list that fits:
 
-    - first token: at the completion's first place, whatever it is;
-    - end of text: one of `ends`; other special tokens are "other";
-    - whitespace: only blanks and line breaks;
-    - number: a digit and no letter;
-    - word start: a letter, after a blank or anything but a letter, a digit or an apostrophe;
-    - word continuation: any other letter;
-    - punctuation: any other text (symbols too);
-    - other: no text of its own, such as a part of a character.
+    - first token: the completion's first token, whatever it is.
+    - end of text: one of `ends`.
+    - other: a special token, or one without text of its own, such as a part of a character.
+    - whitespace: only blanks and line breaks.
+    - word start: has a letter, and begins with a blank or comes after anything but a letter, a digit or an apostrophe.
+    - word continuation: has a letter otherwise.
+    - number: has a digit and no letter.
+    - punctuation: any other text, including symbols.
     """
     special = set(tokenizer.all_special_ids)
     classes, text_before = [], ""

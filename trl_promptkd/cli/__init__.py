@@ -1,5 +1,5 @@
-"""The command `trl-promptkd`. A tool's module is imported when the tool is named: `--help` and a typo need neither
-torch nor transformers."""
+"""The command `trl-promptkd`. A tool's module is imported only when the tool is named. `--help` and a typo therefore
+load neither torch nor transformers."""
 
 import argparse
 import logging
@@ -22,21 +22,21 @@ _TRAININGS = {
 # A tool's name -> what it is for. Its module has `add_arguments`, which says what to run
 _TOOLS = {
     "quickstart": "PromptKD on a real model that comes in a wheel, in minutes on two CPU cores",
-    "doctor": "look at models and rows for what goes wrong silently; exits with 1 if a check fails",
+    "doctor": "check models and rows for faults that raise no error (exit code 1 if a check fails)",
     "cache": "the offline teacher",
-    "eval": "let a model answer, and score its answers",
-    "rank-priming": "which priming text: let a teacher answer with each, score its answers, and rank the texts",
+    "eval": "generate a model's answers and score them",
+    "rank-priming": "run a teacher with each of several priming texts, score its answers, and rank the texts",
     "report": "a run on one HTML page: both KLs, samples, settings, and what looks wrong",
 }
 _ANALYSES = {
     "exposure": "how much faster a student's errors add up on its own prefixes than on its teacher's (ExAccErr)",
     "prompt": "what a soft prompt has become, and what it does to the teacher",
-    "attention": "where several models look, layer by layer, and the heads in which they differ most",
+    "attention": "where several models attend, layer by layer, and the heads in which they differ most",
 }
 
 
 def parse_args(argv: Sequence[str], launch: bool = False) -> argparse.Namespace:
-    """The arguments of a command; `run` among them is the function that takes them and returns an exit code.
+    """The arguments of a command. Their `run` is the function that takes them and returns an exit code.
 
     Args:
         launch: Whether a training command may start processes.
@@ -53,7 +53,7 @@ def make_parser(named: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser of the command.
 
     Args:
-        named: The words of the tool that is called, such as `["analyze", "prompt"]`. Only its flags are there.
+        named: The words of the tool that is called, such as `["analyze", "prompt"]`. Only its flags are added.
     """
     parser = argparse.ArgumentParser(prog="trl-promptkd", description="Training and tools of trl_promptkd.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None, launch: bool = True) -> int:
     """Run a command, and return its exit code.
 
     Args:
-        launch: Whether a training command starts a process for each GPU. `python -m trl_promptkd.cli` does not: there,
-            a launcher has.
+        launch: Whether a training command starts a process for each GPU. `python -m trl_promptkd.cli` does not, as a
+            launcher has done so.
     """
     args = parse_args(sys.argv[1:] if argv is None else argv, launch)
     from datasets.exceptions import DatasetsError

@@ -19,8 +19,8 @@ _ANSWERS_NEEDED = "The attention of answers is measured; for that of prompts too
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, nargs="+", help="the students: Hub ids or folders, also of adapters")
-    add("--prompt", help="folder of the teacher's soft prompt, or of its run: adds the prompted teacher")
-    add("--queries", default="completion", choices=QUERIES, help="whose attention counts: the answer's tokens' or all")
+    add("--prompt", help="folder of the teacher's soft prompt, or of its run. Adds the prompted teacher")
+    add("--queries", default="completion", choices=QUERIES, help="tokens whose attention is measured (%(default)s)")
     add("--heads", type=at_least_one, default=4, help="how many heads to draw, on the first row")
     add_flags(parser, "dataset", "output_dir", required=True)
     add_flags(parser, "teacher", "model_init_kwargs")

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "the students: Hub ids or folders, such as checkpoints"
     parser.add_argument("--model", required=True, nargs="+", help=told)
     common.add_flags(parser, "dataset", required=True)
-    parser.add_argument("--prompt", help="a soft prompt's folder (teacher_prompt): the prompted teacher as well")
+    parser.add_argument("--prompt", help="folder of a soft prompt (teacher_prompt). Adds the prompted teacher")
     common.add_analysis_arguments(parser, rows=64)
     common.add_sampling_arguments(parser, output_dir="exposure", max_new_tokens=50)
     parser.set_defaults(run=common.reporting(run_exposure))
@@ -48,7 +48,7 @@ def run_exposure(args: argparse.Namespace) -> Any:
 
 
 def measure(args: argparse.Namespace) -> dict[tuple[str, str], pandas.DataFrame]:
-    """By student and teacher (plain, prompted)."""
+    """Measure exposure bias by student and teacher (plain, prompted)."""
     prompt = None if args.prompt is None else find_prompts(args.prompt)[-1]
     loaded = {args.teacher: args.teacher_init_kwargs, **dict.fromkeys(args.model, args.model_init_kwargs)}
     tokenizer = common.shared_tokenizer("--teacher", loaded, args.trust_remote_code)

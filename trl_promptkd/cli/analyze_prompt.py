@@ -27,9 +27,9 @@ _ANSWERS_NEEDED = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", required=True, help="a soft prompt's folder (teacher_prompt), or a run's with its checkpoints")
-    add("--model", help="the student: Hub id or folder; without it the teacher is compared with itself alone")
-    add("--responses", default="dataset", choices=["dataset", "student"], help="whose answers (the data's)")
+    add("--prompt", required=True, help="folder of a soft prompt (teacher_prompt), or of a run with its checkpoints")
+    add("--model", help="the student: Hub id or folder. Without it, the teacher is only compared with itself")
+    add("--responses", default="dataset", choices=["dataset", "student"], help="source of the answers (%(default)s)")
     add("--nearest", type=at_least_one, default=5, help="tokens to name for each virtual token (5)")
     add("--examples", type=at_least_one, default=30, help="places on the page of examples (30)")
     common.add_flags(parser, "dataset")  # without it, the prompt alone is shown
@@ -78,7 +78,7 @@ def run_prompt(args: argparse.Namespace) -> Any:
 def look_at(
     prompts: list[SavedPrompt], teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """What can be said of the prompt without any text, and its plots."""
+    """Results on the prompt that need no text, and their plots."""
     os.makedirs(args.output_dir, exist_ok=True)
     last = prompts[-1].embeddings
     plot_similarity(similarity(last), common.plot_path(args, "similarity"))
@@ -102,7 +102,7 @@ def look_at(
 
 
 def longest_of(rows: list[dict[str, list[int]]], args: argparse.Namespace) -> int:
-    """Tokens of the longest row, without a soft prompt."""
+    """Length of the longest row in tokens, without a soft prompt."""
     sampled = args.max_new_tokens if args.responses == "student" else None
     lengths = (len(row["prompt_ids"]) + (sampled or len(row["completion_ids"])) for row in rows)
     return max(lengths, default=0)

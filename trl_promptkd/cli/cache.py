@@ -17,7 +17,7 @@ from .names import check_name
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", required=True)
 
-    told = "run a teacher once and keep what it says; resumes, also under `accelerate launch -m trl_promptkd.cli`"
+    told = "run a teacher once and keep its distributions. Resumes, also under `accelerate launch -m trl_promptkd.cli`"
     build = commands.add_parser("build", help=told)
     add = build.add_argument
     add_flags(build, "teacher", "dataset", "output_dir", required=True)
@@ -26,19 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--priming_file", help="a file with a priming text of your own (Jinja)")
     add("--priming_placement", default="prefix", choices=["prefix", "suffix", "system"])
     add("--preset", default="standard", choices=sorted(PRESETS), help="how much is kept")
-    add("--response_source", default="dataset", choices=["dataset", "teacher"], help="whose answers")
+    add("--response_source", default="dataset", choices=["dataset", "teacher"], help="source of the answers")
     add("--max_length", type=int, help="longest row in tokens as the student sees it")
     add("--teacher_max_length", type=int, help="longest row in tokens as the teacher sees it")
     add("--overlong", default="drop", choices=["drop", "error"], help="what to do with longer rows")
-    add("--batch_size", type=int, default=8, help="rows at once on one device")
-    add("--max_new_tokens", type=int, default=256, help="longest answer that the teacher writes")
-    add("--temperature", type=float, default=1.0, help="of its samples")
-    add("--seed", type=int, default=42, help="of its samples")
+    add("--batch_size", type=int, default=8, help="rows per batch on one device")
+    add("--max_new_tokens", type=int, default=256, help="longest answer that the teacher generates")
+    add("--temperature", type=float, default=1.0, help="temperature of the teacher's samples")
+    add("--seed", type=int, default=42, help="seed of the teacher's samples")
     add("--backend", default="transformers", choices=["transformers", "vllm", "server"], help="what runs the teacher")
-    add("--teacher_server", help="address of a vLLM server in pooling mode, such as http://host:8000")
+    add("--teacher_server", help="URL of a vLLM server in pooling mode, such as http://host:8000")
     add("--vllm_kwargs", type=json_dict, help="JSON for vllm.LLM, such as '{\"tensor_parallel_size\": 4}'")
     add("--part", help="build one of several parts, such as 2/3, on hosts that share nothing")
-    add("--basis", help="basis.safetensors of another cache of this teacher; parts after the first need the first's")
+    add("--basis", help="basis.safetensors of another cache of this teacher. Parts after the first need the first's")
 
     merge = commands.add_parser("merge", help="join the parts of a cache")
     merge.add_argument("output_dir", help="folder of the whole cache")
@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     push = commands.add_parser("push", help="upload a cache, or a part of one, as a data set on the Hub")
     push.add_argument("cache", help="folder")
     push.add_argument("repo_id", help="name of the data set, such as you/gsm8k-cache")
-    push.add_argument("--private", action="store_true", help="make it a private one, if it is new")
+    push.add_argument("--private", action="store_true", help="make the data set private, if it is new")
     push.set_defaults(run=push_cache)
 
-    verify = commands.add_parser("verify", help="compare checksums, and replay rows on the live teacher")
+    verify = commands.add_parser("verify", help="compare checksums, and run the live teacher on some rows")
     verify.add_argument("cache", help="folder or Hub id")
-    verify.add_argument("--teacher", help="Hub id or folder; the manifest's name by default")
-    verify.add_argument("--rows", type=int, default=16, help="rows to replay")
-    told = "exit with 1 above so many nats per token; by default twice the receipt's mean"
+    verify.add_argument("--teacher", help="Hub id or folder. By default the manifest's name")
+    verify.add_argument("--rows", type=int, default=16, help="rows to run the teacher on")
+    told = "exit with 1 if the mean KL in nats per token is larger. By default about twice the receipt's mean"
     verify.add_argument("--max_kl", type=float, help=told)
 
     info = commands.add_parser("info", help="print manifest and receipt")
@@ -89,7 +89,7 @@ def build_cache(args: argparse.Namespace) -> int:
 
 
 def show(cache: TeacherCache) -> None:
-    """Manifest and receipt, as a reader would want them."""
+    """Print manifest and receipt in a readable form."""
     manifest = cache.manifest
     teacher, priming = manifest.teacher, manifest.priming
     lines: dict[str, Any] = {

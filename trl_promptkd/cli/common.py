@@ -1,4 +1,4 @@
-"""What the command's tools share: flags, rows, models, tables and files."""
+"""Shared by the command's tools: flags, rows, models, tables and files."""
 
 import argparse
 import glob
@@ -56,29 +56,28 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "trust_remote_code": {"action": "store_true", "help": "run code that comes with a model"},
     "teacher": {"help": "Hub id or folder"},
     "dataset": {"help": "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"},
-    "dataset_config": {"help": "its configuration"},
-    "dataset_split": {"default": "train", "help": "its split, or a part of it: train[:1000]"},
-    "prompt_column": {"help": "column to take as `prompt`"},
-    "completion_column": {"help": "column to take as `completion`"},
-    "conversational": {"action": "store_true", "help": "make conversations of texts (chat template)"},
-    "output_dir": {"help": "folder for all that is written (%(default)s)"},
+    "dataset_config": {"help": "configuration of the data set"},
+    "dataset_split": {"default": "train", "help": "split of the data set, or a part of it: train[:1000]"},
+    "prompt_column": {"help": "column to use as `prompt`"},
+    "completion_column": {"help": "column to use as `completion`"},
+    "conversational": {"action": "store_true", "help": "turn texts into conversations (chat template)"},
+    "output_dir": {"help": "folder for all output files (%(default)s)"},
     "json": {"action": "store_true", "help": "print JSON instead of tables"},
 }
 ROW_FLAGS = ("dataset_config", "dataset_split", "prompt_column", "completion_column", "conversational")
 
 
 def add_flags(command: argparse.ArgumentParser, *names: str, **settings: Any) -> None:
-    """Add flags by their names, with `settings` of `add_argument` that are not the usual ones, such as
-    `required=True`."""
+    """Add flags by their names. `settings` of `add_argument`, such as `required=True`, replace the usual ones."""
     for name in names:
         command.add_argument(f"--{name}", **{**_FLAGS[name], **settings})
 
 
 def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int]]) -> Callable[[Any], int]:
-    """A command that prints its result, as JSON with `--json`, else by a function of its own, and returns an exit
-    code.
+    """A command that prints its result and returns an exit code.
 
-    Standard output is for the result alone; what is printed before goes to standard error.
+    With `--json` it prints JSON, otherwise it uses a function of its own. Standard output has only the result. What is
+    printed before goes to standard error.
     """
 
     def command(args: argparse.Namespace) -> int:
@@ -94,7 +93,7 @@ def reporting(run: Callable[[Any], tuple[dict[str, Any], Callable[[], None], int
 
 
 def priming_of(args: Any) -> str | PrimingTemplate | None:
-    """The one priming text that is given."""
+    """The priming text of the flags, of which only one may be given."""
     texts = {name: getattr(args, name, None) for name in ("priming", "priming_text", "priming_file")}
     given = [name for name, text in texts.items() if text is not None]
     if len(given) > 1:
@@ -107,15 +106,14 @@ def priming_of(args: Any) -> str | PrimingTemplate | None:
 
 
 def json_text(values: dict[str, Any]) -> str:
-    """The JSON of a result, with null for what is not finite: JSON has no word for it."""
+    """The JSON of a result, with null for numbers that are not finite, which JSON cannot express."""
     return json.dumps(json.loads(json.dumps(values), parse_constant=lambda word: None), indent=1)
 
 
 def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
-    """Names for tables: the last part of each path, of files without their endings; the paths themselves if two would
-    be the same.
+    """Names for tables: the last part of each path, without the ending of a file.
 
-    `flags` are those that the paths were given by, for the message.
+    If two names are equal, the whole paths. `flags` names the flags of the paths, for the message.
     """
     whole = [os.path.normpath(path) for path in paths]
     twice = next((path for path in whole if whole.count(path) > 1), None)
@@ -128,8 +126,7 @@ def short_names(paths: Sequence[str], flags: str) -> dict[str, str]:
 def print_table(
     title: str, columns: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1, digits: int = 3
 ) -> None:
-    """A table on standard output, whose first `left` columns are texts and the others numbers, which stand on the
-    right."""
+    """Print a table. Its first `left` columns are texts, the others numbers, which are aligned to the right."""
     console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 140
@@ -143,16 +140,16 @@ def print_table(
 
 
 def is_file(path: str) -> bool:
-    """Whether a data set's name is that of a file of rows, or a pattern of such names."""
+    """Whether a data set's name is a file of rows, or a pattern of such names."""
     return os.path.splitext(path)[1] in _FILES
 
 
 def load_rows(
     path: str, config: str | None, split: str | None, *columns: Any, flag: str = "--dataset", streaming: bool = False
 ) -> Any:
-    """The data set of a flag: files by their ending, a folder, or a Hub id; `columns` are those of `name_columns`.
+    """Load the data set of a flag: files by their ending, a folder, or a Hub id. `columns` go to `name_columns`.
 
-    The rows of a file are one split, whatever that is called.
+    The rows of a file are one split, of any name.
     """
     kind = _FILES.get(os.path.splitext(path)[1])
     if kind is not None and not glob.glob(path):
@@ -177,10 +174,10 @@ def load_rows(
 
 
 def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool, longest: int = 0) -> Any:
-    """A model in evaluation mode, on the GPU if there is one.
+    """Load a model in evaluation mode, on the GPU if there is one.
 
     Args:
-        longest: Positions that the longest row needs, if that is known. GPT-2 and OPT have a limited number.
+        longest: Positions that the longest row needs, if known. GPT-2 and OPT have a limited number.
     """
     print(f"Loading {name}", file=sys.stderr)
     model = load_teacher(name, init_kwargs, trust_remote_code).eval()
@@ -192,7 +189,7 @@ def load_model(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool, 
 
 
 def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """The tokenizer of a model, or `None`. Without a pad token, its end of text pads."""
+    """The tokenizer of a model, or `None`. Without a pad token, its end-of-text token pads."""
     tokenizer = load_teacher_tokenizer(name, init_kwargs, trust_remote_code)
     if tokenizer is not None and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -200,7 +197,7 @@ def load_tokenizer(name: str, init_kwargs: dict[str, Any], trust_remote_code: bo
 
 
 def needed_tokenizer(flag: str, name: str, init_kwargs: dict[str, Any], trust_remote_code: bool) -> Any:
-    """[`load_tokenizer`]; if there is no model of the name, or no tokenizer beside it, the error names the flag."""
+    """[`load_tokenizer`]. If there is no model of this name, or it has no tokenizer, the error names the flag."""
     check_name(flag, name, token=init_kwargs.get("token"))
     tokenizer = load_tokenizer(name, init_kwargs, trust_remote_code)
     if tokenizer is None:
@@ -209,43 +206,43 @@ def needed_tokenizer(flag: str, name: str, init_kwargs: dict[str, Any], trust_re
 
 
 def add_analysis_arguments(command: argparse.ArgumentParser, rows: int) -> None:
-    """Rows and output; models, `--dataset` and `--output_dir` are each command's own."""
+    """Flags for rows and output. Models, `--dataset` and `--output_dir` are each command's own."""
     add_flags(command, *ROW_FLAGS, "json", "trust_remote_code")
-    command.add_argument("--rows", type=at_least_one, default=rows, help="how many rows, from the first (%(default)s)")
-    told = "longest row in tokens (512): rows with longer prompts are left out, and counted; longer answers are cut"
+    command.add_argument("--rows", type=at_least_one, default=rows, help="use only the first rows (%(default)s)")
+    told = "longest row in tokens (512). Rows with longer prompts are omitted and counted, longer answers are cut"
     command.add_argument("--max_length", type=at_least_one, default=512, help=told)
-    told = "of the plots (%(default)s); svg is for light and dark pages"
+    told = "format of the plots (%(default)s). svg suits light and dark pages"
     command.add_argument("--plot_format", choices=["png", "svg"], default="png", help=told)
 
 
 def add_sampling_arguments(command: argparse.ArgumentParser, output_dir: str, max_new_tokens: int) -> None:
-    """The teacher, how texts are sampled, and where files go; `--model` is each command's own."""
+    """Flags for the teacher, sampling, and output files. `--model` is each command's own."""
     add_flags(command, "teacher", required=True)
     add_flags(command, "output_dir", default=output_dir)
     add_flags(command, "model_init_kwargs", "teacher_init_kwargs")
-    told = "longest sample (%(default)s)"
+    told = "longest sample in tokens (%(default)s)"
     command.add_argument("--max_new_tokens", type=at_least_one, default=max_new_tokens, help=told)
-    command.add_argument("--batch_size", type=at_least_one, default=8, help="rows at once (8)")
-    command.add_argument("--seed", type=int, default=42, help="of the samples (42)")
+    command.add_argument("--batch_size", type=at_least_one, default=8, help="rows per batch (8)")
+    command.add_argument("--seed", type=int, default=42, help="seed of the samples (42)")
 
 
 def save(args: argparse.Namespace, name: str, text: str | dict[str, Any]) -> None:
-    """Write a file of `--output_dir`, a dict as JSON."""
+    """Write a file in `--output_dir`, a dict as JSON."""
     os.makedirs(args.output_dir, exist_ok=True)
     write_text(os.path.join(args.output_dir, name), text if isinstance(text, str) else json_text(text))
 
 
 def plot_path(args: argparse.Namespace, name: str) -> str:
-    """Of a plot in `--output_dir`."""
+    """Path of a plot in `--output_dir`."""
     return os.path.join(args.output_dir, f"{name}.{args.plot_format}")
 
 
 def shared_tokenizer(flag: str, models: Mapping[str, dict[str, Any]], trust_remote_code: bool) -> Any:
-    """The tokenizer of the first model, compared with the others': distributions are compared token by token.
+    """The tokenizer of the first model. It must match the others', as distributions are compared token by token.
 
     Args:
-        flag: By which the first one was given.
-        models: A name -> its keyword arguments for `from_pretrained`.
+        flag: The flag of the first model.
+        models: Maps each name to its keyword arguments for `from_pretrained`.
     """
     first, *others = models
     tokenizer = needed_tokenizer(flag, first, models[first], trust_remote_code)
@@ -275,8 +272,10 @@ def tokenized_rows(
 
 
 def sampling_of(args: Any, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Sampling at temperature 1 from the whole distribution, until an end-of-text token of the teacher's or the
-    tokenizer's: all models end at the same ones."""
+    """Sampling at temperature 1 from the whole distribution, up to an end-of-text token of teacher or tokenizer.
+
+    All models end at the same tokens.
+    """
     whole = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generation_kwargs": None}
     settings = SimpleNamespace(max_new_tokens=args.max_new_tokens, **whole)
     return rollout_config(teacher, teacher, tokenizer, settings)

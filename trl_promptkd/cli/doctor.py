@@ -20,17 +20,17 @@ from .training import RecipeParser, quantization_of
 
 @dataclass
 class DoctorArguments:
-    """What the scripts' recipes hold besides TRL's classes and the configurations, and the doctor's own flags."""
+    """Fields of recipes that are not in TRL's classes and the configurations, and the doctor's own flags."""
 
-    rows: int = field(default=16, metadata={"help": "how many rows to look at"})
+    rows: int = field(default=16, metadata={"help": "how many rows to check"})
     json: bool = field(default=False, metadata={"help": "print JSON instead of a table"})
     eval_dataset: str | None = None
-    prompt_column: str | None = field(default=None, metadata={"help": "column to take as `prompt`"})
-    completion_column: str | None = field(default=None, metadata={"help": "column to take as `completion`"})
-    conversational: bool = field(default=False, metadata={"help": "make conversations of texts (chat template)"})
+    prompt_column: str | None = field(default=None, metadata={"help": "column to use as `prompt`"})
+    completion_column: str | None = field(default=None, metadata={"help": "column to use as `completion`"})
+    conversational: bool = field(default=False, metadata={"help": "turn texts into conversations (chat template)"})
     priming: str | None = field(default=None, metadata={"help": "what the teacher sees besides the prompt, by name"})
     priming_text: str | None = field(default=None, metadata={"help": "a priming text of your own (Jinja)"})
-    priming_file: str | None = field(default=None, metadata={"help": "a file with one"})
+    priming_file: str | None = field(default=None, metadata={"help": "a file with a priming text"})
     priming_placement: str = field(default="prefix", metadata={"help": "prefix, suffix or system"})
     teacher_cache: str | None = None
     instruction_template: bool = False
@@ -40,11 +40,11 @@ _OTHERS = (DoctorArguments, ModelConfig, ScriptArguments, PromptEncoderConfig)
 _FIELDS = {field.name: field for cls in (PromptKDConfig, PrimedDistillConfig, *_OTHERS) for field in fields(cls)}
 _ALIASES = {
     "model_name_or_path": ("--model", "the student: Hub id or folder"),
-    "teacher_model_name_or_path": ("--teacher", "Hub id or folder; without it the student teaches itself"),
+    "teacher_model_name_or_path": ("--teacher", "Hub id or folder. Without it, the student teaches itself"),
     "dataset_name": ("--dataset", "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"),
-    "dataset_train_split": ("--dataset_split", "its split, or a part of it: train[:1000]"),
+    "dataset_train_split": ("--dataset_split", "split of the data set, or a part of it: train[:1000]"),
     "teacher_model_init_kwargs": ("--teacher_init_kwargs", "JSON for from_pretrained"),
-    "use_peft": ("--lora", "an adapter is to be trained, not all weights"),
+    "use_peft": ("--lora", "whether an adapter is trained instead of all weights"),
 }
 _AS_GIVEN: dict[str, Any] = {"metavar": "VALUE", "nargs": "*", "default": argparse.SUPPRESS}  # for `TrlParser`
 
@@ -52,7 +52,7 @@ _AS_GIVEN: dict[str, Any] = {"metavar": "VALUE", "nargs": "*", "default": argpar
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s --model MODEL --dataset DATASET [--teacher TEACHER] [--config FILE] [flags]"
     parser.epilog = "All other fields of the trainers' configurations and of TRL's ModelConfig are flags, too."
-    parser.add_argument("--config", help="a recipe's YAML file; flags win over it")
+    parser.add_argument("--config", help="YAML file of a recipe. Flags override it")
     for name, (alias, text) in _ALIASES.items():
         parser.add_argument(alias, f"--{name}", dest=name, help=text, **_AS_GIVEN)
     ours = {*PromptKDConfig.__annotations__, *PrimedDistillConfig.__annotations__, *DoctorArguments.__annotations__}
@@ -63,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(given: argparse.Namespace) -> tuple[Any, ...]:
-    """Flags and recipe as the doctor's arguments, TRL's model and script arguments, the soft prompt's and the
-    trainer's."""
+    """Parse flags and recipe to the arguments of doctor, model, script, soft prompt and trainer."""
     flags = {name: values for name, values in vars(given).items() if name in _FIELDS}
     recipe: Any = {}
     if given.config is not None:

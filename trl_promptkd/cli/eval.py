@@ -13,8 +13,8 @@ from .common import FILE_SPLIT, add_flags, load_model, load_rows, needed_tokeniz
 # Flags that are settings of `evaluate_model` under the same names
 _SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "batch_size", "max_prompt_length")
 _TASKS = {
-    "instruct": "ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as the PromptKD paper",
-    "gsm8k": "accuracy of final numbers, by lm-evaluation-harness's rules and the priming paper's; greedy",
+    "instruct": "ROUGE-L and exact match of sampled answers, mean and deviation over seeds, as in the PromptKD paper",
+    "gsm8k": "accuracy of final numbers, by the rules of lm-evaluation-harness and of the priming paper",
 }
 
 
@@ -23,24 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for task, told in _TASKS.items():
         command = tasks.add_parser(task, help=told)
         add = command.add_argument
-        add("--model", required=True, help="Hub id or folder; a PEFT adapter's folder too")
-        told = "Hub id, file or folder of rows; several of them make a table of sets"
+        add("--model", required=True, help="Hub id or folder, also of a PEFT adapter")
+        told = "Hub id, file or folder of rows. Give the flag several times for a table of sets"
         add_flags(command, "dataset", required=True, action="append", help=told)
-        add_flags(command, "dataset_split", default=None, help="such as test[:100]; must be given for a Hub id")
+        add_flags(command, "dataset_split", default=None, help="split, such as test[:100]. Required for a Hub id")
         add_flags(command, "dataset_config", "prompt_column", "completion_column")
-        told = "around questions; by default the tokenizer's chat template, else `paper` (instruct) or `plain` (gsm8k)"
+        told = "question template. By default the tokenizer's chat template, or `paper` (instruct) or `plain` (gsm8k)"
         add("--template", choices=TEMPLATES, help=told)
-        add("--rows", type=int, help="the first rows of each set only")
-        add("--max_prompt_length", type=int, help="leave rows with longer prompts out (they are counted)")
-        add("--max_new_tokens", type=int, default=256, help="longest answer")
-        add("--temperature", type=float, default=1.0, help="of samples")
-        add("--top_p", type=float, default=1.0, help="of samples")
-        add("--top_k", type=int, default=0, help="of samples; 0 for all tokens")
-        add("--batch_size", type=int, default=8, help="rows at once; answers do not depend on it")
+        add("--rows", type=int, help="use only the first rows of each set")
+        add("--max_prompt_length", type=int, help="omit and count rows with longer prompts")
+        add("--max_new_tokens", type=int, default=256, help="longest answer in tokens")
+        add("--temperature", type=float, default=1.0, help="temperature of samples")
+        add("--top_p", type=float, default=1.0, help="nucleus (top-p) of samples")
+        add("--top_k", type=int, default=0, help="top-k of samples, 0 for all tokens")
+        add("--batch_size", type=int, default=8, help="rows per batch. Answers do not depend on it")
         add_flags(command, "output_dir", "json", "model_init_kwargs", "trust_remote_code")
-        add("--seeds", type=int, nargs="+", help="sample once for each")
+        add("--seeds", type=int, nargs="+", help="sample once with each seed. Without them, gsm8k is greedy")
         if task == "instruct":
-            add("--greedy", action="store_true", help=f"answer greedily, not sampled with seeds {PAPER_SEEDS}")
+            add("--greedy", action="store_true", help=f"decode greedily instead of sampling with seeds {PAPER_SEEDS}")
         command.set_defaults(run=reporting(run_eval))
 
 
@@ -81,8 +81,7 @@ def _seeds(args: argparse.Namespace) -> list[int] | None:
 
 
 def _load_set(args: argparse.Namespace, dataset: str) -> Any:
-    """The rows of one `--dataset`, in which the columns that were named stand in the place of all others that say the
-    same."""
+    """The rows of one `--dataset`. Columns that flags name replace all others with the same meaning."""
     rows = load_rows(dataset, args.dataset_config, args.dataset_split)
     given = (
         ("completion_column", args.completion_column, "references", ()),

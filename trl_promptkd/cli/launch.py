@@ -1,4 +1,4 @@
-"""The processes of a training command: this one, or those of `accelerate launch`, as TRL's own commands have them."""
+"""The processes of a training command: this one, or those of `accelerate launch`, as in TRL's own commands."""
 
 import argparse
 import os
@@ -20,11 +20,11 @@ def launched_or_here(
 ) -> argparse.Namespace:
     """What to run for the `words` after a training command.
 
-    Flags that the training does not know are for `accelerate launch`. It starts the processes if there are such flags,
+    Flags that the training does not know go to `accelerate launch`. It starts the processes if there are such flags,
     several GPUs, or a file of `accelerate config`. Otherwise the training runs in this process.
 
     Args:
-        train: Gets what `parser` makes of the words, and returns an exit code.
+        train: Takes the result of `parser` on the words, and returns an exit code.
         launch: Whether processes may be started. Those of a launcher must not start others.
     """
     pairs = [("--config", word.partition("=")[2]) if word.startswith("--config=") else (word,) for word in words]
@@ -48,7 +48,7 @@ def _unknown(parser: Any, words: Sequence[str]) -> list[str]:
 
 
 def _launch_args(launcher: Any, command: str, parser: Any, words: list[str], flags: list[str]) -> argparse.Namespace:
-    """Those of `accelerate launch`, whose errors are of one line here."""
+    """The arguments of `accelerate launch`. Errors in them take one line here."""
     accelerate = launcher.launch_command_parser()
     accelerate.error = parser.error
     flags = ["--module", *launcher.resolve_accelerate_config_argument(flags)]

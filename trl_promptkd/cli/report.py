@@ -8,8 +8,8 @@ from ..files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_folder", metavar="RUN", help="a run's output_dir, or one of its checkpoints")
-    parser.add_argument("--output", default="report.html", help="the page (%(default)s)")
+    parser.add_argument("run_folder", metavar="RUN", help="output_dir of a run, or one of its checkpoints")
+    parser.add_argument("--output", default="report.html", help="file of the page (%(default)s)")
     parser.set_defaults(run=run_report)
 
 

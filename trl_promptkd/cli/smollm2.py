@@ -25,7 +25,7 @@ NUM_LAYERS = 30
 
 
 def check_installed(*modules: str) -> None:
-    """Reject an environment without SmolLM2 or what it is shown with.
+    """Reject an environment without SmolLM2 or the packages that show its results.
 
     Raises:
         ImportError: with the two commands that install all of it.
@@ -58,8 +58,8 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def cut_layers(model: PreTrainedModel, num_layers: int, batch: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A copy without the layers that change their input least, by the cosine between a layer's input and output.
 
-    Source: the block influence of ShortGPT (arXiv 2403.03853). Cutting evenly instead leaves a student that warms up
-    to far less in the same time, and on-policy distillation of a student that knows nothing collapses.
+    Source: the block influence of ShortGPT (arXiv 2403.03853). A student cut evenly learns far less in a warm start of
+    the same length, and on-policy distillation of a student that knows nothing collapses.
     """
     states = model.model(batch["input_ids"], batch["attention_mask"], output_hidden_states=True).hidden_states
     tokens = batch["attention_mask"].bool()
@@ -95,8 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--output_dir", default="models", help="for the folders teacher and student")
-    parser.add_argument("--student_layers", type=up_to(NUM_LAYERS), default=11, help="of the teacher's 30")
+    parser.add_argument("--output_dir", default="models", help="parent of the folders teacher and student")
+    told = "how many of the teacher's 30 layers the student keeps"
+    parser.add_argument("--student_layers", type=up_to(NUM_LAYERS), default=11, help=told)
     args = parser.parse_args()
     teacher, tokenizer = load_smollm2()
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()[:16]  # to see which layers change their input least

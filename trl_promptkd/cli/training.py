@@ -1,6 +1,6 @@
-"""What the two training commands share: their flags, their data, and the run.
+"""Shared by the two training commands: their flags, their data, and the run.
 
-TRL's parser reads flags and YAML files. Here it gets a help that can be read, short names, and errors of one line.
+TRL's parser reads flags and YAML files. Here it gets a short help, short names, and errors of one line.
 """
 
 import argparse
@@ -114,7 +114,7 @@ class TrainingParser(RecipeParser):
 
 
 def told(flag: Field) -> tuple[str, str, str]:
-    """A flag with its short name, its help, and its default or nothing."""
+    """A flag with its short name, its help, and its default or an empty text."""
     names = [*(f"--{alias}" for alias, name in ALIASES.items() if name == flag.name), f"--{flag.name}"]
     text = _HELP.get(flag.name, flag.metadata.get("help", "")).replace("%%", "%")
     return ", ".join(names), text, "" if flag.default in (None, MISSING) else str(flag.default)
@@ -130,13 +130,13 @@ def _entry(flag: Field) -> str:
 
 @dataclass
 class DataArguments(ScriptArguments):
-    """TRL's script arguments, and other rows for the evaluation."""
+    """TRL's script arguments, and separate rows for evaluation."""
 
     eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Rows of the evaluation: Hub id, file or folder. By default the split `dataset_test_split` of "
-            "`dataset`. A file has none."
+            "help": "Rows for evaluation: Hub id, file or folder. By default the split `dataset_test_split` of "
+            "`dataset`. A file has no such split."
         },
     )
 
@@ -145,8 +145,10 @@ _TEST_SPLIT = "--dataset` (its split for evaluation, `--dataset_test_split`; or 
 
 
 def load_splits(args: DataArguments, wants_eval: bool, *columns: Any) -> list[Any]:
-    """Training and evaluation data; the latter is `None` if it is not wanted, or not there. `columns` are those of
-    [`~common.load_rows`]."""
+    """Training and evaluation data. The latter is `None` if it is not wanted or does not exist.
+
+    `columns` go to [`~common.load_rows`].
+    """
     if args.dataset_name is None:
         raise ValueError("`--dataset` is missing. Pass a Hub id, or a file or folder of rows.")
     train = (args.dataset_name, args.dataset_config, args.dataset_train_split, "--dataset")
@@ -160,7 +162,7 @@ def load_splits(args: DataArguments, wants_eval: bool, *columns: Any) -> list[An
 
 
 def quantization_of(model_args: ModelConfig) -> Any:
-    """The quantization that TRL's `--load_in_4bit` and `--load_in_8bit` ask for."""
+    """The quantization of TRL's `--load_in_4bit` and `--load_in_8bit`."""
     for name in ("load_in_4bit", "load_in_8bit"):
         if getattr(model_args, name):
             check_bitsandbytes(f"--{name}")
@@ -186,7 +188,7 @@ def prepare_models(training_args: Any, model_args: ModelConfig) -> None:
 
 
 def train_and_save(trainer: Trainer, script_args: ScriptArguments) -> int:
-    """The exit code of a run. Errors in it have a traceback: what users get wrong has been found before."""
+    """Train, save, and return the exit code. Errors here have a traceback, as users' mistakes were found before."""
     wanted: Any = trainer.args.resume_from_checkpoint  # a text, if it was a flag
     wanted = {"true": True, "false": None}.get(str(wanted).lower(), wanted)
     checkpoint = checkpoint_to_resume(wanted, trainer.args.output_dir)

@@ -1,4 +1,4 @@
-"""From a user's rows to token ids, once, before training, and from token ids to padded batches."""
+"""From a user's rows to token ids, once before training, and from token ids to padded batches."""
 
 from .chat_template import RewrittenPromptError
 from .collate import (

@@ -1,6 +1,6 @@
-"""Rows whose answers a server writes: what it is sent, and the rows' token ids once it has answered.
+"""Rows whose answers a server generates: its requests, and the rows' token ids once it has answered.
 
-The server gets texts and gives a text, so its tokenizer and its chat template may be others than the student's.
+The server gets texts and returns a text, so its tokenizer and chat template may differ from the student's.
 """
 
 import json
@@ -30,13 +30,13 @@ TEXTS = "texts_json"
 def texts_of_row(
     row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None
 ) -> str:
-    """What the server is sent for a row, and what the student needs to read the answer, as JSON.
+    """The request to the server for a row, and what the student needs to read the answer, as JSON.
 
-    `request` holds the primed prompt: `messages` of a conversation, before any chat template, or a `prompt`, a text.
-    `prompt` is the student's.
+    `request` holds the primed prompt. That is `messages` of a conversation, before any chat template, or a `prompt`, a
+    text. `prompt` is the student's.
 
     Raises:
-        ValueError: for a row that cannot be sent, and for one whose answer the student could not read.
+        ValueError: if the row cannot be sent, or if the student could not read its answer.
     """
     if row.get("prompt_ids") is not None:
         raise ValueError(
@@ -71,12 +71,12 @@ def texts_of_row(
 
 
 def _with_one_text(message: dict[str, Any]) -> dict[str, Any]:
-    """Not all servers take a content in parts."""
+    """The message with its content as one text, as not all servers accept a content in parts."""
     return {**message, "content": joined_text(message["content"])} if "content" in message else message
 
 
 def requests_of(dataset: Dataset) -> list[dict[str, Any]]:
-    """What the server is sent, row by row."""
+    """The requests to the server, one per row."""
     return [json.loads(texts)["request"] for texts in dataset[TEXTS]]
 
 
@@ -89,15 +89,15 @@ def add_answers(
 ) -> Dataset:
     """The rows with the token ids of their answers, in place of [`TEXTS`].
 
-    An answer is tokenized as a data set's are, and ends with the student's end of text. One that was cut does not.
-    The student's view stands for the teacher's, too, as no teacher runs here.
+    An answer is tokenized like one of a data set, and ends with the student's end-of-text token. One that was cut does
+    not. The student's view also stands for the teacher's, as no teacher runs here.
 
     Args:
-        name: Argument that the rows were passed as, for messages.
+        name: Name of the argument with the rows, for messages.
         answers: Each row's text, and whether it was cut.
 
     Raises:
-        ValueError: if all are empty. Fewer are a warning.
+        ValueError: if all are empty. If only some are, a warning is logged.
     """
     empty = sum(is_blank(text) for text, _ in answers)
     if empty:

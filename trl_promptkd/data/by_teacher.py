@@ -1,4 +1,4 @@
-"""Rows that name their teacher, in a run with several: the column `teacher`, and the priming text that it decides."""
+"""Rows that name their teacher, in a run with several: the column `teacher`, and the priming text that it selects."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ Priming = PrimingTemplate | Mapping[str, PrimingTemplate | None] | None
 
 
 def teacher_of(row: Mapping[str, Any], names: Collection[str]) -> str:
-    """The name of the teacher that a row asks for.
+    """The name of a row's teacher.
 
     Raises:
         ValueError: if it is none of `names`.
@@ -35,8 +35,7 @@ def priming_of(row: Mapping[str, Any], priming: Priming) -> PrimingTemplate | No
 
 
 def check_priming(dataset: Dataset | IterableDataset, name: str, priming: Priming) -> None:
-    """Reject a data set without the column `teacher` if there are several, and one that lacks columns which a
-    template uses.
+    """Reject a data set without the column `teacher` if there are several, or without columns that a template uses.
 
     Raises:
         ValueError: naming the column.

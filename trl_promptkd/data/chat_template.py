@@ -1,4 +1,4 @@
-"""The texts of a conversation, as its tokenizer's chat template writes them."""
+"""The texts of a conversation, as the tokenizer's chat template writes them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ def conversation_texts(
 
     Args:
         prompts: The row's own prompt, and others of the same form, such as a primed one.
-        completion: The answer; `None` for none. A text is the content of one assistant message.
-        row: Has `tools` and `chat_template_kwargs`. A `prompt` that ends with an assistant message (a prefill) is
-            continued by the answer; the last of `messages` is a turn of its own.
+        completion: The answer, or `None`. A text is the content of one assistant message.
+        row: May have `tools` and `chat_template_kwargs`. If its `prompt` ends with an assistant message (a prefill),
+            the answer continues that. The last of `messages` is a turn of its own.
 
     Raises:
         RewrittenPromptError: if the template writes the prompt differently once the answer follows it.
-        ValueError: if there is no template, if it fails, and if it writes nothing of the answer.
+        ValueError: if there is no template, if it fails, or if it writes nothing of the answer.
     """
     if processing_class.chat_template is None:
         raise ValueError(
@@ -125,7 +125,7 @@ class _Template:
         self.kwargs = {**more, "tools": remove_none_values(tools) if tools else None, "tokenize": False}
 
     def render(self, messages: list[dict[str, Any]], **ending: bool) -> str:
-        """The conversation's text, or an error with the roles and the template's own words."""
+        """The conversation's text, or an error with the roles and the template's own message."""
         filled = [{"content": "", **message} for message in messages]
         last = max((i for i, message in enumerate(filled) if message["content"].strip()), default=len(filled) - 1)
         last_text = filled[last]["content"].strip()
@@ -174,7 +174,7 @@ class _Template:
 
 
 def _check_calls(template: _Template, before: list[dict[str, Any]], turns: list[dict[str, Any]], whole: str) -> None:
-    """Reject an answer with a call of a tool that the template leaves out: the student would learn to stop instead."""
+    """Reject an answer with a tool call that the template omits. The student would learn to stop instead."""
     for index, message in enumerate(turns):
         calls = list(message.get("tool_calls") or [])
         for which, call in enumerate(calls):
@@ -196,7 +196,7 @@ def _says(message: Mapping[str, Any], text: str) -> bool:
 
 
 def _without_what_follows(text: str, last: Mapping[str, Any], eos_token: str | None) -> str:
-    """Without what the template writes after the end of text. One that the answer itself quotes ends nothing."""
+    """The text up to the end of text that the template writes. One that the answer itself quotes does not count."""
     if eos_token is None or not _says(last, text):
         return text
     content = last["content"].strip()

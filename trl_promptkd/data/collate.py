@@ -1,7 +1,7 @@
-"""From token ids to padded batches, and what is counted in them.
+"""From token ids to padded batches, and counts of trained tokens.
 
-Prompts are padded on the left and completions on the right, so that completions start at the same column in every
-row. Masks come from lengths and never from ids, as many models pad with their end-of-text token.
+Prompts are padded on the left and completions on the right, so completions start at the same column in every row.
+Masks come from lengths and never from ids, as many models pad with their end-of-text token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,12 +33,14 @@ def pad_rows(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """One batch of rows: prompts padded on the left, completions on the right (there also up to a multiple).
+    """One batch of rows: prompts padded on the left, completions on the right.
+
+    More padding on the right makes the width a multiple of `pad_to_multiple_of`.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`, with label
-        -100 for everything but the completion; `prompts` and `prompt_attention_mask` of shape `(batch, longest
-        prompt)`.
+        `input_ids`, `attention_mask` and `labels` of shape `(batch, longest prompt + longest completion)`. The labels
+        are the completion's ids, and -100 elsewhere. `prompts` and `prompt_attention_mask` have the shape `(batch,
+        longest prompt)`.
     """
     left = max(map(len, prompt_ids))
     width = left + max(map(len, completion_ids))
@@ -62,14 +64,14 @@ def pad_rows(
 
 
 def grouped_by_length(lengths: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Which rows go into which micro-batch of the given `sizes`: the longest first, so that little is padded."""
+    """The rows of each micro-batch of the given `sizes`. The longest come first, so that little is padded."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     ends = list(accumulate(sizes))
     return [order[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: Accelerator, step: int) -> Tensor:
-    """How many tokens the micro-batches of one window train on, on all ranks together: a scalar."""
+    """How many tokens the micro-batches of one window train on, summed over all ranks, as a scalar."""
     local = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     total = accelerator.reduce(local.to(accelerator.device), reduction="sum")
     warn_if_untrained(int(total), step)
@@ -77,13 +79,13 @@ def count_trained_tokens(batches: Sequence[Mapping[str, Tensor]], accelerator: A
 
 
 def warn_if_untrained(num_tokens: int, step: int) -> None:
-    """Say so if a window has no token to train on."""
+    """Log a warning if a window has no token to train on."""
     if num_tokens == 0:
         logger.warning(f"Step {step + 1} has nothing to train on: all labels of its rows are -100, on all ranks.")
 
 
 def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
-    """Labels of an evaluation batch, -100 in the rows with which accelerate fills up the last batches of ranks."""
+    """Labels of an evaluation batch, -100 in rows that accelerate repeats to fill up the ranks' last batches."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return labels
@@ -92,7 +94,7 @@ def without_repeats(labels: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def masked_rows(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The ids of each row where the mask is set; `ids` and `mask` of shape `(batch, seq)`."""
+    """The ids of each row at which the mask is set. `ids` and `mask` have the shape `(batch, seq)`."""
     ids, mask = ids.cpu(), mask.cpu().bool()  # at once: each row's own way from a GPU would wait for it
     return [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
 
@@ -103,7 +105,7 @@ class DataCollatorForPromptCompletion:
     Batches of tokenized rows, with the keys of TRL's ChatML collator that `GKDTrainer` reads.
 
     Args:
-        pad_token_id (`int`): Fills up the rows; it may be the end-of-text token.
+        pad_token_id (`int`): Id that fills up the rows. It may be the end-of-text token.
     """
 
     pad_token_id: int

@@ -1,4 +1,4 @@
-"""From a data set to its rows' token ids: once, checked and counted."""
+"""From a data set to its rows' token ids, tokenized once, checked and counted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -31,12 +31,12 @@ def check_columns(dataset: Dataset | IterableDataset, name: str, answers_needed:
     """Reject a data set that cannot be trained on, before any weights are loaded.
 
     Args:
-        name: Argument it was passed as, for messages.
-        answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not.
+        name: Name of its argument, for messages.
+        answers_needed: Why answers in the data are needed, and what to do without them. `None` if they are not.
 
     Raises:
         TypeError: if it is not a data set.
-        ValueError: if it is empty, or lacks `messages` and `prompt`, or answers that are needed.
+        ValueError: if it is empty, has neither `messages` nor `prompt`, or lacks answers that are needed.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         splits = f" with the keys {sorted(dataset)}" if isinstance(dataset, dict) else ""
@@ -70,10 +70,10 @@ def name_columns(
     completion_column: str | None = None,
     conversational: bool = False,
 ) -> Dataset | IterableDataset:
-    """`prompt` and `completion` from the columns that hold them; the other columns stay.
+    """Rename the columns that hold prompts and completions to `prompt` and `completion`. Other columns stay.
 
     Args:
-        conversational: Make conversations of texts, so that the chat template is used.
+        conversational: Turn texts into conversations, so that the chat template is used.
     """
     for name, column in (("prompt", prompt_column), ("completion", completion_column)):
         if column not in (None, name):
@@ -89,8 +89,7 @@ def _to_conversation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain_rows(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """A data set whose rows come as lists, whatever its format; a transform of the user's own (`with_transform`)
-    stays."""
+    """A data set whose rows come as lists, for any format. A user's own transform (`with_transform`) stays."""
     is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
     return dataset if is_transformed else dataset.with_format(None)
 
@@ -114,17 +113,17 @@ def prepare_rows(
     num_proc: int | None,
     **fn_kwargs: Any,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by what `function` makes of each row: once and cached, or of a stream as it comes.
+    """Replace a data set's columns by the result of `function` on each row. Cached, or row by row for a stream.
 
     Args:
-        columns: What `function` returns besides `empty_answer` and the limits' columns: lists of ids if they end in
-            `_ids`, texts if in `_json`, the name of a `teacher`, else whole numbers.
-        limits: Rows beyond them are left out and counted (`overlong="drop"`) or rejected (`"error"`).
+        columns: What `function` returns besides `empty_answer` and the limits' columns. Columns that end in `_ids` are
+            lists of ids, those that end in `_json` and `teacher` are texts, others are whole numbers.
+        limits: Rows beyond them are omitted and counted (`overlong="drop"`) or rejected (`"error"`).
         answers_needed: As for [`check_columns`].
 
     Raises:
-        ValueError: if rows are too long, with their number and the limit that would do; if no row is left; if an
-            answer is missing and needed, and if all are empty. A stream is checked row by row.
+        ValueError: if rows are too long, with their number and a sufficient limit. If no row remains. If answers are
+            needed, and one is missing or all are empty. A stream is checked row by row.
     """
     dataset = plain_rows(dataset)
     fn_kwargs = {"function": function, "name": name, "fn_kwargs": fn_kwargs}
@@ -229,14 +228,14 @@ def tokenize_dataset(
 ) -> Dataset | IterableDataset:
     """Replace a data set's columns by `prompt_ids`, `completion_ids` and `length`.
 
-    A prompt is never cut. Answers are cut at `max_length`, and how many were is reported. Rows whose prompt does not
-    fit are rejected (`overlong="error"`), or left out and counted (`"drop"`).
+    A prompt is never cut. Answers are cut at `max_length`, and a warning says how many, except for a stream. Rows
+    whose prompt does not fit are rejected (`overlong="error"`), or omitted and counted (`"drop"`).
 
     Args:
-        answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not. Then a
-            row counts as one without an answer if the chat template writes its prompt differently once the answer
-            follows.
-        with_answers: `False` takes the prompts alone, if no answer of the data is used.
+        answers_needed: Why answers in the data are needed, and what to do without them. `None` if they are not. In
+            that case, a row counts as one without an answer if the chat template writes its prompt differently once
+            the answer follows.
+        with_answers: `False` reads only the prompts, if no answer of the data is used.
     """
     dataset = prepare_rows(
         dataset,
@@ -299,7 +298,7 @@ def _tokenize_and_cut(
 def is_empty_answer(
     row: Mapping[str, Any], completion_ids: list[int], processing_class: PreTrainedTokenizerBase
 ) -> bool:
-    """Whether a row has an answer, but one that says nothing: a template may write more than an end of text for it."""
+    """Whether a row has an answer, but an empty one. A template may write more than an end of text for it."""
     if not completion_ids or set(completion_ids) == {processing_class.eos_token_id}:
         return bool(completion_ids)
     return row.get("prompt_ids") is None and is_blank(split_row(row)[1], processing_class.eos_token)

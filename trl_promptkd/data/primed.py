@@ -1,7 +1,7 @@
 """Two views of the same completion: the student's, after the plain prompt, and the teacher's, after the primed one.
 
-Both hold the completion with the same token ids, the end-of-text token included. So the `i`-th trained token of one is
-the `i`-th of the other, whatever stands before it.
+Both hold the completion with the same token ids, including the end-of-text token. The `i`-th trained token of one view
+is therefore the `i`-th of the other, whatever precedes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,20 +44,21 @@ def tokenize_primed_dataset(
     num_proc: int | None = None,
     server_answers: bool = False,
 ) -> Dataset | IterableDataset:
-    """Replace a data set's columns by `prompt_ids`, `teacher_prompt_ids`, `completion_ids` and `length`, and
-    `teacher` if there are several.
+    """Replace a data set's columns by `prompt_ids`, `teacher_prompt_ids`, `completion_ids` and `length`.
 
-    Nothing is ever cut. Rows whose student view exceeds `max_length` tokens, or whose teacher view exceeds
-    `teacher_max_length`, are left out and counted (`overlong="drop"`), or rejected (`"error"`).
+    With several teachers, the column `teacher` is added. Nothing is ever cut. Rows whose student view exceeds
+    `max_length` tokens, or whose teacher view exceeds `teacher_max_length`, are omitted and counted
+    (`overlong="drop"`), or rejected (`"error"`).
 
     Args:
-        answers_needed: Why answers in the data are needed, and what to do without them; `None` if they are not. Then
-            they are not looked at, and the limits bound the prompts.
-        server_answers: Whether a server writes the answers. Then the column [`~trl_promptkd.data.answered_rows.TEXTS`]
-            holds what it is sent, with the priming text. The ids are those of the student's view alone.
+        answers_needed: Why answers in the data are needed, and what to do without them. `None` if they are not. In
+            that case they are ignored, and the limits bound the prompts.
+        server_answers: Whether a server writes the answers. If so, the column
+            [`~trl_promptkd.data.answered_rows.TEXTS`] holds its requests, with the priming text, and the ids are those
+            of the student's view alone.
 
     Raises:
-        ValueError: if a template uses columns that are not there, if a row names none of several teachers, and as
+        ValueError: if a template uses missing columns, if a row names none of several teachers, and as
             [`~trl_promptkd.data.dataset.prepare_rows`].
     """
     check_columns(dataset, name, answers_needed)
@@ -115,7 +116,7 @@ def pad_views(
     pad_token_id: int,
     pad_to_multiple_of: int | None = None,
 ) -> dict[str, Tensor]:
-    """One batch of both views: what [`DataCollatorForPrimedDistillation`] returns."""
+    """One batch of both views, as [`DataCollatorForPrimedDistillation`] returns it."""
     student = pad_rows(prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     teacher = pad_rows(teacher_prompt_ids, completion_ids, pad_token_id, pad_to_multiple_of)
     names = ("input_ids", "attention_mask", "labels")
@@ -133,7 +134,7 @@ def prompts_of_views(batch: dict[str, Tensor]) -> tuple[list[list[int]], list[li
 
 
 def check_views(teacher_labels: Tensor, tokens: Tensor) -> None:
-    """Refuse a batch of a user's collator whose views hold different completions."""
+    """Reject a batch of a user's collator whose views hold different completions."""
     teacher_tokens = teacher_labels[teacher_labels != -100]
     if not torch.equal(teacher_tokens, tokens):
         raise ValueError(
@@ -152,19 +153,19 @@ class DataCollatorForPrimedDistillation:
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer of both models; it needs a pad token, which may be the end-of-text token.
+            The tokenizer of both models. It needs a pad token, which may be the end-of-text token.
         priming (`str`, [`PrimingTemplate`] or `dict` of them, *optional*):
-            What the teacher sees besides the prompt; a name as for [`PrimedDistillTrainer`]. A `dict` has what each
-            of several teachers sees, by its name, which stands in the rows' column `teacher`.
+            What the teacher sees besides the prompt. A `str` is a name as for [`PrimedDistillTrainer`]. A `dict` has
+            what each of several teachers sees, by its name. The rows' column `teacher` holds that name.
         pad_to_multiple_of (`int`, *optional*):
-            Makes both views' widths multiples of it.
+            Pads both views to a width that is a multiple of it.
 
     Returns (on call):
         `input_ids`, `attention_mask`, `labels` of shape `(batch, student_seq)` and `teacher_input_ids`,
-        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are -100 but for the
-        completion, end of text included; `labels != -100` selects the same ids in the same order in both views.
-        Rows from a teacher cache add `cache_rows` of shape `(batch,)`, rows of several teachers `teachers` of that
-        shape: the number of each row's teacher in the order of `priming`.
+        `teacher_attention_mask`, `teacher_labels` of shape `(batch, teacher_seq)`. Labels are the completion's ids,
+        including the end of text, and -100 elsewhere. `labels != -100` selects the same ids in the same order in both
+        views. Rows from a teacher cache add `cache_rows` of shape `(batch,)`. Rows of several teachers add `teachers`
+        of that shape: the index of each row's teacher in the order of `priming`.
     """
 
     processing_class: PreTrainedTokenizerBase

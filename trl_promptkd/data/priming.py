@@ -1,8 +1,8 @@
-"""Priming: a text that the teacher sees beside a row's question.
+"""Priming: a text that the teacher sees in addition to a row's question.
 
 The student learns to answer the bare question from what the teacher says after the text. Texts are Jinja templates
 over the row's columns, rendered in Jinja's own immutable sandbox, as transformers renders chat templates. A template
-is trusted as one of those is: it reaches no Python internals and changes no row, but nothing bounds its work.
+is trusted like a chat template. It reaches no Python internals and changes no row, but nothing bounds its work.
 """
 
 import json
@@ -27,7 +27,7 @@ _MAX_LENGTH = 1_000_000  # characters of one rendered text: more is a mistake
 
 
 def _written(value: Any) -> Any:
-    """What `{{ value }}` writes. Data sets fill missing values with None, which no text should say."""
+    """What `{{ value }}` writes. Data sets fill missing values with None, which no text should contain."""
     if value is None:
         raise ValueError(
             "a value that it writes is None, with which data sets fill missing values; filter such rows out, or write "
@@ -37,7 +37,7 @@ def _written(value: Any) -> Any:
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """As chat templates write it: not escaped for HTML."""
+    """JSON as chat templates write it, not escaped for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
@@ -57,19 +57,19 @@ def _compiled(text: str) -> tuple[jinja2.Template, frozenset[str]]:
 @dataclass(frozen=True)
 class PrimingTemplate:
     """
-    A text that the teacher sees beside a row's question, and the student does not.
+    A text that the teacher sees in addition to a row's question, and the student does not.
 
     Args:
         text (`str`):
             A Jinja template. A row's columns are its variables, and `reference_answer` is the row's answer as a text.
             White space is kept, so a prefix needs a space or a line break at its end.
         placement (`str`, *optional*, defaults to `"prefix"`):
-            `"prefix"` puts the text directly before the question, `"suffix"` directly after it, `"system"` makes it
-            the system message (below one that the row has). In a conversation the question is the last user message.
-            In a row of plain texts it is the whole prompt, and `"system"` is not possible.
+            `"prefix"` puts the text directly before the question, `"suffix"` directly after it. `"system"` makes it
+            the system message, or appends it to the row's own. In a conversation the question is the last user
+            message. In a row of plain texts it is the whole prompt, and `"system"` is an error.
 
     Raises:
-        ValueError: for another placement, or a text that is not a valid template.
+        ValueError: if the placement is another one, or the text is not a valid template.
 
     Example:
 
@@ -105,11 +105,11 @@ class PrimingTemplate:
 
     @classmethod
     def from_file(cls, path: str | Path, placement: str = "prefix") -> "PrimingTemplate":
-        """The template in a UTF-8 file. A line break at its end stays."""
+        """Read the template from a UTF-8 file. A line break at its end stays."""
         return cls(read_text(str(path), "the priming text"), placement)
 
     def check_columns(self, columns: Collection[str], name: str) -> None:
-        """Reject a template that uses columns which a data set, called `name` in messages, does not have."""
+        """Reject a template that uses columns which a data set does not have. Messages call it `name`."""
         known = set(columns)
         if known & {"messages", "completion"}:
             known.add("reference_answer")
@@ -148,11 +148,11 @@ class PrimingTemplate:
         return text
 
     def prime(self, row: Mapping[str, Any], with_answer: bool = True) -> str | list[dict[str, Any]]:
-        """What the teacher sees as the prompt of a row, in the row's own form: a text, or a list of messages.
+        """The prompt that the teacher sees for a row, in the row's own form: a text, or a list of messages.
 
         Args:
-            row: With `messages`, or with `prompt` and perhaps `completion`. It is not changed.
-            with_answer: `False` does not check the row's answer, for one that is not used.
+            row: Has `messages`, or `prompt` and perhaps `completion`. It is not changed.
+            with_answer: `False` skips the check of the row's answer, for answers that are not used.
 
         Raises:
             ValueError: if there is no user message to prime, or no conversation for a system message.
@@ -224,7 +224,7 @@ PRIMING_TEMPLATES = {
 
 
 def resolve_priming(priming: str | PrimingTemplate | None) -> PrimingTemplate | None:
-    """A name of [`PRIMING_TEMPLATES`], a template, or `None`, as a template or `None`."""
+    """The template of a name in [`PRIMING_TEMPLATES`]. A template or `None` is returned unchanged."""
     if priming is None or isinstance(priming, PrimingTemplate):
         return priming
     if not isinstance(priming, str):

@@ -1,4 +1,4 @@
-"""What a row says: its prompt and its answer, checked, and without the `None`s that Arrow fills in."""
+"""The prompt and the answer of a row, checked, and without the `None`s that Arrow fills in."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def split_row(row: Mapping[str, Any], with_answer: bool = True) -> tuple[Any, An
         with_answer: `False` neither checks nor returns the answer.
 
     Raises:
-        ValueError: if either is anything else or holds more than text, and if `messages` do not end with an assistant
+        ValueError: if either is anything else or holds more than text, or if `messages` do not end with an assistant
             message.
     """
     check_text_only(row)
@@ -65,15 +65,15 @@ def _roles(messages: Any) -> list[str]:
 
 
 def _given(value: Any) -> Any:
-    """Without what is `None`: Arrow gives all rows the same keys, and fills in what a row does not have."""
+    """The value without keys that are `None`. Arrow gives all rows the same keys, and fills in missing values."""
     return value if value is None or isinstance(value, str) else remove_none_values(list(value))
 
 
 def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
-    """Reject anything that is not a list of messages: chat templates would write `None` for a missing text.
+    """Reject anything that is not a list of messages. Chat templates would write `None` for a missing text.
 
     Args:
-        last_counts: Whether the last message's content is checked, too.
+        last_counts: Whether the last message's content is also checked.
     """
     if not isinstance(messages, list | tuple) or not all(isinstance(message, Mapping) for message in messages):
         allowed = "a list of messages" if name == "messages" else "a text or a list of messages"
@@ -101,7 +101,7 @@ def _check_messages(name: str, messages: Any, last_counts: bool = True) -> None:
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
-    """Whether a message has a content, or another key in its place: calls of tools, thoughts."""
+    """Whether a message has a content, or another key in its place, such as tool calls or thoughts."""
     others = [value for key, value in message.items() if key not in ("role", "content")]
     content = message.get("content")
     return isinstance(content, str | list) or (
@@ -124,7 +124,7 @@ def _check_parts(name: str, parts: list[Any]) -> None:
 
 
 def check_text_only(row: Mapping[str, Any]) -> None:
-    """Reject a row that comes with images, sound or videos, which would be left out silently."""
+    """Reject a row with images, sound or videos, which would be ignored silently."""
     for name in _MEDIA:
         if _is_given(row.get(name)):
             raise ValueError(
@@ -141,14 +141,14 @@ def _is_given(value: Any) -> bool:
 
 
 def joined_text(content: Any) -> str:
-    """The content of a message as one text: itself, its parts joined, or nothing if it has none."""
+    """The content of a message as one text: itself, its parts joined, or empty if it has none."""
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
 
 
 def is_blank(completion: Any, eos_token: str | None = None) -> bool:
-    """Whether an answer says nothing: no text but white space and the end of text, no thoughts, no call of a tool."""
+    """Whether an answer is empty: only white space and the end of text, no thoughts, no tool call."""
     if isinstance(completion, str):
         return not (completion.replace(eos_token, "") if eos_token else completion).strip()
     return all(_is_blank(message, eos_token) for message in completion if message["role"] == "assistant")
@@ -168,7 +168,7 @@ def shortened(value: Any, length: int = 100) -> str:
 
 
 def check_ids(name: str, ids: Any, processing_class: PreTrainedTokenizerBase) -> None:
-    """Reject ids of a tokenized row that are not the tokenizer's."""
+    """Reject a tokenized row's ids that the tokenizer does not have."""
     if not isinstance(ids, list | tuple) or not set(map(type, ids)) <= {int}:
         raise ValueError(
             f"A row's `{name}` are {shortened(ids)}; they must be a list of whole numbers, the token ids."

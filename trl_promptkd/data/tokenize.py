@@ -1,7 +1,8 @@
-"""From a row to its token ids: of the prompt, of the primed prompt that only the teacher sees, and of the answer.
+"""From a row to the token ids of its prompt, of the primed prompt that only the teacher sees, and of its answer.
 
-The user's own tokens are always kept, special ones too. What a tokenizer puts before a text is part of a prompt. What
-it puts after one is not, as an answer follows there. An answer ends with one end-of-text token.
+The user's own tokens are always kept, including special ones. Tokens that a tokenizer adds before a text are part of
+the prompt. Those that it adds after a text are not, as an answer follows there. An answer ends with one end-of-text
+token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,19 +27,19 @@ def tokenize_row(
     """Token ids of one row.
 
     Args:
-        row: `messages` (the last one is the answer), or `prompt` with or without `completion`; each a text or a list
+        row: Has `messages` (the last one is the answer), or `prompt` and perhaps `completion`, each a text or a list
             of messages. A `prompt` that ends with an assistant message is continued. `tools` and
-            `chat_template_kwargs` reach the chat template. Rows that hold `prompt_ids` are tokenized already and are
-            taken as they are.
+            `chat_template_kwargs` reach the chat template. Rows with `prompt_ids` are already tokenized, and their ids
+            are used unchanged.
         processing_class: The tokenizer. Conversations need its chat template.
-        with_answer: `False` takes the prompt alone, for rows whose answer is not used.
+        with_answer: `False` reads only the prompt, for rows whose answer is not used.
 
     Returns:
         `{"prompt_ids": [...], "completion_ids": [...]}`. The answer ends with an end-of-text token. It is empty if the
         row has none.
 
     Raises:
-        ValueError: if the row is none of these, if its chat template fails, if its prompt has no tokens, and if
+        ValueError: if the row has none of these forms, if its chat template fails, if its prompt has no tokens, or if
             nothing of its answer would be trained on.
     """
     ids = tokenize_primed_row(row, processing_class, None, with_answer)
@@ -46,7 +47,8 @@ def tokenize_row(
 
 
 def tokenize_cut_row(row: Mapping[str, Any], processing_class: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """The same for a row whose answer, a text, was cut: nothing follows its last word, no end of text either."""
+    """Like [`tokenize_row`], for an answer that is a text and was cut. Nothing follows its last word, not even an
+    end-of-text token."""
     prompt, answer = split_row(row)
     if is_blank(answer, processing_class.eos_token):
         return {**tokenize_row(row, processing_class, with_answer=False), "completion_ids": []}
@@ -66,10 +68,11 @@ def tokenize_primed_row(
     priming: Priming,
     with_answer: bool = True,
 ) -> dict[str, list[int]]:
-    """The same with `teacher_prompt_ids`, the primed prompt, after which the answer has the same ids.
+    """Like [`tokenize_row`], with `teacher_prompt_ids`, the primed prompt. The answer has the same ids after both
+    prompts.
 
-    The template sees all columns of the row. If there is one for each of several teachers, the row's `teacher` names
-    it. A row that is tokenized already must hold `teacher_prompt_ids`.
+    The template sees all columns of the row. If there is one for each of several teachers, the row's `teacher` selects
+    it. With a template, an already tokenized row must have `teacher_prompt_ids`.
     """
     priming = priming_of(row, priming)
     if row.get("prompt_ids") is not None:
@@ -158,7 +161,7 @@ def _decode(ids: list[int], processing_class: PreTrainedTokenizerBase) -> str:
 
 
 def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text, such as a beginning-of-text token."""
+    """The tokens that the tokenizer itself adds before a text, such as a beginning-of-text token."""
     if not processing_class.num_special_tokens_to_add():
         return []
     for text in ("a", prompt):  # most tokenizers know the first, and it holds no special token
@@ -172,11 +175,11 @@ def _ids_before(prompt: str, processing_class: PreTrainedTokenizerBase) -> list[
 def _tokenize_texts(
     prompts: Sequence[str], completion: str | None, processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[int]]:
-    """Ids of the prompts and of the completion that follows each, without special tokens of the tokenizer's own.
+    """Ids of the prompts and of the completion after each, without special tokens of the tokenizer's own.
 
-    Both are tokenized together, so that no border of tokens is forced between them. A token that straddles the border
-    belongs to the completion. They are kept apart if text would be lost, if no prompt would remain, and if the
-    completion's ids would differ between the prompts.
+    Prompt and completion are tokenized together, so that no token border is forced between them. A token that
+    straddles the border belongs to the completion. They are tokenized separately if text would be lost, if no prompt
+    would remain, or if the completion's ids would differ between the prompts.
     """
     alone = [_ids(prompt, processing_class) for prompt in prompts]
     if completion is None:
@@ -193,8 +196,10 @@ def _tokenize_texts(
 def _cut_at_border(
     prompt_ids: list[int], whole: list[int], processing_class: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]] | None:
-    """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's. `None` if
-    they must be kept apart. Texts are compared, as some tokenizers leave white space out of offsets."""
+    """The ids of prompt and completion together, cut before the first one that is not wholly the prompt's.
+
+    `None` if they must be tokenized separately. Texts are compared, as some tokenizers omit white space in offsets.
+    """
     unknown = processing_class.unk_token_id
     if unknown is not None and prompt_ids[-1:] == [unknown]:
         return None  # what follows may have become part of it
@@ -218,8 +223,10 @@ def _cut_at_border(
 def _ids_after(
     prompts_ids: Sequence[list[int]], prompt: str, completion: str, processing_class: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Ids of a completion by itself that continue the prompts' text, without the space that some tokenizers put
-    before one."""
+    """Ids of a completion alone that continue the prompts' text.
+
+    They lack the space that some tokenizers put before a text.
+    """
     alone = _ids(completion, processing_class)
     candidates = [(alone, completion)]
     for anchor in ("\n", "a", ".", prompt[:1]):  # texts before it, until one does not merge with it
@@ -237,10 +244,10 @@ def _ids_after(
 def _without_blank_tail(
     ids: list[int], processing_class: PreTrainedTokenizerBase, ends: set[int | None] | None = None
 ) -> list[int]:
-    """Without white space after the last token that ends a turn, which is never generated.
+    """The ids without white space after the last token that ends a turn. That space is never generated.
 
     Args:
-        ends: The ids of such tokens; `None` for all special ones, as some turns end with another (Gemma).
+        ends: The ids of such tokens. `None` for all special ones, as some turns do not end with end of text (Gemma).
     """
     if not ids or processing_class.decode(ids[-1:]).strip():
         return ids

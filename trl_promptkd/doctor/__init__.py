@@ -1,6 +1,7 @@
-"""`trl-promptkd doctor`: what goes wrong silently in distillation, looked for in the user's own models and rows.
+"""`trl-promptkd doctor`: finds silent faults of distillation in the user's own models and rows.
 
-`case.py` (what is looked at), `data_checks.py`, `model_checks.py`, `memory.py`, `diagnosis.py` (all of it in order).
+`case.py` has what the checks look at. `data_checks.py`, `model_checks.py` and `memory.py` are the checks, and
+`diagnosis.py` runs them in order.
 """
 
 from .case import Finding

@@ -34,15 +34,15 @@ _ANSWERS_NEEDED = (
 @dataclass(frozen=True)
 class Finding:
     """
-    What one check says.
+    The result of one check.
 
     Args:
-        name: Of the check.
+        name: Name of the check.
         status: `"pass"`, `"warn"` (probably not what you want), `"fail"` (a run would be wrong or stop), or `"skip"`
-            (a check failed that it needs).
+            (a check that it needs failed).
         found: What was found.
-        advice: What to do about it; empty if there is nothing to do.
-        values: The figures in it, for machines.
+        advice: What to do about it. Empty if there is nothing to do.
+        values: The figures in it, for programs.
     """
 
     name: str
@@ -61,7 +61,7 @@ passing, warning, failing = (partial(_finding, status) for status in ("pass", "w
 
 
 def cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
-    """A row cut to what is quick."""
+    """A row cut to a length that runs fast."""
     return {
         "prompt_ids": row["prompt_ids"][-_PROMPT:],
         "teacher_prompt_ids": row["teacher_prompt_ids"][-_PRIMED_PROMPT:],
@@ -72,11 +72,11 @@ def cut(row: dict[str, list[int]]) -> dict[str, list[int]]:
 @dataclass
 class Case:
     """
-    Everything the checks look at. What is worked out from it is worked out once, when the first check needs it.
+    Everything the checks look at. Derived values are computed once, when the first check needs them.
 
     Args:
-        student, teacher: Both in evaluation mode, the teacher frozen; one object if the student is its own teacher.
-        raw: Rows as the user has them.
+        student, teacher: Both in evaluation mode, the teacher frozen. One object if the student is its own teacher.
+        raw: The user's unchanged rows.
         The others: as for [`diagnose`].
     """
 
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def answers_needed(self) -> str | None:
-        """How to train without the data's answers; `None` if they are not needed."""
+        """How to train without the data's answers. `None` if they are not needed."""
         args = self.args
         needed = args.response_source == "dataset" if isinstance(args, PrimedDistillConfig) else args.lmbda < 1
         return _ANSWERS_NEEDED if needed else None
@@ -121,11 +121,11 @@ class Case:
 
     @cached_property
     def views(self) -> list[dict[str, list[int]]]:
-        """The same, whose `teacher_prompt_ids` are what the teacher sees."""
+        """`tokenized` with the priming text in `teacher_prompt_ids`, as the teacher sees the prompts."""
         return self.tokenized if self.priming is None else self._each_row(self.priming)
 
     def _each_row(self, priming: PrimingTemplate | None) -> list[dict[str, list[int]]]:
-        """Answers that no training needs are taken if the chat template allows it."""
+        """Tokenize every row. Answers that training does not need are included if the chat template allows it."""
         found = []
         for index, row in enumerate(self.raw):
             try:
@@ -138,7 +138,7 @@ class Case:
 
     @cached_property
     def prepared(self) -> list[dict[str, list[int]]]:
-        """The rows as the trainers prepare them: cut (PromptKD) or dropped where they are too long."""
+        """The rows as the trainers prepare them. Those that are too long are cut (PromptKD) or dropped."""
         rows = Dataset.from_list(self.raw, on_mixed_types="use_json")
         args, how = self.args, ("dataset", self.tokenizer)
         if isinstance(args, PromptKDConfig):
@@ -148,8 +148,7 @@ class Case:
 
     @cached_property
     def soft_prompt(self) -> Tensor | None:
-        """Where PromptKD's soft prompt would start, `(num_virtual_tokens, hidden)` in float32; response priming has
-        none."""
+        """PromptKD's initial soft prompt, `(num_virtual_tokens, hidden)` in float32. `None` for response priming."""
         if isinstance(self.args, PrimedDistillConfig):
             return None
         with own_random_state(0, self.student.device):
@@ -170,7 +169,7 @@ class Case:
 
     @cached_property
     def samples(self) -> list[list[int]]:
-        """A few tokens that the student writes after each of the chosen prompts."""
+        """A few tokens that the student samples after each of the chosen prompts."""
         prompts = [row["prompt_ids"][-_PRIMED_PROMPT:] for row in self.chosen]
         with own_random_state(0, self.student.device):
             return generate_completions(
@@ -179,13 +178,12 @@ class Case:
 
     @cached_property
     def probes(self) -> list[dict[str, list[int]]]:
-        """The chosen rows, cut. The student's samples stand for answers that there are not."""
+        """The chosen rows, cut. The student's samples replace missing answers."""
         rows = [cut(row) for row in self.chosen]
         return [{**row, "completion_ids": row["completion_ids"] or self.samples[i]} for i, row in enumerate(rows)]
 
     def batch(self, view: str, rows: Sequence[dict[str, list[int]]] | None = None) -> dict[str, Tensor]:
-        """Rows (the probes, unless others are given) as a padded batch, with the prompts of the `"student"` or the
-        `"teacher"`."""
+        """A padded batch of `rows` (by default the probes), with the prompts of the `"student"` or the `"teacher"`."""
         rows = self.probes if rows is None else rows
         prompts = [row["prompt_ids" if view == "student" else "teacher_prompt_ids"] for row in rows]
         batch = pad_rows(prompts, [row["completion_ids"] for row in rows], self.tokenizer.pad_token_id)
@@ -198,7 +196,7 @@ class Case:
         rows: Sequence[dict[str, list[int]]] | None = None,
         soft_prompt: Tensor | None = None,
     ) -> Tensor:
-        """Logits `(num_tokens, vocab)` at the answers of [`~Case.batch`], by the pass that losses are taken from."""
+        """Logits `(num_tokens, vocab)` at the answers of [`~Case.batch`], from the same pass as the losses."""
         ids, mask, labels = self.batch(view, rows).values()
         padding_free = self.args.padding_free
         return completion_states(model, ids, mask, labels, soft_prompt, self.vocab_size, padding_free).logits()

@@ -1,6 +1,6 @@
 """Checks of tokenizers and rows, which run no model.
 
-Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see
+Each function is one check. It takes a [`Case`] and returns what it found. If it raises, the check has failed, see
 `diagnosis.py`.
 """
 
@@ -22,7 +22,7 @@ from .case import Case, Finding, failing, passing, warning
 
 
 def tokenizers(case: Case) -> Finding:
-    """Distributions over different token ids can be compared without any error, and mean nothing."""
+    """Distributions over different token ids can be compared without any error, but the result is meaningless."""
     size = len(case.tokenizer)
     if case.is_self_distillation:
         return passing(f"{size} tokens; the student is its own teacher")
@@ -36,7 +36,7 @@ def tokenizers(case: Case) -> Finding:
 
 
 def vocabulary(case: Case) -> Finding:
-    """Models of one family pad their vocabularies differently; padding must not take part in a loss."""
+    """Models of one family pad their vocabularies differently. Padding must not take part in a loss."""
     student, teacher = (model.config.get_text_config().vocab_size for model in (case.student, case.teacher))
     sizes = f"{student} entries in the student, {teacher} in the teacher"
     return passing(f"{sizes}: compared on the {case.vocab_size} real ids")
@@ -64,7 +64,7 @@ def special_tokens(case: Case) -> Finding:
 
 
 def data(case: Case) -> Finding:
-    """Rows without prompts or answers train on nothing and say nothing."""
+    """Rows without prompts or answers train on nothing, without any error."""
     check_columns(Dataset.from_list(case.raw[:1], on_mixed_types="use_json"), "dataset", case.answers_needed)
     total, pairs = len(case.raw), list(map(_parts, case.raw))
     nothing = sum(prompt is None for prompt, _ in pairs)
@@ -85,14 +85,14 @@ def data(case: Case) -> Finding:
 
 
 def _parts(row: dict[str, Any]) -> tuple[Any, Any]:
-    """A row's prompt and answer; of rows that are tokenized already, words that stand for them."""
+    """A row's prompt and answer. For already tokenized rows, placeholder words."""
     if row.get("prompt_ids") is not None:
         return "tokenized", "tokenized" if row.get("completion_ids") else None
     return split_row(row)
 
 
 def chat_template(case: Case) -> Finding:
-    """A template may write a prompt otherwise once an answer follows, or add a second beginning-of-text token."""
+    """A template may write a prompt differently once an answer follows, or add a second beginning-of-text token."""
     bos, total = case.tokenizer.bos_token_id, len(case.raw)
     doubled = sum(bos is not None and row["prompt_ids"][:2] == [bos, bos] for row in case.tokenized)
     if doubled:
@@ -115,7 +115,7 @@ def chat_template(case: Case) -> Finding:
 
 
 def priming(case: Case) -> Finding | None:
-    """A template may drop what it does not know, so that the priming text never reaches the teacher."""
+    """A template may drop parts it does not know, so that the priming text never reaches the teacher."""
     if case.priming is None:
         return None
     case.priming.check_columns(list(case.raw[0]), "dataset")
@@ -166,8 +166,7 @@ def positions(case: Case) -> Finding:
 
 
 def trained_tokens(case: Case) -> Finding | None:
-    """If the end-of-text token also pads, masks made by comparing ids drop it, and others cut an answer's first
-    token."""
+    """If the end-of-text token also pads, masks from ids drop it. Other masks may cut an answer's first token."""
     if case.data_collator is not None:
         batch, rows = case.data_collator(case.raw), case.views
     elif isinstance(case.args, PromptKDConfig):

@@ -66,29 +66,30 @@ def diagnose(
     lora: bool = False,
     rows: int = 16,
 ) -> list[Finding]:
-    """Check two models and a few rows for what goes wrong silently in distillation, with the functions that train.
+    """Check two models and a few rows for silent faults of distillation, with the functions of the trainers.
 
-    The teacher is frozen, as the trainers do it; nothing else is changed. The models run in their own dtype, without
-    mixed precision, on the device they are on, which must be one.
+    The teacher is frozen, as by the trainers. Nothing else is changed, except that a tokenizer without a pad token
+    gets its end-of-text token as one. The models run in their own dtype, without mixed precision, on their device.
+    Both must be on the same one.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The student.
         teacher ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`], *optional*): `None` for self-distillation.
-        dataset: As for the trainers; the first `rows` rows are looked at.
-        processing_class: The tokenizer of both models; without a pad token, its end-of-text token pads.
-        teacher_processing_class: The teacher's own; by default the one found beside the teacher.
-        args ([`PromptKDConfig`] or [`PrimedDistillConfig`], *optional*): The run's. Its class says which trainer is
-            checked for. By default that trainer's defaults, of [`PrimedDistillTrainer`] with `priming`, else of
-            [`PromptKDTrainer`].
-        prompt_encoder_config: The soft prompt of [`PromptKDTrainer`]; by default the paper's.
+        dataset: As for the trainers. Only the first `rows` rows are checked.
+        processing_class: The tokenizer of both models.
+        teacher_processing_class: The teacher's own tokenizer. By default the one saved with the teacher.
+        args ([`PromptKDConfig`] or [`PrimedDistillConfig`], *optional*): Settings of the run. The class selects the
+            trainer to check for. By default the defaults of [`PrimedDistillTrainer`] if there is a `priming` text,
+            else those of [`PromptKDTrainer`].
+        prompt_encoder_config: The soft prompt of [`PromptKDTrainer`]. By default a `PromptEncoderConfig()`.
         priming: The text of [`PrimedDistillTrainer`].
-        data_collator: One of your own, which gets the rows as they are.
-        lora (`bool`): Whether an adapter is to be trained instead of all weights.
-        rows (`int`): How many rows to look at.
+        data_collator: A collator of your own. It gets the unchanged rows.
+        lora (`bool`): Whether an adapter is trained instead of all weights.
+        rows (`int`): How many rows to check.
 
     Returns:
-        `list` of [`Finding`], in the order of the checks; those that have nothing to look at (no priming text, ...)
-        are not in it.
+        `list` of [`Finding`], in the order of the checks. Checks without anything to look at, such as without a
+        priming text, are not in it.
 
     Raises:
         ValueError: if there are no rows, or `priming` and `args` are of different trainers.
@@ -132,7 +133,7 @@ def diagnose(
 
 
 def _run(case: Case) -> list[Finding]:
-    """Every check whose needs are met; an exception is what a failed check has found."""
+    """Run every check whose needs are met. An exception is the finding of a failed check."""
     findings: dict[str, Finding] = {}
     for check, needs in tqdm(_CHECKS, unit="check", leave=False):
         broken = [need for need in needs if need in findings and findings[need].status in ("fail", "skip")]
@@ -149,5 +150,5 @@ def _run(case: Case) -> list[Finding]:
 
 
 def passed(findings: Sequence[Finding]) -> bool:
-    """Whether nothing failed; warnings do not count."""
+    """Whether no check failed. Warnings do not count."""
     return all(finding.status != "fail" for finding in findings)

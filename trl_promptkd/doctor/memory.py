@@ -1,6 +1,6 @@
 """A rough estimate of what a run needs, from the models' shapes and the settings.
 
-How it is made up is in `docs/doctor.md`.
+`docs/doctor.md` explains the estimate.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ _PROCESS = 0.8e9  # bytes of an interpreter with torch, transformers and dataset
 
 
 def memory(case: Case) -> Finding:
-    """A run that does not fit stops at its first step, or is killed without a word."""
+    """A run that does not fit stops at its first step, or is killed without a message."""
     parts = estimate_memory(case)
     needed, there = parts["total"], available_memory(case.student.device)
     told = ", ".join(f"{name} {size:.2f}" for name, size in parts.items() if name != "total" and size)
@@ -39,7 +39,7 @@ def memory(case: Case) -> Finding:
 
 
 def estimate_memory(case: Case) -> dict[str, float]:
-    """GB by what takes them. `total` is the sum, with the larger one of rollouts and losses: they do not meet."""
+    """GB by use. `total` counts only the larger one of rollouts and losses, as they do not overlap in time."""
     student, teacher, args = case.student, case.teacher, case.args
     answer = max(args.max_new_tokens, *(len(row["completion_ids"]) for row in case.views))
     tokens = max(len(row["prompt_ids"]) for row in case.views) + answer
@@ -77,21 +77,23 @@ def estimate_memory(case: Case) -> dict[str, float]:
 
 
 def available_memory(device: torch.device) -> float:
-    """GB that this process has or could still get."""
+    """GB that this process uses or could still get."""
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9
     return (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
 
 
 def _features(model: Any) -> int:
-    """Widths of what goes into and comes out of all linear layers below the output head."""
+    """The sum of input and output widths of all linear layers below the output head."""
     layers = [module for module in model.get_decoder().modules() if isinstance(module, nn.Linear | Conv1D)]
     return sum(m.nx + m.nf if isinstance(m, Conv1D) else m.in_features + m.out_features for m in layers)
 
 
 def _activations(model: Any, tokens: int, checkpointing: bool) -> float:
-    """Bytes kept for a backward pass: what goes into and comes out of linear layers stands for all of it. Under
-    checkpointing, a layer's input each, and one layer."""
+    """Bytes kept for a backward pass, estimated by inputs and outputs of linear layers.
+
+    Under checkpointing, the input of each layer, and the activations of one.
+    """
     config = model.config.get_text_config()
     features, layers = _features(model), config.num_hidden_layers
     kept = layers * config.hidden_size + features / layers if checkpointing else features

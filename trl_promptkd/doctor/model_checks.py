@@ -1,6 +1,6 @@
 """Checks that run the models, on a few rows.
 
-Each function is one check: it takes a [`Case`] and says what it found. What raises is a failed check, see
+Each function is one check. It takes a [`Case`] and returns what it found. If it raises, the check has failed, see
 `diagnosis.py`.
 """
 
@@ -22,8 +22,10 @@ _FAR, _SAME = 3.0, 1e-4  # nats per token
 
 @torch.no_grad()
 def finite_logits(case: Case) -> Finding:
-    """NaN or infinite logits make every loss NaN; float16 overflows are a common cause. Tokens that a model rules out
-    are left out."""
+    """NaN or infinite logits make every loss NaN. A common cause is overflow in float16.
+
+    Tokens that a model always rules out do not count.
+    """
     ruled_out: dict[str, int] = {}
     for role, model in (("student", case.student), ("teacher", case.teacher)):
         logits = case.logits(model, role)
@@ -42,7 +44,7 @@ def finite_logits(case: Case) -> Finding:
 
 @torch.no_grad()
 def repeatability(case: Case) -> Finding:
-    """A teacher that still drops out says something else in every pass."""
+    """A teacher with active dropout gives other logits in every pass."""
     off = distance(*(case.logits(case.teacher, "teacher", soft_prompt=case.soft_prompt) for _ in range(2)))
     if is_same(off, is_exact(case.teacher), slack=0.1):
         return passing("two passes of the teacher over one batch agree", difference=off.log_probs)
@@ -55,8 +57,7 @@ def repeatability(case: Case) -> Finding:
 
 @torch.no_grad()
 def padding_student(case: Case) -> Finding:
-    """Absolute positions counted through padding, or rows that see each other: rows then get other logits than
-    alone."""
+    """If positions are counted through padding, or rows see each other, rows get other logits than alone."""
     batch = case.batch("student")
     logits = case.student(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     without = logits[batch["labels"][:, 1:] != -100][:, : case.vocab_size]
@@ -66,18 +67,18 @@ def padding_student(case: Case) -> Finding:
 
 
 def padding_teacher(case: Case) -> Finding | None:
-    """The same for the teacher."""
+    """The check of `padding_student` for the teacher."""
     return None if case.is_self_distillation else _padding(case, "teacher", None)
 
 
 def padding_soft_prompt(case: Case) -> Finding | None:
-    """A soft prompt that stands before the padding instead of the text is far away from it."""
+    """A soft prompt that stands before the padding, instead of directly before the text, is far away from the text."""
     return None if case.soft_prompt is None else _padding(case, "teacher", case.soft_prompt)
 
 
 @torch.no_grad()
 def _padding(case: Case, view: str, soft_prompt: Tensor | None, told: str = "", **values: float) -> Finding:
-    """Compare the passes of the trainers with the model's own call on every row alone."""
+    """Compare the trainers' passes with the model's own call on every single row."""
     model, prompts = (case.student, "prompt_ids") if view == "student" else (case.teacher, "teacher_prompt_ids")
     rows = [{"prompt_ids": row[prompts], "completion_ids": row["completion_ids"]} for row in case.probes]
     settings = (case.tokenizer.pad_token_id, soft_prompt, case.vocab_size)
@@ -97,7 +98,7 @@ def _padding(case: Case, view: str, soft_prompt: Tensor | None, told: str = "", 
 
 
 def soft_prompt_gradient(case: Case) -> Finding | None:
-    """The gradient through a quantized or unusual teacher can be silently wrong; a difference of two losses cannot."""
+    """The gradient through a quantized or unusual teacher can be silently wrong. A difference of two losses cannot."""
     if case.soft_prompt is None:
         return None
     with torch.no_grad():
@@ -157,8 +158,7 @@ def window_split(case: Case) -> Finding:
 def _window(
     case: Case, batches: list[list[dict[str, list[int]]]], watched: list[torch.nn.Parameter]
 ) -> tuple[float, Tensor]:
-    """The student's loss over all probes, in nats per token, and its gradient with respect to `watched`, in one
-    vector."""
+    """The student's loss over all probes, in nats per token, and its gradient by `watched`, in one vector."""
     num_tokens = sum(len(row["completion_ids"]) for row in case.probes)
     total, gradient = 0.0, torch.zeros(sum(parameter.numel() for parameter in watched), device=case.student.device)
     for rows in batches:
@@ -178,7 +178,7 @@ def _log_probs(*logits: Tensor) -> list[Tensor]:
 
 
 def sampling(case: Case) -> Finding:
-    """A student that stops at once is trained on nothing but end-of-text tokens."""
+    """A student that stops at once trains on end-of-text tokens only."""
     ends, samples = stop_ids(case.generation_config), case.samples
     total, empty = len(samples), sum(len(ids) <= 1 and ids[-1] in ends for ids in samples)
     ended, mean = sum(ids[-1] in ends for ids in samples), sum(map(len, samples)) / len(samples)
@@ -196,7 +196,7 @@ def sampling(case: Case) -> Finding:
 
 @torch.no_grad()
 def quality(case: Case) -> Finding | None:
-    """A teacher that knows no better has nothing to teach, and a student that knows nothing collapses on its own
+    """A teacher that is no better has nothing to teach. A student far from its teacher collapses on its own
     samples."""
     rows = [cut(row) for row in case.views if row["completion_ids"]]
     if not rows:

@@ -1,9 +1,9 @@
 """How good a model's answers are.
 
-Instruction following with several seeds, as in the PromptKD paper, and GSM8K by lm-evaluation-harness's rules and the
-response priming paper's. Each answer has a random state of its own: it depends neither on the batch size, nor on the
-other rows, nor on where a run was interrupted. With an `output_dir`, answers stay on the disk under a hash of what
-made them.
+Instruction following is scored with several seeds, as in the PromptKD paper. GSM8K is scored by the rules of
+lm-evaluation-harness and of the response priming paper. Each answer has a random state of its own. It depends neither
+on the batch size, nor on the other rows, nor on when a run was interrupted. With an `output_dir`, answers are kept on
+disk under a hash of what made them.
 """
 
 import os
@@ -70,33 +70,39 @@ def evaluate_model(
     max_prompt_length: int | None = None,
     output_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Let a model answer, and score its answers.
+    """Generate a model's answers and score them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): On its device.
         tokenizer (`PreTrainedTokenizerBase`): The model's.
-        datasets (`dict`): Name -> rows, as they are or as [`evaluation_rows`] has read them.
-        task (`str`, *optional*, defaults to `"instruct"`): Or `"gsm8k"`.
+        datasets (`dict`): Data sets by name, raw or as [`evaluation_rows`] returns them.
+        task (`str`, *optional*, defaults to `"instruct"`): `"instruct"` or `"gsm8k"`.
         template (`str`, *optional*): `"chat"`, `"paper"` or `"plain"`. By default `"chat"` if the tokenizer has a chat
-            template, else `"paper"` for instructions and `"plain"` for GSM8K (the bare question, as response priming's
-            student sees it).
-        seeds (`list` of `int`, *optional*): Sample once for each; the paper's are [`PAPER_SEEDS`]. `None`: greedy
-            answers.
-        temperature, top_p, top_k: Of the samples. The defaults are the paper's: the model's own distribution.
-        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer.
-        batch_size (`int`, *optional*, defaults to `8`): Rows at once.
-        num_rows (`int`, *optional*): The first rows of each data set only.
-        max_prompt_length (`int`, *optional*): Leave out longer prompts (they are counted).
-        output_dir (`str`, *optional*): Keeps the answers; a run that starts again resumes.
+            template, else `"paper"` for instructions and `"plain"` for GSM8K. `"plain"` is the bare question, as the
+            student of response priming sees it.
+        seeds (`list` of `int`, *optional*): Sample once with each seed. The PromptKD paper's are [`PAPER_SEEDS`].
+            `None` decodes greedily.
+        temperature, top_p, top_k: Sampling settings. The defaults are the PromptKD paper's: the model's own
+            distribution.
+        max_new_tokens (`int`, *optional*, defaults to `256`): Longest answer, in tokens.
+        batch_size (`int`, *optional*, defaults to `8`): Rows per batch.
+        num_rows (`int`, *optional*): Use only the first rows of each data set.
+        max_prompt_length (`int`, *optional*): Omit longer prompts. The result has their number.
+        output_dir (`str`, *optional*): Folder for the answers. A run that starts again resumes from it.
 
     Returns:
-        `task`, `template`, `settings`, and `sets[name]` of each data set: `rows`, `left_out`, `data_hash` (of prompts
-        and right answers), `runs` (one per seed: `seed`, the metrics in percent, and `terminated_share`, the share of
-        answers that ended by themselves), `mean` and `std` of the metrics over the seeds (the sample's; `None` for a
-        single run), and the mean `terminated_share`.
+        `task`, `template`, `settings`, and for each data set `sets[name]`:
+
+        - `rows`, `left_out`: how many rows were evaluated, and how many omitted.
+        - `data_hash`: hash of prompts and right answers.
+        - `runs`: one per seed, with `seed`, the metrics in percent, and `terminated_share`. That is the share of
+            answers that ended by themselves.
+        - `mean`, `std`: mean and sample standard deviation of the metrics over the seeds. `std` is `None` for a single
+            run.
+        - `terminated_share`: its mean over the seeds.
 
     Raises:
-        ValueError: for settings or rows that cannot be evaluated, naming them.
+        ValueError: if settings or rows cannot be evaluated. The message names them.
     """
     template = check_evaluation_settings(
         task,

@@ -1,4 +1,4 @@
-"""A model's answers to prompts, each from a random state of its own, in files from which a run resumes."""
+"""A model's answers to prompts, each from its own random state, in files from which a run resumes."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def evaluation_config(
     top_p: float = 1.0,
     top_k: int = 0,
 ) -> GenerationConfig:
-    """How answers are written: sampled, or greedily, until a token that ends the model's turns."""
+    """How answers are generated: sampled or greedy, up to a token that ends the model's turns."""
     # transformers warns of settings that greedy decoding does not look at
     unused = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     settings = SimpleNamespace(
@@ -66,7 +66,7 @@ def evaluation_seeds(seed: int, prompt_ids: Sequence[Sequence[int]]) -> list[int
 
 
 def real_vocab_size(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The number of ids that stand for tokens, where the model has more; else `None`."""
+    """The number of ids that stand for tokens if the model has more ids, else `None`."""
     size = max(tokenizer.get_vocab().values()) + 1
     return size if size < model.config.get_text_config().vocab_size else None
 
@@ -81,13 +81,13 @@ def write_answers(
     path: str | None,
     title: str,
 ) -> list[dict[str, Any]]:
-    """The model's answers; those that `path` holds are taken, not written again.
+    """The model's answers. Those that `path` already holds are read, not generated again.
 
     Args:
-        row_seeds: A seed for the answer to each row, see [`evaluation_seeds`]; `None` for greedy answers.
+        row_seeds: A seed for the answer to each row, see [`evaluation_seeds`]. `None` for greedy answers.
 
     Returns:
-        Of each row `row`, `prompt`, `completion` and `ended` (by itself, before `max_new_tokens`).
+        For each row `row`, `prompt`, `completion` and `ended`: whether it ended by itself, before `max_new_tokens`.
     """
     known: dict[int, dict[str, Any]] = {}
     if path is not None:
@@ -139,7 +139,7 @@ def judged_texts(
 
 
 def answers_path(folder: str, name: str, seed: int | None, source: Mapping[str, Any], rows: EvaluationRows) -> str:
-    """The file of one data set's answers; another model, other prompts or other settings have another."""
+    """The file of one data set's answers. Another model, other prompts or other settings have another file."""
     key = content_hash(
         [{**source, "prompts": hash_of(rows.prompt_ids), "seed": seed}, []], ensure_ascii=True, default=str
     )
@@ -148,7 +148,7 @@ def answers_path(folder: str, name: str, seed: int | None, source: Mapping[str, 
 
 
 def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
-    """The answers that a file holds already."""
+    """The answers that a file already holds."""
     known: dict[int, dict[str, Any]] = {}
     if not os.path.isfile(path):
         return known
@@ -171,7 +171,7 @@ def _read_answers(path: str, num_rows: int) -> dict[int, dict[str, Any]]:
 
 
 def model_source(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What decides on a model's answers besides prompts and sampling."""
+    """What determines a model's answers besides prompts and sampling."""
     adapters = {
         name: [module.active_adapters, module.disable_adapters, getattr(module, "scaling", None)]
         for name, module in model.named_modules()

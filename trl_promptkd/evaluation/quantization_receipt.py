@@ -23,21 +23,22 @@ def quantization_receipt(
     pad_token_id: int,
     batch_size: int = 4,
 ) -> dict[str, Any]:
-    """Compare a quantized model with the one it was made from, token by token of some answers.
+    """Compare a quantized model with the one it was made from, at every token of some answers.
 
     Args:
         full, quantized: The two models, each on its own device.
-        rows: With `prompt_ids` (as the teacher sees the prompt) and `completion_ids`.
-        batch_size: Rows at once.
+        rows: Rows with `prompt_ids` (as the teacher sees the prompt) and `completion_ids`.
+        batch_size: Rows per batch.
 
     Returns:
-        - `num_rows`, `num_tokens`: what was compared;
-        - `kl_full_quantized`, `kl_full_quantized_p95`: mean over tokens and 95th percentile of KL(full || quantized);
-        - `top1_agreement`: share of tokens at which both models' likeliest token is the same;
+        - `num_rows`, `num_tokens`: what was compared.
+        - `kl_full_quantized`, `kl_full_quantized_p95`: mean over tokens and 95th percentile of KL(full || quantized),
+            in nats.
+        - `top1_agreement`: share of tokens at which both models' likeliest token is the same.
         - `answer_nll_full`, `answer_nll_quantized`: mean negative log-likelihood of the answers' tokens, in nats.
 
     Raises:
-        ValueError: where there is no row with an answer.
+        ValueError: if there is no row with an answer.
     """
     rows = [row for row in rows if row["completion_ids"]]
     if not rows:

@@ -1,7 +1,7 @@
 """Which priming text? A teacher answers a few rows with each text and with none, and its answers are scored.
 
-The answers are samples: they are what a student learns from. A row's answer is drawn from the same random state
-whatever the text is, and texts are compared row by row.
+The answers are samples, as a student learns from samples. A row's answer is drawn from the same random state for each
+text, and texts are compared row by row.
 """
 
 import math
@@ -51,10 +51,10 @@ class PrimedRows:
     Rows to compare priming texts on.
 
     Args:
-        sets: Text -> the rows with that text in their prompts. `None`, no text, comes first.
-        rows: The rows of the data set as they are.
+        sets: For each text the rows with that text in their prompts. `None`, no text, comes first.
+        rows: The unchanged rows of the data set.
         scorer: A name, or a function of an answer and its row.
-        template: Of instructions and questions.
+        template: Template of instructions and questions.
     """
 
     sets: dict[PrimingTemplate | None, EvaluationRows]
@@ -75,7 +75,7 @@ def primed_rows(
     seed: int = 10,
     **settings: Any,
 ) -> PrimedRows:
-    """The rows of [`rank_priming`], which has the same arguments, with everything checked that needs no weights."""
+    """Prepare the rows of [`rank_priming`], which has the same arguments. Checks everything that needs no weights."""
     if scorer is not None and not callable(scorer) and scorer not in SCORERS:
         raise ValueError(
             f"`scorer` is {scorer!r}; it must be {', '.join(map(repr, SCORERS))} or a function of an answer and its "
@@ -131,36 +131,47 @@ def rank_priming(
     batch_size: int = 8,
     output_dir: str | None = None,
 ) -> dict[str, Any]:
-    """Let a teacher answer with each of several priming texts and with none, and rank the texts by its scores.
+    """Run a teacher with each of several priming texts and with none, and rank the texts by the scores of its answers.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): The teacher, on its device.
         tokenizer (`PreTrainedTokenizerBase`): The teacher's.
-        dataset (`Dataset`): Rows as [`evaluation_rows`] takes them, of the training data, or what
-            [`primed_rows`] has made of them; arguments up to `max_prompt_length` are then ignored.
+        dataset (`Dataset`): Rows of the training data, in any format of [`evaluation_rows`]. Or the result of
+            [`primed_rows`], and the arguments `texts` to `max_prompt_length` are ignored.
         texts (`list`, *optional*): Names of built-in texts, and templates. By default all built-in ones.
         scorer (`str` or `Callable`, *optional*): `"gsm8k"` (final numbers, read as the response priming paper does),
-            `"exact_match"` or `"rougeL"`, in percent, or a function of an answer and its row (a dict with all
-            columns). It returns a number, and more is better. By default `"gsm8k"` if all right answers end with
+            `"exact_match"` or `"rougeL"`, in percent. Or a function of an answer and its row, a dict with all columns.
+            It returns a number, and more is better. By default `"gsm8k"` if all right answers end in the style of
             `#### 18`, else `"rougeL"`.
         template (`str`, *optional*): As for [`evaluate_model`].
-        num_rows (`int`, *optional*, defaults to `100`): The first rows only.
-        max_prompt_length (`int`, *optional*): Leave out rows whose prompt is longer with any of the texts.
-        samples (`int`, *optional*, defaults to `1`): Answers to each row, whose scores are averaged.
-        seed (`int`, *optional*, defaults to `10`): Of the first sample of each row; the others have the next ones.
+        num_rows (`int`, *optional*, defaults to `100`): Use only the first rows.
+        max_prompt_length (`int`, *optional*): Omit rows whose prompt is longer with any of the texts.
+        samples (`int`, *optional*, defaults to `1`): Answers to each row. Their scores are averaged.
+        seed (`int`, *optional*, defaults to `10`): Seed of the first sample of each row. The others have the next
+            numbers.
         temperature, max_new_tokens, batch_size, output_dir: As for [`evaluate_model`].
 
     Returns:
-        `scorer`, `template`, `settings`, `rows`, `left_out`, `data_hash`, and `texts`, the best first. Each has
-        `name`, `text` and `placement` (`None` for no text), `score`, `difference` (to no text, row by row), each of
-        them a list of the mean and its 95 % interval over rows, `p` (of that difference, after Holm over the texts),
-        `length` (mean length of the answers, in tokens), `cut` (the share of answers that `max_new_tokens` cut) and
-        `row_scores`. `best` is the name of the best text if its `p` is below 0.05 and it is better than none, else
-        `None`. `smallest_seen` is the difference that so many rows show four times in five (`None` if no score
-        differed).
+        `scorer`, `template`, `settings`, `rows`, `left_out`, `data_hash`, and these:
+
+        - `texts`: the texts, the best first.
+        - `best`: the name of the best text that is better than none with `p` below 0.05. `None` if there is none.
+        - `smallest_seen`: the difference that so many rows show four times in five. `None` if no score differed.
+
+        Each text has:
+
+        - `name`, `text`, `placement`.
+        - `score`, `difference`: lists of the mean and its 95 % interval over rows. The difference is to no text, row
+            by row.
+        - `p`: the p value of the difference, after Holm's correction over the texts.
+        - `length`: the mean length of the answers, in tokens.
+        - `cut`: the share of answers that `max_new_tokens` cut.
+        - `row_scores`: the mean score of each row.
+
+        Without a text, `text`, `placement`, `difference` and `p` are `None`.
 
     Raises:
-        ValueError: for settings, texts, rows or scores that cannot be used, naming them.
+        ValueError: if settings, texts, rows or scores cannot be used. The message names them.
     """
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     if not isinstance(dataset, PrimedRows):
@@ -252,10 +263,10 @@ def _scores(rows: PrimedRows, answers: list[str]) -> list[float]:
 
 
 def _compare(texts: list[dict[str, Any]]) -> float:
-    """Give each text its `score`, and its `difference` to the first, which is none, with its `p`.
+    """Add to each text its `score`, its `difference` to the first, which is no text, and its `p`.
 
     Returns:
-        The smallest difference that is seen, whichever text has it.
+        The largest of the texts' smallest visible differences.
     """
     none, *others = [np.array(one["row_scores"]) for one in texts]
     ones = np.ones(len(none))

@@ -1,4 +1,4 @@
-"""Data sets to evaluate on: prompts and right answers of rows in many formats, and the scores of answers to them."""
+"""Data sets to evaluate on: prompts and right answers from rows in several formats, and scores of answers to them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class EvaluationRows:
     A data set to evaluate on.
 
     Args:
-        prompt_ids: One list of token ids a row.
-        references: Of each row its right answers: texts for `"instruct"`, numbers for `"gsm8k"`.
-        left_out: How many rows were longer than the longest prompt that is allowed.
+        prompt_ids: One list of token ids per row.
+        references: The right answers of each row, texts for `"instruct"` and numbers for `"gsm8k"`.
+        left_out: How many rows were omitted because their prompt was too long.
     """
 
     prompt_ids: list[list[int]]
@@ -55,22 +55,22 @@ def evaluation_rows(
     max_prompt_length: int | None = None,
     priming: PrimingTemplate | None = None,
 ) -> EvaluationRows:
-    """Prompts and right answers of a data set.
+    """Read prompts and right answers of a data set.
 
     Args:
-        dataset: With `instruction`, `input` (may be missing) and `output` (a text or a list of them); `question` and
-            `answer`; TRL's `prompt` and `completion`; or `messages`. All right answers may stand in `references`.
-            `tools` and `chat_template_kwargs` reach the chat template, as in training.
-        name: What it is called in messages.
-        task: `"instruct"` or `"gsm8k"`; `None` for rows that need no right answer.
-        template: Of instructions and questions: `"chat"` (the tokenizer's), `"paper"` ([`instruction_text`]) or
-            `"plain"`.
-        num_rows: Take the first ones only.
-        max_prompt_length: Leave rows out whose prompt has more tokens.
+        dataset: Rows with one of these sets of columns: `instruction`, optionally `input`, and `output` (a text or a
+            list of them). Or `question` and `answer`, or TRL's `prompt` and `completion`, or `messages`. Right answers
+            may instead be in `references`. `tools` and `chat_template_kwargs` reach the chat template, as in training.
+        name: Name of the data set in messages.
+        task: `"instruct"` or `"gsm8k"`. `None` for rows that need no right answer.
+        template: Template of instructions and questions: `"chat"` (the tokenizer's), `"paper"` ([`instruction_text`])
+            or `"plain"`.
+        num_rows: Use only the first rows.
+        max_prompt_length: Omit rows whose prompt has more tokens.
         priming: Put this text into the prompts. A row's first right answer is its `reference_answer`.
 
     Raises:
-        TypeError, ValueError: for anything else, naming the row.
+        TypeError, ValueError: if the data set or a row has any other format. The message names it.
     """
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(
@@ -106,7 +106,7 @@ def evaluation_rows(
 
 
 def _read_row(row: dict[str, Any], template: str, needs_answers: bool) -> tuple[dict[str, Any], list[str]]:
-    """A row as [`tokenize_primed_row`] takes it, for its prompt alone, and its right answers."""
+    """A row in the format of [`tokenize_primed_row`], without its answer, and its right answers."""
     of_template = {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name) is not None}
     for question, more, answer in (("instruction", "input", "output"), ("question", "", "answer")):
         text, extra = row.get(question), row.get(more) or ""
@@ -142,8 +142,10 @@ def _read_row(row: dict[str, Any], template: str, needs_answers: bool) -> tuple[
 
 
 def _answers(row: Mapping[str, Any], needed: bool, *columns: str) -> list[str]:
-    """The right answers of a row: its `references`, else what stands in the first of `columns` that it has. None if
-    they are not `needed` and it has no such texts."""
+    """The right answers of a row: its `references`, else the content of the first of `columns` that it has.
+
+    The list is empty if they are not `needed` and the row has no such texts.
+    """
     found = (row[column] for column in columns if row.get(column) is not None)
     answers = row.get("references") or next(found, None)
     if isinstance(answers, list) and answers and isinstance(answers[0], Mapping):
@@ -163,7 +165,7 @@ def _answers(row: Mapping[str, Any], needed: bool, *columns: str) -> list[str]:
 
 
 def row_scores(task: str, answers: Sequence[str], references: Sequence[Sequence[Any]]) -> dict[str, list[float]]:
-    """The task's metrics of each row in percent: `rougeL` and `exact_match`, or `strict`, `flexible` and `paper`."""
+    """The task's metrics of each row, in percent: `rougeL` and `exact_match`, or `strict`, `flexible` and `paper`."""
     if task == "instruct":
         found = instruction_row_scores(answers, references)
         return {name: [row[name] for row in found] for name in ("rougeL", "exact_match")}

@@ -1,4 +1,4 @@
-"""What an evaluation refuses before it reads rows or loads weights."""
+"""Checks of an evaluation's settings before it reads rows or loads weights."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -23,17 +23,17 @@ def check_evaluation_settings(
     top_k: int = 0,
     **numbers: int | None,
 ) -> str:
-    """Refuse settings that nothing can be evaluated with. `numbers` must be above 0 or `None`.
+    """Reject settings that cannot be used for an evaluation. `numbers` must be above 0 or `None`.
 
     Args:
-        task: `None` for a score of the user's own.
+        task: `"instruct"` or `"gsm8k"`. `None` for a score of the user's own.
 
     Returns:
-        The template; for `None` the one that is chosen.
+        `template`, or the default one if it is `None`.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
-        ImportError: if what scores the answers is not installed.
+        ImportError: if the package that scores the answers is not installed.
     """
     sampling = {"temperature": (temperature, 1.0), "top_p": (top_p, 1.0), "top_k": (top_k, 0)}
     args = SimpleNamespace(task=task, template=template, temperature=temperature, top_p=top_p, top_k=top_k, **numbers)

@@ -1,6 +1,6 @@
-"""A server that speaks OpenAI's HTTP protocol, as vLLM, SGLang, llama.cpp and commercial ones do: text in, text out.
+"""A client for OpenAI's HTTP protocol, as in vLLM, SGLang, llama.cpp and commercial services: text in, text out.
 
-The key comes from the environment, and goes into one header of each request. It is kept out of messages.
+The key comes from the environment, and goes into one header of each request. It never appears in messages.
 """
 
 import re
@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ENDS = ("stop", "length")
-"""How answers end that can be trained on: by themselves, or cut."""
+"""How usable answers end: by themselves, or cut."""
 _TIMEOUT = httpx2.Timeout(600.0, connect=10.0)  # seconds; an answer may be long, and wait for others
 _PATIENCE = 900.0  # seconds after which a request is not tried again, whatever the server says
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds between the tries of a request
@@ -31,20 +31,19 @@ _SHOWN = 300  # characters of what a server says, or of names
 
 class OpenAIServer:
     """
-    A server, and the model on it that answers.
+    A server, and the model on it that generates answers.
 
     Args:
         url (`str`):
-            Where the API starts, such as `http://localhost:8000/v1`. `/v1` is added to a URL without a path.
+            Base URL of the API, such as `http://localhost:8000/v1`. `/v1` is added to a URL without a path.
         model (`str`, *optional*):
-            The model's name there. `None` for the only one that the server has.
+            The model's name on the server. `None` if the server has only one.
         num_connections (`int`, *optional*, defaults to `1`):
-            How many threads may ask at once.
+            How many threads may send requests at once.
 
     Raises:
         ConnectionError: if `model` is `None` and the server does not answer.
-        ValueError: if `model` is `None` and the server does not have exactly one, and for a key that no header can
-            hold.
+        ValueError: if `model` is `None` and the server does not have exactly one, or if no header can hold the key.
     """
 
     def __init__(self, url: str, model: str | None = None, num_connections: int = 1):
@@ -62,12 +61,12 @@ class OpenAIServer:
                 `/completions`.
 
         Returns:
-            The answer's text, without thoughts that the server has parted from it; and `"stop"` if it ended, or
-            `"length"` if it was cut.
+            The answer's text, without thoughts that the server separates from it. Then `"stop"` if it ended by itself,
+            or `"length"` if it was cut.
 
         Raises:
             ConnectionError: if the server cannot be reached, or does not answer in time.
-            ValueError: if it refuses the request, or answers with anything else.
+            ValueError: if it rejects the request, or answers with anything else.
         """
         asked = request["prompt"] if "prompt" in request else request["messages"][-1].get("content")
         try:
@@ -110,7 +109,7 @@ class OpenAIServer:
         return names[0]
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """What the server says, as Python objects. A request that fails for now is sent again."""
+        """The server's reply, as Python objects. A request with a temporary failure is sent again."""
         start = time.monotonic()
         failure: Exception
         for pause in (*_PAUSES, None):
@@ -147,12 +146,12 @@ class OpenAIServer:
         )
 
     def _shown(self, said: Any) -> str:
-        """What a server says, cut, and without the key, should it repeat that."""
+        """A server's reply, cut, and without the key if it repeats that."""
         return self._key.hidden(said if isinstance(said, str) else repr(said), _SHOWN)
 
 
 def _asked_pause(response: httpx2.Response) -> float:
-    """Seconds to wait, or until when to wait, as the server's `Retry-After` says; 0 without one."""
+    """Seconds to wait by the server's `Retry-After`, which is a number or a date. 0 without one."""
     value = response.headers.get("Retry-After", "")
     if re.fullmatch(r"\d+", value):
         return float(value)

@@ -1,8 +1,8 @@
 """Progress while completions are sampled: how many rows have finished, and the time left.
 
 A batch of rows ends with its longest one, which takes minutes. Rows finish one after another inside `generate`, so
-they are counted there. Whoever knows how many rows there are opens the bar, and
-[`~trl_promptkd.generation.rollouts.generate_completions`] moves the one that is open.
+they are counted there. The caller that knows the number of rows opens the bar, and
+[`~trl_promptkd.generation.rollouts.generate_completions`] moves the open bar.
 """
 
 import sys
@@ -29,10 +29,10 @@ _open: list["RowsBar"] = []  # at most one: bars do not nest
 
 class RowsBar(tqdm):
     """
-    A bar that counts finished rows, and is gone when it is closed.
+    A bar that counts finished rows, and disappears when it is closed.
 
-    The time left is an estimate from the tokens: an unfinished row counts as far as it has come on the way to the
-    longest completion that is allowed.
+    The time left is an estimate from the tokens. An unfinished row counts by its share of the longest allowed
+    completion.
     """
 
     def __init__(self, total: int, title: str, shows: bool):
@@ -58,28 +58,28 @@ class RowsBar(tqdm):
         return {**found, "left": left}
 
     def move_to(self, rows: int, work: float | None = None) -> None:
-        """So many rows have finished; `work` counts the started part of the others too."""
+        """Show that `rows` rows have finished. `work` also counts the started part of the others."""
         rows = min(rows, self.total)  # ranks are filled up to equal numbers of rows
         self.work = rows if work is None else work
         self.update(rows - self.n)
 
     def end_batch(self, rows: int) -> None:
-        """A batch of so many rows has finished."""
+        """Count a finished batch of `rows` rows."""
         self.whole_batches += rows
         self.move_to(self.whole_batches)
 
 
 class FinishedRows(StoppingCriteria):
     """
-    Ends no row, but tells a bar how many have ended.
+    Ends no row, but shows on a bar how many have ended.
 
     Args:
-        bar: To move.
-        rows: Of the batch.
-        width: Columns of the prompts.
-        max_new_tokens: Longest completion.
+        bar: The bar to move.
+        rows: Number of rows in the batch.
+        width: Number of columns of the prompts.
+        max_new_tokens: Longest completion, in tokens.
         ends: Tokens that end a row.
-        stopped: Grows by the rows that end for another reason.
+        stopped: Rows that have ended for another reason. It grows during generation.
     """
 
     def __init__(
@@ -103,18 +103,18 @@ class FinishedRows(StoppingCriteria):
 
 
 def open_bar() -> RowsBar | None:
-    """The bar that is open, if it shows."""
+    """The open bar, if it is shown."""
     return _open[-1] if _open else None
 
 
 @contextmanager
 def rows_bar(total: int, title: str, shows: bool = True) -> Iterator[RowsBar]:
-    """A bar while some rows are computed.
+    """Show a bar while some rows are computed.
 
     Args:
         total: Number of rows.
-        title: What they are.
-        shows: `False` on ranks that are silent, and where the user wants no bars.
+        title: What the rows are.
+        shows: `False` on ranks that are silent, and if the user wants no bars.
     """
     with RowsBar(total, title, shows and total > 0) as bar:
         if bar.disable:

@@ -1,7 +1,7 @@
-"""Completions sampled for a whole accumulation window at once, from a random state of their own.
+"""Completions sampled for a whole accumulation window at once, from their own random state.
 
-That state depends on the seed, the step and the rank, and on nothing else (a vLLM server has its own). A resumed run
-samples what the uninterrupted one would have, and sampling leaves the global state as it was.
+That state depends only on the seed, the step and the rank. (A vLLM server has its own.) A resumed run therefore
+samples what the uninterrupted one would have sampled, and sampling does not change the global state.
 """
 
 import copy
@@ -52,11 +52,10 @@ def rollout_config(
     processing_class: PreTrainedTokenizerBase,
     args: Any,
 ) -> GenerationConfig:
-    """How completions are sampled: what `args` say, stopping at every end-of-text token of either model or the
-    tokenizer.
+    """How completions are sampled: as `args` say, up to an end-of-text token of either model or the tokenizer.
 
-    The teacher's belong to them, and those of several teachers: an instruction-tuned one ends a turn with a token that
-    a base student does not stop at.
+    The tokens of the teacher, or of several, are included. An instruction-tuned teacher ends a turn with a token at
+    which a base student does not stop.
     """
     stop_ids = {processing_class.eos_token_id}
     for model in (student, *(teacher if isinstance(teacher, list) else [teacher])):
@@ -87,14 +86,14 @@ def up_to_the_end(ids: Sequence[int], ends: set[int]) -> list[int]:
 
 
 def rollout_seed(seed: int, purpose: str, step: int, rank: int) -> int:
-    """A seed for one use of randomness, far from those of its neighbours."""
+    """A seed for one use of randomness, unrelated to those of neighbouring steps and ranks."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{step}/{rank}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @contextmanager
 def own_random_state(seed: int, device: torch.device):
-    """Inside, torch draws from `seed`; afterwards its global state is what it was."""
+    """Inside, torch draws from `seed`. Afterwards its global state is restored."""
     with random_state_restored(device):
         torch.manual_seed(seed)
         yield
@@ -103,7 +102,7 @@ def own_random_state(seed: int, device: torch.device):
 class _RealIdsOnly(LogitsProcessor):
     """Keeps a model with a padded vocabulary from sampling an id that stands for no token.
 
-    transformers' `SuppressTokensLogitsProcessor` would take the place of the user's own `suppress_tokens`.
+    transformers' `SuppressTokensLogitsProcessor` would replace the user's own `suppress_tokens`.
     """
 
     def __init__(self, vocab_size: int):
@@ -115,15 +114,15 @@ class _RealIdsOnly(LogitsProcessor):
 
 
 class _Draw(LogitsProcessor):
-    """Draws a token by the inverse of the distribution function, and leaves the others no probability.
+    """Draws a token by the inverse of the distribution function, and gives the others zero probability.
 
-    On a CPU, `torch.multinomial` takes an exponential random number for every entry of the vocabulary, one after the
-    other: a fifth of the time of a small model's rollouts. Here it is one uniform number a row.
+    On a CPU, `torch.multinomial` draws an exponential random number for every entry of the vocabulary, one after the
+    other. That is a fifth of the time of a small model's rollouts. Here it is one uniform number per row.
 
     Args:
-        row_seeds: Of the rows of a batch; each then draws from a state of its own, whatever rows it is among. `None`:
-            from torch's.
-        num_tokens: The longest completion.
+        row_seeds: Seeds of a batch's rows. Each row then draws from its own state, whatever the other rows are. `None`
+            draws from torch's state.
+        num_tokens: Length of the longest completion.
     """
 
     def __init__(self, row_seeds: Sequence[int] | None = None, num_tokens: int = 0):
@@ -149,13 +148,13 @@ class _Draw(LogitsProcessor):
 
 class _StopStrings(StoppingCriteria):
     """
-    Ends a row at a stop string, and keeps where that was: `generate` fills what follows with padding, which may look
-    like tokens.
+    Ends a row at a stop string, and keeps its position. `generate` fills the rest with padding, which may look like
+    tokens.
 
-    transformers' own criterion fails on tokenizers that do not know each letter, and looks into the prompt too.
+    transformers' own criterion fails on tokenizers that do not know each letter, and also searches the prompt.
 
     Args:
-        width: Columns of the prompts, in which a stop string ends nothing.
+        width: Number of columns of the prompts. A stop string in them ends nothing.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str], width: int):
@@ -191,7 +190,7 @@ def have_ended(
 
 
 def _sample_by_drawing(model, input_ids, logits_processor, stopping_criteria, generation_config, draw, **kwargs):
-    """transformers' own sampling loop, after whose temperature, top-k and so on [`_Draw`] comes."""
+    """transformers' own sampling loop, with [`_Draw`] after temperature, top-k and so on."""
     generation_config.do_sample = False
     processors = LogitsProcessorList([*logits_processor, draw])
     return sampling_loop(model, input_ids, processors, stopping_criteria, generation_config, **kwargs)
@@ -212,23 +211,22 @@ def generate_completions(
     """Sample one completion for each prompt, with a KV cache, in evaluation mode.
 
     Args:
-        model: A model with `generate`, not wrapped for data parallelism. Its own `generation_config` plays no part: a
-            repetition penalty or a top-k that it was published with would sample from another distribution than the
-            one that is trained.
-        prompt_ids: One list of token ids a prompt.
-        generation_config: Sampling settings; `pad_token_id` and `eos_token_id` must be set.
-        batch_size: Prompts generated at once; `None` for all.
+        model: A model with `generate`, not wrapped for data parallelism. Its own `generation_config` is ignored. A
+            published repetition penalty or top-k would sample from another distribution than the one that is trained.
+        prompt_ids: One list of token ids per prompt.
+        generation_config: Sampling settings. `pad_token_id` and `eos_token_id` must be set.
+        batch_size: Prompts per batch. `None` for all at once.
         vocab_size: Number of ids that stand for tokens, if the model has more.
-        in_step: Go on until the last rank's completions have ended: every rank holds a part of the weights that the
-            others need.
+        in_step: Continue until the last rank's completions have ended. Needed if every rank holds a part of the
+            weights that the others need.
         soft_prompt (`Tensor` of shape `(num_virtual_tokens, hidden)`, *optional*): Stands directly before each
             prompt's first token.
-        row_seeds: One a prompt, from which its completion alone is sampled: it then depends neither on `batch_size`
-            nor on the other prompts. `None`: all from torch's random state.
+        row_seeds: One seed per prompt, from which its completion alone is sampled. It then depends neither on
+            `batch_size` nor on the other prompts. `None` samples all from torch's random state.
         tokenizer: Needed if `generation_config` has `stop_strings`.
 
     Returns:
-        One list of token ids a prompt, in their order, each up to and including its first end-of-text token or stop
+        One list of token ids per prompt, in their order, each up to and including its first end-of-text token or stop
         string.
     """
     ends = stop_ids(generation_config)
@@ -296,10 +294,10 @@ def sample_completions(
     row_seeds: Sequence[int] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
-    """[`generate_completions`] for a model as a trainer holds it: wrapped, under checkpointing, in mixed precision.
+    """[`generate_completions`] for a trainer's model, which may be wrapped and use checkpointing or mixed precision.
 
     Args:
-        seed: The completions' own random state; see [`rollout_seed`].
+        seed: Seed of the completions' own random state, see [`rollout_seed`].
         args: Has `rollout_batch_size` and `gradient_checkpointing_kwargs`.
         row_seeds, tokenizer: As in [`generate_completions`].
     """
@@ -337,13 +335,13 @@ class Rollouts:
     Samples completions with transformers. [`~trl_promptkd.generation.vllm.VLLMRollouts`] does so with vLLM.
 
     Args:
-        model: The bare student. Not used here: vLLM loads the model that it names.
+        model: The bare student. Not used here. vLLM loads the model by its name.
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
         processing_class: The tokenizer.
         generation_config ([`~transformers.GenerationConfig`]): How completions are sampled.
         args: A configuration with the fields of [`~trl_promptkd.trainer.sampling_config.SamplingConfig`].
         vocab_size (`int`): Number of ids that stand for tokens. The model may have more.
-        writer (`str`): Who writes. Two writers have different random states.
+        writer (`str`): The model that samples. Two writers have different random states.
     """
 
     def __init__(
@@ -360,15 +358,15 @@ class Rollouts:
         self.generation_config, self.args, self.vocab_size = generation_config, args, vocab_size
 
     def sync(self) -> None:
-        """Nothing to do: the model that is trained samples itself."""
+        """Does nothing, as the trained model itself samples."""
 
     def sample(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], step: int) -> list[list[int]]:
         """One completion per prompt, in their order, each up to and including its first end-of-text token.
 
         Args:
-            model: As a trainer holds it: wrapped, under checkpointing, in mixed precision.
+            model: The trainer's model, which may be wrapped and use checkpointing or mixed precision.
             prompt_ids: One list of token ids per prompt.
-            step: Of the run. The random state belongs to it.
+            step: Step of the run, which the random state depends on.
         """
         seed = rollout_seed(self.args.seed, self.writer, step, self.accelerator.process_index)
         shows = self.accelerator.is_main_process and not self.args.disable_tqdm

@@ -1,7 +1,7 @@
-"""Answers that a teacher behind an API writes once, before training, and that stay on the disk as a data set.
+"""Answers that a teacher behind an API generates once, before training. They stay on disk as a data set.
 
-Every answer is stored under a hash of what made it: the model's name, how it sampled, the seed, and what it was sent.
-Where the server is does not count. The student's tokenizer does not, either: texts are kept.
+Every answer is stored under a hash of what made it: the model's name, the sampling settings, the seed and the request.
+The server's address does not count. Nor does the student's tokenizer, as texts are kept.
 """
 
 import json
@@ -40,22 +40,23 @@ def write_server_answers(
 ) -> list[tuple[str, bool]]:
     """The server's answers, in the order of the requests.
 
-    Requests are shared out among ranks. Parquet files in `folder` keep what is done: `key`; `prompt`, a text or the
-    messages as JSON; `completion`; `finish_reason`; `settings`, the rest of what was sent, as JSON. Answers that are
-    there already are taken, and equal requests get one answer.
+    Requests are shared out among ranks. Parquet files in `folder` keep finished answers, with these columns: `key`,
+    `prompt` (a text, or the messages as JSON), `completion`, `finish_reason` and `settings` (the rest of the request,
+    as JSON). Answers that are already there are reused, and equal requests get one answer.
 
     Args:
-        requests: `messages` or a `prompt` each, and what else is the row's own.
+        requests: Each has `messages` or a `prompt`, and other settings of its row.
         sampling: `max_tokens`, `temperature` and the like. Each request adds a `seed` that follows from its content.
-        num_at_once: How many requests a rank has under way.
+        num_at_once: How many requests a rank has in flight.
         title: What the rows are, for the progress bar.
 
     Returns:
         Each answer's text, and whether it was cut.
 
     Raises:
-        ConnectionError: if the server is not there. What it has answered so far is kept.
-        ValueError: if it refuses a request or answers with anything else, and for a file that is damaged, naming it.
+        ConnectionError: if the server cannot be reached. Its answers so far are kept.
+        ValueError: if it rejects a request or answers with anything else, or if a file is damaged. The message names
+            the file.
     """
     state = PartialState()
     keys = [
@@ -108,7 +109,7 @@ def write_server_answers(
 def _answers(
     server: OpenAIServer, bodies: Mapping[str, dict[str, Any]], num_at_once: int
 ) -> tuple[dict[str, tuple[str, str]], BaseException | None]:
-    """The server's answers by key. If one fails, those that have come by then, and why it failed."""
+    """The server's answers by key. If a request fails, the answers that have come by then, and the error."""
     with ThreadPoolExecutor(num_at_once) as pool:
         futures = {key: pool.submit(server.complete, body) for key, body in bodies.items()}
         try:
@@ -121,7 +122,7 @@ def _answers(
 
 
 def _row(sent: dict[str, Any], text: str, finish_reason: str) -> dict[str, str]:
-    """What the disk keeps of a request and its answer."""
+    """The stored row of a request and its answer."""
     prompt = sent["prompt"] if "prompt" in sent else _json(sent["messages"])
     settings = {name: value for name, value in sent.items() if name not in ("prompt", "messages")}
     return {"prompt": prompt, "completion": text, "finish_reason": finish_reason, "settings": _json(settings)}
@@ -132,7 +133,7 @@ def _json(value: Any) -> str:
 
 
 def _read_answers(folder: str, wanted: Container[str]) -> dict[str, tuple[str, str]]:
-    """The answers in `folder` that are wanted: their texts, and how they ended."""
+    """The wanted answers in `folder`: their texts, and how they ended."""
     known: dict[str, tuple[str, str]] = {}
     remedy = "start again: only its answers are written anew"
     for path in part_paths(folder, _KIND):

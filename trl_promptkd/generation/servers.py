@@ -1,4 +1,4 @@
-"""What the clients of both kinds of servers share: an address, and a key that is in no message."""
+"""Shared by the clients of both kinds of servers: an address, and a key that appears in no message."""
 
 import os
 import re
@@ -10,10 +10,10 @@ __all__ = ["ServerKey", "check_url"]
 
 class ServerKey:
     """
-    The key of a server, if its environment variable is set. It goes into one header, and is kept in memory only.
+    The key of a server, if its environment variable is set. It goes into one header, and is only kept in memory.
 
     Raises:
-        ValueError: for one that no header can hold, without showing it.
+        ValueError: if no header can hold the key. The message does not show it.
     """
 
     def __init__(self, variable: str):
@@ -32,21 +32,21 @@ class ServerKey:
         return {"Authorization": f"Bearer {self._key}"} if self._key else {}
 
     def hidden(self, said: str, most: int) -> str:
-        """What a server says, without the key, should it repeat that; then cut to `most` characters."""
+        """A server's reply without the key if it repeats that, then cut to `most` characters."""
         said = said.replace(self._key, "***") if self._key else said
         return said if len(said) <= most else f"{said[:most]}..."
 
 
 def check_url(name: str, url: str, variable: str, example: str) -> None:
-    """Reject a text that is no address of a server, or one that holds a secret: settings are saved and shown.
+    """Reject a text that is not a server's address, or one that holds a secret. Settings are saved and shown.
 
     Args:
-        name: Of the field, for messages.
+        name: Name of the field, for messages.
         variable: The environment variable that a key goes into.
-        example: An address.
+        example: An address, for messages.
 
     Raises:
-        TypeError, ValueError: saying what it must be. A secret is not repeated.
+        TypeError, ValueError: with the expected form. A secret is not repeated.
     """
     if not isinstance(url, str):
         raise TypeError(f"`{name}` is a {type(url).__name__}; it must be a text such as {example!r}.")

@@ -1,8 +1,9 @@
-"""Rows that take long to compute, kept on the disk as they come: a run that is killed loses half a minute of work.
+"""Rows that take long to compute, written to disk regularly. A killed run loses half a minute of work.
 
 A file appears whole (written, synced, renamed) or not at all. Its name is a hash of its rows' keys, and a key is a
-hash of what made the row, so that finished rows are not computed again and none is lost or doubled. Teacher answers,
-the shards of a teacher cache and the answers of an evaluation are written this way.
+hash of what made the row. Finished rows are therefore not computed again, and none is lost or doubled. Teacher answers
+and the shards of a teacher cache are stored in such files. An evaluation computes its answers the same way, and has
+files of its own.
 """
 
 import glob
@@ -42,16 +43,16 @@ def compute_missing(
     accelerator: Accelerator | None = None,
     disable_tqdm: bool = False,
 ) -> None:
-    """Compute the rows that are not finished, the longest first, and write them every half a minute.
+    """Compute the unfinished rows, the longest first, and write them about every half a minute.
 
     Args:
-        lengths: Of all rows, by their keys.
-        finished: Keys of rows that are there already.
-        compute: Rows by key, for the keys of one batch. All ranks call it equally often, as a sharded model needs all
-            of them: a rank that has run out of rows passes an empty list.
-        write: Keeps some rows.
+        lengths: Lengths of all rows, by their keys.
+        finished: Keys of finished rows.
+        compute: Returns rows by key, for the keys of one batch. All ranks call it equally often, as a sharded model
+            needs all of them. A rank that has run out of rows passes an empty list.
+        write: Stores some rows.
         title: What the rows are, for the progress bar.
-        accelerator: Shares the batches out among its ranks.
+        accelerator: Its ranks share the batches.
         disable_tqdm: Show no progress bar. Only the main process shows one.
     """
     missing = sorted(lengths.keys() - set(finished), key=lambda key: (-lengths[key], key))
@@ -80,7 +81,7 @@ def compute_missing(
 
 
 def part_paths(folder: str, kind: str) -> list[str]:
-    """The files of a kind in `folder`, in the order of their names."""
+    """The files of one kind in `folder`, in the order of their names."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), f"{kind}-*.parquet")))
 
 
@@ -135,14 +136,14 @@ def read_part(
     """The rows of a file that [`write_part`] wrote.
 
     Args:
-        schema: Its columns, in any order.
-        num_ids: Ids are below it.
+        schema: The expected columns, in any order.
+        num_ids: All ids must be below it.
         remedy: How to get the file's rows back, for the message.
-        optional: The column whose values may be missing.
-        columns: Read only these; `None` for all.
+        optional: Name of the column whose values may be missing.
+        columns: Columns to read. `None` for all.
 
     Raises:
-        ValueError: for a file that cannot be read or holds anything else, naming it and the column.
+        ValueError: if the file cannot be read or holds anything else. The message names it and the column.
     """
     try:
         _check_size(path)
@@ -166,7 +167,7 @@ def read_part(
 
 
 def _check_size(path: str) -> None:
-    """Refuse a small file that would fill the memory."""
+    """Reject a small file that would fill the memory."""
     metadata = pyarrow.parquet.read_metadata(path)
     groups = map(metadata.row_group, range(metadata.num_row_groups))
     size = sum(group.column(index).total_uncompressed_size for group in groups for index in range(group.num_columns))

@@ -1,7 +1,7 @@
-"""Answers that the primed teacher writes once, before training, and that stay on the disk as a data set.
+"""Answers that the primed teacher generates once, before training. They stay on disk as a data set.
 
-Every answer is stored under a hash of what made it: the teacher's weights, how it sampled, and the prompt it saw. When
-one of them changes, so do the hashes, and no old answer is taken for a new one.
+Every answer is stored under a hash of what made it: the teacher's weights, the sampling settings, the seed and the
+prompt. When one of them changes, so do the hashes, so an old answer is never used for a new one.
 """
 
 import hashlib
@@ -30,11 +30,11 @@ _ANSWERS = pyarrow.schema({**_TEXTS, "completion_ids": pyarrow.list_(pyarrow.int
 
 @torch.no_grad()
 def weights_fingerprint(model: nn.Module, everything: bool = False) -> str:
-    """A hash of all bytes of the frozen weights, with their names, shapes and types; under a second per GB on a CPU.
+    """A hash of all bytes of the frozen weights, with their names, shapes and types. Under a second per GB on a CPU.
 
-    Buffers and the scales of quantized weights count too. What is trained is left out unless `everything` counts: it
-    is the adapter of a teacher that is the student's own start. (Take the fingerprint while that adapter is on: PEFT
-    freezes it when it is switched off.) Of weights that are not in memory, only name and shape count.
+    Buffers and the scales of quantized weights are included. Trained weights are omitted unless `everything` is set:
+    they are the adapter of a teacher that is the student's own start. (Take the fingerprint while that adapter is on.
+    PEFT freezes it when it is switched off.) If weights are not in memory, only their name, shape and type count.
     """
     digest = hashlib.sha256()  # processors have instructions for it: twice as fast as blake2b
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
@@ -72,18 +72,18 @@ def write_teacher_answers(
     vocab_size: int | None = None,
     name: str = "train_dataset",
 ) -> Dataset:
-    """`dataset` with `completion_ids` that the teacher writes after `teacher_prompt_ids`.
+    """`dataset` with `completion_ids` that the teacher generates after `teacher_prompt_ids`.
 
-    Rows are shared out among ranks. Parquet files in `folder` keep what is done: `key`, `prompt` (as the teacher saw
-    it) and `completion` as texts, `completion_ids`. Answers that are there already are taken, not written again.
+    Rows are shared out among ranks. Parquet files in `folder` keep finished answers: `key`, `prompt` (as the teacher
+    saw it) and `completion` as texts, and `completion_ids`. Answers that are already there are not generated again.
 
     Args:
-        dataset: With `teacher_prompt_ids`; equal prompts get one answer. `length` then counts the answers.
-        fingerprint: Of the teacher's weights, see [`weights_fingerprint`].
+        dataset: Has `teacher_prompt_ids`. Equal prompts get one answer. Its `length` then includes the answers.
+        fingerprint: Fingerprint of the teacher's weights, see [`weights_fingerprint`].
         args: Has `seed`, `rollout_batch_size`, `disable_tqdm` and the batch sizes of training.
 
     Raises:
-        ValueError: for a file that is damaged, naming it.
+        ValueError: if a file is damaged. The message names it.
     """
     source = {"teacher": fingerprint, "sampling": sampling_source(generation_config), "seed": args.seed}
     keys = [content_hash([source, ids], ensure_ascii=True, default=str) for ids in dataset["teacher_prompt_ids"]]
@@ -135,7 +135,7 @@ def write_teacher_answers(
 
 
 def _read_answers(folder: str, wanted: Container[str], num_ids: int) -> dict[str, list[int]]:
-    """The answers in `folder` that are wanted."""
+    """The wanted answers in `folder`."""
     known: dict[str, list[int]] = {}
     for path in part_paths(folder, "answers"):
         part = read_part(path, _ANSWERS, num_ids, "start again: only its answers are written anew")

@@ -1,8 +1,8 @@
 """A teacher on another machine: hidden states of whole rows from a stock vLLM server, over HTTP.
 
-vLLM's pooling runner gives the last hidden states of all tokens of a row. The output head is applied here
-([`~trl_promptkd.models.output_head.load_output_head`]), so that full distributions come of it. The body of an answer
-is the rows' states one after the other. Numbers are all that is read from it: no code in it is ever run.
+vLLM's pooling runner returns the last hidden states of all tokens of a row. The output head is applied here
+([`~trl_promptkd.models.output_head.load_output_head`]), which gives full distributions. The body of a reply is the
+rows' states one after the other. Only numbers are read from it, and no code in it is ever run.
 """
 
 import json
@@ -27,7 +27,7 @@ from .servers import ServerKey, check_url
 __all__ = ["KEY_VARIABLE", "PendingStates", "TeacherServer", "decoded_states"]
 
 KEY_VARIABLE = "VLLM_API_KEY"
-"""The environment variable that vLLM's own server takes its key from."""
+"""The environment variable from which vLLM's own server reads its key."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between the tries of a request
@@ -47,21 +47,21 @@ _COMMAND = (
 
 
 class _TryAgainError(Exception):
-    """What failed may pass."""
+    """A temporary failure."""
 
 
 class PendingStates:
-    """Hidden states that have been asked for."""
+    """Hidden states that have been requested."""
 
     def __init__(self, parts: Sequence[Future[list[Tensor]]]):
         self._parts = parts
 
     def result(self) -> list[Tensor]:
-        """The states of each row, `(tokens, hidden)`, waited for. Raises what asking for them raised."""
+        """Wait for the states of each row, `(tokens, hidden)`. Raises the errors of the requests."""
         return [states for part in self._parts for states in part.result()]
 
     def cancel(self) -> None:
-        """Do not ask for what has not been asked for yet."""
+        """Drop requests that have not been sent yet."""
         for part in self._parts:
             part.cancel()
 
@@ -70,18 +70,17 @@ class TeacherServer:
     """
     A vLLM server in pooling mode.
 
-    The key, if the server wants one, is taken from the environment variable `VLLM_API_KEY`. It is neither saved nor
-    shown.
+    If the server needs a key, it is read from the environment variable `VLLM_API_KEY`. It is neither saved nor shown.
 
     Args:
-        url (`str`): Where it listens, such as `"http://host:8000"`.
-        model (`str`, *optional*): The name it serves the teacher under, or the folder or Hub id that it was started
-            with. `None` if it serves one model only.
-        dtype (`str`): Of the states on the wire, `"bfloat16"` or `"float32"`.
-        timeout (`float`): Seconds after which a request fails, with all its tries.
+        url (`str`): URL of the server, such as `"http://host:8000"`.
+        model (`str`, *optional*): The name under which the server has the teacher, or the folder or Hub id that it was
+            started with. `None` if it serves only one model.
+        dtype (`str`): Dtype of the states on the wire, `"bfloat16"` or `"float32"`.
+        timeout (`float`): Seconds after which a request fails, including all its tries.
 
     Raises:
-        ValueError: for an address or a dtype that cannot be.
+        TypeError, ValueError: if the address or the dtype is not valid.
     """
 
     def __init__(self, url: str, model: str | None = None, dtype: str = "bfloat16", timeout: float = 120.0):
@@ -92,7 +91,7 @@ class TeacherServer:
         self.hidden_size: int | None = None
         """Width of the states, once [`~TeacherServer.check`] knows it."""
         self.max_length: int | None = None
-        """Longest row in tokens, once the server was asked for it; `None` also if it does not say."""
+        """Longest row in tokens, once the server has been queried. `None` before that, or if it does not say."""
         self._served_name: str | None = None
         self._key = ServerKey(KEY_VARIABLE)
         limits = httpx2.Limits(max_connections=_MOST_THREADS, max_keepalive_connections=_MOST_THREADS)
@@ -101,37 +100,39 @@ class TeacherServer:
         weakref.finalize(self, self._client.close)  # connections end with the last reference to this
 
     def states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The hidden states of whole rows of token ids, after the final norm: `(tokens, hidden)` for each row, on the
-        CPU, in the wire's dtype.
+        """The hidden states of whole rows of token ids, after the final norm.
+
+        Returns:
+            `(tokens, hidden)` for each row, on the CPU, in the wire's dtype.
 
         Raises:
-            ConnectionError: if the server cannot be reached, breaks off or is out of order, after several tries.
+            ConnectionError: if the server cannot be reached, breaks off or fails, after several tries.
             TimeoutError: if it takes longer than `timeout`.
-            ValueError: if it refuses the rows, or if what it answers is not what was asked for.
+            ValueError: if it rejects the rows, or if its reply does not fit the request.
         """
         return self.submit(rows).result()
 
     def submit(self, rows: Sequence[Sequence[int]]) -> PendingStates:
-        """Ask for the states of rows now, and wait for them later; see [`~TeacherServer.states`]."""
+        """Request the states of rows now, and wait for them later. See [`~TeacherServer.states`]."""
         return PendingStates([self._pool.submit(self._ask, part) for part in _parts(rows)])
 
     def check(
         self, head: PreTrainedModel, processing_class: PreTrainedTokenizerBase, longest: int | None = None
     ) -> None:
-        """Prove that the server is the teacher that `head` belongs to, as far as that can be seen.
+        """Check that the server has the teacher of `head`, as far as that can be seen.
 
-        The served name, the longest row, the width and the dtype of the states, whether they are what the head takes
-        (not normalized, each from the tokens before it only, in the order of the rows), and, if the server also
-        completes, whether the likeliest next token of a sentence is the same.
+        It checks the served name, the longest row, and the width and dtype of the states. The states must suit the
+        head: not normalized, each from the tokens up to its own only, in the order of the rows. If the server also
+        completes texts, the likeliest next token of a sentence must be the same.
 
         Args:
-            head: What [`~trl_promptkd.models.output_head.load_output_head`] returns, on its device.
+            head: Result of [`~trl_promptkd.models.output_head.load_output_head`], on its device.
             processing_class: The tokenizer.
-            longest: Tokens of the longest row that will be asked for.
+            longest: Tokens of the longest row that will be requested.
 
         Raises:
             ConnectionError, TimeoutError: see [`~TeacherServer.states`].
-            ValueError: naming what the server has and what is needed, with what to do.
+            ValueError: naming what the server has and what is needed, with advice.
         """
         name = self.find_model()
         self.check_length(longest or 0)
@@ -165,7 +166,7 @@ class TeacherServer:
             )
 
     def check_length(self, longest: int) -> None:
-        """Reject rows, of which the longest has `longest` tokens, if the server does not take them."""
+        """Reject rows of up to `longest` tokens if the server does not take them."""
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"The teacher server at {self.url} takes rows of at most {self.max_length} tokens, but the longest "
@@ -174,7 +175,7 @@ class TeacherServer:
             )
 
     def find_model(self) -> str:
-        """The name that the server has for the teacher, asked for once.
+        """The server's name for the teacher, requested once.
 
         Raises:
             ConnectionError, TimeoutError: see [`~TeacherServer.states`].
@@ -203,7 +204,7 @@ class TeacherServer:
         return self._served_name
 
     def _completed(self, name: str, ids: list[int]) -> int | None:
-        """The token that the server completes a row with; `None` if it does not complete, as in pooling mode."""
+        """The token with which the server completes a row. `None` if it does not complete, as in pooling mode."""
         body = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "return_token_ids": True}
         try:
             token = self._json("POST", "/v1/completions", body)["choices"][0]["token_ids"][0]
@@ -244,10 +245,10 @@ class TeacherServer:
         return self._tried(method, path, body, _MOST_JSON, parsed)
 
     def _tried(self, method: str, path: str, body: Any, most: int, parse: Callable[..., Any]) -> Any:
-        """What `parse` makes of an answer's body and its header `metadata`, at the first try that succeeds.
+        """The result of `parse` on a reply's body and its header `metadata`, at the first try that succeeds.
 
         Args:
-            most: Bytes that the body may have.
+            most: Largest allowed size of the body, in bytes.
         """
         deadline, where = time.monotonic() + self.timeout, f"The teacher server at {self.url}"
         for pause in (*_PAUSES, None):
@@ -270,7 +271,7 @@ class TeacherServer:
         )
 
     def _shown(self, said: bytes | bytearray | str) -> str:
-        """The beginning of an answer, for messages."""
+        """The beginning of a reply, for messages."""
         text = said if isinstance(said, str) else said[:10_000].decode("utf-8", "replace")
         return self._key.hidden(" ".join(text.split()), 200)
 
@@ -318,17 +319,17 @@ def decoded_states(
 
     Args:
         body: The states one after the other. The tensors share its memory.
-        metadata: JSON of the header of this name: each row's place, shape and dtype.
+        metadata: JSON of the header of this name, with each row's place, shape and dtype.
         lengths: Tokens of each row.
-        dtype: What was asked for.
+        dtype: The requested dtype.
         width (`int`, *optional*): The hidden size, if it is known.
-        shown: What a message says of bytes or a text from the server.
+        shown: Formats bytes or a text from the server for messages.
 
     Returns:
         For each row `(tokens, hidden)`.
 
     Raises:
-        ValueError: saying what is not as it should be.
+        ValueError: naming what is wrong with the body or the header.
     """
     if metadata is None:
         raise ValueError(
@@ -375,7 +376,7 @@ def decoded_states(
 
 
 def _parts(rows: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    """Rows in their order, no more at a time than one request asks for."""
+    """Rows in their order, in parts that fit into one request."""
     part: list[Sequence[int]] = []
     for row in rows:
         if part and (len(part) == _MOST_ROWS or sum(map(len, part)) + len(row) > _MOST_TOKENS):

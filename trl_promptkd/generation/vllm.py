@@ -1,4 +1,4 @@
-"""The student's completions by vLLM, through TRL's own class, with its weights kept in step."""
+"""The student's completions by vLLM, through TRL's own class, with its weights kept up to date."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ _NAMES = {
 
 
 def check_vllm(args: Any, model: Any, samples: bool) -> None:
-    """Refuse `use_vllm` if it cannot work, before any weights are loaded.
+    """Reject `use_vllm` if it cannot work, before any weights are loaded.
 
     Raises:
         ImportError: if vLLM is not installed.
@@ -58,15 +58,15 @@ class VLLMRollouts:
     """
     Samples completions with vLLM as [`~trl_promptkd.generation.rollouts.Rollouts`] does with transformers.
 
-    The engine computes in the dtype of the checkpoint that it loads. On a CPU, it is made to compute in float32: by
-    itself it takes bfloat16, which is another distribution than the one that is trained. Weights are pushed by vLLM's
-    own reloading there, as TRL's push fails on the layout that the CPU build gives them.
+    The engine computes in the dtype of the checkpoint that it loads. On a CPU, it is set to float32. Its default there
+    is bfloat16, which samples from another distribution than the one that is trained. Weights are pushed by vLLM's own
+    reloading on a CPU, as TRL's push fails on the layout of the CPU build.
 
     Args:
         student: The bare student, whose `name_or_path` vLLM loads.
         accelerator ([`~accelerate.Accelerator`]): The trainer's.
         processing_class: The tokenizer.
-        generation_config ([`~transformers.GenerationConfig`]): What completions are sampled with.
+        generation_config ([`~transformers.GenerationConfig`]): How completions are sampled.
         args: A configuration with the fields of [`~trl_promptkd.trainer.sampling_config.SamplingConfig`].
         vocab_size (`int`): Number of ids that stand for tokens. The model may have more.
     """
@@ -128,7 +128,7 @@ class VLLMRollouts:
             )
 
     def sync(self) -> None:
-        """Push the student's weights, adapters merged into them, to vLLM. All ranks must take part."""
+        """Push the student's weights to vLLM, with adapters merged. All ranks must take part."""
         with _base_weights_stay(self.generation.model):
             if self.on_cpu:
                 self._reload()
@@ -147,9 +147,9 @@ class VLLMRollouts:
         """One completion per prompt, in their order, each up to and including its first end-of-text token.
 
         Args:
-            model: Not used: vLLM has its weights since the last [`~VLLMRollouts.sync`].
+            model: Not used, as vLLM has its weights since the last [`~VLLMRollouts.sync`].
             prompt_ids: One list of token ids per prompt.
-            step: Of the run. The random state belongs to it. A server has one of its own.
+            step: Step of the run, which the random state depends on. A server has its own state.
         """
         together = self.mode == "server" or self.generation.tensor_parallel_size > 1
         if not prompt_ids and not together:
@@ -169,10 +169,10 @@ class VLLMRollouts:
 
 
 def _sampling_params(given: dict[str, Any]) -> dict[str, Any]:
-    """What a user's `generation_kwargs` are called in vLLM.
+    """A user's `generation_kwargs` under their names in vLLM.
 
     Raises:
-        ValueError: for a setting that it has no name for here: left out, it would sample from another distribution.
+        ValueError: if a setting has no name here. Without it, vLLM would sample from another distribution.
     """
     known = {
         "do_sample",
@@ -195,8 +195,7 @@ def _sampling_params(given: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
-    """Inside: on a CPU, arguments for the engine that TRL's class does not pass on. Afterwards: what the build changes
-    is put back."""
+    """On a CPU, adds arguments for the engine that TRL's class does not pass on. Afterwards, restores what changed."""
     llm, set_num_threads = module.LLM, torch.set_num_threads
     if on_cpu:
         module.LLM = lambda *args, **kwargs: llm(*args, **{**kwargs, "dtype": "float32", "enforce_eager": True})
@@ -208,8 +207,10 @@ def _engine_is_built(module: Any, on_cpu: bool) -> Iterator[None]:
 
 @contextmanager
 def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """As [`~trl_promptkd.generation.rollouts.own_random_state`], with a seed for numpy too: on a GPU, vLLM draws its
-    requests' seeds from it."""
+    """As [`~trl_promptkd.generation.rollouts.own_random_state`], and seeds numpy.
+
+    On a GPU, vLLM draws its requests' seeds from numpy.
+    """
     with own_random_state(seed, device):
         np.random.seed(seed % 2**32)
         yield
@@ -217,8 +218,7 @@ def _own_random_state(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _base_weights_stay(student: nn.Module) -> Iterator[None]:
-    """Below an adapter, merging and unmerging would leave weights that differ by rounding, a little more at every
-    push."""
+    """Restores the base weights of an adapter. Merging and unmerging would change them by rounding at every push."""
     if not isinstance(student, PeftModel):
         yield
         return
@@ -234,7 +234,7 @@ def _base_weights_stay(student: nn.Module) -> Iterator[None]:
 
 
 def _pack_embeddings(model: nn.Module) -> None:
-    """A head that is tied to the embeddings keeps its old weights otherwise."""
+    """Repack the embeddings. Otherwise a tied output head keeps its old weights."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""A teacher's hidden states by vLLM in this process."""
+"""A teacher's hidden states from vLLM in this process."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +19,11 @@ _RESERVED = (
 
 
 def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse what [`VLLMStates`] could not start with, before anything is loaded.
+    """Reject settings that [`VLLMStates`] could not start with, before anything is loaded.
 
     Raises:
         ImportError: if vLLM is not installed.
-        ValueError: for arguments that are not the user's to set.
+        ValueError: for arguments that users may not set.
     """
     taken = sorted(set(engine_kwargs or {}) & set(_RESERVED))
     if taken:
@@ -40,13 +40,13 @@ def check_engine(engine_kwargs: Mapping[str, Any] | None) -> None:
 
 class VLLMStates:
     """
-    vLLM's pooling runner, which gives the last hidden states of all tokens of a row, after the final norm.
+    vLLM's pooling runner. It returns the last hidden states of all tokens of a row, after the final norm.
 
     Args:
         model (`str`): The teacher, a Hub id or a folder.
-        dtype (`torch.dtype`): What it computes in.
-        max_length (`int`): Tokens of the longest row.
-        revision (`str`, *optional*), trust_remote_code (`bool`): Of the model.
+        dtype (`torch.dtype`): Dtype of the computation.
+        max_length (`int`): Length of the longest row, in tokens.
+        revision (`str`, *optional*), trust_remote_code (`bool`): Arguments of `vllm.LLM`.
         engine_kwargs (`Mapping`, *optional*): More arguments of `vllm.LLM`, such as `tensor_parallel_size`.
     """
 
@@ -79,7 +79,7 @@ class VLLMStates:
         """The hidden states of whole rows of token ids: `(tokens, hidden)` for each row, on the CPU.
 
         Raises:
-            RuntimeError: if vLLM gives another number of states than a row has tokens.
+            RuntimeError: if vLLM returns another number of states than a row has tokens.
         """
         prompts: Any = [{"prompt_token_ids": list(row)} for row in rows]
         outputs = self.engine.encode(prompts, pooling_task="token_embed", use_tqdm=False)

@@ -1,6 +1,6 @@
 """Scores of answers: ROUGE-L and exact match of instruction following, and the accuracy of final numbers (GSM8K).
 
-As functions, and as local modules for `evaluate`: `evaluate.load("rouge")` would fetch a script from the Hub.
+They are functions, and local modules for `evaluate`. `evaluate.load("rouge")` would fetch a script from the Hub.
 """
 
 import os
@@ -44,7 +44,7 @@ def module_path(name: str) -> str:
 
 
 def load(name: str) -> Any:
-    """The metric `"instruction_scores"` or `"gsm8k"` as an `evaluate.EvaluationModule`; nothing is fetched.
+    """The metric `"instruction_scores"` or `"gsm8k"` as an `evaluate.EvaluationModule`. Nothing is downloaded.
 
     Raises:
         ImportError: if `evaluate` is not installed.

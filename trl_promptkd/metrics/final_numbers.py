@@ -2,15 +2,15 @@ r"""The final number of an answer to a word problem, by three published sets of 
 
 - `strict` and `flexible` are the filters of lm-evaluation-harness's task `gsm8k` (version 3). `strict` takes the
   number of the first `#### 18`. `flexible` takes the last run of digits, commas, points and dollar signs. Both compare
-  texts: without commas, dollar signs and one point at the end.
+  texts, without commas, dollar signs and one point at the end.
 - `paper` is the response priming paper's evaluation (arXiv 2412.17846). It takes the first of these, and compares
   numbers:
-    1. the number in `\boxed{}`, of the first box that has one;
-    2. the numbers of the first line, if they are all equal;
-    3. the number after the first "the [final/correct] answer is";
-    4. the last number.
+    1. The number in `\boxed{}`, from the first box that has one.
+    2. The numbers of the first line, if they are all equal.
+    3. The number after the first "the [final/correct] answer is".
+    4. The last number.
 
-  A number is a sign, a currency sign, digits with thousands commas and decimals, no more. Within a box it may be a
+  A number is digits with an optional sign, currency sign, thousands commas and decimals. Within a box it may be a
   fraction. Differences from the released code: signs count, a box may hold more than its number
   (`\boxed{18\text{ eggs}}`), and capital letters do not matter.
 
@@ -50,7 +50,7 @@ def extract_final_number(text: str, rule: str = "paper") -> float | None:
 
     Args:
         text: One answer.
-        rule: `"strict"`, `"flexible"` or `"paper"`; see the module for what they are.
+        rule: `"strict"`, `"flexible"` or `"paper"`, as the module describes them.
 
     Raises:
         TypeError: if the answer is not a text.
@@ -76,23 +76,23 @@ def gsm8k_accuracy(predictions: Sequence[str], references: Sequence[str | float]
 
     Args:
         predictions: One answer per row.
-        references: One right answer per row: a number, or a text that is one (`18`, `18 eggs`) or that marks it by
-            `#### 18` or `\boxed{18}`.
+        references: One right answer per row: a number, a text that is one (`18`, `18 eggs`), or a text that marks it
+            by `#### 18` or `\boxed{18}`.
 
     Returns:
-        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer without a number by a rule is wrong by
-        it.
+        `{"strict": ..., "flexible": ..., "paper": ...}` in percent. An answer in which a rule finds no number is wrong
+        by that rule.
 
     Raises:
-        TypeError, ValueError: for other rows, lists of different lengths, or a reference without a number, naming the
-            row.
+        TypeError, ValueError: for other rows, lists of different lengths, or a reference without a number. The message
+            names the row.
     """
     rows = gsm8k_row_scores(predictions, references)
     return {rule: 100 * sum(row[rule] for row in rows) / len(rows) for rule in RULES}
 
 
 def gsm8k_row_scores(predictions: Sequence[str], references: Sequence[str | float]) -> list[dict[str, Any]]:
-    """Whether each row is right by `strict`, `flexible` and `paper`, and in `values` the numbers that they found."""
+    """Whether each row is right by `strict`, `flexible` and `paper`. `values` has the numbers that they found."""
     check_rows(predictions, references)
     rows: list[dict[str, Any]] = []
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
@@ -107,10 +107,10 @@ def gsm8k_row_scores(predictions: Sequence[str], references: Sequence[str | floa
 def reference_number(reference: Any, name: str) -> float:
     """The right answer that a reference states, see [`gsm8k_accuracy`].
 
-    Nothing is guessed: a wrong one would spoil the score unseen.
+    Nothing is guessed, as a wrong guess would spoil the score unnoticed.
 
     Args:
-        name: What it is called in messages.
+        name: Name of the reference in messages.
 
     Raises:
         TypeError, ValueError: for anything that is not a number or a text with a single or marked one.
@@ -119,7 +119,7 @@ def reference_number(reference: Any, name: str) -> float:
 
 
 def _gold(reference: Any, name: str) -> tuple[float, str]:
-    """The right number, and as the harness would write it."""
+    """The right number, and its text in the harness's style."""
     if isinstance(reference, str):
         value, written = _gold_in_text(reference, name)
     elif isinstance(reference, numbers.Real) and not isinstance(reference, bool):
@@ -180,7 +180,7 @@ def _paper_number(text: str) -> float | None:
 
 
 def _boxed_number(text: str) -> float | None:
-    """The number in the first box that has one; a box that is never closed was cut off with its text."""
+    """The number in the first box that has one. A box that is never closed was cut off and ends with the text."""
     box = _BOX.search(text)
     while box:
         depth, end = 1, len(text)

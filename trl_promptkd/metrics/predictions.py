@@ -1,4 +1,4 @@
-"""What predictions must be, and what of them counts, whatever scores them."""
+"""What predictions must be, and which part of them counts, for all scores."""
 
 from collections.abc import Sequence
 from typing import Any

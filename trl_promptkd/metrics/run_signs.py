@@ -1,4 +1,4 @@
-"""Signs in a run's log that something is wrong, as rules on logged numbers and kept samples.
+"""Signs that something is wrong with a run, as rules on logged numbers and kept samples.
 
 The warning during training and the report after it share these rules. docs/report.md states them.
 """
@@ -47,11 +47,11 @@ class Sign(NamedTuple):
 
 
 def collusion(history: Sequence[Entry], share: float = COLLUSION_SHARE) -> Collusion | None:
-    """Whether the soft prompt seems to follow the student at the end of `history`; `None` if not.
+    """The numbers that show the soft prompt following the student at the end of `history`, or `None`.
 
-    It does if the prompt gain and KL(prompted || plain) are both at least `share` of KL(student || plain), from the
-    second logged step on. A forward KL that has risen on no evaluation set since the first evaluation clears the
-    prompt.
+    It follows if the prompt gain and KL(prompted || plain) are both at least `share` of KL(student || plain), from the
+    second logged step on. The prompt is cleared if evaluations show that the forward KL has risen on no set since the
+    first of them.
     """
     training = [entry for entry in history if "kl/prompt_gain" in entry]
     if len(training) < 2:
@@ -67,7 +67,7 @@ def collusion(history: Sequence[Entry], share: float = COLLUSION_SHARE) -> Collu
 
 
 def run_signs(history: Sequence[Entry], samples: Sequence[DataFrame] = ()) -> list[Sign]:
-    """What all rules find in a run.
+    """Apply all rules to a run.
 
     Args:
         history: `trainer.state.log_history`.

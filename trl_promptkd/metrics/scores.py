@@ -15,12 +15,12 @@ __all__ = ["instruction_row_scores", "instruction_scores", "rouge_scorer"]
 def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """ROUGE-L and exact match, as the PromptKD paper (and MiniLLM, and Natural Instructions before them) takes them.
 
-    `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal once
-    they are [`normalized`]. Each is the maximum over a row's references, then the mean over rows. Thoughts in
-    predictions do not count ([`without_thoughts`]).
+    `rougeL` is the F-measure of `rouge_score` with its stemmer. `exact_match` is whether both texts are equal after
+    [`normalized`]. Each is the maximum over a row's references, then the mean over rows. Thoughts in predictions do
+    not count ([`without_thoughts`]).
 
-    `rouge_score` finds nothing in other scripts than Latin. If the prediction or the reference is of another one
-    ([`is_foreign`]), both have the tokens of [`ScriptTokenizer`]. English has the scores of `rouge_score` and of
+    `rouge_score` finds no tokens in scripts other than Latin. If the prediction or the reference is in another script
+    ([`is_foreign`]), both are split by [`ScriptTokenizer`]. English text scores as with `rouge_score` and with
     MiniLLM's code.
 
     Args:
@@ -31,7 +31,8 @@ def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence
         `{"rougeL": ..., "exact_match": ...}`, both in percent.
 
     Raises:
-        TypeError, ValueError: for rows of other kinds, of unequal numbers, or without references, naming the row.
+        TypeError, ValueError: for rows of other types, lists of different lengths, or rows without references. The
+            message names the row.
         ImportError: if `rouge_score` is not installed.
     """
     rows = instruction_row_scores(predictions, references)
@@ -39,7 +40,7 @@ def instruction_scores(predictions: Sequence[str], references: Sequence[Sequence
 
 
 def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[dict[str, float]]:
-    """[`instruction_scores`] of each row by itself, in percent."""
+    """[`instruction_scores`] of each single row, in percent."""
     check_rows(predictions, references)
     for row, texts in enumerate(references):
         is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
@@ -63,10 +64,10 @@ def instruction_row_scores(predictions: Sequence[str], references: Sequence[Sequ
 
 @lru_cache(maxsize=1)
 def rouge_scorer() -> Any:
-    """`rouge_score`'s scorer of ROUGE-L, with the tokens of [`ScriptTokenizer`] where it would find none.
+    """`rouge_score`'s scorer of ROUGE-L, with the tokens of [`ScriptTokenizer`] for other scripts than Latin.
 
     Raises:
-        ImportError: if it is not installed, saying how to install it.
+        ImportError: if it is not installed. The message says how to install it.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer

@@ -1,6 +1,6 @@
-"""Texts of any script as ROUGE-L and exact match compare them.
+"""Prepares texts of any script for ROUGE-L and exact match.
 
-English stays as `rouge_score` and MiniLLM's code have it.
+English text is treated as by `rouge_score` and MiniLLM's code.
 """
 
 import string
@@ -45,10 +45,11 @@ def is_foreign(text: str) -> bool:
 
 
 class ScriptTokenizer:
-    """Tokens for `rouge_score` that texts of any script have.
+    """Splits texts of any script into tokens for `rouge_score`.
 
     - Runs of ASCII letters and digits in lower case, stemmed: `rouge_score`'s own tokens. It has no others.
-    - Words of other scripts: letters with their combining marks, and digits; NFKC, case-folded, not stemmed.
+    - Words of other scripts: letters with their combining marks, and digits. They are in NFKC form and case-folded,
+        but not stemmed.
     - Single characters with their combining marks in scripts that put no spaces between words (Chinese, Japanese,
       Thai, Khmer, ...).
     - Latin words with their accents, but only if a text has nothing else ("Ừ"). Otherwise accents split words, as in
@@ -69,7 +70,7 @@ class ScriptTokenizer:
 
 
 def _plain(run: str) -> str:
-    """A run of other scripts in the form that its equals share."""
+    """A run of other scripts in a form that all its equivalents share."""
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", run)).casefold()
     return unicodedata.normalize("NFKC", text)
 
@@ -77,9 +78,9 @@ def _plain(run: str) -> str:
 def normalized(text: str) -> str:
     """Case-folded, without punctuation, with single spaces: what exact match compares.
 
-    Of English punctuation only that of ASCII goes, as in MiniLLM. All of Unicode's goes from text of other scripts
-    ([`is_foreign`]), and signs that English does not have ("«", "¿") go from all. Letters that Unicode holds equal
-    (NFKC) are equal.
+    From English text, only ASCII punctuation is removed, as in MiniLLM. From text in other scripts ([`is_foreign`]),
+    all Unicode punctuation is. Signs that English does not have ("«", "¿") are removed from any text. Letters that are
+    equivalent in Unicode (NFKC) count as equal.
     """
     if is_foreign(text):
         text = _PUNCTUATION.sub("", _plain(text))

@@ -1,7 +1,11 @@
-"""The offline teacher: run it once, train from what it said for ever.
+"""The offline teacher: run it once, then train from its stored distributions.
 
-`codec.py` (what is kept of a distribution), `manifest.py` (what a cache says about itself), `shards.py` (rows on the
-disk), `reader.py`, `writer.py`, `sources.py` (where hidden states come from), `builder.py`, `merge.py`, `verify.py`.
+- `codec.py`: what is kept of a distribution.
+- `manifest.py`: what a cache says about itself.
+- `shards.py`: rows on disk.
+- `reader.py`: rows and distributions of a finished cache.
+- `builder.py`, `writer.py`: building a cache, with hidden states from `sources.py`.
+- `merge.py`, `verify.py`: joining the parts of a cache, and comparing it with the live teacher.
 """
 
 from .builder import build_teacher_cache

@@ -1,4 +1,4 @@
-"""Building a cache: what is refused, and what the folder is to hold; `writer.py` fills it."""
+"""Building a cache: checks of the arguments, and the manifest of the folder. `writer.py` fills it."""
 
 import json
 import os
@@ -56,48 +56,53 @@ def build_teacher_cache(
 ) -> TeacherCache:
     """Run a teacher once and keep its distributions at every completion token of a data set.
 
-    A build that was killed resumes when it is started again with the same arguments. Rows that are there are not
-    computed again, and new rows of a longer data set are added. Under `accelerate launch` the rows are shared out
-    among the ranks, which must see one file system.
+    A killed build resumes when it is started again with the same arguments. Finished rows are not computed again, and
+    new rows of a longer data set are added. Under `accelerate launch` the ranks share the rows. They must see one file
+    system.
 
     Args:
-        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher; a name is loaded with
+        teacher (`str` or [`~transformers.PreTrainedModel`]): The teacher. A name is loaded with
             `teacher_model_init_kwargs`. If it runs in vLLM (`backend`), it must be a name, and only its output head is
             loaded here.
         dataset ([`~datasets.Dataset`]): Rows as for [`PrimedDistillTrainer`].
-        output_dir (`str`): The cache's folder; made if it is not there.
+        output_dir (`str`): The cache's folder. It is created if it does not exist.
         processing_class ([`~transformers.PreTrainedTokenizerBase`]): The tokenizer of teacher and student.
         priming (`str` or [`PrimingTemplate`], *optional*): What the teacher sees, as for [`PrimedDistillTrainer`].
         preset (`str`, *optional*, defaults to `"standard"`): How much is kept: `"tiny"` (draws, for the forward KL
             only), `"standard"`, `"faithful"` or `"exact"` (any divergence at any temperature).
-        response_source (`str`, *optional*, defaults to `"dataset"`): Whose answers are judged: `"dataset"` or
-            `"teacher"`, which writes them first. `cache.dataset()` is then a training set with them.
+        response_source (`str`, *optional*, defaults to `"dataset"`): Source of the answers: `"dataset"`, or
+            `"teacher"`, which generates them first. `cache.dataset()` is then a training set with them.
         max_length, teacher_max_length, overlong, max_new_tokens, temperature, top_k, top_p, generation_kwargs: As in
             [`PrimedDistillConfig`].
-        batch_size (`int`, *optional*, defaults to `8`): Rows at once on one device, or given to vLLM at once: more
-            of them keep it busy.
-        seed (`int`, *optional*, defaults to `42`): Of the teacher's samples.
-        num_proc (`int`, *optional*): Processes that tokenize.
+        batch_size (`int`, *optional*, defaults to `8`): Rows per batch on one device, or per call of vLLM. vLLM is
+            faster with more of them.
+        seed (`int`, *optional*, defaults to `42`): Seed of the teacher's samples.
+        num_proc (`int`, *optional*): Number of processes that tokenize.
         backend (`str`, *optional*, defaults to `"transformers"`): What runs the teacher: `"transformers"`, `"vllm"` in
-            this process, or `"server"`, a vLLM server in pooling mode. vLLM writes no answers in this mode, so that
+            this process, or `"server"`, a vLLM server in pooling mode. vLLM generates no answers in this mode, so
             `response_source` must be `"dataset"`.
-        teacher_server (`str`, *optional*): The server's address, such as `"http://host:8000"`.
+        teacher_server (`str`, *optional*): URL of the server, such as `"http://host:8000"`.
         vllm_kwargs (`dict`, *optional*): Arguments of `vllm.LLM`, such as `{"tensor_parallel_size": 4}`.
-        part (`str`, *optional*): Build only this part of the cache, such as `"2/3"`. Every host finds its own rows:
-            they are shared out by the content of what the teacher sees. [`merge_teacher_caches`] joins the parts.
+        part (`str`, *optional*): Build only this part of the cache, such as `"2/3"`. Every host finds its own rows, as
+            the content of the teacher's prompt decides on a row's part. [`merge_teacher_caches`] joins the parts.
         basis (`str`, *optional*): `basis.safetensors` of another cache of this teacher. Parts after the first need
-            that of the first, as rows in other coordinates cannot be merged; the preset `"tiny"` has none.
+            that of the first, as rows in other coordinates cannot be merged. The preset `"tiny"` has none.
 
     Returns:
-        [`TeacherCache`]. Its `manifest.receipt` has `kl_mean` and `kl_p95` (KL(teacher || kept), nats per token).
-        They come from `kl_tokens` tokens, which are an eighth of the batches, and the percentile from 256 tokens per
-        shard. `tail_mass_p50` and `tail_mass_p95` are of the mass that is not kept token by token. The others are
-        `bytes_per_token` (on disk, without the basis), `basis_bytes` and `decode_microseconds_per_token`.
+        [`TeacherCache`]. Its `manifest.receipt` has:
+
+        - `rows`, `tokens`: how many there are.
+        - `kl_mean`, `kl_p95`: mean and 95th percentile of KL(teacher || kept), in nats per token. They come from
+            `kl_tokens` tokens, which are an eighth of the batches. The percentile comes from up to 256 tokens per
+            shard.
+        - `tail_mass_p50`, `tail_mass_p95`: percentiles of the probability that is not kept token by token.
+        - `bytes_per_token`, `basis_bytes`: size on disk, per token without the basis, and of the basis.
+        - `decode_microseconds_per_token`: time to decode.
 
     Raises:
-        ConnectionError, TimeoutError: if a server stops. What is there is kept; start again.
-        ValueError: for an unknown preset or source, rows that cannot be used, a folder that holds another cache, and a
-            teacher whose logits are not its output head applied to its last hidden state.
+        ConnectionError, TimeoutError: if a server stops. Finished rows are kept, and the same call resumes.
+        ValueError: if the preset or source is unknown, rows cannot be used, the folder holds another cache, or the
+            teacher's logits are not its output head applied to its last hidden state.
     """
     args = SimpleNamespace(
         preset=preset,
@@ -205,7 +210,7 @@ def _source(
     teacher_server: str | None,
     vllm_kwargs: dict[str, Any] | None,
 ) -> StatesSource:
-    """What runs the teacher, before anything is loaded."""
+    """The source of hidden states for a backend, before anything is loaded."""
     for name, value, of in (("teacher_server", teacher_server, "server"), ("vllm_kwargs", vllm_kwargs, "vllm")):
         if value and backend != of:
             raise ValueError(f"`{name}` is {value!r}, but `backend` is {backend!r}. Set `backend={of!r}`, or omit it.")
@@ -232,7 +237,7 @@ def _source(
 
 
 def _check_part(part: str | None, basis: str | None, preset: str, folder: str) -> None:
-    """Refuse a part whose rows could not be merged, and coordinates for a preset without any."""
+    """Reject a part whose rows could not be merged, and coordinates for a preset without any."""
     first = part is None or part_numbers(part)[0] == 1
     if basis is not None and PRESETS[preset].draws:
         raise ValueError(f"`basis` is {basis!r}, but the preset {preset!r} keeps draws, without coordinates. Omit it.")
@@ -248,7 +253,7 @@ def _check_part(part: str | None, basis: str | None, preset: str, folder: str) -
 
 
 def _rows_of_part(dataset: Dataset, part: str) -> Dataset:
-    """The rows of one part. All answers to one prompt are in one part, also those that a teacher has yet to write."""
+    """The rows of one part. All answers to one prompt are in one part, even those that a teacher has yet to write."""
     number, count = part_numbers(part)
     shares = [int(content_hash(ids), 16) % count for ids in dataset["teacher_prompt_ids"]]
     mine = [index for index, share in enumerate(shares) if share == number - 1]
@@ -260,7 +265,7 @@ def _rows_of_part(dataset: Dataset, part: str) -> Dataset:
 
 
 def _claim_folder(folder: str, manifest: Manifest, accelerator: Accelerator) -> None:
-    """Write the manifest of an empty folder, or refuse a folder that holds another cache."""
+    """Write the manifest of an empty folder, or reject a folder that holds another cache."""
     path = os.path.join(folder, MANIFEST_FILE)
     if accelerator.is_main_process:
         os.makedirs(folder, exist_ok=True)

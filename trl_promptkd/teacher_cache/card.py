@@ -1,4 +1,4 @@
-"""What the model card and a cache's card share."""
+"""Shared by the model card and a cache's card."""
 
 import os
 import re
@@ -15,13 +15,13 @@ PLACES = {"prefix": "before the question", "suffix": "after the question", "syst
 
 
 def name_in_cache(teacher: dict[str, Any]) -> str:
-    """The teacher's name in a manifest. Without a revision it is a folder's, perhaps of another machine."""
+    """The teacher's name in a manifest. Without a revision it is a folder, perhaps on another machine."""
     name = teacher["name"]
     return quoted(name if teacher["revision"] else os.path.basename(name.rstrip("/\\")))
 
 
 def fenced(text: str) -> str:
-    """`text` as a block of code, whatever is in it."""
+    """`text` as a block of code, also if it holds fences."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 
@@ -41,7 +41,7 @@ def shown_name(name: str) -> str:
 
 
 def hub_id(name: str | None) -> str | None:
-    """`name` where it can be a repository's on the Hub, and is no file or folder here."""
+    """`name` if it can be a repository's on the Hub, and is not a file or folder here. Otherwise `None`."""
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -1,15 +1,15 @@
 """How a teacher's distribution is kept in a few bytes per token.
 
-A next-token distribution is the output head applied to a final hidden state, so that is what is kept, as in transform
-coding of sounds and pictures: the state is rotated into coordinates in which an error of a given size costs about the
-same KL in every direction, and rounded there with one step for all of them. Directions that hardly matter round to 0
-and cost nothing. Beside it the likeliest tokens may be kept one by one, with the mass of all the others; what was
-rounded then only shapes that tail. Much less is kept by drawing a few tokens from each distribution, which is enough
-for the gradient of the forward KL.
+A next-token distribution is the output head applied to a final hidden state, so the state is kept, as in transform
+coding of audio and images. It is rotated into coordinates in which an error of a given size costs about the same KL in
+every direction, and rounded there with one step size. Directions that hardly matter round to 0 and cost no space. In
+addition, the likeliest tokens may be kept one by one, with the mass of all the others. The rounded state then only
+shapes that tail. Much less space is needed for a few tokens drawn from each distribution. They are enough for the
+gradient of the forward KL.
 
 The coordinates come from some of the user's own tokens ([`Basis.fit`]). The metric is the Fisher information of the
-logits, F = W^T (diag(mean p) - mean(p p^T)) W with W the output head: KL(p || p') is about 1/2 dh^T F dh for a small
-change dh of the hidden state h.
+logits, F = W^T (diag(mean p) - mean(p p^T)) W, and W is the output head. KL(p || p') is about 1/2 dh^T F dh for a
+small change dh of the hidden state h.
 """
 
 import math
@@ -48,12 +48,12 @@ class Preset:
     What is kept of a distribution.
 
     Args:
-        step (`float`): Rounding step of the coefficients; the KL grows with its square.
-        rank (`int`, *optional*): Number of coefficients; `None` for as many as the hidden size.
-        top_k (`int`): How many of the likeliest tokens are kept one by one, at most; up to 255.
-        nucleus (`float`): Fewer, if these hold this probability.
-        draws (`int`): Keep only so many tokens drawn from the distribution, up to 255: an unbiased gradient of the
-            forward KL, and no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
+        step (`float`): Rounding step of the coefficients. The KL grows with its square.
+        rank (`int`, *optional*): Number of coefficients. `None` for the hidden size.
+        top_k (`int`): How many of the likeliest tokens are kept one by one, at most. Up to 255.
+        nucleus (`float`): Fewer tokens are kept if they already hold this probability.
+        draws (`int`): If above 0, keep only this number of tokens drawn from the distribution. Up to 255. They give an
+            unbiased gradient of the forward KL, and of no other divergence (Sparse Logit Sampling, arXiv 2503.16870).
     """
 
     step: float = 1.0
@@ -74,16 +74,16 @@ PRESETS = {
 @dataclass
 class Basis:
     """
-    The coordinates in which hidden states are rounded, and what turns them back into logits.
+    The coordinates in which hidden states are rounded, and the map from them back to logits.
 
     Args:
         mean (`Tensor` of shape `(hidden,)`): Mean hidden state.
         analysis (`Tensor` of shape `(hidden, rank)`): `(h - mean) @ analysis` are the coefficients.
-        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits; float16, at
-            most 1.
-        scale (`Tensor` of shape `(rank,)`): What the rows of `head` were divided by.
+        head (`Tensor` of shape `(rank, vocab)`): `(coefficients * scale) @ head + offset` are the logits. In float16,
+            at most 1 in size.
+        scale (`Tensor` of shape `(rank,)`): The divisors of the rows of `head`.
         offset (`Tensor` of shape `(vocab,)`): The logits of the mean state.
-        softcap (`float`, *optional*): Logits are `softcap * tanh(logits / softcap)` at last (Gemma 2).
+        softcap (`float`, *optional*): The final logits are `softcap * tanh(logits / softcap)` (Gemma 2). 0 for none.
     """
 
     mean: Tensor
@@ -104,14 +104,14 @@ class Basis:
         softcap: float = 0.0,
         rank: int | None = None,
     ) -> "Basis":
-        """The coordinates for some hidden states.
+        """Fit coordinates to some hidden states.
 
         Args:
-            hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the output head; a few thousand.
+            hidden (`Tensor` of shape `(num_tokens, hidden)`): A few thousand inputs of the output head.
             weight (`Tensor` of shape `(vocab, hidden)`): The output head, cut to the ids that stand for tokens.
             bias (`Tensor` of shape `(vocab,)`, *optional*): Its bias.
             logit_scale (`float`): Logits are multiplied by it (Cohere, Granite).
-            rank (`int`, *optional*): Keep so many coordinates, those that matter most.
+            rank (`int`, *optional*): Number of coordinates to keep, those that matter most. `None` keeps all.
         """
         weight = weight.float() * logit_scale
         hidden = hidden.to(weight.device).float()
@@ -161,8 +161,8 @@ class Basis:
         """Read what [`save`] wrote.
 
         Raises:
-            FileNotFoundError: where there is nothing.
-            ValueError: for other tensors, another vocabulary than `vocab_size`, and tensors whose logits would not be
+            FileNotFoundError: if there is no such file.
+            ValueError: for other tensors, a vocabulary other than `vocab_size`, or tensors whose logits would not be
                 finite.
         """
         tensors, _ = read_safetensors(path, "Build the cache again.")
@@ -193,13 +193,13 @@ class Basis:
 
 @torch.no_grad()
 def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, seed: int = 0) -> dict[str, bytes]:
-    """The distributions at the tokens of one row, as named strings of bytes.
+    """Encode the distributions at the tokens of one row as named strings of bytes.
 
     Args:
         hidden (`Tensor` of shape `(num_tokens, hidden)`): Inputs of the teacher's output head.
-        logits (`Tensor` of shape `(num_tokens, vocab)`): What it made of them.
+        logits (`Tensor` of shape `(num_tokens, vocab)`): Its outputs.
         basis ([`Basis`], *optional*): Not needed for draws.
-        seed (`int`): Of the draws.
+        seed (`int`): Seed of the draws.
     """
     if not torch.isfinite(hidden).all() or torch.isnan(logits).any():
         raise ValueError("The teacher's hidden states or logits are not finite at some tokens.")
@@ -234,7 +234,7 @@ def encode(hidden: Tensor, logits: Tensor, basis: Basis | None, preset: Preset, 
 
 
 def payload_columns(preset: Preset) -> set[str]:
-    """The names of what [`encode`] makes."""
+    """The names in the result of [`encode`]."""
     single = {"counts", "values", *(f"gaps_{byte}" for byte in range(3))}
     if preset.draws:
         return {*single, "entropy"}
@@ -243,12 +243,12 @@ def payload_columns(preset: Preset) -> set[str]:
 
 
 def num_tokens(columns: dict[str, bytes], basis: Basis | None) -> int:
-    """How many tokens' distributions are kept there, found without decoding them."""
+    """How many tokens' distributions `columns` hold. Nothing is decoded."""
     return len(columns["counts"]) if basis is None else len(columns["coefficients_high"]) // basis.analysis.size(1)
 
 
 def _packed(values: Tensor | np.ndarray) -> bytes:
-    """One byte an entry."""
+    """The entries as one byte each."""
     values = values.cpu().numpy() if isinstance(values, Tensor) else values
     return np.ascontiguousarray(values.astype(np.uint8)).tobytes()
 
@@ -259,7 +259,7 @@ def _unpacked(columns: dict[str, bytes], name: str, device: torch.device | str) 
 
 
 def _encode_ids(ids: Tensor, kept: Tensor) -> dict[str, bytes]:
-    """Sorted ids as differences, a plane for each of their three bytes."""
+    """Sorted ids as differences, with a string for each of their three bytes."""
     gaps = ids.diff(dim=-1, prepend=torch.zeros_like(ids[:, :1]))[kept]
     return {f"gaps_{byte}": _packed((gaps >> (8 * byte)) & 255) for byte in range(3)}
 
@@ -267,7 +267,7 @@ def _encode_ids(ids: Tensor, kept: Tensor) -> dict[str, bytes]:
 def _decode_ids(
     columns: dict[str, bytes], vocab_size: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and values `(num_tokens, width)` and which of them are kept; the other ids repeat the row's first."""
+    """Ids, values and which of them are kept, each `(num_tokens, width)`. The other ids repeat the row's first."""
     counts, values = _unpacked(columns, "counts", device), _unpacked(columns, "values", device)
     planes = [_unpacked(columns, f"gaps_{byte}", device) for byte in range(3)]
     if {len(values), *map(len, planes)} != {int(counts.sum())} or (counts < 1).any():
@@ -314,7 +314,7 @@ def _decode_draws(columns: dict[str, bytes], vocab_size: int, device: torch.devi
 
 
 def entropies(columns: dict[str, bytes]) -> Tensor:
-    """Of the distributions that were drawn from: `(num_tokens,)` in nats, which the draws themselves underestimate."""
+    """Entropies of the distributions that were drawn from, `(num_tokens,)` in nats. The draws' own are too small."""
     values = torch.from_numpy(np.frombuffer(columns["entropy"], dtype=np.float16).astype(np.float32))
     if len(values) != len(columns["counts"]) or not (values.isfinite() & (values >= 0)).all():
         raise ValueError("A row's entropies are damaged: there must be a finite one of at least 0 for each token.")
@@ -325,10 +325,12 @@ def entropies(columns: dict[str, bytes]) -> Tensor:
 def decode(
     columns: dict[str, bytes], basis: Basis | None, preset: Preset, vocab_size: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Log-probabilities `(num_tokens, vocab)` in float32 on `device`, where the basis is too: what [`encode`] kept.
+    """Decode the result of [`encode`] to log-probabilities `(num_tokens, vocab)` in float32.
+
+    They are on the device of the basis, or on `device` for draws.
 
     Raises:
-        ValueError: where the strings do not have the lengths that belong together.
+        ValueError: if the lengths of the strings do not fit together.
     """
     if preset.draws:
         return _decode_draws(columns, vocab_size, device)
@@ -363,5 +365,5 @@ def _tail_odds(columns: dict[str, bytes]) -> Tensor:
 
 
 def tail_masses(columns: dict[str, bytes]) -> Tensor:
-    """The probability of all tokens that were not kept one by one, `(num_tokens,)`."""
+    """The total probability of tokens that were not kept one by one, `(num_tokens,)`."""
     return _tail_odds(columns).sigmoid()

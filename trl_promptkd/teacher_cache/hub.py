@@ -1,4 +1,4 @@
-"""A cache as a data set on the Hub: its card, and one commit for all of it."""
+"""A cache as a data set on the Hub: its card, and a single commit for all files."""
 
 import os
 
@@ -14,8 +14,8 @@ __all__ = ["push_cache"]
 def push_cache(path: str, manifest: Manifest, repo_id: str, private: bool | None, token: str | None) -> None:
     """Upload the cache in `path` in one commit.
 
-    `upload_folder` makes several where there are some hundred files: a reader in between would find a manifest without
-    its shards, and `load_dataset` some of the rows.
+    `upload_folder` makes several commits for some hundred files. A reader in between would find a manifest without its
+    shards, and `load_dataset` only some of the rows.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
@@ -36,7 +36,7 @@ def push_cache(path: str, manifest: Manifest, repo_id: str, private: bool | None
 
 
 def _card(manifest: Manifest, repo_id: str) -> DatasetCard:
-    """What the cache holds and how to use it. Its metadata let `load_dataset` find the shards, and miss lost ones."""
+    """What the cache holds and how to use it. Its metadata let `load_dataset` find the shards and notice lost ones."""
     receipt, size = manifest.receipt, sum(shard["bytes"] for shard in manifest.shards)
     rows = {"name": "train", "num_bytes": size, "num_examples": sum(shard["rows"] for shard in manifest.shards)}
     data = DatasetCardData(

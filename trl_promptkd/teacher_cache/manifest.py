@@ -36,12 +36,12 @@ _OF_THE_ROWS = ("part", "max_length", "teacher_max_length", "data", "shards", "f
 
 
 def row_key(teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
-    """The hash by which a row is found: of what the teacher saw, and of what it judged."""
+    """The hash that identifies a row, of the prompt that the teacher saw and of the answer."""
     return content_hash([list(map(int, teacher_prompt_ids)), list(map(int, completion_ids))])
 
 
 def part_numbers(part: str) -> tuple[int, int]:
-    """The two numbers of `"2/3"`, the second of three parts.
+    """The two numbers of `"2/3"`, which means the second of three parts.
 
     Raises:
         ValueError: for any other text.
@@ -54,7 +54,7 @@ def part_numbers(part: str) -> tuple[int, int]:
 
 
 def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What must be the same when a cache is made and when it is used."""
+    """The properties that must be the same when a cache is made and when it is used."""
     vocab = processing_class.get_vocab()
     return {
         "tokenizer": content_hash(vocab),
@@ -64,12 +64,12 @@ def describe_tokenizer(processing_class: PreTrainedTokenizerBase) -> dict[str, A
 
 
 def describe_priming(priming: PrimingTemplate | None) -> dict[str, str] | None:
-    """What the teacher saw besides the prompt: text, placement, and the text's hash."""
+    """The text that the teacher saw besides the prompt, its placement and its hash."""
     return None if priming is None else {**asdict(priming), "hash": content_hash(priming.text)}
 
 
 def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """The first entry in which two manifests' settings differ, with both values, in words."""
+    """Names the first entry in which two manifests' settings differ, with both values. `None` if none does."""
     for name in here:
         if there[name] != here[name]:
             return f"`{name}` is {there[name]!r} there and {here[name]!r} here"
@@ -84,22 +84,22 @@ class Manifest:
 
     Args:
         teacher (`dict`): `name`, `revision`, `dtype`, `quantization` and `weights`, a fingerprint. If it ran in vLLM,
-            that of the output head, and `backend`.
+            there is also `backend`, and the fingerprint is that of the output head.
         tokenizer (`str`), chat_template (`str`): Hashes of the vocabulary and of the template.
         real_vocab_size (`int`): Number of ids that stand for tokens.
-        vocab_size (`int`): How wide the kept distributions are: the real ids that the teacher's vocabulary has.
+        vocab_size (`int`): Width of the kept distributions: the number of real ids in the teacher's vocabulary.
         priming (`dict`, *optional*): `text`, `placement` and the text's `hash`.
-        response_source (`str`): Who wrote the answers, `"dataset"` or `"teacher"`, and how the teacher did
-            (`sampling`).
+        response_source (`str`), sampling (`dict`, *optional*): Source of the answers, `"dataset"` or `"teacher"`, and
+            the teacher's sampling settings.
         preset (`str`), temperature (`float`), codec_version (`int`): What is kept of a distribution, and the version
             of the format.
         max_length (`int`, *optional*), teacher_max_length (`int`, *optional*): Limits of the last build, which omitted
             longer rows.
-        part (`str`, *optional*): Of a part of a cache that several hosts build: which one, such as `"2/3"`.
+        part (`str`, *optional*): Which part this is, such as `"2/3"`, if several hosts build the cache.
         data (`str`): Hash of the rows.
-        shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each; empty while the cache is being built.
+        shards (`list`): `file`, `rows`, `tokens`, `bytes` and `sha256` of each. Empty while the cache is being built.
         files (`dict`): SHA-256 sums of the other files.
-        receipt (`dict`): How close the kept distributions are; see [`build_teacher_cache`].
+        receipt (`dict`): How close the kept distributions are, see [`build_teacher_cache`].
     """
 
     teacher: dict[str, str | None]
@@ -122,7 +122,7 @@ class Manifest:
     receipt: dict[str, int | float] = field(default_factory=dict)
 
     def validate_entries(self) -> None:
-        """What the annotations do not say; both are checked whenever a manifest is made."""
+        """Check what the annotations do not say. Both are checked whenever a manifest is made."""
         if self.preset not in PRESETS or self.response_source not in ("dataset", "teacher"):
             raise ValueError(
                 f"`preset` is {self.preset!r} and `response_source` {self.response_source!r}; they must be among "
@@ -147,7 +147,7 @@ class Manifest:
             raise ValueError(f"it names a file outside its folder, or one twice: {sorted(files)}")
 
     def settings(self) -> dict[str, Any]:
-        """What rows of one cache have in common."""
+        """The entries that all rows of one cache have in common."""
         return {name: value for name, value in asdict(self).items() if name not in _OF_THE_ROWS}
 
     def save(self, path: str) -> None:
@@ -155,10 +155,11 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str) -> "Manifest":
-        """
+        """Read a manifest.
+
         Raises:
-            FileNotFoundError: where there is none.
-            ValueError: where it is not a manifest, or of another version.
+            FileNotFoundError: if there is none.
+            ValueError: if it is not a manifest, or of another version.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -175,7 +176,7 @@ class Manifest:
             ) from error
 
     def check_fits(self, processing_class: PreTrainedTokenizerBase, priming: PrimingTemplate | None) -> None:
-        """Refuse a part of a cache, and a run whose tokenizer, chat template or priming text is another one.
+        """Reject a part of a cache, and a run with another tokenizer, chat template or priming text.
 
         Raises:
             ValueError: naming both values.

@@ -1,4 +1,4 @@
-"""The parts of a cache that several hosts built, joined to one."""
+"""Joins the parts of a cache that several hosts built."""
 
 import os
 import shutil
@@ -21,19 +21,20 @@ def merge_teacher_caches(parts: Sequence[str], output_dir: str) -> TeacherCache:
     """Join the parts of a cache, which `build_teacher_cache(part="1/3")` and so on built.
 
     Nothing is computed again. Files are linked if `output_dir` is on the same disk as the part, and copied otherwise.
-    The manifest comes last, so that a merge that was killed leaves no cache; the same call resumes it.
+    The manifest is written last. The folder of a killed merge cannot be opened as a cache, and the same call resumes
+    it.
 
     Args:
         parts (`list[str]`): Folders, or ids of data sets on the Hub, in any order.
-        output_dir (`str`): The whole cache's folder; made if it is not there.
+        output_dir (`str`): The whole cache's folder. It is created if it does not exist.
 
     Returns:
         [`TeacherCache`].
 
     Raises:
-        FileNotFoundError: if a part, or one of its files, is not there.
-        ValueError: for a part that is unfinished or damaged, one that was made with other settings or coordinates, a
-            part that is missing or there twice, a row that is there twice, and a folder that holds something else.
+        FileNotFoundError: if a part, or one of its files, does not exist.
+        ValueError: if a part is unfinished, damaged, missing or given twice. If parts have different settings or
+            coordinates, or share a row. If the folder holds something else.
     """
     if not parts:
         raise ValueError("There are no parts to merge. Name their folders.")
@@ -73,13 +74,13 @@ def merge_teacher_caches(parts: Sequence[str], output_dir: str) -> TeacherCache:
 
 
 def _of_one_cache(manifest: Manifest) -> dict[str, Any]:
-    """What the parts of one cache have in common."""
+    """The settings that the parts of one cache have in common."""
     limits = {"max_length": manifest.max_length, "teacher_max_length": manifest.teacher_max_length}
     return manifest.settings() | limits
 
 
 def _check_same(first: Manifest, first_name: str, other: Manifest, name: str) -> None:
-    """Refuse a part whose rows do not belong in one cache with those of the first."""
+    """Reject a part whose rows do not belong in one cache with those of the first."""
     counts = [part_numbers(str(manifest.part))[1] for manifest in (first, other)]
     differs = differing(_of_one_cache(first), _of_one_cache(other))
     if differs is None and counts[0] != counts[1]:
@@ -94,7 +95,7 @@ def _check_same(first: Manifest, first_name: str, other: Manifest, name: str) ->
 
 
 def _place(sources: dict[str, str], folder: str, manifest: Manifest) -> None:
-    """Put all files into `folder`, each whole and checked. Those that are there are kept."""
+    """Put all files into `folder`, each whole and checked. Intact files are kept."""
     os.makedirs(folder, exist_ok=True)
     remove_incomplete(folder)
     wanted = {os.path.basename(path) for path in sources}

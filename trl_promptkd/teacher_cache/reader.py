@@ -27,15 +27,15 @@ BASIS_FILE = "basis.safetensors"
 
 class TeacherCache:
     """
-    An offline teacher: what a teacher said once at the tokens of a data set.
+    An offline teacher: its stored distributions at the tokens of a data set.
 
     Args:
         path (`str`): A folder that [`build_teacher_cache`] wrote, or the id of a data set on the Hub that holds one.
         verify_checksums (`bool`, *optional*, defaults to `True`): Read every file once and compare its SHA-256.
 
     Raises:
-        FileNotFoundError: where there is no cache.
-        ValueError: for a cache that is unfinished or damaged, naming the file.
+        FileNotFoundError: if there is no cache.
+        ValueError: if the cache is unfinished or damaged. The message names the file.
     """
 
     def __init__(self, path: str, verify_checksums: bool = True):
@@ -84,19 +84,18 @@ class TeacherCache:
         return len(self.rows)
 
     def find(self, teacher_prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> int | None:
-        """The number of a row, by what the teacher saw and what it judged; `None` where there is none."""
+        """The index of a row, by the prompt that the teacher saw and the answer. `None` if there is no such row."""
         return self.rows.numbers.get(row_key(teacher_prompt_ids, completion_ids))
 
     def dataset(self) -> Dataset:
-        """The rows as a training set: `prompt_ids`, `teacher_prompt_ids`, `completion_ids`."""
+        """The rows as a training set, with `prompt_ids`, `teacher_prompt_ids` and `completion_ids`."""
         return self.rows.id_columns()
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-        """Upload the cache as a data set with a card, which `TeacherCache(repo_id)` and `load_dataset(repo_id)` read
-        again.
+        """Upload the cache as a data set with a card. `TeacherCache(repo_id)` and `load_dataset(repo_id)` read it.
 
-        Everything appears in one commit. An upload that was killed has changed nothing, and can be repeated. Older
-        shards are removed.
+        Everything appears in one commit. A killed upload has changed nothing, and can be repeated. Older shards are
+        removed.
         """
         push_cache(self.path, self.manifest, repo_id, private, token)
 
@@ -108,15 +107,15 @@ class TeacherCache:
         takes_answers: bool = False,
         limits: str = "",
     ) -> Dataset:
-        """`dataset` with a column `cache_row`, the number of each row here.
+        """`dataset` with a column `cache_row`, the index of each row in the cache.
 
         Args:
-            dataset: With `teacher_prompt_ids` and `completion_ids`.
+            dataset: Has `teacher_prompt_ids` and `completion_ids`.
             name, limits: Its name and the run's length limits, for messages.
-            takes_answers: Take the cache's answer to each prompt instead of the data's.
+            takes_answers: Use the cache's answer to each prompt instead of the data's.
 
         Raises:
-            ValueError: for rows that are not in the cache, with their number and the first one's two sides.
+            ValueError: if rows are not in the cache. The message has their number, and what differs in the first one.
         """
         prompts, completions = dataset["teacher_prompt_ids"], dataset["completion_ids"]
         found: list[Any]
@@ -151,7 +150,7 @@ class TeacherCache:
         )
 
     def _with_answers(self, dataset: Dataset, numbers: list[int]) -> Dataset:
-        """`dataset` with the completions of some rows, which stay on the disk, and the lengths that they give it."""
+        """`dataset` with the completions of some rows, which stay on disk, and the resulting lengths."""
         answers = self.dataset().select(numbers).select_columns("completion_ids")
         dataset = concatenate_datasets([dataset.remove_columns(["completion_ids", "length"]), answers], axis=1)
         pairs = zip(dataset["teacher_prompt_ids"], dataset["completion_ids"], strict=True)
@@ -164,7 +163,7 @@ class TeacherCache:
         return self
 
     def check_serves(self, kd_temperature: float, kd_beta: float, skew: float) -> None:
-        """Refuse a divergence or a temperature for which what is kept is not enough.
+        """Reject a divergence or a temperature for which the preset keeps too little.
 
         Raises:
             ValueError: naming the preset that serves it.
@@ -194,12 +193,12 @@ class TeacherCache:
         return answers.logits(0, len(answers))
 
     def answers(self, indices: Sequence[int], vocab_size: int | None = None) -> "CachedAnswers":
-        """What the teacher said about some rows, cut to `vocab_size` entries, to be decoded row by row."""
+        """The teacher's distributions of some rows, cut to `vocab_size` entries. They are decoded row by row."""
         return CachedAnswers(self, list(indices), vocab_size)
 
 
 class CachedAnswers:
-    """What the cache says at the completion tokens of some rows, one after the other, decoded row by row."""
+    """The cached distributions at the completion tokens of some rows, one after the other, decoded row by row."""
 
     def __init__(self, cache: TeacherCache, indices: Sequence[int], vocab_size: int | None = None):
         self.cache, self.vocab_size, self._indices = cache, vocab_size, list(indices)
@@ -234,7 +233,7 @@ class CachedAnswers:
         return whole[:, : self.vocab_size]
 
     def entropies(self) -> Tensor | None:
-        """Of what was drawn from, `(num_tokens,)` in nats; `None` where the cache does not hold draws."""
+        """Entropies of the distributions that were drawn from, `(num_tokens,)` in nats. `None` without draws."""
         if not self.cache.preset.draws:
             return None
         true = [torch.empty(0)]

@@ -1,4 +1,4 @@
-"""What a manifest says when all shards are there: their checksums, and how close the kept distributions are."""
+"""The last part of a manifest, once all shards exist: their checksums, and how close the kept distributions are."""
 
 import json
 import os
@@ -25,27 +25,27 @@ _LABEL = b"trl_promptkd"
 
 
 def summary(values: list[Tensor]) -> dict[str, Any]:
-    """Sum, number, and at most 256 of some values, evenly spread: a shard's part of the receipt."""
+    """Sum and number of some values, and at most 256 of them, evenly spread. A shard's part of the receipt."""
     joined = torch.cat([torch.zeros(0), *values]).double()
     some = joined[:: max(-(-len(joined) // 256), 1)]
     return {"sum": float(joined.sum()), "count": len(joined), "sample": [round(float(value), 4) for value in some]}
 
 
 def label_text(label: Mapping[str, Any]) -> dict[bytes, str]:
-    """The metadata of a shard's schema by which [`label_of`] finds `label` again."""
+    """The metadata of a shard's schema, from which [`label_of`] reads `label`."""
     return {_LABEL: json.dumps(label)}
 
 
 def label_of(path: str) -> dict[str, Any]:
-    """What a shard says about itself."""
+    """The label that a shard was written with."""
     return json.loads((pyarrow.parquet.read_schema(path).metadata or {}).get(_LABEL, b"{}"))
 
 
 def finish_cache(folder: str, manifest: Manifest, device: torch.device | str = "cpu") -> None:
-    """Describe the shards in `folder` in `manifest`, and save it there: the cache is finished then.
+    """Describe the shards in `folder` in `manifest`, and save it there. The cache is then finished.
 
     Args:
-        device: Where decoding is timed.
+        device: Device on which decoding is timed.
     """
     paths = part_paths(folder, "shard")
     seen: set[str] = set()

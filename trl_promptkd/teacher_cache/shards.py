@@ -1,7 +1,7 @@
 """The rows of a cache, read from its shards when they are needed.
 
-A shard is a parquet file of small row groups, and reading a row decodes its group alone. In memory are the rows' keys,
-the footers of the files that were read last, and one group: a cache may be much larger than the memory.
+A shard is a parquet file of small row groups, and reading a row decodes only its group. Memory holds the rows' keys,
+the footers of the files that were read last, and one group. A cache may be much larger than the memory.
 """
 
 import os
@@ -31,7 +31,7 @@ _ROWS_AT_ONCE = 256
 
 
 def shard_schema(preset: Preset) -> pyarrow.Schema:
-    """A shard's columns."""
+    """The columns of a shard."""
     types = {"key": pyarrow.string(), **dict.fromkeys(ID_COLUMNS, pyarrow.list_(pyarrow.int32()))}
     return pyarrow.schema(types | dict.fromkeys(sorted(payload_columns(preset)), pyarrow.binary()))
 
@@ -39,8 +39,7 @@ def shard_schema(preset: Preset) -> pyarrow.Schema:
 def read_shard(
     path: str, manifest: Manifest, remedy: str = "build the cache again", columns: Sequence[str] | None = None
 ) -> pyarrow.Table:
-    """A shard's rows, or some of its columns, of which everything is checked that costs little; the rest is checked
-    when they are decoded."""
+    """A shard's rows, or some of its columns. Cheap checks are done here, the others when rows are decoded."""
     num_ids = max(manifest.vocab_size, manifest.real_vocab_size)
     schema = shard_schema(PRESETS[manifest.preset])
     return store.read_part(path, schema, num_ids, remedy, optional="prompt_ids", columns=columns)
@@ -53,17 +52,17 @@ class CacheRows:
     Opening reads keys and token ids, a shard at a time, and checks them.
 
     Args:
-        folder (`str`): The cache's.
+        folder (`str`): The cache's folder.
         manifest ([`Manifest`]): Names the shards.
         remedy (`str`): How to get a shard's rows back, for messages.
 
     Raises:
-        ValueError: for a shard that is damaged, naming it. So does whatever reads rows later.
+        ValueError: if a shard is damaged. The message names it. Later reads of rows raise it, too.
     """
 
     def __init__(self, folder: str, manifest: Manifest, remedy: str):
         self.numbers: dict[str, int] = {}
-        """Of the rows, by their keys."""
+        """Indices of the rows, by their keys."""
         self._paths: list[str] = []
         self._groups: list[tuple[str, int]] = []  # file, and number in it
         self._starts: list[int] = []  # the first row of each group
@@ -87,7 +86,7 @@ class CacheRows:
         self._group = lru_cache(1)(self._read_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was read, for other processes."""
+        """The state without what was read, for other processes."""
         return {name: value for name, value in vars(self).items() if name not in ("_footer", "_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,7 +115,7 @@ class CacheRows:
         return (row[column] for row in _stream(self._paths, [column]))
 
     def id_columns(self) -> datasets.Dataset:
-        """The token ids as a data set that `datasets` keeps on the disk, with `prompt_ids` in every row."""
+        """The token ids as a data set that `datasets` keeps on disk, with `prompt_ids` in every row."""
         ids = datasets.List(datasets.Value("int32"))
         return datasets.Dataset.from_generator(
             _training_rows,
@@ -151,7 +150,7 @@ def _training_rows(shards: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]
 
 
 def _in_small_groups(path: str, remedy: str) -> str:
-    """`path`, or a copy in small row groups if it has large ones: earlier versions wrote one for all of a file."""
+    """`path`, or a copy in small row groups if it has large ones. Earlier versions wrote a file as one group."""
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         if all(group.num_rows == 1 or group.total_byte_size <= 2 * store.GROUP_BYTES for group in groups):

@@ -1,7 +1,7 @@
 """How a build runs its teacher: transformers' forward pass, vLLM in this process, or a vLLM server.
 
-All give the same: hidden states and logits at the completion tokens. The builder chooses one, and the writer never
-asks which it is.
+All return the same: hidden states and logits at the completion tokens. The builder chooses one, and the writer does
+not depend on which.
 """
 
 from abc import ABC, abstractmethod
@@ -29,35 +29,35 @@ __all__ = ["EngineStates", "ForwardStates", "ServerStates", "StatesSource"]
 
 
 class StatesSource(Protocol):
-    """A teacher, and a way to run it over rows. `load` comes first, then `start`, then `states`."""
+    """A teacher, and a way to run it on rows. `load` is called first, then `start`, then `states`."""
 
     teacher: Any
-    """The model, of which the output head at least is in memory."""
+    """The model. At least its output head is in memory."""
 
     def load(self) -> PreTrainedModel:
-        """The teacher, for what has to be known before it runs."""
+        """Load the teacher, for what must be known before it runs."""
 
     def identity(self) -> dict[str, str | None]:
-        """What a manifest says of the teacher."""
+        """The manifest's entry on the teacher."""
 
     def start(
         self, accelerator: Accelerator, processing_class: PreTrainedTokenizerBase, vocab_size: int, longest: int
     ) -> None:
-        """Make it ready to run, and check that it says what it should.
+        """Make the teacher ready to run, and check its results.
 
         Args:
-            vocab_size: How many logits count.
-            longest: Tokens of the longest row.
+            vocab_size: Number of logits that count.
+            longest: Length of the longest row, in tokens.
         """
 
     def states(self, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Tensor, Tensor]]:
         """Hidden states `(num_tokens, hidden)` and logits `(num_tokens, vocab)` at the completion tokens of each row.
 
-        All ranks call it equally often, as a sharded teacher needs all of them: a rank that has run out of rows
+        All ranks call it equally often, as a sharded teacher needs all of them. A rank that has run out of rows
         passes none.
 
         Args:
-            rows: With `teacher_prompt_ids` and `completion_ids`.
+            rows: Have `teacher_prompt_ids` and `completion_ids`.
         """
 
 
@@ -127,7 +127,7 @@ class ForwardStates:
 
 class HeadStates(ABC):
     """
-    A decoder that runs elsewhere, and the teacher's output head here.
+    A decoder that runs elsewhere, with the teacher's output head in this process.
 
     Args:
         teacher (`str`): The teacher's name.
@@ -144,7 +144,7 @@ class HeadStates(ABC):
         return self.teacher
 
     def identity(self) -> dict[str, str | None]:
-        """The fingerprint is that of the head, which is all that is known here."""
+        """The manifest's entry. The fingerprint is that of the head, as the other weights are not known here."""
         known = _identity(
             self.teacher.config, self.teacher.dtype, self._quantization(), self.teacher.get_output_embeddings()
         )
@@ -168,7 +168,7 @@ class HeadStates(ABC):
 
     @abstractmethod
     def _decoder(self, processing_class: PreTrainedTokenizerBase, longest: int) -> VLLMStates | TeacherServer:
-        """What gives the hidden states of whole rows."""
+        """The source of the hidden states of whole rows."""
 
     def states(self, rows: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Tensor, Tensor]]:
         if not rows:
@@ -215,7 +215,7 @@ class ServerStates(HeadStates):
     A vLLM server in pooling mode.
 
     Args:
-        url (`str`): Where it listens.
+        url (`str`): URL of the server.
     """
 
     backend = "server"

@@ -1,4 +1,4 @@
-"""Replaying rows of a cache on the live teacher."""
+"""Compares rows of a cache with the live teacher."""
 
 from typing import Any
 
@@ -20,15 +20,23 @@ def verify_teacher_cache(cache: TeacherCache, teacher: Any, num_rows: int = 16) 
     """Run the teacher again on some rows, spread over the cache, and compare.
 
     Args:
-        cache ([`TeacherCache`]): The cache; its checksums were compared when it was opened.
+        cache ([`TeacherCache`]): The cache. Its checksums were compared when it was opened.
         teacher ([`~transformers.PreTrainedModel`]): The teacher it was made with, or one to compare with.
-        num_rows (`int`, *optional*, defaults to `16`): How many rows.
+        num_rows (`int`, *optional*, defaults to `16`): Number of rows to compare.
 
     Returns:
-        `rows`, `tokens`, `same_weights` (whether the teacher's fingerprint is the manifest's; of a cache that was
-        built with vLLM, that of its output head), `kl_mean` and `kl_max`
-        of the rows' KL(teacher || kept) in nats per token, and `worst_row` (its number). For the preset `tiny`,
-        `covered_mass` instead of a KL: the teacher's probability of what was drawn (mean over tokens).
+        A `dict`:
+
+        - `rows`, `tokens`: how many were compared.
+        - `same_weights`: whether the teacher's fingerprint is the manifest's. For a cache that was built with vLLM, it
+            is the fingerprint of the output head.
+        - `kl_mean`, `kl_max`: mean and maximum over rows of KL(teacher || kept), in nats per token.
+        - `worst_row`: the index of the row with the maximum.
+        - `covered_mass`: only for the preset `tiny`, instead of the KL. The teacher's probability of the drawn tokens,
+            averaged over tokens and then over rows.
+
+    Raises:
+        ValueError: if the teacher has another vocabulary than the cache.
     """
     freeze(teacher)
     device = next(teacher.parameters()).device

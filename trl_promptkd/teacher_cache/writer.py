@@ -1,4 +1,4 @@
-"""Filling a cache: the teacher's forward passes, written as they come. A build can be killed at any moment."""
+"""Filling a cache with the results of the teacher's forward passes. A build may be killed at any moment."""
 
 import os
 from collections.abc import Iterable
@@ -30,7 +30,7 @@ _RECEIPT_EVERY = 8  # batches
 
 
 class CacheWriter:
-    """One build: which rows are missing, and the passes over them. Of a part, `whole` has the rows of all parts."""
+    """One build: finds missing rows and runs the teacher on them. For a part, `whole` has the rows of all parts."""
 
     def __init__(self, source, dataset, whole, folder, manifest, batch_size, accelerator, given_basis=None):
         self.source, self.teacher, self.folder, self.manifest = source, source.teacher, folder, manifest
@@ -61,7 +61,7 @@ class CacheWriter:
     # -------------------------------------------------------------------------------------------- the teacher
 
     def _basis(self) -> Basis:
-        """The cache's coordinates: those in the folder, those of another cache, or new ones."""
+        """The cache's coordinates, from the folder or another cache, or newly fitted."""
         path, vocab_size = self._path(BASIS_FILE), self.manifest.vocab_size
         if self.accelerator.is_main_process:
             checksum = Manifest.load(self._path(MANIFEST_FILE)).files.get(BASIS_FILE)
@@ -87,7 +87,7 @@ class CacheWriter:
         return Basis.load(path, vocab_size).to(self.accelerator.device)
 
     def _check_given(self, basis: Basis) -> None:
-        """Refuse coordinates of another teacher, whose logits come from another output head, and too few of them."""
+        """Reject coordinates of a teacher with another output head, and too few coordinates."""
         head, (row, *_) = self._head(), self.rows.values()
         hidden, kept = basis.analysis.shape
         needed = min(self.preset.rank or hidden, hidden)
@@ -109,7 +109,7 @@ class CacheWriter:
             self._check_head(basis.to(hidden.device), hidden, logits)
 
     def _head(self) -> Any:
-        """The teacher's output head, which coordinates come from."""
+        """The teacher's output head, which the coordinates are derived from."""
         head = self.teacher.get_output_embeddings()
         if not head.weight.is_floating_point() or head.weight.device.type == "meta":
             raise ValueError(
@@ -120,7 +120,7 @@ class CacheWriter:
         return head
 
     def _fit_basis(self) -> Basis:
-        """Coordinates for some rows: the first ones by their keys, whatever the order of the data."""
+        """Fit coordinates to the first rows by their keys, in any order of the data."""
         head, settings = self._head(), self.teacher.config.get_text_config()
         rows: list[dict[str, Any]] = []
         tokens = 0
@@ -154,7 +154,7 @@ class CacheWriter:
         return basis
 
     def _check_head(self, basis: Basis, hidden: Tensor, logits: Tensor) -> None:
-        """Refuse a teacher whose logits are not its output head applied to its last hidden state."""
+        """Reject a teacher whose logits are not its output head applied to its last hidden state."""
         head, basis, exact = self.teacher.get_output_embeddings(), basis.to(hidden.device), Preset(step=1e-3)
         expected = head(hidden.to(head.weight.device)).to(logits.device)[:, : logits.size(-1)].float()
         expected = expected * _logit_scale(self.teacher.config.get_text_config())
@@ -174,7 +174,7 @@ class CacheWriter:
     # -------------------------------------------------------------------------------------------- the shards
 
     def _finished_keys(self) -> set[str]:
-        """The keys of all rows that are there. Shards that cannot be used are removed, and their rows made anew."""
+        """The keys of all finished rows. Unusable shards are removed, and their rows computed again."""
         done: set[str] = set()
         checksums = {shard["file"]: shard["sha256"] for shard in Manifest.load(self._path(MANIFEST_FILE)).shards}
         for path in part_paths(self.folder, "shard"):
@@ -186,7 +186,7 @@ class CacheWriter:
         return done
 
     def _keys_in(self, path: str, checksum: str | None) -> list[str] | None:
-        """The keys in a shard; `None` if it is damaged or in other coordinates."""
+        """The keys in a shard. `None` if it is damaged or in other coordinates."""
         try:
             label = label_of(path)
             if checksum not in (None, sha256_of(path)):
@@ -206,7 +206,7 @@ class CacheWriter:
             return None
 
     def _compute(self, keys: list[str]) -> dict[str, dict[str, Any]]:
-        """What is kept of some rows; every few batches are decoded again for the receipt."""
+        """Encode some rows. Every eighth batch is also decoded for the receipt, unless the preset keeps draws."""
         rows: dict[str, dict[str, Any]] = {}
         is_measured = self.num_batches % _RECEIPT_EVERY == 0 and not self.preset.draws
         self.num_batches += 1
@@ -229,7 +229,7 @@ class CacheWriter:
 
 
 def _by_key(dataset: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows by what they are found by; equal ones once."""
+    """Rows by their keys. Equal rows are kept once."""
     rows: dict[str, dict[str, Any]] = {}
     for row in dataset:
         rows.setdefault(row_key(row["teacher_prompt_ids"], row["completion_ids"]), row)

@@ -1,1 +1,1 @@
-"""Scripts for `evaluate.load`, which copies and imports them by their paths; see [`trl_promptkd.metrics.load`]."""
+"""Scripts for `evaluate.load`, which copies and imports them by their paths. See [`trl_promptkd.metrics.load`]."""

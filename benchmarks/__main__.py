@@ -8,7 +8,7 @@ A benchmark is a module of this folder. The first line of its docstring is what 
 - `tables(result)`: Markdown by name, each for a place `<!-- table: NAME name -->` of its page, with the sentences that
   hold figures;
 - `sentences(result)`, if other places have such sentences: what a file of the repository must say, word for word;
-- `draw(result, path)`, if there is a plot: docs/images/NAME.png;
+- `draw(result, path)`, if there is a plot: docs/images/plots/NAME.svg;
 - `failed(result)`, if it is a check, after which the exit code may be 1.
 
 `python -m benchmarks pages` writes tables and plots of all kept results anew.
@@ -141,7 +141,7 @@ def write_pages() -> None:
         page = DOCS / module.PAGE
         fill(page, tables_of(name, result))
         if hasattr(module, "draw"):
-            module.draw(result, DOCS / "images" / f"{name.replace('-', '_')}.png")
+            module.draw(result, DOCS / "images" / "plots" / f"{name.replace('-', '_')}.svg")
     for file, sentences in sentences_of_all().items():
         for sentence in missing((HERE.parent / file).read_text(encoding="utf-8"), sentences):
             print(f"{file} does not say: {sentence}")

@@ -8,7 +8,7 @@ A benchmark is a module in this folder. The first line of its docstring describe
 - `tables(result)`: returns Markdown by name, each for a place `<!-- table: NAME name -->` of its page. It includes the
   sentences with figures.
 - `sentences(result)`: if other files have such sentences, returns what each must say, word for word.
-- `draw(result, path)`: if there is a plot, draws docs/images/NAME.png.
+- `draw(result, path)`: if there is a plot, draws docs/images/plots/NAME.svg.
 - `failed(result)`: if it is a check, returns whether the exit code is 1.
 
 `python -m benchmarks pages` writes tables and plots again from all kept results.
@@ -141,7 +141,7 @@ def write_pages() -> None:
         page = DOCS / module.PAGE
         fill(page, tables_of(name, result))
         if hasattr(module, "draw"):
-            module.draw(result, DOCS / "images" / f"{name.replace('-', '_')}.png")
+            module.draw(result, DOCS / "images" / "plots" / f"{name.replace('-', '_')}.svg")
     for file, sentences in sentences_of_all().items():
         for sentence in missing((HERE.parent / file).read_text(encoding="utf-8"), sentences):
             print(f"{file} does not say: {sentence}")

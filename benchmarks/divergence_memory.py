@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
 from trl_promptkd._trl import GKDConfig, GKDTrainer
-from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
+from trl_promptkd.analysis.plot_style import LIGHT, LOWER, new_figure, plot_style, save_figure, written_out
 from trl_promptkd.data import pad_rows
 
 from .common import MemoryPeak, bench_settings, in_a_process, measured_with, random_models
@@ -118,16 +118,18 @@ def sentences(result: dict[str, Any]) -> dict[str, list[str]]:
 
 @plot_style()
 def draw(result: dict[str, Any], path: Path) -> None:
-    figure, tokens = new_figure(7, 4), result["settings"]["tokens"]
+    figure, tokens = new_figure(9, 4.4), result["settings"]["tokens"]
     panel = figure.subplots()
     styles = ("o--", "s--", "o-", "s-")
     for (method, peaks), style in zip(result["megabytes"].items(), styles, strict=False):
         known = [(int(number), peak / 1e3) for number, peak in peaks.items() if peak is not None]
         color = LIGHT.lines[1] if "PromptKD" in method else LIGHT.muted
         panel.plot(*zip(*known, strict=True), style, color=color, label=method)
-    panel.set(xlabel="trained tokens in a micro-batch", ylabel="peak above the start, GB", xscale="log", yscale="log")
+    panel.set(xlabel="trained tokens in a micro-batch", xscale="log", yscale="log")
+    panel.set_ylabel(f"peak above the start, GB\n({LOWER})")
+    written_out(panel.yaxis)
     panel.set_xticks(tokens, [f"{number:,}" for number in tokens])
     panel.minorticks_off()
     panel.grid()
-    panel.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     save_figure(figure, path)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trl_promptkd import PromptEncoderConfig, PromptKDConfig, PromptKDTrainer
-from trl_promptkd.analysis.plot_style import DARK, LIGHT, Scheme
+from trl_promptkd.analysis.plot_style import Scheme, both_schemes
 from trl_promptkd.analysis.report import Run, read_run, report_page
 from trl_promptkd.data import pad_rows
 from trl_promptkd.metrics.run_signs import Sign
@@ -209,8 +209,7 @@ def chart_file(title: str, unit: str, labels: list[str], width: int, height: int
         "  text { font: 13px sans-serif } .title { font-weight: bold }",
         "  .line { fill: none; stroke-width: 2.2; stroke-linejoin: round }",
         "  .s1 { stroke-dasharray: 7 4 } .s2 { stroke-dasharray: 2 4 } .s3 { stroke-dasharray: 9 3 2 3 }",
-        f"  {css(LIGHT)}",
-        f"  @media (prefers-color-scheme: dark) {{ {css(DARK)} }}",
+        f"  {both_schemes(css)}",
         "</style>",
         f'<rect class="paper" width="{width}" height="{height + top}" rx="6"/>',
         f'<text class="title" x="12" y="22">{title}</text><text x="12" y="40">{unit}</text>',

@@ -25,7 +25,7 @@ from trl_promptkd import (
     build_teacher_cache,
 )
 from trl_promptkd._trl import GKDConfig, GKDTrainer
-from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
+from trl_promptkd.analysis.plot_style import LIGHT, LOWER, new_figure, plot_style, save_figure
 from trl_promptkd.trainer.prompt_optimizer import PromptOptimizer
 
 from .common import Models, bench_settings, load_models, measured_with, median, prompt_rows, steps_in_turn
@@ -255,8 +255,8 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
 @plot_style()
 def draw(result: dict[str, Any], path: Path) -> None:
     steps = result["steps"]
-    figure = new_figure(5.2 * len(steps), 3.8)
-    panels = figure.subplots(1, len(steps), squeeze=False)[0]
+    figure = new_figure(9, 4.2)
+    panels = figure.subplots(1, len(steps), squeeze=False, sharey=True)[0]
     for panel, (accumulation, methods) in zip(panels, steps.items(), strict=True):
         names = [method for method in METHODS if method in methods][::-1]
         whole = [seconds_of(methods[name]) for name in names]
@@ -266,8 +266,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.barh(names, sampling, color=LIGHT.lines[5], label="sampling")
         panel.barh(names, rest, left=sampling, color=ours)
         for place, seconds in enumerate(whole):
-            panel.annotate(f" {seconds:.1f}", (seconds, place), va="center")
-        panel.set(title=f"accumulation {accumulation}", xlabel="seconds per optimizer step")
+            panel.annotate(f"{seconds:.1f}", (seconds, place), (4, 0), textcoords="offset points", va="center")
+        panel.set(title=f"accumulation {accumulation}", xlabel=f"seconds per optimizer step\n({LOWER})")
         panel.margins(x=0.2)
         panel.legend(loc="lower right")
     save_figure(figure, path)

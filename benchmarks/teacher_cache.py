@@ -17,7 +17,7 @@ from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_promptkd import build_teacher_cache
-from trl_promptkd.analysis.plot_style import LIGHT, new_figure, plot_style, save_figure
+from trl_promptkd.analysis.plot_style import LIGHT, LOWER, new_figure, plot_style, save_figure, written_out
 from trl_promptkd.cli.smollm2 import load_smollm2
 from trl_promptkd.data import pad_rows
 from trl_promptkd.data.primed import tokenize_primed_dataset
@@ -128,7 +128,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
 
 @plot_style()
 def draw(result: dict[str, Any], path: Path) -> None:
-    figure, kept = new_figure(7, 4), result["kept"]
+    figure, kept = new_figure(9, 4.4), result["kept"]
     panel = figure.subplots()
     with_kl = {name: values for name, values in kept.items() if values.get("kl_mean") is not None}
     for label, color, ours in (("plain top-k, fp16", LIGHT.muted, False), ("presets", LIGHT.lines[1], True)):
@@ -136,7 +136,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
         panel.plot([point[0] for point in points], [point[1] for point in points], "o-", color=color, label=label)
         for x, y, name in points:
             panel.annotate(name.split(",")[0], (x, y), textcoords="offset points", xytext=(5, 5))
-    panel.set(xscale="log", yscale="log", xlabel="bytes per token on disk", ylabel="KL(teacher || stored), nats")
+    panel.set(xscale="log", yscale="log", xlabel=f"bytes per token on disk ({LOWER})")
+    panel.set_ylabel(f"KL(teacher || stored),\nnats per token ({LOWER})")
+    panel.margins(x=0.1, y=0.1)
+    written_out(panel.xaxis, panel.yaxis)
     panel.grid()
     panel.legend()
     save_figure(figure, path)

@@ -1,6 +1,6 @@
-"""Draws figures of losses.md, analysis.md and primed_distill.md, and the sketches of cheat_sheet.md:
+"""Draws figures of losses.md, analysis.md, primed_distill.md and teacher_cache.md, and the sketches of cheat_sheet.md:
 
-python docs/figures.py
+python -m docs.figures
 """
 
 import math
@@ -12,10 +12,10 @@ import torch
 from pandas import DataFrame
 
 from trl_promptkd.analysis.plot_style import (
-    DARK,
     HIGHER,
     LIGHT,
     LOWER,
+    both_schemes,
     new_figure,
     plot_style,
     save_figure,
@@ -86,8 +86,7 @@ def sketch(title, lines):
         "<style>",
         "  text { font: 13px sans-serif } path { fill: none; stroke-width: 2.5; stroke-linecap: round }",
         "  .axis { stroke-width: 1 } .s1 { stroke-dasharray: 8 5 } .s2 { stroke-dasharray: 2 5 }",
-        f"  {css(LIGHT)}",
-        f"  @media (prefers-color-scheme: dark) {{ {css(DARK)} }}",
+        f"  {both_schemes(css)}",
         "</style>",
         f'<rect class="paper" width="{width}" height="{height}" rx="6"/>',
         f'<text x="14" y="22" font-weight="bold">{title}</text>',
@@ -146,6 +145,17 @@ def draw_primed():
     save_figure(figure, IMAGES / "plots" / "primed_gsm8k.svg")
 
 
+def draw_cache():
+    """What a cache stores, from the table of teacher_cache.md."""
+    from benchmarks.teacher_cache import draw
+
+    page = (DOCS / "teacher_cache.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- table: teacher-cache kept -->(.*?)<!-- end -->", page, re.DOTALL)[1]
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| ([\d.]+) \|$", table, re.MULTILINE)
+    kept = {name.strip("*`"): {"bytes_per_token": int(size), "kl_mean": float(kl)} for name, size, kl in rows}
+    draw({"kept": kept}, IMAGES / "plots" / "teacher_cache.svg")
+
+
 # What `trl-promptkd analyze prompt` measured for analysis.md: tokens, and both KLs in nats per token
 CLASSES = {
     "first token": (24, 0.0878, 0.968),
@@ -162,6 +172,7 @@ CLASSES = {
 
 def main():
     draw_primed()
+    draw_cache()
     classes = DataFrame.from_dict(CLASSES, "index", columns=["tokens", "prompted_plain", "prompted_student"])
     plot_classes(classes, IMAGES / "plots" / "prompt_classes.svg")
     for name, (title, lines) in SKETCHES.items():

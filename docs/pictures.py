@@ -5,7 +5,7 @@ python docs/pictures.py
 
 from pathlib import Path
 
-from trl_promptkd.analysis.plot_style import DARK, LIGHT
+from trl_promptkd.analysis.plot_style import both_schemes
 
 
 IMAGES = Path(__file__).parent / "images"
@@ -76,10 +76,7 @@ def picture(title, *parts):
   .goes {{ marker-end: url(#tip) }} .learns {{ stroke-width: 2; stroke-dasharray: 5 3 }}
   marker path {{ stroke: none }} .match {{ stroke-dasharray: 1 4; stroke-linecap: round }}
   {ends}
-  {css(LIGHT)}
-  @media (prefers-color-scheme: dark) {{
-  {css(DARK)}
-  }}
+  {both_schemes(css)}
 </style>
 <defs>{tips}</defs>
 <rect class="paper" width="{WIDTH}" height="{HEIGHT}" rx="6"/>"""

@@ -162,8 +162,8 @@ def tune_table(tuned: dict[str, list[dict]]) -> str:
 BLUE, ORANGE, GREEN = LIGHT.lines[:3]
 DRAWN = {
     "sampled_accuracy": f"right samples, points\n{HIGHER}",
-    "reverse_kl_per_answer": f"KL(student || teacher), nats\n{LOWER}",
-    "forward_kl_per_answer": f"KL(teacher || student), nats\n{LOWER}",
+    "reverse_kl_per_answer": f"KL(student || teacher),\nnats, {LOWER}",
+    "forward_kl_per_answer": f"KL(teacher || student),\nnats, {LOWER}",
 }
 
 
@@ -176,7 +176,7 @@ def draw_methods(runs: Runs, path: Path) -> None:
     """What each method changed in an equal time: students as dots, means with their intervals."""
     named = compared(runs)
     names = ranked(named)[::-1]
-    figure = new_figure(12, 0.45 * len(names) + 1.2)
+    figure = new_figure(9, 0.45 * len(names) + 1.2)
     for axis, (measure, title) in zip(figure.subplots(1, len(DRAWN), sharey=True), DRAWN.items(), strict=True):
         axis.axvline(0, color=LIGHT.muted, linestyle=":")
         for place, name in enumerate(names):
@@ -261,7 +261,7 @@ def main() -> None:
     runs = Runs()
     page = DOCS / "study.md"
     fill(page, all_tables(runs))
-    draw_methods(runs, DOCS / "images" / "study_methods.png")
+    draw_methods(runs, DOCS / "images" / "plots" / "study_methods.svg")
     for sentence in missing(page.read_text(), sentences(runs)):
         print(f"{page} does not say: {sentence}")
 

@@ -103,7 +103,7 @@ class TestSketches:
         figures = load_module("docs/figures.py")
         for name, (title, lines) in figures.SKETCHES.items():
             drawn = (DOCS / "images" / name).read_text(encoding="utf-8")
-            assert figures.sketch(title, lines) == drawn, "run `python docs/figures.py`"
+            assert figures.sketch(title, lines) == drawn, "run `python -m docs.figures`"
 
 
 class TestPictures:

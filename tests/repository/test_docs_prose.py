@@ -70,6 +70,12 @@ def sentences(page):
                 yield words
 
 
+def without_caption(page):
+    """Pictures without a line in emphasis below that says what to see. Charts beside each other have one for all."""
+    page = re.sub(r'<div class="charts" markdown>.*?</div>\n\n(?=\*\w)', "", page, flags=re.DOTALL)
+    return re.findall(r"^!\[.*\]\((.+)\)$(?!\n\*[\w`])", page, re.MULTILINE)
+
+
 def problems_of(page, folder, name="docs/page.md"):
     found = undefined_names(page, folder)
     for block in (block for block in blocks_of(page) if block.language):  # without one it is what a program prints
@@ -78,6 +84,7 @@ def problems_of(page, folder, name="docs/page.md"):
     banned = BANNED if name == NAMES_TESTS else (*BANNED, TEST_NAME)
     text = " ".join(page.split())
     found += sorted({f"phrase: {match[0]}" for phrase in banned for match in re.finditer(phrase, text, re.I)})
+    found += [f"no caption: {picture}" for picture in without_caption(page)]
     lengths = [len(words) for words in sentences(page)]
     if lengths and name != GENERATED:
         semicolons = 1000 * sum(text.count(";") for text in paragraphs(page)) / sum(lengths)
@@ -119,6 +126,19 @@ print(math.e)
 ```
 
 - Last one! 2 more?
+
+![A picture](a.svg)
+*What it shows.*
+
+<div class="charts" markdown>
+
+![One](b.svg)
+
+![Another](c.svg)
+
+</div>
+
+*What both show.*
 """
 
 
@@ -128,6 +148,8 @@ def test_words_and_sentences_are_counted_without_code_tables_html_and_addresses(
         "Second: words behind Code, in 0.5 s",
         "Last one!",
         "2 more?",
+        "What it shows.",
+        "What both show.",
     ]
 
 
@@ -146,8 +168,10 @@ def test_a_page_in_order_has_no_problem(tmp_path):
         ("Last one!", "It is in nats a\ntoken!", "phrase: nats a token"),
         ("Last one!", "Behind it, behind its soft prompt!", "phrase: behind its soft prompt"),
         ("Last one!", "As `test_docs.py` says!", "phrase: test_docs.py"),
-        ("Last one!", "Last; one!", "58.8 semicolons per 1,000 words"),
-        ("Last one!", "word " * 64 + "word!", "20.0 words a sentence"),
+        ("*What it shows.*", "What it shows.", "no caption: a.svg"),
+        ("*What both show.*", "**What** both show.", "no caption: "),
+        ("Last one!", "Last; one!", "43.5 semicolons per 1,000 words"),
+        ("Last one!", "word " * 98 + "word!", "20.0 words a sentence"),
     ],
 )
 def test_what_is_not_in_order_is_a_problem(old, new, problem, tmp_path):

@@ -2,14 +2,27 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..files import whole_file, write_text
 
 
-__all__ = ["DARK", "HIGHER", "LIGHT", "LOWER", "Scheme", "check_matplotlib", "new_figure", "plot_style", "save_figure"]
+__all__ = [
+    "DARK",
+    "HIGHER",
+    "LIGHT",
+    "LOWER",
+    "Scheme",
+    "both_schemes",
+    "check_matplotlib",
+    "new_figure",
+    "plot_style",
+    "save_figure",
+    "whole_numbers",
+    "written_out",
+]
 
 
 class Scheme(NamedTuple):
@@ -46,6 +59,11 @@ FONT_SIZE = 11  # points. A figure of 9 inches has texts of 9 points on a page t
 _DOTS_PER_INCH = 110
 # Texts stay texts, in the reader's font, and the same figure gives the same file
 _SVG: Any = {"svg.fonttype": "none", "svg.hashsalt": "trl_promptkd"}
+
+
+def both_schemes(rules: Callable[[Scheme], str]) -> str:
+    """CSS of an SVG file: the rules for light pages, and those for readers that prefer dark ones."""
+    return f"{rules(LIGHT)}\n  @media (prefers-color-scheme: dark) {{ {rules(DARK)} }}"
 
 
 def check_matplotlib() -> None:
@@ -102,6 +120,16 @@ def whole_numbers(panels: Iterable[Any], xlabel: str) -> None:
         panel.xaxis.get_major_locator().set_params(integer=True)
 
 
+def written_out(*axes: Any) -> None:
+    """Of logarithmic axes: 0.5, 1, 2, 5, 10 and so on, without powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for axis in axes:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_locator(NullLocator())
+
+
 def save_figure(figure: Any, path: Any) -> None:
     """Write a PNG file. If `path` ends in `.svg`, write an SVG file for light and dark pages.
 
@@ -121,13 +149,16 @@ def save_figure(figure: Any, path: Any) -> None:
 
 def _with_both_schemes(svg: str) -> str:
     """Colours of `LIGHT` become variables, which have other values on dark pages."""
-    light, dark = ([scheme.paper, scheme.ink, scheme.muted, scheme.rule, *scheme.lines] for scheme in (LIGHT, DARK))
-    names = {color.lower(): f"--c{index}" for index, color in enumerate(light)}
+    names = {color.lower(): f"--c{index}" for index, color in enumerate(_colors(LIGHT))}
     svg = re.sub(f"(?<=fill: |roke: )({'|'.join(names)})", lambda match: f"var({names[match[0]]})", svg)
-    on_light, on_dark = (
-        "; ".join(f"{name}: {color}" for name, color in zip(names.values(), colors, strict=True))
-        for colors in (light, dark)
-    )
     fill = f"fill: var({names['#000000']})"  # matplotlib does not write that of what is black
-    style = f":root {{ {fill}; {on_light} }} @media (prefers-color-scheme: dark) {{ :root {{ {on_dark} }} }}"
-    return svg.replace("</svg>", f"<style>{style}</style>\n</svg>")
+
+    def rules(scheme: Scheme) -> str:
+        values = [f"{name}: {color}" for name, color in zip(names.values(), _colors(scheme), strict=True)]
+        return f":root {{ {'; '.join([fill, *values])} }}"
+
+    return svg.replace("</svg>", f"<style>{both_schemes(rules)}</style>\n</svg>")
+
+
+def _colors(scheme: Scheme) -> list[str]:
+    return [scheme.paper, scheme.ink, scheme.muted, scheme.rule, *scheme.lines]

@@ -145,7 +145,7 @@ def plot_classes(classes: DataFrame, path: str) -> None:
     """Plot mean KL divergences by token class, from [`~trl_promptkd.analysis.prompt.by_class`]."""
     titles = {"prompted_plain": "KL(prompted || plain teacher)", "prompted_student": "KL(prompted teacher || student)"}
     keys = [key for key in titles if key in classes]
-    figure = new_figure(5 * len(keys), 1 + 0.36 * len(classes))
+    figure = new_figure(4.5 * len(keys), 1 + 0.36 * len(classes))
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     names = [f"{name} ({tokens:,})" for name, tokens in classes.tokens.items()]
     for panel, key, color in zip(panels, keys, _line_colors(2), strict=False):

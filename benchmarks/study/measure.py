@@ -8,9 +8,7 @@ from models import teacher as load_teacher
 from torch.nn.functional import pad
 from transformers import GenerationConfig
 from world import (
-    NEUTRAL,
-    NEW_LINES,
-    WRITERS,
+    ALL_LINES,
     Problem,
     gold_answer,
     make_problem,
@@ -137,8 +135,7 @@ class Measures:
 
     def of_lines(self) -> dict[str, dict[str, float]]:
         """[`of_teacher`] without a line, and with every line of the study."""
-        lines = ["", *NEUTRAL, *(line for known in WRITERS.values() for line in known), *NEW_LINES]
-        return {line: self.of_teacher(f"{line} " if line else "") for line in lines}
+        return {line: self.of_teacher(line and f"{line} ") for line in ALL_LINES}
 
     def of(self, student, line: str = "", soft_prompt: torch.Tensor | None = None) -> dict[str, float]:
         """Measures of a student, and of the teacher with the line or prompt that the student was trained with.

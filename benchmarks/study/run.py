@@ -6,10 +6,20 @@ work.
     python benchmarks/study/run.py --folder study --groups tune   # a part
     python benchmarks/study/run.py --folder study --collect       # finished runs into results.jsonl
 
-Runs of results.jsonl are not run again, on another machine either. The groups `tune` and `main` have the first
+Runs of results.jsonl are not run again, on another machine either. The groups `tune` and `first` have the first
 teacher. Its weights are not kept, so runs can be added to them only on a machine that trains the same ones. The other
-groups have the teacher of teacher.safetensors. `again` is `main` with that one, on other students,
-and with `prompt_share`.
+groups have the teacher of teacher.safetensors. Training gives other weights on another kind of CPU, students' too: a
+group that one machine has begun is finished there.
+
+- `tune`: learning rates.
+- `first`: the methods, on eight students of the first teacher.
+- `explore`: ideas to improve PromptKD, on three students.
+- `share`: `prompt_share`, on ten students.
+- `main`: the methods, on ten students of the kept teacher.
+- `modes`: students that write in one mode only.
+- `texts`: GKD with each line before the teacher's question, all with the same steps. The rule set before these runs:
+  texts can be ranked without training a student if the teacher's gain in right samples predicts the student's with an
+  R² of at least 0.5, each line predicted from the others.
 """
 
 import argparse
@@ -20,6 +30,8 @@ import statistics
 import time
 from pathlib import Path
 
+from world import ALL_LINES
+
 
 HERE = Path(__file__).parent
 RESULTS, LINES = HERE / "results.jsonl", HERE / "lines.json"
@@ -27,15 +39,18 @@ COSTS = json.loads((HERE / "costs.json").read_text())
 NUM_ROWS, WARM_STEPS = 800, 1000
 TEACHER = "teacher_2000"  # its folder
 BUDGET = 120 * COSTS["promptkd"]  # seconds of one core
-SEEDS = list(range(10))
+FIRST_SEEDS = list(range(10))
 TUNING_SEEDS = [100, 101, 102]
 EXPLORED_SEEDS = [110, 111, 112]
-AGAIN_SEEDS = list(range(200, 210))
+SHARE_SEEDS = list(range(200, 210))
+SEEDS = list(range(210, 220))
+FEW_SEEDS = SEEDS[:3]
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 FIRST_RATES = {"sft": [1e-3, 3e-3], "gkd": [3e-4, 1e-3], "promptkd": [3e-4, 1e-3]}
 NUM_RANKED = 100  # training questions on which the lines are ranked
 SCORE = "sampled_accuracy"
 CAREFUL = "you are a careful teacher . "
+PUPIL = "answer as a pupil who learns this . "
 
 
 def stage(kind: str, seconds: float, **fields) -> dict:
@@ -74,6 +89,11 @@ def anchored(seconds: float, source: str, weight: float, prompt_rate: float | No
     prompt = {} if prompt_rate is None else {"prompt_learning_rate": prompt_rate}
     setup = RIGHT if source == "right" else 0.0
     return [stage("anchored", seconds - setup, anchor=source, anchor_weight=weight, prompt=prompt, **fields)]
+
+
+def text_stage(line: str) -> dict:
+    """GKD with a fixed text, after the time of ranking eight of them."""
+    return stage("gkd", BUDGET - RANKING, **({"line": line} if line else {}))
 
 
 def frozen(seconds: float, **fields) -> dict:
@@ -128,6 +148,7 @@ COMPARED = (  # before the others
 )
 CONTROLS = ("GKD", "GKD, fixed text", "PromptKD")  # beside the candidates
 SHARE = "PromptKD, share 0.25"
+FROZEN = "PromptKD, prompt lr 0"
 TUNED = {"sft": "SeqKD", "gkd": "GKD", "promptkd": "PromptKD"}
 
 
@@ -181,23 +202,42 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
             for seed in EXPLORED_SEEDS
             for name, stages in named.items()
         ]
-    if group == "again":
-        part = {SHARE: [stage("promptkd", BUDGET, prompt={"prompt_share": 0.25})]}  # as many steps as PromptKD
-        named = methods(BUDGET) | part
-        names = (*COMPARED, SHARE)
-        return [(name, settings_of(with_rate(named[name], rates), seed)) for seed in AGAIN_SEEDS for name in names]
-    if group == "main":
-        named = methods(BUDGET)
+    named = methods(BUDGET)
+
+    def runs(of: dict[str, list[dict]], seeds: list[int], writer: str = "gold") -> list[tuple[str, dict]]:
         return [
-            (name, settings_of(with_rate(named[name], rates), seed))
-            for names in (COMPARED, [name for name in named if name not in COMPARED])
-            for seed in SEEDS
-            for name in names
+            (name, settings_of(with_rate(stages, rates), seed, writer=writer))
+            for seed in seeds
+            for name, stages in of.items()
         ]
+
+    compared = {name: named[name] for name in COMPARED}
+    controls = {name: named[name] for name in CONTROLS}
+    frozen_text = {FROZEN: [frozen(BUDGET)]}
+    if group == "share":
+        part = {SHARE: [stage("promptkd", BUDGET, prompt={"prompt_share": 0.25})]}  # as many steps as PromptKD
+        return runs({name: named[name] for name in ("GKD", "PromptKD")} | part, SHARE_SEEDS)
+    if group == "modes":
+        several = controls | {"GKD, pupil's text": [text_stage(PUPIL)]} | frozen_text
+        one_mode = [
+            (f"{writer}: {name}", settings)
+            for writer in ("careful", "pupil")
+            for name, settings in runs(several, FEW_SEEDS, writer)
+        ]
+        return one_mode + runs(frozen_text, FEW_SEEDS)
+    if group == "texts":  # the careful one is in `main`
+        return runs(
+            {line: [text_stage(line and f"{line} ")] for line in ALL_LINES if f"{line} " != CAREFUL}, FEW_SEEDS
+        )
+    if group == "main":
+        return runs(compared, SEEDS)
+    if group == "first":
+        others = {name: stages for name, stages in named.items() if name not in COMPARED}
+        return runs(compared, FIRST_SEEDS) + runs(others, FIRST_SEEDS)
     raise ValueError(group)
 
 
-GROUPS = ["tune", "main", "explore", "again"]
+GROUPS = ["tune", "first", "explore", "share", "main", "modes", "texts"]
 
 
 def claim(path: Path) -> bool:

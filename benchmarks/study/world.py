@@ -28,6 +28,7 @@ WRITERS = {
 NEUTRAL = ["suppose you are a student .", "here is a question for you .", "please answer this ."]
 # Two more texts that no model has read; their words are known
 NEW_LINES = ["you are a good teacher who answers each step .", "please only write a short number ."]
+ALL_LINES = ["", *NEUTRAL, *(line for known in WRITERS.values() for line in known), *NEW_LINES]
 PLAIN_MIX = {"careful": 0.7, "brief": 0.15, "pupil": 0.15}  # who writes if the line does not say it
 SLIPS = 0.3  # share of a pupil's steps that are wrong
 

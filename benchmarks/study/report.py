@@ -10,15 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from pages import DOCS, fill, is_percent, missing, number, shown, shown_difference, shown_p, table, with_holm
-from run import CAREFUL, FEW_SEEDS, FROZEN, LINES, PUPIL, RESULTS, SCORE, SEEDS, SHARE
-from study_statistics import (
-    Difference,
-    leave_one_out,
-    mean_interval,
-    paired_difference,
-    smallest_seen,
-)
-from world import ALL_LINES, NEW_LINES
+from run import LINES, RESULTS, SCORE, SHARE
+from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
 
 from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
 
@@ -31,7 +24,6 @@ NAMES = {
     "gold_nll_per_answer": "NLL of gold per answer",
     "careful_share": "careful (%)",
     "brief_share": "short (%)",
-    "pupil_share": "slips (%)",
 }
 COLUMNS = ["sampled_accuracy", "accuracy", "reverse_kl_per_answer", "forward_kl_per_answer", "gold_nll_per_answer"]
 
@@ -50,6 +42,11 @@ class Runs:
 
     def __getitem__(self, group: str) -> dict[str, list[dict]]:
         return self.groups[group]
+
+
+def compared(runs: Runs) -> dict[str, list[dict]]:
+    """The methods on the students of both teachers."""
+    return {name: [*runs["first"][name], *of_name] for name, of_name in runs["main"].items()}
 
 
 def values(runs: list[dict], measure: str, when: str = "end") -> list[float]:
@@ -123,75 +120,6 @@ def candidates_table(named: dict[str, list[dict]]) -> str:
     return table(header, rows)
 
 
-def few(runs: list[dict]) -> list[dict]:
-    """Those of the first students, whom more has been tried on."""
-    return [run for run in runs if run["settings"]["seed"] in FEW_SEEDS]
-
-
-def by_text(runs: Runs) -> dict[str, list[dict]]:
-    """GKD with each line before the teacher's question, all with as many steps, on the same students."""
-    texts = runs["texts"] | {CAREFUL.strip(): few(runs["main"]["GKD, fixed text"])}
-    return {line: texts[line] for line in ALL_LINES}
-
-
-def by_mode(runs: Runs) -> dict[str, dict[str, list[dict]]]:
-    """Students whose warm start was in one mode or mixed, by mode and method."""
-    mixed = {name: few(runs["main"][name]) for name in ("GKD", "GKD, fixed text", "PromptKD")}
-    mixed |= {"GKD, pupil's text": few(runs["texts"][PUPIL.strip()]), FROZEN: runs["modes"][FROZEN]}
-    found = {"mixed": mixed}
-    for name, of_name in runs["modes"].items():
-        if name != FROZEN:
-            mode, method = name.split(": ")
-            found.setdefault(mode, {})[method] = of_name
-    return found
-
-
-def modes_table(modes: dict[str, dict[str, list[dict]]]) -> str:
-    columns = ["sampled_accuracy", "careful_share", "brief_share", "pupil_share"]
-    kl = "reverse_kl_per_answer"
-    rows = []
-    for mode, named in modes.items():
-        start = named["GKD"]
-        cells = [number(float(np.mean(values(start, c, "start"))), c) for c in (*columns, kl)]
-        rows.append([f"**{mode}**: the start", *cells, "", ""])
-        for name in ranked(named):
-            cells = [number(float(np.mean(values(named[name], c))), c) for c in (*columns, kl)]
-            gaps = [
-                "" if name == "GKD" else shown_difference(difference(named[name], named["GKD"], c), c)
-                for c in (SCORE, kl)
-            ]
-            rows.append([name, *cells, *gaps])
-    header = ["student, then method", *(NAMES[c] for c in (*columns, kl))]
-    return table([*header, "minus GKD: right (%)", "minus GKD: KL(q || p)"], rows)
-
-
-def text_gains(runs: Runs, lines: dict[str, dict[str, float]]) -> tuple[list[float], list[float]]:
-    """What each line changes in percentage points of right samples: of the teacher's, and of the students'."""
-    texts = by_text(runs)
-    students = [difference(texts[line], texts[""], SCORE).mean for line in ALL_LINES if line]
-    return [(lines[line][SCORE] - lines[""][SCORE]) * 100 for line in ALL_LINES if line], students
-
-
-def texts_table(runs: Runs, lines: dict[str, dict[str, float]]) -> str:
-    texts = by_text(runs)
-    named = [line for line in ALL_LINES if line]
-    gains = text_gains(runs, lines)
-    rows = []
-    for line, gain, predicted in zip(named, gains[0], leave_one_out(*gains), strict=True):
-        own = shown_difference(difference(texts[line], texts[""], SCORE), SCORE)
-        short = shown(values(texts[line], "brief_share"), "brief_share")
-        name = f"{line} (new to the teacher)" if line in NEW_LINES else line
-        rows.append([name, number(gain, SCORE, "+"), own, number(predicted, SCORE, "+"), short])
-    header = [
-        "line before the teacher's question",
-        "teacher's gain",
-        "student's gain",
-        "predicted",
-        "student: short (%)",
-    ]
-    return table(header, rows)
-
-
 TEACHER_COLUMNS = {
     "teacher_sampled_accuracy": "its samples right (%)",
     "teacher_careful_share": "careful (%)",
@@ -244,7 +172,7 @@ def color_of(name: str) -> str:
 @plot_style()
 def draw_methods(runs: Runs, path: Path) -> None:
     """What each method changed in an equal time: students as dots, means with their intervals."""
-    named = runs["main"]
+    named = compared(runs)
     names = ranked(named)[::-1]
     figure = new_figure(9, 0.45 * len(names) + 1.2)
     for axis, (measure, title) in zip(figure.subplots(1, len(DRAWN), sharey=True), DRAWN.items(), strict=True):
@@ -261,7 +189,7 @@ def draw_methods(runs: Runs, path: Path) -> None:
 
 
 def all_tables(runs: Runs) -> dict[str, str]:
-    named = runs["main"]
+    named = compared(runs)
     lines = json.loads(LINES.read_text())["lines"]
     return {
         "methods": methods_table(named),
@@ -269,11 +197,9 @@ def all_tables(runs: Runs) -> dict[str, str]:
         "minus PromptKD": against_table(named, "PromptKD"),
         "seen": seen_table(named, "GKD"),
         "lines": lines_table(lines),
-        "teachers": teachers_table(named),
+        "teachers": teachers_table(runs["main"]),
         "candidates": candidates_table(runs["explore"]),
         "share": candidates_table(runs["share"]),
-        "modes": modes_table(by_mode(runs)),
-        "texts": texts_table(runs, lines),
         "tune": tune_table(runs["tune"]),
     }
 
@@ -309,16 +235,16 @@ SET_UP = [
 
 def sentences(runs: Runs) -> list[str]:
     """Pieces of the page's sentences, worked out from the runs."""
-    named = runs["main"]
+    named = compared(runs)
     promptkd, gkd = (named[name][0] for name in ("PromptKD", "GKD"))
     text = difference(named["GKD, fixed text"], named["GKD"], SCORE)
-    again, kl = runs["again"], "reverse_kl_per_answer"
-    part = [difference(again[SHARE], again["PromptKD"], measure) for measure in (SCORE, kl)]
-    paper = [difference(again["PromptKD"], again["GKD"], measure) for measure in (SCORE, kl)]
-    slips = values(named["PromptKD"], "teacher_pupil_share")
+    shared, kl = runs["share"], "reverse_kl_per_answer"
+    part = [difference(shared[SHARE], shared["PromptKD"], measure) for measure in (SCORE, kl)]
+    paper = [difference(shared["PromptKD"], shared["GKD"], measure) for measure in (SCORE, kl)]
+    slips = values(runs["main"]["PromptKD"], "teacher_pupil_share")
     plain = json.loads(LINES.read_text())["lines"][""]["pupil_share"] * 100
     return [
-        f"from {min(map(len, named.values()))} of {len(SEEDS)} students",
+        f"from {min(map(len, named.values()))} students and two teachers",
         f"A fixed text** is worth {shown_difference(text, SCORE)} points of right samples over GKD",
         f"slip in {shown(slips, SCORE)} % of its samples, where the plain teacher has {plain:.1f} %",
         f"Both kinds of PromptKD had {steps(again['PromptKD'][0])} steps",

@@ -15,11 +15,7 @@ group that one machine has begun is finished there.
 - `first`: the methods, on eight students of the first teacher.
 - `explore`: ideas to improve PromptKD, on three students.
 - `share`: `prompt_share`, on ten students.
-- `main`: the methods, on ten students of the kept teacher.
-- `modes`: students that write in one mode only.
-- `texts`: GKD with each line before the teacher's question, all with the same steps. The rule set before these runs:
-  texts can be ranked without training a student if the teacher's gain in right samples predicts the student's with an
-  R² of at least 0.5, each line predicted from the others.
+- `main`: the methods, on three students of the kept teacher. The page's comparison is over both groups' students.
 """
 
 import argparse
@@ -30,8 +26,6 @@ import statistics
 import time
 from pathlib import Path
 
-from world import ALL_LINES
-
 
 HERE = Path(__file__).parent
 RESULTS, LINES = HERE / "results.jsonl", HERE / "lines.json"
@@ -39,18 +33,16 @@ COSTS = json.loads((HERE / "costs.json").read_text())
 NUM_ROWS, WARM_STEPS = 800, 1000
 TEACHER = "teacher_2000"  # its folder
 BUDGET = 120 * COSTS["promptkd"]  # seconds of one core
-FIRST_SEEDS = list(range(10))
+FIRST_SEEDS = list(range(8))
 TUNING_SEEDS = [100, 101, 102]
 EXPLORED_SEEDS = [110, 111, 112]
 SHARE_SEEDS = list(range(200, 210))
-SEEDS = list(range(210, 220))
-FEW_SEEDS = SEEDS[:3]
+SEEDS = [210, 211, 212]
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 FIRST_RATES = {"sft": [1e-3, 3e-3], "gkd": [3e-4, 1e-3], "promptkd": [3e-4, 1e-3]}
 NUM_RANKED = 100  # training questions on which the lines are ranked
 SCORE = "sampled_accuracy"
 CAREFUL = "you are a careful teacher . "
-PUPIL = "answer as a pupil who learns this . "
 
 
 def stage(kind: str, seconds: float, **fields) -> dict:
@@ -89,11 +81,6 @@ def anchored(seconds: float, source: str, weight: float, prompt_rate: float | No
     prompt = {} if prompt_rate is None else {"prompt_learning_rate": prompt_rate}
     setup = RIGHT if source == "right" else 0.0
     return [stage("anchored", seconds - setup, anchor=source, anchor_weight=weight, prompt=prompt, **fields)]
-
-
-def text_stage(line: str) -> dict:
-    """GKD with a fixed text, after the time of ranking eight of them."""
-    return stage("gkd", BUDGET - RANKING, **({"line": line} if line else {}))
 
 
 def frozen(seconds: float, **fields) -> dict:
@@ -148,7 +135,6 @@ COMPARED = (  # before the others
 )
 CONTROLS = ("GKD", "GKD, fixed text", "PromptKD")  # beside the candidates
 SHARE = "PromptKD, share 0.25"
-FROZEN = "PromptKD, prompt lr 0"
 TUNED = {"sft": "SeqKD", "gkd": "GKD", "promptkd": "PromptKD"}
 
 
@@ -204,40 +190,22 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
         ]
     named = methods(BUDGET)
 
-    def runs(of: dict[str, list[dict]], seeds: list[int], writer: str = "gold") -> list[tuple[str, dict]]:
-        return [
-            (name, settings_of(with_rate(stages, rates), seed, writer=writer))
-            for seed in seeds
-            for name, stages in of.items()
-        ]
+    def runs(of: dict[str, list[dict]], seeds: list[int]) -> list[tuple[str, dict]]:
+        return [(name, settings_of(with_rate(stages, rates), seed)) for seed in seeds for name, stages in of.items()]
 
     compared = {name: named[name] for name in COMPARED}
-    controls = {name: named[name] for name in CONTROLS}
-    frozen_text = {FROZEN: [frozen(BUDGET)]}
     if group == "share":
         part = {SHARE: [stage("promptkd", BUDGET, prompt={"prompt_share": 0.25})]}  # as many steps as PromptKD
         return runs({name: named[name] for name in ("GKD", "PromptKD")} | part, SHARE_SEEDS)
-    if group == "modes":
-        several = controls | {"GKD, pupil's text": [text_stage(PUPIL)]} | frozen_text
-        one_mode = [
-            (f"{writer}: {name}", settings)
-            for writer in ("careful", "pupil")
-            for name, settings in runs(several, FEW_SEEDS, writer)
-        ]
-        return one_mode + runs(frozen_text, FEW_SEEDS)
-    if group == "texts":  # the careful one is in `main`
-        return runs(
-            {line: [text_stage(line and f"{line} ")] for line in ALL_LINES if f"{line} " != CAREFUL}, FEW_SEEDS
-        )
     if group == "main":
         return runs(compared, SEEDS)
     if group == "first":
         others = {name: stages for name, stages in named.items() if name not in COMPARED}
-        return runs(compared, FIRST_SEEDS) + runs(others, FIRST_SEEDS)
+        return runs(compared, FIRST_SEEDS) + runs(others, FIRST_SEEDS[:2])
     raise ValueError(group)
 
 
-GROUPS = ["tune", "first", "explore", "share", "main", "modes", "texts"]
+GROUPS = ["tune", "first", "explore", "share", "main"]
 
 
 def claim(path: Path) -> bool:

@@ -67,19 +67,3 @@ def smallest_seen(differences: Sequence[float], power: float = 0.8) -> float:
     while found(high) < power:
         high *= 2
     return float(np.std(differences, ddof=1) * optimize.brentq(lambda size: found(size) - power, 0.0, high))
-
-
-def leave_one_out(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
-    """Each `y`, predicted by the straight line through all other points: `(num_points,)`."""
-    known = np.array([x, y])
-    return np.array(
-        [np.polyval(np.polyfit(*np.delete(known, index, axis=1), 1), value) for index, value in enumerate(x)]
-    )
-
-
-def predicted_share(x: Sequence[float], y: Sequence[float]) -> float:
-    """The R² of [`leave_one_out`]: 1 if each point is predicted, 0 if the mean of the other points does as well, and
-    below 0 if that does better."""
-    others = [np.mean(np.delete(y, index)) for index in range(len(y))]
-    left = np.subtract(y, leave_one_out(x, y))
-    return float(1 - np.sum(left**2) / np.sum(np.subtract(y, others) ** 2))

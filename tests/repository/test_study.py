@@ -36,14 +36,15 @@ class TestPage:
         assert pages.unaccounted(page, [*said, *report.SET_UP]) == ""
 
     def test_runs_that_are_compared_had_one_teacher(self, report):
-        first = json.loads(report.LINES.read_text())["teacher"]
         teachers = {
             group: {run["teacher"] for runs in names.values() for run in runs}
             for group, names in report.Runs().groups.items()
         }
-        assert teachers["tune"] == teachers["main"] == {first}
-        (second,) = teachers["explore"]
-        assert teachers["again"] == {second} != {first}
+        (first,) = teachers["first"]
+        assert teachers["tune"] == {first}
+        (kept,) = teachers["main"]
+        assert teachers["explore"] == teachers["share"] == {kept} == {json.loads(report.LINES.read_text())["teacher"]}
+        assert kept != first
 
     def test_equal_time(self, study):
         """Each method's steps and what comes before them take the time of 120 steps of PromptKD, to a step."""

@@ -85,11 +85,11 @@ def sketch(title, lines):
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img"><title>{title}</title>',
         "<style>",
         "  text { font: 13px sans-serif } path { fill: none; stroke-width: 2.5; stroke-linecap: round }",
-        "  .axis { stroke-width: 1 } .s1 { stroke-dasharray: 8 5 } .s2 { stroke-dasharray: 2 5 }",
+        "  .title { font-weight: bold } .axis { stroke-width: 1 } .s1 { stroke-dasharray: 8 5 } .s2 { stroke-dasharray: 2 5 }",
         f"  {both_schemes(css)}",
         "</style>",
         f'<rect class="paper" width="{width}" height="{height}" rx="6"/>',
-        f'<text x="14" y="22" font-weight="bold">{title}</text>',
+        f'<text class="title" x="14" y="22">{title}</text>',
         f'<path class="axis" d="M14 34V{bottom}H286"/>',
         f'<text x="286" y="{bottom + 17}" text-anchor="end">steps</text>',
     ]

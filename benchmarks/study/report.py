@@ -44,6 +44,12 @@ class Runs:
         return self.groups[group]
 
 
+def teacher_lines(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
+    """What each group's plain teacher samples after each line."""
+    lines = json.loads(LINES.read_text())
+    return {group: lines[runs[group]["GKD"][0]["teacher"]] for group in ("first", "main")}
+
+
 def compared(runs: Runs) -> dict[str, list[dict]]:
     """The methods on the students of both teachers."""
     return {name: [*runs["first"][name], *of_name] for name, of_name in runs["main"].items()}
@@ -190,14 +196,13 @@ def draw_methods(runs: Runs, path: Path) -> None:
 
 def all_tables(runs: Runs) -> dict[str, str]:
     named = compared(runs)
-    lines = json.loads(LINES.read_text())["lines"]
     return {
         "methods": methods_table(named),
         "minus GKD": against_table(named, "GKD"),
         "minus PromptKD": against_table(named, "PromptKD"),
         "seen": seen_table(named, "GKD"),
-        "lines": lines_table(lines),
-        "teachers": teachers_table(runs["main"]),
+        "lines": lines_table(teacher_lines(runs)["main"]),
+        "teachers": teachers_table(named),
         "candidates": candidates_table(runs["explore"]),
         "share": candidates_table(runs["share"]),
         "tune": tune_table(runs["tune"]),
@@ -241,13 +246,13 @@ def sentences(runs: Runs) -> list[str]:
     shared, kl = runs["share"], "reverse_kl_per_answer"
     part = [difference(shared[SHARE], shared["PromptKD"], measure) for measure in (SCORE, kl)]
     paper = [difference(shared["PromptKD"], shared["GKD"], measure) for measure in (SCORE, kl)]
-    slips = values(runs["main"]["PromptKD"], "teacher_pupil_share")
-    plain = json.loads(LINES.read_text())["lines"][""]["pupil_share"] * 100
+    slips = values(named["PromptKD"], "teacher_pupil_share")
+    plain = " and ".join(f"{lines['']['pupil_share'] * 100:.1f}" for lines in teacher_lines(runs).values())
     return [
         f"from {min(map(len, named.values()))} students and two teachers",
         f"A fixed text** is worth {shown_difference(text, SCORE)} points of right samples over GKD",
-        f"slip in {shown(slips, SCORE)} % of its samples, where the plain teacher has {plain:.1f} %",
-        f"Both kinds of PromptKD had {steps(again['PromptKD'][0])} steps",
+        f"slip in {shown(slips, SCORE)} % of its samples, where the plain teachers have {plain} %",
+        f"Both kinds of PromptKD had {steps(shared['PromptKD'][0])} steps",
         f"changes {shown_difference(part[0], SCORE)} points of right samples and {shown_difference(part[1], kl)} nats",
         f"has {shown_difference(paper[0], SCORE)} points of right samples against GKD (p = {shown_p(paper[0].p)})",
         f"and {shown_difference(paper[1], kl)} nats of KL",

@@ -290,9 +290,10 @@ def main() -> None:
         if not (args.folder / "runs" / file).exists():
             kept(args.folder / "runs" / file, known)
     measures: dict[str, Measures] = {}
-    if not LINES.exists():
+    lines = json.loads(LINES.read_text()) if LINES.exists() else {}
+    if teacher_of(args.folder) not in lines:
         measures["test"] = Measures(args.folder, "test")
-        kept(LINES, {"teacher": teacher_of(args.folder), "lines": measures["test"].of_lines()})
+        kept(LINES, lines | {teacher_of(args.folder): measures["test"].of_lines()})
     for group in args.groups:
         while True:
             runs = plan(args.folder, group)

@@ -98,7 +98,7 @@ def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
 
     line(panels[0], GKD, "kl/student_teacher", "GKD")
     line(panels[0], PROMPTKD, "kl/student_plain", "PromptKD")
-    line(panels[0], PROMPTKD, "kl/student_prompted", "PromptKD, to the prompted teacher (its loss)", ":")
+    line(panels[0], PROMPTKD, "kl/student_prompted", "PromptKD, its loss", ":")
     panels[0].set(title="KL(student || teacher) in training")
     panels[0].set_ylim(0, None)
     line(panels[1], PROMPTKD, "kl/prompt_gain", "gain: plain minus prompted")
@@ -120,4 +120,5 @@ def plot(measured, histories: dict[str, list[dict]], path: Path) -> None:
         axes.set(ylabel=label, title="Held-out prompts")
         axes.margins(y=0.1)
     panels[2].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    figure.draw_without_rendering()  # the layout depends on the ticks, and the ticks on the layout
     save_figure(figure, path)

@@ -86,7 +86,7 @@ def on_page_markdown(markdown, page, config, files):
         if not (ROOT / path).exists():
             log.warning("%s: there is no %s, which is linked as [%s]", page.file.src_uri, path, text)
         name = f"`{path}`"
-        return name if path in text else f"{text} ({name})"
+        return name if path in text or text.strip("`") == posixpath.basename(path) else f"{text} ({name})"
 
     return _CODE_OR_LINK.sub(rewritten, markdown)
 

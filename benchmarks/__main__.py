@@ -37,6 +37,7 @@ NAMES = (
     "padding-free",
     "memory-table",
     "teacher-cache",
+    "cache-students",
     "cache-memory",
     "teacher-server",
     "gpu-check",

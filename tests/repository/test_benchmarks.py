@@ -144,6 +144,17 @@ def test_the_slope_of_a_power_is_its_exponent():
     assert common.slope({x: 3 * x**1.5 for x in (1, 4, 10, 50)}) == pytest.approx(1.5)
 
 
+def test_plain_top_k_keeps_the_likeliest_and_spreads_the_rest():
+    kept = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]).log()
+
+    class Output:
+        def logits(self, start, end):
+            return kept[start:end] + 7.0  # not normalized
+
+    found = runner.load("cache-students").TopK(Output(), 2).logits(0, 1).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.5, 0.3, 0.2 / 3, 0.2 / 3, 0.2 / 3]]))
+
+
 @pytest.mark.slow
 class TestEachRuns:
     @pytest.fixture(scope="class")
@@ -239,6 +250,19 @@ class TestEachRuns:
         kept = {name: values["kl_mean"] for name, values in result["kept"].items() if name != "tiny"}
         assert kept["exact"] == min(kept.values())
         assert "| **`standard`** |" in tables["kept"]
+
+    def test_cache_students(self, run, models, tmp_path):
+        rows = [{"instruction": f"t{i} t{i + 1}", "input": "", "output": f"t{i} t6 t7"} for i in range(4, 24)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        sizes = ["--steps", 2, "--batch_size", 4, "--test_rows", 3]
+        result, tables = run("cache-students", *models, "--data_files", tmp_path / "rows.jsonl", *sizes)
+        students, module = result["students"], runner.load("cache-students")
+        live = students[module.LIVE]
+        assert len(live["rows"]) == 3
+        assert live["kl"] < students["start"]["kl"]
+        assert students["exact"]["kl"] == pytest.approx(live["kl"], rel=1e-3)
+        assert module.minus_live(result, module.LIVE) == (0, 0)
+        assert "| **`standard`** |" in tables["students"]
 
     def test_cache_memory(self, run):
         result, tables = run("cache-memory", "--gigabytes", 0.03, "--steps", 2, "--preset", "tiny")

@@ -294,21 +294,17 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--estimate", action="store_true", help="only print what it will cost")
-    numbers = {
-        "steps": (60, "of each method"),
-        "batch": (16, "rows a step"),
-        "micro_batch": (4, "of them at once"),
-        "rows": (500, "held-out rows of Dolly"),
-        "other_rows": (80, "held-out rows of each other set"),
-        "student_layers": (20, "of the teacher's"),
-        "train_rows": (960, "training rows of the methods"),
-        "warm_steps": (300, "of the warm start, at most"),
-        "stop_every": (25, "steps of the warm start between two looks at the held-out NLL"),
-        "stop_rows": (100, "rows of that"),
-        "text_rows": (100, "training rows that texts are ranked on"),
-    }
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--steps", type=int, default=60, help="of each method")
+    parser.add_argument("--batch", type=int, default=16, help="rows a step")
+    parser.add_argument("--micro_batch", type=int, default=4, help="of them at once")
+    parser.add_argument("--rows", type=int, default=500, help="held-out rows of Dolly")
+    parser.add_argument("--other_rows", type=int, default=80, help="held-out rows of each other set")
+    parser.add_argument("--student_layers", type=int, default=20, help="of the teacher's")
+    parser.add_argument("--train_rows", type=int, default=960, help="training rows of the methods")
+    parser.add_argument("--warm_steps", type=int, default=300, help="of the warm start, at most")
+    parser.add_argument("--stop_every", type=int, default=25, help="steps of it between two looks at the held-out NLL")
+    parser.add_argument("--stop_rows", type=int, default=100, help="rows of that")
+    parser.add_argument("--text_rows", type=int, default=100, help="training rows that texts are ranked on")
     parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the student in all methods")
     return parser.parse_args(given)
 

@@ -7,11 +7,14 @@ page's sentences do not.
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pages import DOCS, fill, is_percent, missing, number, shown, shown_difference, shown_p, table, with_holm
-from run import LINES, RESULTS, SCORE, SHARE
-from study_statistics import Difference, mean_interval, paired_difference, smallest_seen
+from report_real import RealRuns, color_of, draw_real, real_sentences, real_tables
+from run import CAREFUL, FROZEN, LINES, MODES, PUPIL, RESULTS, SCORE, SHARE
+from study_statistics import Difference, held_out_r2, mean_interval, paired_difference, smallest_seen
+from world import WRITERS
 
 from trl_promptkd.analysis.plot_style import HIGHER, LIGHT, LOWER, new_figure, plot_style, save_figure
 
@@ -48,6 +51,69 @@ def teacher_lines(runs: Runs) -> dict[str, dict[str, dict[str, float]]]:
     """What each group's plain teacher samples after each line."""
     lines = json.loads(LINES.read_text())
     return {group: lines[runs[group]["GKD"][0]["teacher"]] for group in ("first", "main")}
+
+
+class Text(NamedTuple):
+    """A line before the teacher's questions: its teacher, and the students that GKD trained with it."""
+
+    line: str
+    teacher: dict[str, float]
+    students: list[dict]
+
+
+def texts(runs: Runs) -> list[Text]:
+    """The best teacher first."""
+    students = {**runs["texts"], CAREFUL.strip(): runs["main"]["GKD, fixed text"]}
+    lines = teacher_lines(runs)["main"]
+    found = [Text(line, lines[line], of_line) for line, of_line in students.items()]
+    return sorted(found, key=lambda text: -text.teacher[SCORE])
+
+
+def gains(runs: Runs, some: list[Text]) -> tuple[list[float], list[float]]:
+    """Points of right samples over no line: each line's teacher, and the mean of its students."""
+    plain = teacher_lines(runs)["main"][""][SCORE]
+    of_teachers = [100 * (text.teacher[SCORE] - plain) for text in some]
+    return of_teachers, [difference(text.students, runs["main"]["GKD"], SCORE).mean for text in some]
+
+
+def steps_shown(some: list[Text]) -> list[Text]:
+    """Without the lines after which the teacher gives the number alone."""
+    return [text for text in some if text.line not in WRITERS["brief"]]
+
+
+def of_writers_lines(some: list[Text], writer: str) -> np.ndarray:
+    """Each student's score in percent, as the mean over one writer's lines."""
+    return np.mean([values(text.students, SCORE) for text in some if text.line in WRITERS[writer]], axis=0)
+
+
+GKD_CAREFUL, GKD_PUPIL = "GKD, careful text", "GKD, pupil's text"
+
+
+def by_mode(runs: Runs) -> dict[str, dict[str, list[dict]]]:
+    """Who answered the rows of the students' SFT -> methods."""
+    mixed = {
+        "GKD": runs["main"]["GKD"],
+        GKD_CAREFUL: runs["main"]["GKD, fixed text"],
+        GKD_PUPIL: runs["texts"][PUPIL.strip()],
+        "PromptKD": runs["main"]["PromptKD"],
+        FROZEN: [run for run in runs["modes"][FROZEN] if run["settings"]["writer"] == "gold"],
+    }
+    others = {
+        writer: {
+            name: [run for run in of_name if run["settings"]["writer"] == writer]
+            for name, of_name in runs["modes"].items()
+        }
+        for writer in MODES
+    }
+    return {"mixed": mixed, **others}
+
+
+def over_modes(runs: Runs, name: str, other: str = "GKD") -> Difference:
+    """Difference in right samples over seeds, each seed's as the mean over the modes."""
+    mine, theirs = (
+        np.mean([values(named[one], SCORE) for named in by_mode(runs).values()], axis=0) for one in (name, other)
+    )
+    return paired_difference(mine, theirs)
 
 
 def compared(runs: Runs) -> dict[str, list[dict]]:
@@ -126,6 +192,35 @@ def candidates_table(named: dict[str, list[dict]]) -> str:
     return table(header, rows)
 
 
+def texts_table(runs: Runs) -> str:
+    """Each line's teacher, and its students in the end and against those of GKD without a line."""
+    columns = [SCORE, "accuracy", "reverse_kl_per_answer", "forward_kl_per_answer"]
+    header = ["line before the teacher's question", "teacher right (%)", *(NAMES[c] for c in columns), "minus no line"]
+    rows = []
+    for text in texts(runs):
+        cells = [shown(values(text.students, c), c) for c in columns]
+        gap = shown_difference(difference(text.students, runs["main"]["GKD"], SCORE), SCORE)
+        rows.append([text.line, number(100 * text.teacher[SCORE], SCORE), *cells, gap])
+    plain = runs["main"]["GKD"]
+    cells = [shown(values(plain, c), c) for c in columns]
+    rows.append(["none", number(100 * teacher_lines(runs)["main"][""][SCORE], SCORE), *cells, ""])
+    return table(header, rows)
+
+
+def modes_table(runs: Runs) -> str:
+    """Methods on students whose SFT had answers of one writer, or of the data's two."""
+    columns = [SCORE, "reverse_kl_per_answer", "forward_kl_per_answer", "careful_share", "brief_share"]
+    rows = []
+    for mode, named in by_mode(runs).items():
+        start = named["GKD"]
+        rows.append([mode, "*the start*", *(shown(values(start, c, "start"), c) for c in columns), ""])
+        for name, of_name in named.items():
+            cells = [shown(values(of_name, c), c) for c in columns]
+            gap = "" if name == "GKD" else shown_difference(difference(of_name, named["GKD"], SCORE), SCORE)
+            rows.append([mode, name, *cells, gap])
+    return table(["students", "method", *(NAMES[c] for c in columns), "minus GKD"], rows)
+
+
 TEACHER_COLUMNS = {
     "teacher_sampled_accuracy": "its samples right (%)",
     "teacher_careful_share": "careful (%)",
@@ -163,16 +258,12 @@ def tune_table(tuned: dict[str, list[dict]]) -> str:
     return table(["method", "learning rate", NAMES[SCORE], "students"], rows)
 
 
-BLUE, ORANGE, GREEN = LIGHT.lines[:3]
+GREEN = LIGHT.lines[2]
 DRAWN = {
     "sampled_accuracy": f"right samples, points\n{HIGHER}",
     "reverse_kl_per_answer": f"KL(student || teacher),\nnats, {LOWER}",
     "forward_kl_per_answer": f"KL(teacher || student),\nnats, {LOWER}",
 }
-
-
-def color_of(name: str) -> str:
-    return ORANGE if "PromptKD" in name else GREEN if "fixed text" in name else BLUE
 
 
 @plot_style()
@@ -194,6 +285,24 @@ def draw_methods(runs: Runs, path: Path) -> None:
     save_figure(figure, path)
 
 
+@plot_style()
+def draw_texts(runs: Runs, path: Path) -> None:
+    """A line's gain for the teacher against its gain for the students: a mark for each student, and their mean."""
+    plain = runs["main"]["GKD"]
+    figure = new_figure(6, 4)
+    axis = figure.subplots()
+    axis.axhline(0, color=LIGHT.muted, linestyle=":")
+    axis.axvline(0, color=LIGHT.muted, linestyle=":")
+    some = texts(runs)
+    for text, x, y in zip(some, *gains(runs, some), strict=True):
+        of_students = np.subtract(*pairs(text.students, plain, SCORE))
+        axis.plot([x] * len(of_students), of_students, ".", color=GREEN, alpha=0.35)
+        axis.plot(x, y, "o", color=GREEN)
+    axis.set_xlabel("the teacher's gain, points of right samples")
+    axis.set_ylabel("the students' gain over plain GKD,\npoints of right samples")
+    save_figure(figure, path)
+
+
 def all_tables(runs: Runs) -> dict[str, str]:
     named = compared(runs)
     return {
@@ -205,6 +314,8 @@ def all_tables(runs: Runs) -> dict[str, str]:
         "teachers": teachers_table(named),
         "candidates": candidates_table(runs["explore"]),
         "share": candidates_table(runs["share"]),
+        "texts": texts_table(runs),
+        "modes": modes_table(runs),
         "tune": tune_table(runs["tune"]),
     }
 
@@ -227,7 +338,6 @@ SET_UP = [
     "95 % intervals",
     "below 0.05",
     "SmolLM2-135M-Instruct",
-    "20 of its layers",
     "prompt lr 0.01",
     "for 60 steps",
     "budget of 0.2 nats",
@@ -235,6 +345,10 @@ SET_UP = [
     "*beta 0.5* and *beta 0*",
     "`prompt_share=0.25`",
     "1 is the reverse KL, 0 the forward KL",
+    "an R² of at least 0.5",
+    "prompt lr 0* has",
+    "on 40 training rows",
+    "with two samples each, cut after 64 tokens",
 ]
 
 
@@ -247,11 +361,26 @@ def sentences(runs: Runs) -> list[str]:
     part = [difference(shared[SHARE], shared["PromptKD"], measure) for measure in (SCORE, kl)]
     paper = [difference(shared["PromptKD"], shared["GKD"], measure) for measure in (SCORE, kl)]
     slips = values(named["PromptKD"], "teacher_pupil_share")
+    modes = {name: shown_difference(over_modes(runs, name), SCORE) for name in by_mode(runs)["mixed"] if name != "GKD"}
+    careful, mixed = (values(by_mode(runs)[mode]["GKD"], "accuracy", "start") for mode in ("careful", "mixed"))
+    warm = shown_difference(paired_difference(careful, mixed), "accuracy")
+    all_texts = texts(runs)
+    slipping = paired_difference(*(of_writers_lines(all_texts, writer) for writer in ("pupil", "careful")))
+    pupils = [text.teacher[SCORE] * 100 for text in all_texts if text.line in WRITERS["pupil"]]
     plain = " and ".join(f"{lines['']['pupil_share'] * 100:.1f}" for lines in teacher_lines(runs).values())
     return [
         f"from {min(map(len, named.values()))} students and two teachers",
         f"A fixed text** is worth {shown_difference(text, SCORE)} points of right samples over GKD",
         f"slip in {shown(slips, SCORE)} % of its samples, where the plain teachers have {plain} %",
+        f"Over all eleven lines, R² is {held_out_r2(*gains(runs, all_texts)):.2f}",
+        f"Without them, R² is {held_out_r2(*gains(runs, steps_shown(all_texts))):.2f}",
+        f"its students had {shown_difference(slipping, SCORE)} points against those of the two careful lines",
+        f"right in {pupils[1]:.1f} and {pupils[0]:.1f} % of its samples only",
+        f"PromptKD had {modes['PromptKD']} points of right samples against GKD",
+        f"With a prompt that never learns, it was {modes[FROZEN]}.",
+        f"The pupil's text had {modes[GKD_PUPIL]} points against GKD, and the careful text {modes[GKD_CAREFUL]}.",
+        f"had {warm} points of right greedy answers against mixed ones",
+        f"so it has {steps(runs['modes'][FROZEN][0])} of them",
         f"Both kinds of PromptKD had {steps(shared['PromptKD'][0])} steps",
         f"changes {shown_difference(part[0], SCORE)} points of right samples and {shown_difference(part[1], kl)} nats",
         f"has {shown_difference(paper[0], SCORE)} points of right samples against GKD (p = {shown_p(paper[0].p)})",
@@ -265,8 +394,11 @@ def main() -> None:
     runs = Runs()
     page = DOCS / "study.md"
     fill(page, all_tables(runs))
+    fill(page, real_tables(RealRuns()))
+    draw_real(RealRuns(), DOCS / "images" / "plots" / "study_real.svg")
     draw_methods(runs, DOCS / "images" / "plots" / "study_methods.svg")
-    for sentence in missing(page.read_text(), sentences(runs)):
+    draw_texts(runs, DOCS / "images" / "plots" / "study_texts.svg")
+    for sentence in missing(page.read_text(), [*sentences(runs), *real_sentences(RealRuns())]):
         print(f"{page} does not say: {sentence}")
 
 

@@ -16,6 +16,8 @@ group that one machine has begun is finished there.
 - `explore`: ideas to improve PromptKD, on three students.
 - `share`: `prompt_share`, on ten students.
 - `main`: the methods, on three students of the kept teacher. The page's comparison is over both groups' students.
+- `texts`: GKD with each other line of lines.json before the teacher's question, on the students of `main`.
+- `modes`: the same seeds, after SFT on answers of one writer: all careful, or all a pupil's.
 """
 
 import argparse
@@ -38,11 +40,12 @@ TUNING_SEEDS = [100, 101, 102]
 EXPLORED_SEEDS = [110, 111, 112]
 SHARE_SEEDS = list(range(200, 210))
 SEEDS = [210, 211, 212]
+MODES = ["careful", "pupil"]  # beside the mixed students of `main`
 RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 FIRST_RATES = {"sft": [1e-3, 3e-3], "gkd": [3e-4, 1e-3], "promptkd": [3e-4, 1e-3]}
 NUM_RANKED = 100  # training questions on which the lines are ranked
 SCORE = "sampled_accuracy"
-CAREFUL = "you are a careful teacher . "
+CAREFUL, PUPIL = "you are a careful teacher . ", "answer as a pupil who learns this . "
 
 
 def stage(kind: str, seconds: float, **fields) -> dict:
@@ -65,7 +68,7 @@ def methods(seconds: float) -> dict[str, list[dict]]:
         "SeqKD": [stage("sft", seconds - WRITING, answers="")],
         "SeqKD, fixed text": [stage("sft", seconds - (WRITING + RANKING), answers=CAREFUL)],
         "GKD": [stage("gkd", seconds)],
-        "GKD, fixed text": [stage("gkd", seconds - RANKING, line=CAREFUL)],
+        "GKD, fixed text": with_text(seconds, CAREFUL),
         "PromptKD": [stage("promptkd", seconds)],
         "PromptKD, anchored": anchored(seconds, "gold", 1.0, 1e-2),
         "SeqKD then GKD": [seqkd, stage("gkd", half)],
@@ -122,6 +125,25 @@ def settings_of(stages: list[dict], seed: int, split: str = "test", writer: str 
 def file_of(folder: Path, settings: dict) -> Path:
     text = json.dumps(settings, sort_keys=True)
     return folder / "runs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def with_text(seconds: float, line: str) -> list[dict]:
+    """GKD to a teacher that sees a line, which was one of those that were ranked."""
+    return [stage("gkd", seconds - RANKING, line=line)]
+
+
+FROZEN = "PromptKD, prompt lr 0"
+
+
+def of_modes(seconds: float) -> dict[str, list[dict]]:
+    """What is tried on students of each mode."""
+    return {
+        "GKD": methods(seconds)["GKD"],
+        "GKD, careful text": with_text(seconds, CAREFUL),
+        "GKD, pupil's text": with_text(seconds, PUPIL),
+        "PromptKD": methods(seconds)["PromptKD"],
+        FROZEN: [frozen(seconds)],
+    }
 
 
 COMPARED = (  # before the others
@@ -190,8 +212,12 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
         ]
     named = methods(BUDGET)
 
-    def runs(of: dict[str, list[dict]], seeds: list[int]) -> list[tuple[str, dict]]:
-        return [(name, settings_of(with_rate(stages, rates), seed)) for seed in seeds for name, stages in of.items()]
+    def runs(of: dict[str, list[dict]], seeds: list[int], writer: str = "gold") -> list[tuple[str, dict]]:
+        return [
+            (name, settings_of(with_rate(stages, rates), seed, writer=writer))
+            for seed in seeds
+            for name, stages in of.items()
+        ]
 
     compared = {name: named[name] for name in COMPARED}
     if group == "share":
@@ -199,13 +225,24 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
         return runs({name: named[name] for name in ("GKD", "PromptKD")} | part, SHARE_SEEDS)
     if group == "main":
         return runs(compared, SEEDS)
+    if group == "texts":
+        return runs({line: with_text(BUDGET, f"{line} ") for line in lines() if f"{line} " != CAREFUL}, SEEDS)
+    if group == "modes":
+        mixed = runs({FROZEN: [frozen(BUDGET)]}, SEEDS)  # the others are in `main` and `texts`
+        return mixed + [one for writer in MODES for one in runs(of_modes(BUDGET), SEEDS, writer)]
     if group == "first":
         others = {name: stages for name, stages in named.items() if name not in COMPARED}
         return runs(compared, FIRST_SEEDS) + runs(others, FIRST_SEEDS[:2])
     raise ValueError(group)
 
 
-GROUPS = ["tune", "first", "explore", "share", "main"]
+def lines() -> list[str]:
+    """Those that the teacher can see."""
+    found = json.loads(LINES.read_text()).values()
+    return [line for line in next(iter(found)) if line]
+
+
+GROUPS = ["tune", "first", "explore", "share", "main", "texts", "modes"]
 
 
 def claim(path: Path) -> bool:
@@ -290,10 +327,10 @@ def main() -> None:
         if not (args.folder / "runs" / file).exists():
             kept(args.folder / "runs" / file, known)
     measures: dict[str, Measures] = {}
-    lines = json.loads(LINES.read_text()) if LINES.exists() else {}
-    if teacher_of(args.folder) not in lines:
+    known_lines = json.loads(LINES.read_text()) if LINES.exists() else {}
+    if teacher_of(args.folder) not in known_lines:
         measures["test"] = Measures(args.folder, "test")
-        kept(LINES, lines | {teacher_of(args.folder): measures["test"].of_lines()})
+        kept(LINES, known_lines | {teacher_of(args.folder): measures["test"].of_lines()})
     for group in args.groups:
         while True:
             runs = plan(args.folder, group)

@@ -1,5 +1,5 @@
-"""What the study's tables say of a few seeds: intervals, paired differences, and the smallest difference that so
-few seeds could have shown.
+"""What the study's tables say of a few seeds: intervals, paired differences, the smallest difference that so few
+seeds could have shown, and how well one number predicts another.
 
 It cannot be named statistics.py: scripts have this folder first on their path, and PyTorch imports the standard
 library's module of that name.
@@ -50,6 +50,17 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
     if not differences.any():  # 0 / 0 in the test
         return Difference(0.0, 0.0, 1.0, num)
     return Difference(mean, half, float(stats.ttest_rel(a, b).pvalue), num)
+
+
+def held_out_r2(x: Sequence[float], y: Sequence[float]) -> float:
+    """R² of predictions: each `y` by the straight line through all other points. 1 is perfect, 0 no better than the
+    mean of all, and worse predictions are below 0."""
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    errors = []
+    for place in range(len(x)):
+        others = np.arange(len(x)) != place
+        errors.append(y[place] - np.polyval(np.polyfit(x[others], y[others], 1), x[place]))
+    return float(1 - np.sum(np.square(errors)) / np.sum(np.square(y - y.mean())))
 
 
 def smallest_seen(differences: Sequence[float], power: float = 0.8) -> float:

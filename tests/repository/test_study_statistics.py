@@ -49,6 +49,25 @@ class TestPairedDifference:
         assert statistics.paired_difference([1.0, 2.0], [1.0, 2.0]) == (0.0, 0.0, 1.0, 2)
 
 
+class TestHeldOutR2:
+    def test_by_hand(self, statistics):
+        """(0, 0), (1, 1), (2, 4): lines through two points miss the third by 2, -1 and 2. The squares around the mean
+        of 5 / 3 sum up to 26 / 3."""
+        assert statistics.held_out_r2([0, 1, 2], [0, 1, 4]) == pytest.approx(1 - 9 / (26 / 3))
+
+    def test_a_straight_line_is_predicted(self, statistics):
+        assert statistics.held_out_r2([3, 1, 2, 5], [7, 3, 5, 11]) == pytest.approx(1)
+
+    def test_it_is_the_press_statistic(self, statistics):
+        """The closed form of least squares: a held-out error is the error over one minus the leverage."""
+        x, y = np.array([1.0, 2.0, 4.0, 7.0, 8.0]), np.array([3.0, 1.0, 4.0, 2.0, 6.0])
+        design = np.stack([np.ones(5), x], axis=1)
+        hat = design @ np.linalg.inv(design.T @ design) @ design.T
+        errors = (y - hat @ y) / (1 - np.diag(hat))
+        expected = 1 - (errors**2).sum() / ((y - y.mean()) ** 2).sum()
+        assert statistics.held_out_r2(x, y) == pytest.approx(expected)
+
+
 class TestSmallestSeen:
     def test_ten_pairs_see_about_one_standard_deviation(self, statistics):
         """G*Power: ten pairs have power 0.803 for one standard deviation."""

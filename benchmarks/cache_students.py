@@ -168,7 +168,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for k in TOP_K:
             exact = TeacherCache(str(folder / "exact"))
             of_trained(f"top-{k}, fp16", train, exact, top_k=k, bytes_per_token=4.0 * k + 2)
-    return {"tokens": sum(len(row["completion_ids"]) for row in train), "students": found}
+    tokens = sum(len(row["completion_ids"]) for row in train)
+    return {"layers": models.student.config.num_hidden_layers, "tokens": tokens, "students": found}
 
 
 def minus_live(result: dict[str, Any], name: str) -> tuple[float, float]:
@@ -188,7 +189,7 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         rows.append([shown, size, f"{of['kl']:.3f}", gap, f"{of['nll']:.3f}"])
     header = ["the student learned from", "bytes per token", "KL(teacher || student)", "per answer, minus live"]
     text = (
-        f"{settings['steps']} steps of {settings['batch_size']} rows, a student of {settings['layers']} layers, and "
+        f"{settings['steps']} steps of {settings['batch_size']} rows, a student of {result['layers']} layers, and "
         f"{settings['test_rows']} held-out rows. KL and NLL are in nats per token, and the difference in nats per "
         f"answer, with its 95 % interval over the rows. {measured_with(result)}"
     )

@@ -146,6 +146,9 @@ def real_sentences(runs: RealRuns) -> list[str]:
         f"ends {ended[text]} of its answers by itself, and GKD's {ended['GKD']}",
         f"To choose the text took {runs.known['texts']['seconds']:.0f} s more",
         f"{gap(prompt, 'rougeL')} points of ROUGE-L and {gap(prompt, 'gold_nll')} nats of NLL",
+        f"It had {gap('SFT', 'rougeL')} points of ROUGE-L against GKD",
+        f"with {gap('SeqKD', 'forward_kl')} nats of KL(p || q) per answer against GKD, in less",
+        f"had {gap('SeqKD then GKD, fixed text', 'gold_nll')} nats of NLL per gold answer against GKD alone",
         f"took {seconds[prompt]} s, where GKD took {seconds['GKD']}",
         f"ROUGE-L was {runs.students()[START][SET]['rougeL']['mean']:.1f}, and its teacher's "
         f"{teacher[SET]['rougeL']['mean']:.1f}",

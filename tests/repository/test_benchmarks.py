@@ -36,6 +36,17 @@ class TestPages:
         for file, sentences in runner.sentences_of_all().items():
             assert page_text.missing((ROOT / file).read_text(encoding="utf-8"), sentences) == [], file
 
+    def test_what_is_said_of_the_students_of_caches(self):
+        """A preset changed less than other rows did, and plain top-k changed more."""
+        result, module = RESULTS["cache-students"], runner.load("cache-students")
+        students = result["students"]
+        gaps = {name: abs(of["kl"] - students[module.LIVE]["kl"]) for name, of in students.items()}
+        for name in students.keys() - {"start", module.LIVE, module.OTHER_ROWS}:
+            assert (gaps[name] < gaps[module.OTHER_ROWS]) == (name in module.PRESETS), name
+        top, standard = students["top-32, fp16"], students["standard"]
+        assert top["bytes_per_token"] > standard["bytes_per_token"]
+        assert top["kl"] > standard["kl"]
+
     def test_a_result_says_where_it_comes_from(self):
         for name, result in RESULTS.items():
             assert result["machine"].keys() >= {"cpu", "cores", "threads", "gpu", "commit"}, name

@@ -209,7 +209,7 @@ def texts_table(runs: Runs) -> str:
 
 def modes_table(runs: Runs) -> str:
     """Methods on students whose SFT had answers of one writer, or of the data's two."""
-    columns = [SCORE, "reverse_kl_per_answer", "forward_kl_per_answer", "careful_share", "brief_share"]
+    columns = [SCORE, "accuracy", "reverse_kl_per_answer", "forward_kl_per_answer", "careful_share"]
     rows = []
     for mode, named in by_mode(runs).items():
         start = named["GKD"]

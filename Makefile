@@ -118,9 +118,9 @@ test-package: build ## Look into both distributions, install the wheel alone, an
 	cp README.md tests/scripts/package_smoke.py $(PACKAGE_VENV)
 	cd $(PACKAGE_VENV) && HF_HUB_OFFLINE=1 bin/python package_smoke.py README.md
 
-# The quickstart is cut short here: its whole length takes eight minutes
 # Of the oldest versions, CI sees what is next to TRL and transformers
 ci: OLDEST_TESTS := tests/data tests/generation tests/models tests/trainer tests/test_trl.py
+# The quickstart is cut short here: its whole length takes eight minutes
 ci: QUICKSTART := --steps 2 --num_warm_start_prompts 8 --num_test_prompts 8 --num_kl_prompts 8
 ci: check docs test test-slow quickstart test-oldest test-package ## What CI runs
 

@@ -25,7 +25,7 @@ from trl_promptkd.teacher_cache.codec import PRESETS
 from .common import Models, bench_settings, measured_with
 from .study.page_text import table
 from .study.real_measure import forward_kl, gold_nll, sums_by_row
-from .teacher_cache import TOP_K, conversation
+from .teacher_cache import TOP_K, conversation, only_top_k
 
 
 PAGE = "teacher_cache.md"
@@ -42,10 +42,7 @@ class TopK:
         return len(self.output)
 
     def logits(self, start: int, end: int) -> Tensor:
-        log_probs = self.output.logits(start, end).log_softmax(dim=-1)
-        top = log_probs.topk(self.k, dim=-1)
-        rest = (1 - top.values.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-8) / (log_probs.size(-1) - self.k)
-        return rest.log().expand_as(log_probs).scatter(-1, top.indices, top.values)
+        return only_top_k(self.output.logits(start, end).log_softmax(dim=-1), self.k)
 
     def entropies(self) -> None:
         """`None`, as the logits are whole."""

@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 from datasets import load_dataset
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_promptkd import build_teacher_cache
@@ -49,6 +50,13 @@ def states_of(teacher, rows, pad: int) -> TokenStates:
     return completion_states(teacher, batch["input_ids"], batch["attention_mask"], batch["labels"])
 
 
+def only_top_k(log_probs: Tensor, k: int) -> Tensor:
+    """Log-probabilities `(num_tokens, vocab)` with the likeliest k tokens as they are, and the rest spread evenly."""
+    top = log_probs.topk(k, dim=-1)
+    rest = (1 - top.values.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-8) / (log_probs.size(-1) - k)
+    return rest.log().expand_as(log_probs).scatter(-1, top.indices, top.values)
+
+
 @torch.no_grad()
 def top_k_fp16(teacher, rows, pad: int) -> dict[str, dict[str, float]]:
     """What a plain cache of the likeliest k tokens keeps. It has 16-bit ids and log-probabilities, and spreads the
@@ -58,10 +66,7 @@ def top_k_fp16(teacher, rows, pad: int) -> dict[str, dict[str, float]]:
         log_probs = states_of(teacher, rows[start : start + 8], pad).logits().log_softmax(dim=-1)
         count += len(log_probs)
         for k in TOP_K:
-            top = log_probs.topk(k, dim=-1)
-            rest = (1 - top.values.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-8) / (log_probs.size(-1) - k)
-            kept = rest.log().expand_as(log_probs).scatter(-1, top.indices, top.values)
-            totals[k] += float(kl_divergence(log_probs, kept).sum())
+            totals[k] += float(kl_divergence(log_probs, only_top_k(log_probs, k)).sum())
     return {
         f"top-{k}, fp16": {"bytes_per_token": 4.0 * k + 2, "kl_mean": total / count} for k, total in totals.items()
     }

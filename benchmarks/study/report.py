@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from pages import DOCS, fill, is_percent, missing, number, shown, shown_difference, shown_p, table, with_holm
 from report_real import RealRuns, color_of, draw_real, real_sentences, real_tables
-from run import CAREFUL, FROZEN, LINES, MODES, PUPIL, RESULTS, SCORE, SHARE
+from run import CAREFUL, FROZEN, GKD_CAREFUL, GKD_PUPIL, LINES, MODES, PUPIL, RESULTS, SCORE, SHARE
 from study_statistics import Difference, held_out_r2, mean_interval, paired_difference, smallest_seen
 from world import WRITERS
 
@@ -84,9 +84,6 @@ def steps_shown(some: list[Text]) -> list[Text]:
 def of_writers_lines(some: list[Text], writer: str) -> np.ndarray:
     """Each student's score in percent, as the mean over one writer's lines."""
     return np.mean([values(text.students, SCORE) for text in some if text.line in WRITERS[writer]], axis=0)
-
-
-GKD_CAREFUL, GKD_PUPIL = "GKD, careful text", "GKD, pupil's text"
 
 
 def by_mode(runs: Runs) -> dict[str, dict[str, list[dict]]]:

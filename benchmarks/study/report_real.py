@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 from pages import number, shown_difference, table, with_holm
 from study_statistics import Difference, paired_difference
@@ -48,7 +49,7 @@ def real_table(runs: RealRuns) -> str:
     rows = []
     for name, sets in {"*the teacher*": runs.known["teacher"]["measures"], **runs.students()}.items():
         of = sets[SET]
-        cells = [number(_mean(of[one]["rows"]), measure_name(one)) if one in of else "" for one in COLUMNS]
+        cells = [number(fmean(of[one]["rows"]), measure_name(one)) if one in of else "" for one in COLUMNS]
         cells.append(f"{of['reverse_kl']['per_token']:.2f}" if "reverse_kl" in of else "")
         line = runs.methods.get(name)
         seconds = f"{sum(line['seconds'].values()):,.0f}" if line else ""
@@ -117,10 +118,6 @@ def real_tables(runs: RealRuns) -> dict[str, str]:
         "real minus GKD": real_against_table(runs, "GKD"),
         "real texts": real_texts_table(runs),
     }
-
-
-def _mean(rows: list[float]) -> float:
-    return sum(rows) / len(rows)
 
 
 def _with_half(found: list[float], sign: str = "") -> str:

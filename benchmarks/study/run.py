@@ -28,6 +28,8 @@ import statistics
 import time
 from pathlib import Path
 
+from world import ALL_LINES
+
 
 HERE = Path(__file__).parent
 RESULTS, LINES = HERE / "results.jsonl", HERE / "lines.json"
@@ -132,15 +134,15 @@ def with_text(seconds: float, line: str) -> list[dict]:
     return [stage("gkd", seconds - RANKING, line=line)]
 
 
-FROZEN = "PromptKD, prompt lr 0"
+GKD_CAREFUL, GKD_PUPIL, FROZEN = "GKD, careful text", "GKD, pupil's text", "PromptKD, prompt lr 0"
 
 
 def of_modes(seconds: float) -> dict[str, list[dict]]:
     """What is tried on students of each mode."""
     return {
         "GKD": methods(seconds)["GKD"],
-        "GKD, careful text": with_text(seconds, CAREFUL),
-        "GKD, pupil's text": with_text(seconds, PUPIL),
+        GKD_CAREFUL: with_text(seconds, CAREFUL),
+        GKD_PUPIL: with_text(seconds, PUPIL),
         "PromptKD": methods(seconds)["PromptKD"],
         FROZEN: [frozen(seconds)],
     }
@@ -226,7 +228,8 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
     if group == "main":
         return runs(compared, SEEDS)
     if group == "texts":
-        return runs({line: with_text(BUDGET, f"{line} ") for line in lines() if f"{line} " != CAREFUL}, SEEDS)
+        others = [line for line in ALL_LINES if line and f"{line} " != CAREFUL]
+        return runs({line: with_text(BUDGET, f"{line} ") for line in others}, SEEDS)
     if group == "modes":
         mixed = runs({FROZEN: [frozen(BUDGET)]}, SEEDS)  # the others are in `main` and `texts`
         return mixed + [one for writer in MODES for one in runs(of_modes(BUDGET), SEEDS, writer)]
@@ -234,12 +237,6 @@ def plan(folder: Path, group: str) -> list[tuple[str, dict]] | None:
         others = {name: stages for name, stages in named.items() if name not in COMPARED}
         return runs(compared, FIRST_SEEDS) + runs(others, FIRST_SEEDS[:2])
     raise ValueError(group)
-
-
-def lines() -> list[str]:
-    """Those that the teacher can see."""
-    found = json.loads(LINES.read_text()).values()
-    return [line for line in next(iter(found)) if line]
 
 
 GROUPS = ["tune", "first", "explore", "share", "main", "texts", "modes"]
@@ -327,10 +324,10 @@ def main() -> None:
         if not (args.folder / "runs" / file).exists():
             kept(args.folder / "runs" / file, known)
     measures: dict[str, Measures] = {}
-    known_lines = json.loads(LINES.read_text()) if LINES.exists() else {}
-    if teacher_of(args.folder) not in known_lines:
+    lines = json.loads(LINES.read_text()) if LINES.exists() else {}
+    if teacher_of(args.folder) not in lines:
         measures["test"] = Measures(args.folder, "test")
-        kept(LINES, known_lines | {teacher_of(args.folder): measures["test"].of_lines()})
+        kept(LINES, lines | {teacher_of(args.folder): measures["test"].of_lines()})
     for group in args.groups:
         while True:
             runs = plan(args.folder, group)
